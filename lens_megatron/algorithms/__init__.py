@@ -1,0 +1,1 @@
+"""Small pure functions, one registry a file: advantages with weights, objectives, aggregations."""

@@ -1,0 +1,15 @@
+"""How per-token losses add up: the weight of one response token, with global denominators (algorithms as in verl)."""
+
+from collections.abc import Callable
+
+from lens_megatron.types import LossScale
+
+Aggregation = Callable[[int, LossScale, int], float]
+"""(tokens of this response, global counts, max_response_length) -> weight of each of its tokens."""
+
+AGGREGATIONS: dict[str, Aggregation] = {
+    "token-mean": lambda tokens, scale, limit: 1 / scale.response_tokens,
+    "seq-mean-token-mean": lambda tokens, scale, limit: 1 / (scale.sequences * tokens),
+    "seq-mean-token-sum": lambda tokens, scale, limit: 1 / scale.sequences,
+    "seq-mean-token-sum-norm": lambda tokens, scale, limit: 1 / (scale.sequences * limit),
+}

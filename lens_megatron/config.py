@@ -1,0 +1,325 @@
+"""One YAML file and dotted overrides -> a validated, frozen `Config`.
+
+Every option, its type, bound and meaning stands here once. `megatron.*` dictionaries pass through to Megatron-Core
+under Megatron's own names. Cross-checks that need more than one option are in `Config.check`.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+BOXED_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+
+
+class ConfigError(ValueError):
+    """A mistake in the user's configuration; the message names the option, the value and the remedy."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class RunConfig(Section):
+    directory: str
+    """Folder of this run: configuration, metrics, rollouts, checkpoints, pictures."""
+    if_exists: Literal["resume", "restart", "fail"] = "resume"
+    """What to do when the folder holds a run already. `restart` deletes that run."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    tensorboard: bool = True
+    save_rollout_files: bool = True
+
+
+class ModelConfig(Section):
+    path: str
+    """Hugging Face model directory (Qwen2, Qwen3 or Llama) with its tokenizer."""
+    reference_path: str | None = None
+    """Frozen reference policy; the initial policy when empty."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class DataConfig(Section):
+    train: str
+    """A .jsonl or .parquet file, or the name of a Hugging Face dataset (`name` or `name:split`)."""
+    eval: tuple[str, ...] = ()
+    problem_key: str | None = None
+    """Column of the problem; found among problem, question, prompt when empty."""
+    answer_key: str | None = None
+    """Column of the answer; found among answer, solution, label, ground_truth when empty."""
+    instruction: str = BOXED_INSTRUCTION
+    """Appended to the problem after a newline; never purified."""
+    system_prompt: str | None = None
+    max_prompt_length: int = Field(512, ge=1)
+    """Tokens, template included; longer prompts are dropped and counted."""
+    shuffle: bool = True
+
+
+class RolloutConfig(Section):
+    engine: Literal["local"] = "local"
+    prompts_per_step: int = Field(128, ge=1)
+    rollouts_per_prompt: int = Field(8, ge=1)
+    max_response_length: int = Field(1024, ge=1)
+    """Tokens per completion."""
+    temperature: float = Field(1.0, gt=0)
+    max_running_sequences: int = Field(256, ge=1)
+    """Sequences that one engine decodes at once."""
+
+
+class RewardConfig(Section):
+    grader: str = "math_verify"
+    """A registered grader, or `module:function`."""
+    timeout_s: float = Field(5.0, gt=0)
+    """Wall-clock limit for one answer, from the start of its grading."""
+    workers_per_rank: int = Field(1, ge=1)
+
+
+class LensConfig(Section):
+    """Instruction purification. Defaults are the readings of the paper that this project takes."""
+
+    enabled: bool = True
+    """False: plain group sampling (GRPO and its kin), same program."""
+    tau: float = Field(0.5, ge=0, le=1)
+    """A prompt with a success rate strictly below tau is hard and sampled again, purified."""
+    deletion_ratio: float = Field(0.03, gt=0, lt=1)
+    """gamma: share of tokens to delete, rounded up."""
+    eligible: Literal["problem", "user", "all_nonspecial", "all"] = "problem"
+    """Tokens that may be deleted: the problem text; the user turn, instruction too; all but special ones; all."""
+    protect_whitespace: bool = True
+    ratio_base: Literal["eligible", "full"] = "eligible"
+    """What the deletion ratio is a share of."""
+    deletion: Literal["ids", "text"] = "ids"
+    """Delete token ids, or delete and tokenize the remaining text again."""
+    min_score: float = Field(1e-4, ge=0)
+    """Noise floor in nats: a prompt whose highest score is below it is not purified."""
+    tie_break: Literal["position", "random"] = "position"
+    gate: Literal["strict", "always"] = "strict"
+    """strict: the second wave counts only if its success rate is higher than the first's."""
+    cap_rescued: bool = False
+    """Add at most as many successes as failures were removed, so that the group keeps its size."""
+    min_keep_failures: int = Field(0, ge=0)
+    """Failures of the first wave that always stay in the group."""
+
+
+class AlgorithmConfig(Section):
+    advantage: Literal["crpo", "grpo"] = "crpo"
+    """crpo: weighted group statistics and weights (LENS, eq. 4-6); grpo: (r - mean) / std, weight 1."""
+    weights_scope: Literal["all", "purified_only"] = "all"
+    loss_weight: Literal["raw", "normalised"] = "raw"
+    """raw: w~ multiplies the loss; normalised: group size * w~ / sum of w~."""
+    advantage_eps: float = Field(1e-6, gt=0)
+    ratio: Literal["token", "sequence_geometric", "sequence"] = "token"
+    ratio_form: Literal["v1", "acl"] = "v1"
+    """acl: w~ divides the old probability instead of multiplying the loss."""
+    clip_low: float = Field(0.2, ge=0, lt=1)
+    clip_high: float = Field(0.2, ge=0)
+    dual_clip: float | None = Field(3.0, gt=1)
+    aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = (
+        "token-mean"
+    )
+    kl_coef: float = Field(0.001, ge=0)
+    """Weight of the k3 estimate against the reference, on the original prompt. 0: no reference pass for it."""
+    entropy_coef: float = Field(0.0, ge=0)
+    imitation_coef: float = Field(0.0, ge=0)
+    """Weight of an extra negative log-likelihood of the rescued successes."""
+
+
+class OptimizerConfig(Section):
+    lr: float = Field(1e-6, gt=0)
+    min_lr: float = Field(0.0, ge=0)
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    lr_warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.01, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    adam_eps: float = Field(1e-8, gt=0)
+    clip_grad: float = Field(1.0, ge=0)
+
+
+class TrainConfig(Section):
+    steps: int = Field(300, ge=0)
+    """Rollout batches to train on."""
+    micro_batch_size: int = Field(8, ge=1)
+    """Sequences per forward-backward pass."""
+    updates_per_batch: int = Field(1, ge=1)
+    """Optimizer steps per rollout batch; more than one makes the later ones off-policy."""
+    eval_interval: int = Field(20, ge=0)
+    """Steps between evaluations; 0: only before the first and after the last step."""
+    eval_samples: int = Field(1, ge=1)
+    eval_temperature: float = Field(1.0, ge=0)
+    """0: greedy."""
+    save_interval: int = Field(20, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+
+
+class MegatronConfig(Section):
+    """Layout, and options passed through to Megatron-Core under their own names."""
+
+    tensor_model_parallel_size: int = Field(1, ge=1)
+    pipeline_model_parallel_size: int = Field(1, ge=1)
+    use_distributed_optimizer: bool = False
+    transformer: dict[str, Any] = {}
+    """Fields of megatron.core.transformer.TransformerConfig."""
+    ddp: dict[str, Any] = {}
+    """Fields of megatron.core.distributed.DistributedDataParallelConfig."""
+    optimizer: dict[str, Any] = {}
+    """Fields of megatron.core.optimizer.OptimizerConfig."""
+
+
+class DebugConfig(Section):
+    save_rollouts: str | None = None
+    """Folder to write each step's graded groups to, for `load_rollouts`."""
+    load_rollouts: str | None = None
+    """Folder written by `save_rollouts`: train on it, sample nothing."""
+    rollout_only: bool = False
+    """Sample and grade, never update."""
+
+
+class Config(Section):
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    lens: LensConfig = LensConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    megatron: MegatronConfig = MegatronConfig()
+    debug: DebugConfig = DebugConfig()
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        rollouts, keep = self.rollout.rollouts_per_prompt, self.lens.min_keep_failures
+        if keep > rollouts:
+            raise ValueError(
+                f"lens.min_keep_failures ({keep}) exceeds rollout.rollouts_per_prompt ({rollouts}); lower it"
+            )
+        if rollouts == 1 and self.algorithm.advantage == "grpo":
+            raise ValueError("algorithm.advantage=grpo needs rollout.rollouts_per_prompt >= 2, got 1; raise it")
+        prompts, updates = self.rollout.prompts_per_step, self.train.updates_per_batch
+        if prompts % updates:
+            raise ValueError(
+                f"rollout.prompts_per_step ({prompts}) is not divisible by train.updates_per_batch ({updates}); "
+                "choose a divisor"
+            )
+        if self.debug.rollout_only and self.debug.load_rollouts:
+            raise ValueError("debug.rollout_only and debug.load_rollouts exclude each other; unset one")
+        if self.optimizer.min_lr > self.optimizer.lr:
+            raise ValueError(f"optimizer.min_lr ({self.optimizer.min_lr}) exceeds optimizer.lr ({self.optimizer.lr})")
+        return self
+
+    def check_world(self, world_size: int) -> None:
+        """Raises ConfigError unless `world_size` processes can carry the layout and the batch."""
+        tp, pp = self.megatron.tensor_model_parallel_size, self.megatron.pipeline_model_parallel_size
+        if world_size % (tp * pp):
+            raise ConfigError(
+                f"world size {world_size} is not divisible by megatron.tensor_model_parallel_size ({tp}) x "
+                f"megatron.pipeline_model_parallel_size ({pp}) = {tp * pp}; start torchrun with a multiple of "
+                f"{tp * pp} processes or change the layout"
+            )
+        dp, updates = world_size // (tp * pp), self.train.updates_per_batch
+        if self.rollout.prompts_per_step % (dp * updates):
+            raise ConfigError(
+                f"rollout.prompts_per_step ({self.rollout.prompts_per_step}) is not divisible by data-parallel size "
+                f"({dp}) x train.updates_per_batch ({updates}); choose a multiple of {dp * updates}"
+            )
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads `path` (YAML), applies `a.b=value` overrides (values are YAML) and validates.
+
+    Raises:
+        ConfigError: missing file, bad YAML, unknown option (with the nearest valid one), wrong type or bound.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"no configuration file at {path}") from error
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected sections such as `model:` and `data:`, got {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    return from_tree(tree)
+
+
+def from_tree(tree: Mapping[str, Any]) -> Config:
+    """Validates nested mappings, as YAML gives them. Raises ConfigError listing every mistake, one per line."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
+
+
+def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of options whose values differ, sorted. Missing on one side counts as different."""
+    names = []
+    for key in sorted(set(old) | set(new)):
+        a, b, name = old.get(key), new.get(key), f"{prefix}{key}"
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            names += differing_keys(a, b, f"{name}.")
+        elif a != b:
+            names.append(name)
+    return names
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    name, separator, text = override.partition("=")
+    if not separator or not name.strip():
+        raise ConfigError(f"override {override!r}: expected section.option=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
+    *sections, option = name.strip().split(".")
+    node = tree
+    for section in sections:
+        child = node.setdefault(section, {})
+        if child is None:
+            child = node[section] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {section!r} is an option, not a section")
+        node = child
+    node[option] = value
+
+
+def _explain(error: Mapping[str, Any]) -> str:
+    location = tuple(str(part) for part in error["loc"])
+    name = ".".join(location) or "configuration"
+    if error["type"] == "extra_forbidden":
+        return f"unknown option {name}{_nearest(location)}"
+    if error["type"] == "missing":
+        return f"{name}: missing; it has no default"
+    message = error["msg"].removeprefix("Value error, ")
+    if not location:
+        return message
+    return f"{name}: {error['input']!r}: {message}"
+
+
+def _nearest(location: tuple[str, ...]) -> str:
+    section: Any = Config
+    for part in location[:-1]:
+        section = section.model_fields[part].annotation
+    here = list(section.model_fields)
+    everywhere = {path.rsplit(".", 1)[-1]: path for path in all_options()}
+    if location[-1] in everywhere:
+        return f"; did you mean {everywhere[location[-1]]}?"
+    near = difflib.get_close_matches(location[-1], here, n=1, cutoff=0.4)
+    if near:
+        return f"; did you mean {'.'.join((*location[:-1], near[0]))}?"
+    near = difflib.get_close_matches(location[-1], list(everywhere), n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {everywhere[near[0]]}?"
+    return f"; {'.'.join(location[:-1]) or 'the file'} has: {', '.join(here)}"
+
+
+def all_options() -> list[str]:
+    """Dotted names of every option."""
+    return [f"{name}.{key}" for name, field in Config.model_fields.items() for key in field.annotation.model_fields]

@@ -1,0 +1,291 @@
+r"""Files and Hugging Face datasets -> `Record`s: the messages and the answer of every row, checked one by one.
+
+    source                                    rows                      records
+    .jsonl | .parquet | name[:split]   ->   {column: value}   ->   messages ending with the problem, answer
+
+The answer is read from verl's `reward_model.ground_truth` if it is there, else from the first of `answer`, `solution`,
+`label` and `ground_truth` that holds something. From a text with a `\boxed{...}`, the last box is taken; from GSM8K's
+last line `#### 72`, what follows the mark. A number becomes its shortest decimal: 27.0 gives "27", because a column of
+integers with one value missing comes back from parquet as floats.
+"""
+
+import codecs
+import json
+import math
+import os.path
+import re
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from lens_megatron.config import DataConfig
+from lens_megatron.reward.boxed import last_box
+
+PROBLEM_KEYS = ("problem", "question", "prompt")
+ANSWER_KEYS = ("reward_model.ground_truth", "answer", "solution", "label", "ground_truth")
+SOURCE_KEY = "data_source"
+
+_FILE_SUFFIXES = {".jsonl", ".parquet", ".json", ".csv", ".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst"}
+_DATASET_NAME = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
+_PARQUET_BATCH = 1024
+
+
+class DataError(ValueError):
+    """A mistake in the user's data; the message names the file and line, the value and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One row of a dataset.
+
+    Example: Record(index=0, where="train.jsonl:1", messages=(Message("user", "5 + 7 = ?"),), answer="12",
+    source="train").
+    """
+
+    index: int
+    """Row of the dataset, from 0; blank lines do not count."""
+    where: str
+    """File and line, or dataset and row, from 1: how errors name the row."""
+    messages: tuple[Message, ...]
+    """The last one is the user's and holds the problem. The configured system prompt is in."""
+    answer: str
+    source: str
+    """verl's `data_source`, else the name of the file or dataset."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    where: str
+    values: Mapping[str, Any]
+    columns: Sequence[str]
+    """All columns of the dataset; `values` may hold only those that were asked for."""
+
+
+def read_records(source: str, data: DataConfig) -> list[Record]:
+    """All rows of `source`, in order.
+
+    Raises:
+        DataError: no such file or dataset, a row that cannot be used, no rows.
+    """
+    rows, name = _open(source, data)
+    records = [_record(index, row, data, name) for index, row in enumerate(rows)]
+    if not records:
+        raise DataError(f"{source}: holds no rows")
+    return records
+
+
+# ---- sources ------------------------------------------------------------------------------------------------------
+
+
+def _open(source: str, data: DataConfig) -> tuple[Iterator[_Row], str]:
+    """The rows of `source`, and its name in the metrics."""
+    path = Path(source)
+    if os.path.isdir(source):
+        raise DataError(f"{source}: is a folder; name one .jsonl or .parquet file in it")
+    if os.path.exists(source):
+        if path.suffix.lower() == ".jsonl":
+            return _jsonl_rows(path), path.stem
+        if path.suffix.lower() == ".parquet":
+            return _parquet_rows(path, _wanted_columns(data)), path.stem
+        raise DataError(f"{source}: cannot read {path.suffix or 'a file without suffix'}; use .jsonl or .parquet")
+    if source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix.lower() in _FILE_SUFFIXES:
+        raise DataError(f"{source}: no such file")
+    name, _, split = source.partition(":")
+    if not _DATASET_NAME.fullmatch(name):
+        raise DataError(f"{source!r}: neither a .jsonl or .parquet file nor the name of a dataset (name or name:split)")
+    return _hub_rows(name, split or "train", _wanted_columns(data)), name
+
+
+def _wanted_columns(data: DataConfig) -> set[str]:
+    keys = {*PROBLEM_KEYS, *ANSWER_KEYS, SOURCE_KEY, data.problem_key or "", data.answer_key or ""}
+    return keys | {key.partition(".")[0] for key in keys}
+
+
+def _jsonl_rows(path: Path) -> Iterator[_Row]:
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                if line.strip():
+                    values = _parse(line, where := f"{path}:{number}")
+                    yield _Row(where, values, list(values))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _parse(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where}: not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}; save the file as UTF-8"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{where}: malformed JSON: {error.msg} at column {error.colno}; every line must be one JSON object"
+        ) from None
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; thousands of brackets
+        raise DataError(f"{where}: malformed JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: expected a JSON object, got {type(value).__name__} ({reprlib.repr(value)})")
+    return value
+
+
+def _parquet_rows(path: Path, wanted: set[str]) -> Iterator[_Row]:
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns, number = file.schema_arrow.names, 0
+            for batch in file.iter_batches(_PARQUET_BATCH, columns=_choose(columns, wanted, str(path))):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield _Row(f"{path}, row {number}", values, columns)
+    except DataError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as parquet: {error}") from error
+
+
+def _hub_rows(name: str, split: str, wanted: set[str]) -> Iterator[_Row]:
+    # Imported here: it takes two seconds and most runs read files.
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(name, split=split)
+    except Exception as error:  # the network, the hub, and every builder raise errors of their own
+        raise DataError(
+            f"{name}:{split}: cannot be loaded as a Hugging Face dataset: {type(error).__name__}: {error}; "
+            "if you meant a file, give its path; a dataset that needs a configuration must be saved as a file first"
+        ) from error
+    columns = dataset.column_names
+    for number, values in enumerate(dataset.select_columns(_choose(columns, wanted, f"{name}:{split}")), 1):
+        yield _Row(f"{name}:{split}, row {number}", values, columns)
+
+
+def _choose(columns: Sequence[str], wanted: set[str], where: str) -> list[str]:
+    """The columns worth reading: worked solutions and images can be most of a dataset."""
+    chosen = [column for column in columns if column in wanted]
+    if not chosen:
+        raise DataError(
+            f"{where}: no problem and no answer; the columns are: {', '.join(columns)}; "
+            "set data.problem_key and data.answer_key"
+        )
+    return chosen
+
+
+# ---- one row ------------------------------------------------------------------------------------------------------
+
+
+def _record(index: int, row: _Row, data: DataConfig, name: str) -> Record:
+    key, value = _find(row, data.problem_key, PROBLEM_KEYS, "problem")
+    messages = _messages(value, f"{row.where}: {key}", data.system_prompt)
+    key, value = _find(row, data.answer_key, ANSWER_KEYS, "answer")
+    # A `solution` found by itself is a worked solution; one that the user names may as well be a bare answer.
+    answer = _answer(value, f"{row.where}: {key}", needs_mark=key == "solution" and data.answer_key is None)
+    source = row.values.get(SOURCE_KEY)
+    return Record(
+        index=index,
+        where=row.where,
+        messages=messages,
+        answer=answer,
+        source=name if source is None else _text(source, f"{row.where}: {SOURCE_KEY}"),
+    )
+
+
+def _find(row: _Row, configured: str | None, keys: Sequence[str], what: str) -> tuple[str, Any]:
+    """Key and value of the first column that holds something; null counts as nothing."""
+    for key in [configured] if configured else keys:
+        value = _lookup(row.values, key)
+        if value is not None:
+            return key, value
+    missing = f"in data.{what}_key={configured!r}" if configured else f"in any of {', '.join(keys)}"
+    columns = ", ".join(map(str, row.columns)) or "none"
+    raise DataError(f"{row.where}: no {what} {missing}; the columns are: {columns}; set data.{what}_key to one of them")
+
+
+def _lookup(values: Any, key: str) -> Any:
+    """The value of a column, or of a field within it (`reward_model.ground_truth`); None if there is none."""
+    if key in values:
+        return values[key]
+    for part in key.split("."):
+        if not isinstance(values, Mapping) or part not in values:
+            return None
+        values = values[part]
+    return values
+
+
+def _text(value: Any, where: str, *, may_be_empty: bool = False) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{where}: expected text, got {type(value).__name__} ({reprlib.repr(value)})")
+    if not may_be_empty and not value.strip():
+        raise DataError(f"{where}: is empty")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: not valid Unicode: {value[error.start]!r} alone at {error.start}") from None
+    return value
+
+
+def _messages(value: Any, where: str, system_prompt: str | None) -> tuple[Message, ...]:
+    """`value` is the user's text or a conversation that ends with it."""
+    if isinstance(value, str):
+        messages = [Message("user", _text(value, where))]
+    elif isinstance(value, list):
+        messages = [_message(entry, f"{where}[{number}]") for number, entry in enumerate(value)]
+        if not messages:
+            raise DataError(f"{where}: is empty")
+        if messages[-1].role != "user":
+            raise DataError(f"{where}: the last message must be from 'user', got {messages[-1].role!r}")
+        _text(messages[-1].content, where)
+    else:
+        raise DataError(
+            f"{where}: expected text or a list of {{role, content}}, got {type(value).__name__} ({reprlib.repr(value)})"
+        )
+    if system_prompt and all(message.role != "system" for message in messages):
+        messages.insert(0, Message("system", system_prompt))
+    return tuple(messages)
+
+
+def _message(entry: Any, where: str) -> Message:
+    if not isinstance(entry, Mapping) or not {"role", "content"} <= entry.keys():
+        raise DataError(f"{where}: expected {{role, content}}, got {type(entry).__name__} ({reprlib.repr(entry)})")
+    role = _text(entry["role"], f"{where}.role")
+    return Message(role, _text(entry["content"], f"{where}.content", may_be_empty=True))
+
+
+def _answer(value: Any, where: str, needs_mark: bool) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise DataError(f"{where}: expected text or a number, got {type(value).__name__} ({reprlib.repr(value)})")
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise DataError(f"{where}: expected a finite number, got {value}")
+        return str(int(value)) if value.is_integer() else format(Decimal(repr(value)), "f")
+    if isinstance(value, int):
+        return str(value)
+    text = _text(value, where).strip()
+    if "\\boxed" in text:
+        content, why = last_box(text)
+        if content is None:
+            raise DataError(f"{where}: no answer: {why}")
+        return content
+    _, mark, tail = text.rpartition("\n")[2].rpartition("####")
+    if mark:
+        return _text(tail, f"{where}: the answer after ####").strip()
+    if needs_mark:
+        raise DataError(
+            f"{where}: no \\boxed{{...}} and no '#### answer' in it; add a column `answer`, or set "
+            "data.answer_key=solution if the column holds bare answers"
+        )
+    return text

@@ -1,0 +1,188 @@
+"""Builds the policy: Megatron GPTModel with Hugging Face weights, DDP, optimizer, schedule, frozen reference."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mbridge.core.bridge import Bridge
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from lens_megatron.config import Config, ConfigError
+from lens_megatron.policy.hf_weights import build_bridge, import_weights, read_hf_config
+from lens_megatron.policy.parallel import Mesh
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(slots=True)
+class Policy:
+    """The trained model on this rank and what it takes to train it."""
+
+    mesh: Mesh
+    bridge: Bridge
+    chunks: list[torch.nn.Module]
+    """DDP-wrapped model chunks of this rank's pipeline stage."""
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    reference: dict[str, Tensor] | None
+    """The frozen reference policy's parameters of this rank, by Megatron name; None when nothing needs them."""
+    version: int = 0
+    """Optimizer steps done."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Without padding: columns at and beyond it are not tokens."""
+        return self.bridge.hf_config.vocab_size
+
+    def models(self) -> list[GPTModel]:
+        return unwrap_model(self.chunks)
+
+
+def build_policy(config: Config, mesh: Mesh) -> Policy:
+    """Loads `model.path` into this rank's shards, and `model.reference_path` (or the same) as the reference.
+
+    Raises:
+        ModelError: the directory cannot be used. ConfigError: a layout or pass-through option Megatron refuses.
+    """
+    hf_config = read_hf_config(config.model.path)
+    check_layout(config, hf_config)
+    bridge = build_bridge(hf_config, DTYPES[config.model.dtype], mesh.tp_size)
+    _set_passthrough(bridge, config.megatron.transformer)
+    models = _build_models(bridge, mesh)
+    needs_reference = config.algorithm.kl_coef > 0 or config.lens.enabled
+    reference = None
+    if needs_reference:
+        import_weights(bridge, models, config.model.reference_path or config.model.path)
+        reference = {name: _pinned_copy(p) for name, p in models[0].named_parameters()}
+    if not needs_reference or config.model.reference_path:
+        import_weights(bridge, models, config.model.path)
+    chunks = [_wrap(model, config) for model in models]
+    optimizer = _build_optimizer(config, chunks)
+    bridge.config.finalize_model_grads_func = _finalize_without_token_scaling
+    bridge.config.grad_scale_func = optimizer.scale_loss
+    return Policy(mesh, bridge, chunks, optimizer, _build_scheduler(config, optimizer), reference)
+
+
+def check_layout(config: Config, hf_config: Any) -> None:
+    """Raises ConfigError where the model cannot be cut as asked."""
+    tp, pp = config.megatron.tensor_model_parallel_size, config.megatron.pipeline_model_parallel_size
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        size = getattr(hf_config, name)
+        if size % tp:
+            raise ConfigError(
+                f"megatron.tensor_model_parallel_size ({tp}) does not divide the model's {name} ({size}); "
+                f"choose a divisor of {size}"
+            )
+    if hf_config.num_hidden_layers % pp:
+        raise ConfigError(
+            f"megatron.pipeline_model_parallel_size ({pp}) does not divide the model's num_hidden_layers "
+            f"({hf_config.num_hidden_layers}); choose a divisor"
+        )
+    length = config.data.max_prompt_length + config.rollout.max_response_length
+    if length > hf_config.max_position_embeddings:
+        raise ConfigError(
+            f"data.max_prompt_length ({config.data.max_prompt_length}) + rollout.max_response_length "
+            f"({config.rollout.max_response_length}) = {length} exceeds the model's max_position_embeddings "
+            f"({hf_config.max_position_embeddings}); lower one of them"
+        )
+
+
+@contextmanager
+def reference_weights(policy: Policy) -> Iterator[None]:
+    """Within the block the model computes with the reference policy's weights."""
+    if policy.reference is None:
+        raise RuntimeError("this policy was built without a reference; set algorithm.kl_coef > 0 or lens.enabled")
+    parameters = dict(policy.models()[0].named_parameters())
+    kept = {name: parameter.data for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            parameter.data = policy.reference[name].to(policy.mesh.device, non_blocking=True)
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = kept[name]
+
+
+def _pinned_copy(parameter: Tensor) -> Tensor:
+    copy = parameter.detach().to("cpu", copy=True)
+    return copy.pin_memory() if torch.cuda.is_available() else copy
+
+
+def _set_passthrough(bridge: Bridge, options: dict[str, Any]) -> None:
+    try:
+        bridge.set_extra_args(**options)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(f"megatron.transformer: Megatron-Core refuses {options}: {error}") from error
+
+
+def _build_models(bridge: Bridge, mesh: Mesh) -> list[GPTModel]:
+    provider = bridge._model_provider([])
+    model = provider(pre_process=mesh.pp_rank == 0, post_process=mesh.is_last_stage)
+    return [model.to(device=mesh.device, dtype=bridge.dtype)]
+
+
+def _wrap(model: GPTModel, config: Config) -> DistributedDataParallel:
+    options = {
+        "grad_reduce_in_fp32": True,
+        "use_distributed_optimizer": config.megatron.use_distributed_optimizer,
+        **config.megatron.ddp,
+    }
+    try:
+        ddp_config = DistributedDataParallelConfig(**options)
+    except TypeError as error:
+        raise ConfigError(f"megatron.ddp: {error}") from error
+    return DistributedDataParallel(model.config, ddp_config, model)
+
+
+def _build_optimizer(config: Config, chunks: list[torch.nn.Module]) -> MegatronOptimizer:
+    ours = config.optimizer
+    options = {
+        "optimizer": "adam",
+        "lr": ours.lr,
+        "min_lr": ours.min_lr,
+        "weight_decay": ours.weight_decay,
+        "adam_beta1": ours.adam_beta1,
+        "adam_beta2": ours.adam_beta2,
+        "adam_eps": ours.adam_eps,
+        "clip_grad": ours.clip_grad,
+        "bf16": config.model.dtype == "bfloat16",
+        "params_dtype": DTYPES[config.model.dtype],
+        "use_distributed_optimizer": config.megatron.use_distributed_optimizer,
+        **config.megatron.optimizer,
+    }
+    try:
+        return get_megatron_optimizer(MegatronOptimizerConfig(**options), chunks)
+    except TypeError as error:
+        raise ConfigError(f"megatron.optimizer: {error}") from error
+
+
+def _build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    ours = config.optimizer
+    updates = max(1, config.train.steps * config.train.updates_per_batch)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0 if ours.lr_warmup_steps else ours.lr,
+        max_lr=ours.lr,
+        min_lr=ours.min_lr,
+        lr_warmup_steps=min(ours.lr_warmup_steps, updates - 1),
+        lr_decay_steps=updates,
+        lr_decay_style=ours.lr_decay_style,
+        start_wd=ours.weight_decay,
+        end_wd=ours.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        override_opt_param_scheduler=True,
+    )
+
+
+def _finalize_without_token_scaling(chunks: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs) -> None:
+    # The loss arrives already divided by global counts, so Megatron's own division by tokens must not happen.
+    finalize_model_grads(chunks, None, **kwargs)

@@ -1,0 +1,78 @@
+"""Makes CPU a platform for Megatron-Core: the one place where library functions are replaced.
+
+Megatron-Core names CUDA literally in a few places (`device="cuda"`, `tensor.cuda()`, `torch.cuda.current_device()`).
+On a machine without CUDA `install()` answers those with their CPU meaning. Where CUDA is there it does nothing.
+"""
+
+import os
+import warnings
+from datetime import timedelta
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_installed: list[TorchFunctionMode] = []
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Turns a device that says cuda into cpu; `Tensor.type()` answers as on a GPU, because clip_grads asserts on it."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": "cpu"}
+        if function is torch.Tensor.cuda:
+            return args[0]
+        if function is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], "cpu", *args[2:])
+        result = function(*args, **kwargs)
+        if function is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
+def _is_cuda(device: object) -> bool:
+    return isinstance(device, str | torch.device) and str(device).startswith("cuda")
+
+
+def install() -> torch.device:
+    """Call once per process, before megatron.core is imported. Returns the device to compute on."""
+    warnings.filterwarnings("ignore", module=r"megatron\..*")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        return device
+    if not _installed:
+        _replace_cuda_functions()
+        mode = _CudaMeansCpu()
+        mode.__enter__()
+        _installed.append(mode)
+    return torch.device("cpu")
+
+
+def _replace_cuda_functions() -> None:
+    cpu = torch.device("cpu")
+    torch.cuda.current_device = lambda: cpu
+    torch.cuda.synchronize = lambda *args, **kwargs: None
+    torch.cuda.manual_seed = torch.manual_seed
+    torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    torch.cuda.FloatTensor = torch.FloatTensor
+    torch.cuda.IntTensor = torch.IntTensor
+    torch.cuda.LongTensor = torch.LongTensor
+    torch.cuda.DoubleTensor = torch.DoubleTensor
+
+    from megatron.core.tensor_parallel import random as tensor_parallel_random
+
+    tensor_parallel_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    tensor_parallel_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def init_process_group(device: torch.device, timeout_minutes: float = 30) -> None:
+    """Joins torchrun's world (or makes a world of one) over NCCL and gloo, or gloo alone on CPU."""
+    if torch.distributed.is_initialized():
+        return
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_PORT="0")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))

@@ -1,0 +1,149 @@
+"""Micro-batches -> gradients -> one optimizer step."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from lens_kernels import PolicyLoss
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from lens_megatron.algorithms.objectives import Objective
+from lens_megatron.config import AlgorithmConfig
+from lens_megatron.policy.forward import model_output
+from lens_megatron.policy.model import Policy
+from lens_megatron.types import LossScale, MicroBatch, UpdateStats
+
+SUMS = 9
+"""Length of the vector of sums that `_sums` makes of a micro-batch."""
+
+
+def update(
+    policy: Policy,
+    batches: Sequence[MicroBatch],
+    scale: LossScale,
+    objective: Objective,
+    algorithm: AlgorithmConfig,
+    temperature: float,
+) -> UpdateStats:
+    """One optimizer step on this data-parallel rank's micro-batches. A collective over all ranks.
+
+    The loss is the sum over all micro-batches of all ranks, whose weights already hold the global denominators, so
+    neither the layout nor the cut into micro-batches changes it. Non-finite loss or gradients: no step, `skipped`.
+    """
+    for chunk in policy.chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    policy.optimizer.zero_grad()
+    vectors = _forward_backward(policy, batches, objective, algorithm, temperature)
+    sums, extremes = _reduce(policy, vectors)
+    learning_rate = get_canonical_lr_for_logging(policy.optimizer.param_groups)
+    policy.optimizer.prepare_grads()
+    grad_norm = float(policy.optimizer.get_grad_norm())
+    finite = math.isfinite(grad_norm) and math.isfinite(float(sums[0]))
+    if finite:
+        policy.optimizer.step()
+        policy.scheduler.step(increment=1)
+        policy.version += 1
+    return _stats(sums, extremes, scale, grad_norm, learning_rate, skipped=not finite)
+
+
+def _forward_backward(
+    policy: Policy,
+    batches: Sequence[MicroBatch],
+    objective: Objective,
+    algorithm: AlgorithmConfig,
+    temperature: float,
+) -> list[Tensor]:
+    """Returns one vector [SUMS + 2] per micro-batch on the last stage, nothing elsewhere."""
+
+    def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module, *_: object):
+        batch = next(iterator)
+
+        def loss_function(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            result = objective(
+                logits,
+                batch,
+                algorithm,
+                temperature=temperature,
+                valid_vocab_size=policy.vocab_size,
+                tp_group=policy.mesh.tp_group,
+            )
+            # Megatron divides the loss in place, so the metric must not share its storage.
+            return result.loss, torch.tensor(1, dtype=torch.int), _sums(result, batch)
+
+        return model_output(model, batch.sequences), loss_function
+
+    shape = batches[0].sequences.input_ids.shape
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(batches) for _ in policy.chunks],
+        model=policy.chunks,
+        num_microbatches=len(batches),
+        seq_length=shape[1],
+        micro_batch_size=shape[0],
+        forward_only=False,
+    )
+
+
+def _sums(result: PolicyLoss, batch: MicroBatch) -> Tensor:
+    """[SUMS + 2] float64: sums over the micro-batch's response tokens, then max of -ratio and of ratio (native)."""
+    mask = batch.mask
+    rescued = mask & batch.rescued[:, None]
+    native = mask & ~batch.rescued[:, None]
+    log_ratio = result.ratio.log()
+    kl_loss = (batch.kl_weights * result.kl)[mask].sum() if result.kl is not None else result.loss.new_zeros(())
+    sums = [
+        result.loss.detach(),
+        kl_loss,
+        result.kl[mask].sum() if result.kl is not None else result.loss.new_zeros(()),
+        result.entropy[mask].sum() if result.entropy is not None else result.loss.new_zeros(()),
+        -log_ratio[native].sum(),
+        result.clipped[native].sum(),
+        result.clipped[rescued].sum(),
+        log_ratio[rescued].abs().sum(),
+        native.sum(),
+    ]
+    ratios = result.ratio[native]
+    extremes = [-ratios.min(), ratios.max()] if ratios.numel() else [ratios.new_tensor(-math.inf)] * 2
+    return torch.stack([value.double() for value in (*sums, *extremes)])
+
+
+def _reduce(policy: Policy, vectors: list[Tensor]) -> tuple[Tensor, Tensor]:
+    mesh = policy.mesh
+    sums = torch.zeros(SUMS, dtype=torch.float64, device=mesh.device)
+    extremes = torch.full((2,), -math.inf, dtype=torch.float64, device=mesh.device)
+    if mesh.is_last_stage:
+        stacked = torch.stack(vectors)
+        sums, extremes = stacked[:, :SUMS].sum(0), stacked[:, SUMS:].amax(0)
+        torch.distributed.all_reduce(sums, group=mesh.dp_group)
+        torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MAX, group=mesh.dp_group)
+    if mesh.pp_size > 1:
+        torch.distributed.broadcast(sums, src=mesh.last_stage_rank, group=mesh.pp_group)
+        torch.distributed.broadcast(extremes, src=mesh.last_stage_rank, group=mesh.pp_group)
+    return sums.cpu(), extremes.cpu()
+
+
+def _stats(
+    sums: Tensor, extremes: Tensor, scale: LossScale, grad_norm: float, learning_rate: float, skipped: bool
+) -> UpdateStats:
+    loss, kl_loss, kl, entropy, ppo_kl, clipped_native, clipped_rescued, abs_log_ratio, native = sums.tolist()
+    tokens = max(1, scale.response_tokens)
+    rescued = max(1, scale.response_tokens - native)
+    any_native = native > 0
+    return UpdateStats(
+        loss=loss,
+        policy_loss=loss - kl_loss,
+        kl=kl / tokens,
+        entropy=entropy / tokens,
+        ppo_kl=ppo_kl / max(1, native),
+        clip_fraction=(clipped_native + clipped_rescued) / tokens,
+        clip_fraction_rescued=clipped_rescued / rescued,
+        abs_log_ratio_rescued=abs_log_ratio / rescued,
+        grad_norm=grad_norm,
+        learning_rate=learning_rate,
+        ratio_min=-float(extremes[0]) if any_native else 1.0,
+        ratio_max=float(extremes[1]) if any_native else 1.0,
+        skipped=skipped,
+    )

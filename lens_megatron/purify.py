@@ -1,0 +1,31 @@
+"""Hard groups -> gate -> rescued successes in the place of failures (LENS, Algorithm 1, lines 13-18). Pure."""
+
+import random
+
+from lens_megatron.config import LensConfig
+from lens_megatron.types import Group, TrainingGroup
+
+
+def is_hard(success_rate: float, lens: LensConfig) -> bool:
+    """Strictly below tau (LENS, Algorithm 1, line 9)."""
+    return lens.enabled and success_rate < lens.tau
+
+
+def merge(group: Group, lens: LensConfig, *, seed: int) -> TrainingGroup:
+    """Replaces random failures of the first wave by the successes of the second, if the gate opens (eq. 2, 3).
+
+    With P the second wave's successes and F the first wave's failures, min(|F|, |P|) failures leave, all of P comes
+    in (or as many as left, with `cap_rescued`); the rest of the second wave is discarded. Native rollouts come first,
+    in order. `seed` decides which failures leave.
+    """
+    native = group.native
+    successes = tuple(r for r in group.rescue if r.correct)
+    rescue_rate = len(successes) / len(group.rescue) if group.rescue else 0.0
+    opens = bool(successes) and (lens.gate == "always" or rescue_rate > group.success_rate)
+    if not opens:
+        return TrainingGroup(group, native, gate=False)
+    failures = [i for i, r in enumerate(native) if not r.correct]
+    leaving = min(len(failures) - min(len(failures), lens.min_keep_failures), len(successes))
+    removed = set(random.Random(seed).sample(failures, leaving))
+    added = successes[:leaving] if lens.cap_rescued else successes
+    return TrainingGroup(group, tuple(r for i, r in enumerate(native) if i not in removed) + added, gate=True)

@@ -1,0 +1,192 @@
+"""Records that cross modules, in the order in which a training step makes them.
+
+Axes, everywhere in the project:
+    P  prompts of a step            G  rollouts per prompt          N  samples (sequences) of a step
+    L  tokens of one sequence       B  sequences of a micro-batch   S  padded length of a micro-batch
+    T  rows given to a kernel       V  vocabulary (or this rank's shard)                D  hidden size
+
+Sequences of token ids are plain tuples until `pack` makes tensors of them.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from torch import Tensor
+
+
+class Origin(StrEnum):
+    """Which prompt a rollout was sampled from."""
+
+    NATIVE = "native"
+    """The original prompt."""
+    RESCUED = "rescued"
+    """The purified prompt (second wave)."""
+
+
+class Status(StrEnum):
+    """What grading a completion came to; the values are those of `lens_megatron.reward.GradeStatus`."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    UNPARSED = "unparsed"
+    TIMEOUT = "timeout"
+    CRASH = "crash"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One rendered row of a dataset.
+
+    Example: Prompt(index=7, token_ids=(1, 40, 41, 2), eligible=(False, True, True, False), answer="12",
+    problem="5 + 7 = ?", source="train.jsonl").
+    """
+
+    index: int
+    """Row of the dataset: the identity of the prompt in every log."""
+    token_ids: tuple[int, ...]
+    """[L] the prompt as the model reads it, chat template included."""
+    eligible: tuple[bool, ...]
+    """[L] True where purification may delete the token."""
+    answer: str
+    problem: str
+    """The user's text, without template and instruction."""
+    source: str
+    """Name of the data source, used in metric names."""
+
+
+@dataclass(frozen=True, slots=True)
+class PurifiedPrompt:
+    """A prompt with its most interfering tokens deleted, and why."""
+
+    token_ids: tuple[int, ...]
+    """[L - k] what is left, in order."""
+    deleted: tuple[int, ...]
+    """[k] positions in the original prompt, ascending."""
+    scores: tuple[float, ...]
+    """[L] interference score of every token of the original prompt; 0 at position 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sampled completion, graded."""
+
+    token_ids: tuple[int, ...]
+    """[L] generated tokens, end-of-sequence included when it was generated."""
+    log_probs: tuple[float, ...]
+    """[L] the engine's log-probabilities of the sampled tokens under the prompt it saw (temperature applied)."""
+    finished: bool
+    """True when the model stopped by itself, False when it ran into `max_response_length`."""
+    origin: Origin
+    weight_version: int
+    """Version of the policy weights that sampled it."""
+    reward: float
+    status: Status
+
+    @property
+    def correct(self) -> bool:
+        return self.status is Status.CORRECT
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A prompt with its rollouts: the first wave and, for a hard prompt, the second."""
+
+    prompt: Prompt
+    native: tuple[Rollout, ...]
+    """[G] first wave."""
+    purified: PurifiedPrompt | None = None
+    """The purified prompt, whether or not a second wave was needed. None: nothing to delete."""
+    rescue: tuple[Rollout, ...] = ()
+    """[G] second wave, from the purified prompt; empty when the prompt was not hard."""
+
+    @property
+    def success_rate(self) -> float:
+        """Share of correct rollouts of the first wave; the a of the LENS paper, eq. 4."""
+        return sum(r.correct for r in self.native) / len(self.native)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingGroup:
+    """The group CRPO trains on: first wave, with failures replaced by rescued successes where the gate opened."""
+
+    group: Group
+    rollouts: tuple[Rollout, ...]
+    gate: bool
+    """True when the second wave did better and its successes came in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sequence to train on. `rollout` was sampled from `generation_prompt`, and is trained under `prompt`."""
+
+    prompt: tuple[int, ...]
+    generation_prompt: tuple[int, ...]
+    rollout: Rollout
+    advantage: float
+    weight: float
+    """w~ of the LENS paper, eq. 4, as it multiplies the loss; 1 for GRPO."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossScale:
+    """Denominators of the loss, global over data-parallel ranks and known before the update begins."""
+
+    response_tokens: int
+    sequences: int
+    rescued_sequences: int
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceBatch:
+    """Right-padded sequences to run through the model: prompt followed by response. Row = one sequence."""
+
+    input_ids: Tensor
+    """[B, S] int64; padding is token 0, which no causal row before it can see."""
+    target_ids: Tensor
+    """[B, S] int64, the next token at every position; -1 where no log-probability is wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """What one forward-backward pass needs. All per-token tensors are [B, S] float32 and aligned with `target_ids`."""
+
+    sequences: SequenceBatch
+    advantages: Tensor
+    policy_weights: Tensor
+    """w~ / denominator: the sum over all micro-batches of all ranks is the loss."""
+    kl_weights: Tensor
+    entropy_weights: Tensor
+    imitation_weights: Tensor
+    old_log_probs: Tensor
+    """NaN: on-policy, the ratio is 1 and the old log-probability is the current one, detached."""
+    reference_log_probs: Tensor
+    rescued: Tensor
+    """[B] bool: rows sampled from the purified prompt."""
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, S] bool: response tokens."""
+        return self.sequences.target_ids >= 0
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateStats:
+    """Sums over the response tokens of one optimizer step, global over all ranks, and what the optimizer reported."""
+
+    loss: float
+    policy_loss: float
+    kl: float
+    """Mean k3 estimate against the reference."""
+    entropy: float
+    ppo_kl: float
+    """Mean of old - new log-probability over native tokens."""
+    clip_fraction: float
+    clip_fraction_rescued: float
+    abs_log_ratio_rescued: float
+    ratio_min: float
+    ratio_max: float
+    """Extremes of the ratio over native tokens."""
+    grad_norm: float
+    learning_rate: float
+    skipped: bool
+    """True when loss or gradient were not finite and no update was made."""
