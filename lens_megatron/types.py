@@ -190,3 +190,25 @@ class UpdateStats:
     learning_rate: float
     skipped: bool
     """True when loss or gradient were not finite and no update was made."""
+
+
+@dataclass(frozen=True, slots=True)
+class SyncStats:
+    """What one transfer of weights to the engine took."""
+
+    tensors: int
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step made on this data-parallel rank; statistics of updates are global."""
+
+    step: int
+    groups: tuple[TrainingGroup, ...]
+    samples: tuple[Sample, ...]
+    """The rollouts of `groups` in order, with advantage and weight."""
+    updates: tuple[UpdateStats, ...]
+    """One per optimizer step; empty with `debug.rollout_only`."""
+    sync: SyncStats

@@ -1,0 +1,214 @@
+"""All metric names and how each is computed; one reduction over data-parallel ranks; JSONL, TensorBoard, console.
+
+Names are verl's, plus `lens/*`. Every rank adds the same names in the same order, so a step costs one sum and one max.
+"""
+
+import json
+import resource
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.distributed import ProcessGroup
+from torch.utils.tensorboard import SummaryWriter
+
+from lens_megatron.types import Origin, Rollout, Status, StepResult, TrainingGroup, UpdateStats
+
+Metrics = dict[str, float]
+
+
+@dataclass(slots=True)
+class Tally:
+    """Local sums, counts and maxima by name."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+    maxima: dict[str, float] = field(default_factory=dict)
+
+    def mean(self, name: str, values: list[float]) -> None:
+        self.sums[name] = self.sums.get(name, 0.0) + sum(values)
+        self.counts[name] = self.counts.get(name, 0.0) + len(values)
+
+    def total(self, name: str, value: float) -> None:
+        self.sums[name], self.counts[name] = value, -1.0
+
+    def spread(self, name: str, values: list[float]) -> None:
+        """name/mean, name/max, name/min."""
+        self.mean(f"{name}/mean", values)
+        self.maxima[f"{name}/max"] = max(values, default=-torch.inf)
+        self.maxima[f"{name}/min"] = max((-v for v in values), default=-torch.inf)
+
+    def reduce(self, group: ProcessGroup, device: torch.device) -> Metrics:
+        """Global values; 0 for a mean over nothing."""
+        names = list(self.sums)
+        sums = torch.tensor([[self.sums[n] for n in names], [max(0.0, self.counts[n]) for n in names]])
+        maxima = torch.tensor(list(self.maxima.values()) or [0.0])
+        sums, maxima = sums.double().to(device), maxima.double().to(device)
+        torch.distributed.all_reduce(sums, group=group)
+        torch.distributed.all_reduce(maxima, op=torch.distributed.ReduceOp.MAX, group=group)
+        metrics = {
+            name: total if self.counts[name] < 0 else total / count if count else 0.0
+            for name, total, count in zip(names, *sums.tolist(), strict=True)
+        }
+        for name, value in zip(self.maxima, maxima.tolist(), strict=False):
+            value = -value if name.endswith("/min") else value
+            metrics[name] = value if abs(value) != torch.inf else 0.0
+        return metrics
+
+
+def tally_step(result: StepResult) -> Tally:
+    """What this data-parallel rank's groups, samples and rollouts say."""
+    tally = Tally()
+    native = [r for g in result.groups for r in g.group.native]
+    rescue = [r for g in result.groups for r in g.group.rescue]
+    tally.spread("critic/score", [float(r.correct) for r in native])
+    tally.spread("critic/rewards", [r.reward for r in native])
+    tally.spread("critic/advantages", [s.advantage for s in result.samples])
+    tally.spread("response_length", [float(len(r.token_ids)) for r in native])
+    tally.mean("response_length/clip_ratio", [float(not r.finished) for r in native])
+    tally.spread("prompt_length", [float(len(g.group.prompt.token_ids)) for g in result.groups])
+    for status in Status:
+        tally.mean(f"reward/{status}_rate", [float(r.status is status) for r in native + rescue])
+    tally.total("perf/total_num_tokens", sum(len(s.prompt) + len(s.rollout.token_ids) for s in result.samples))
+    tally.total("perf/generated_tokens", sum(len(r.token_ids) for r in native + rescue))
+    _tally_lens(tally, result, rescue)
+    return tally
+
+
+def _tally_lens(tally: Tally, result: StepResult, rescue: list[Rollout]) -> None:
+    groups = result.groups
+    second = [g for g in groups if g.group.rescue]
+    tally.mean("lens/purified_rate", [float(bool(g.group.rescue)) for g in groups])
+    tally.mean("lens/gate_rate", [float(g.gate) for g in second])
+    tally.mean("lens/rescued_rate", [float(g.gate) for g in groups])
+    tally.total("lens/purified_prompts", len(second))
+    tally.total("lens/rescued_prompts", sum(g.gate for g in groups))
+    tally.total("lens/extra_rollouts", len(rescue))
+    tally.mean("lens/rescued_per_prompt", [float(_rescued(g)) for g in second if g.gate])
+    tally.mean("lens/deleted_tokens", [float(len(g.group.purified.deleted)) for g in second])
+    tally.mean("lens/score_deleted", [g.group.purified.scores[i] for g in second for i in g.group.purified.deleted])
+    tally.mean("lens/score_kept", [s for g in second for s in _kept_scores(g)])
+    tally.mean("lens/success_before", [g.group.success_rate for g in second])
+    tally.mean("lens/success_purified", [float(r.correct) for r in rescue])
+    tally.mean("lens/zero_variance_before", [float(_constant(g.group.native)) for g in groups])
+    tally.mean("lens/zero_variance_after", [float(_constant(g.rollouts)) for g in groups])
+
+
+def _rescued(group: TrainingGroup) -> int:
+    return sum(r.origin is Origin.RESCUED for r in group.rollouts)
+
+
+def _kept_scores(group: TrainingGroup) -> list[float]:
+    purified, eligible = group.group.purified, group.group.prompt.eligible
+    deleted = set(purified.deleted)
+    return [s for i, s in enumerate(purified.scores) if eligible[i] and i not in deleted]
+
+
+def _constant(rollouts: tuple[Rollout, ...]) -> bool:
+    return len({r.reward for r in rollouts}) == 1
+
+
+def update_metrics(updates: tuple[UpdateStats, ...], kl_coef: float) -> Metrics:
+    """Means over the step's optimizer updates; already global."""
+    if not updates:
+        return {}
+
+    def mean(name: str) -> float:
+        return sum(getattr(u, name) for u in updates) / len(updates)
+
+    return {
+        "actor/loss": mean("loss"),
+        "actor/pg_loss": mean("policy_loss"),
+        "actor/kl_loss": mean("kl"),
+        "actor/kl_coef": kl_coef,
+        "actor/entropy": mean("entropy"),
+        "actor/ppo_kl": mean("ppo_kl"),
+        "actor/pg_clipfrac": mean("clip_fraction"),
+        "actor/ratio_min": min(u.ratio_min for u in updates),
+        "actor/ratio_max": max(u.ratio_max for u in updates),
+        "actor/grad_norm": mean("grad_norm"),
+        "actor/lr": updates[-1].learning_rate,
+        "actor/skipped_updates": float(sum(u.skipped for u in updates)),
+        "lens/clip_fraction_rescued": mean("clip_fraction_rescued"),
+        "lens/abs_log_ratio_rescued": mean("abs_log_ratio_rescued"),
+    }
+
+
+def time_metrics(seconds: dict[str, float], metrics: Metrics, world_size: int) -> Metrics:
+    """timing_s/*, perf/*; memory is this process's peak."""
+    total = seconds.get("step", 0.0)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    timing = {f"timing_s/{phase}": value for phase, value in seconds.items()}
+    throughput = metrics.get("perf/total_num_tokens", 0.0) / total / world_size if total else 0.0
+    gpu = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+    return timing | {
+        "perf/time_per_step": total,
+        "perf/throughput": throughput,
+        "perf/cpu_memory_used_gb": peak,
+        "perf/max_memory_allocated_gb": gpu,
+    }
+
+
+class MetricsWriter:
+    """Appends to metrics.jsonl and TensorBoard. On resume, lines of steps that will be done again are dropped."""
+
+    def __init__(self, folder: Path, *, first_step: int, tensorboard: bool):
+        self.path = folder / "metrics.jsonl"
+        kept = [row for row in read_metrics(folder) if row["step"] < first_step]
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        partial.rename(self.path)
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step) if tensorboard else None
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self.board:
+            for name, value in metrics.items():
+                self.board.add_scalar(name, value, step)
+            self.board.flush()
+
+    def close(self) -> None:
+        if self.board:
+            self.board.close()
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """Rows of metrics.jsonl; a last line that a killed writer left unfinished is ignored."""
+    path = folder / "metrics.jsonl"
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def console_line(step: int, steps: int, metrics: Metrics) -> str:
+    """Megatron's one line per iteration."""
+    fields = [
+        f"iteration {step:6d}/{steps:6d}",
+        f"reward: {metrics['critic/rewards/mean']:.3f}",
+        f"resp len: {metrics['response_length/mean']:.1f}",
+    ]
+    if "actor/loss" in metrics:
+        fields += [
+            f"loss: {metrics['actor/loss']:+.4E}",
+            f"kl: {metrics['actor/kl_loss']:.2E}",
+            f"entropy: {metrics['actor/entropy']:.3f}",
+            f"grad norm: {metrics['actor/grad_norm']:.3f}",
+            f"learning rate: {metrics['actor/lr']:.2E}",
+        ]
+    fields += [
+        f"purified: {metrics['lens/purified_rate']:.2f}",
+        f"rescued: {metrics['lens/rescued_rate']:.2f}",
+        f"elapsed time per iteration (ms): {metrics['timing_s/step'] * 1000:.1f}",
+        f"tokens/s/rank: {metrics['perf/throughput']:.0f}",
+    ]
+    return " " + " | ".join(fields) + " |"
+
+
+def say(text: str) -> None:
+    print(text, flush=True, file=sys.stdout)

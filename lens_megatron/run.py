@@ -1,0 +1,37 @@
+"""Everything one rank of a run holds. Built by `train.build_run`, used by `step`, `evaluate` and `train`."""
+
+from dataclasses import dataclass
+
+from lens_megatron.clock import Clock
+from lens_megatron.config import Config
+from lens_megatron.policy.model import Policy
+from lens_megatron.policy.parallel import Mesh
+from lens_megatron.prompts import PromptStream
+from lens_megatron.reward import GraderPool
+from lens_megatron.rollout.engine import RolloutEngine
+from lens_megatron.rollout.scheduler import Sampler
+from lens_megatron.tokenizer import Tokenizer
+from lens_megatron.types import Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    config: Config
+    mesh: Mesh
+    policy: Policy
+    tokenizer: Tokenizer
+    prompts: PromptStream
+    eval_prompts: tuple[Prompt, ...]
+    engine: RolloutEngine
+    graders: GraderPool
+    sampler: Sampler
+    clock: Clock
+
+    @property
+    def is_main(self) -> bool:
+        """The rank that writes metrics and talks to the user."""
+        return self.mesh.rank == 0
+
+    def close(self) -> None:
+        self.engine.close()
+        self.graders.close()

@@ -1,0 +1,25 @@
+"""Policy weights -> rollout engine: one stream of (Hugging Face name, tensor), versioned, checked by the engine."""
+
+import time
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor
+
+from lens_megatron.rollout.engine import RolloutEngine
+from lens_megatron.types import SyncStats
+
+
+def push(weights: Iterable[tuple[str, Tensor]], engine: RolloutEngine, version: int) -> SyncStats:
+    """Loads `weights` into `engine`. Raises WeightManifestError unless every name comes exactly once."""
+    tensors = size = 0
+
+    def counted() -> Iterator[tuple[str, Tensor]]:
+        nonlocal tensors, size
+        for name, tensor in weights:
+            tensors += 1
+            size += tensor.numel() * tensor.element_size()
+            yield name, tensor
+
+    start = time.perf_counter()
+    engine.load_weights(counted(), version)
+    return SyncStats(tensors, size, time.perf_counter() - start)
