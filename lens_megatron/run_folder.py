@@ -162,4 +162,3 @@ def join_parts(folder: Path, step: int) -> None:
     partial.rename(folder / f"step_{step:06d}.jsonl")
     for part in parts:
         part.unlink()
-

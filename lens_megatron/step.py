@@ -15,8 +15,8 @@ from lens_megatron.types import Group, Prompt, PurifiedPrompt, StepResult
 
 
 def run_step(run: Run, step: int) -> StepResult:
-    """Samples a batch, trains on it and gives the engine the new weights. A collective over all ranks."""
-    prompts = run.prompts.take(step)[run.mesh.dp_rank :: run.mesh.dp_size]
+    """Samples a batch, trains on it, gives the engine the new weights. Steps count from 1. A collective."""
+    prompts = run.prompts.take(step - 1)[run.mesh.dp_rank :: run.mesh.dp_size]
     groups = sample_groups(run, prompts, step)
     seeds = [derive(run.config.run.seed, "merge", step, group.prompt.index) for group in groups]
     merged = [purify.merge(g, run.config.lens, seed=s) for g, s in zip(groups, seeds, strict=True)]

@@ -1,0 +1,50 @@
+# Each target does its own set-up from a fresh clone: Python 3.11 and make are all it takes.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_DATA ?= $(HOME)/.cache/lens_megatron/demo
+RUN ?= runs/demo
+IF_EXISTS ?= resume
+ARGS ?=
+
+.PHONY: help setup demo test test-slow lint format clean
+
+help:
+	@echo "make demo            train LENS on CPU, two processes; again: resumes. IF_EXISTS=restart starts over"
+	@echo "make test            lint and all tests but the slow ones"
+	@echo "make test-slow       the slow tests"
+	@echo "make setup           only the environment, into $(VENV)"
+	@echo "ARGS='section.option=value ...' overrides configs/demo.yaml"
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: setup.py kernels/setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	# The CPU build where the machine offers one; elsewhere the build for its GPUs.
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet -e kernels -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/python -m lens_megatron.demo --out $(DEMO_DATA)
+	$(BIN)/torchrun --nproc-per-node 2 pretrain_lens.py --config configs/demo.yaml \
+	  model.path=$(DEMO_DATA)/model data.train=$(DEMO_DATA)/train.jsonl data.eval=[$(DEMO_DATA)/eval.jsonl] \
+	  run.directory=$(RUN) run.if_exists=$(IF_EXISTS) $(ARGS)
+
+test: setup lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info kernels/*.egg-info

@@ -1,0 +1,115 @@
+"""Argument checks: every failure is a ValueError that names the argument, what came and what is needed.
+
+Checks that read values (not only shapes) would make the host wait for an accelerator. They run on CPU tensors always,
+elsewhere only with LENS_KERNELS_CHECK_IDS=1. The range of token ids is checked only with that variable, on any device.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ID_DTYPES = (torch.int64, torch.int32)
+
+
+def require(condition: bool, argument: str, got: object, need: str) -> None:
+    if not condition:
+        raise ValueError(f"{argument}: got {got}, need {need}")
+
+
+def checks_ids() -> bool:
+    return os.environ.get("LENS_KERNELS_CHECK_IDS", "0") == "1"
+
+
+def may_read_values(device: torch.device) -> bool:
+    return (device.type == "cpu" or checks_ids()) and not torch.compiler.is_compiling()
+
+
+def check_tensor(argument: str, value: object) -> None:
+    require(isinstance(value, Tensor), argument, type(value).__name__, "a torch.Tensor")
+
+
+def check_device(argument: str, value: Tensor, device: torch.device) -> None:
+    require(value.device == device, argument, f"device {value.device}", f"device {device} like the first argument")
+
+
+def check_matrix(argument: str, value: Tensor, columns: str) -> None:
+    """A [..., columns] tensor of one of the dtypes we read: logits, hidden states, weights."""
+    check_tensor(argument, value)
+    require(value.dim() >= 1, argument, "a scalar", f"shape [..., {columns}]")
+    require(value.shape[-1] >= 1, argument, f"shape {tuple(value.shape)}", f"at least one column ({columns} >= 1)")
+    require(value.dtype in LOGIT_DTYPES, argument, str(value.dtype), "float32, bfloat16 or float16")
+
+
+def check_token_ids(token_ids: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
+    """Returns the ids as a flat int64 [T]; `shape` is the rows' leading shape."""
+    check_tensor("token_ids", token_ids)
+    require(token_ids.dtype in ID_DTYPES, "token_ids", str(token_ids.dtype), "int64 or int32")
+    require(token_ids.shape == shape, "token_ids", f"shape {tuple(token_ids.shape)}", f"one id per row, {tuple(shape)}")
+    check_device("token_ids", token_ids, device)
+    return token_ids.reshape(-1).long()
+
+
+def per_row(argument: str, value: Tensor | float | None, shape: torch.Size, device: torch.device) -> Tensor | None:
+    """Broadcasts a number or tensor to the rows: float32 [T], detached. None stays None."""
+    if value is None:
+        return None
+    if isinstance(value, (int, float)):
+        # full() fills on the device; as_tensor() would copy from the host, which a CUDA graph cannot record.
+        return torch.full((shape.numel(),), float(value), dtype=torch.float32, device=device)
+    require(isinstance(value, Tensor), argument, type(value).__name__, "a torch.Tensor or a number")
+    require(value.is_floating_point(), argument, str(value.dtype), "a floating-point dtype")
+    check_device(argument, value, device)
+    fits = value.dim() <= len(shape) and all(
+        have in (1, want) for have, want in zip(reversed(value.shape), reversed(shape), strict=False)
+    )
+    require(fits, argument, f"shape {tuple(value.shape)}", f"a shape that broadcasts to the rows {tuple(shape)}")
+    return value.detach().broadcast_to(shape).reshape(-1).float()
+
+
+def check_temperature(temperature: Tensor | float, shape: torch.Size, device: torch.device) -> Tensor | None:
+    """Returns the temperature per row as float32 [T], or None for exactly 1."""
+    if isinstance(temperature, (int, float)):
+        require(0 < temperature < float("inf"), "temperature", temperature, "a finite number > 0")
+        if temperature == 1:
+            return None
+    require(temperature is not None, "temperature", None, "a number > 0 or a tensor of them")
+    tau = per_row("temperature", temperature, shape, device)
+    if isinstance(temperature, Tensor) and may_read_values(device):
+        require(bool((tau > 0).all()), "temperature", "a tensor with values <= 0 or NaN", "values > 0")
+    return tau
+
+
+def check_valid_vocab_size(valid_vocab_size: int | None) -> None:
+    if valid_vocab_size is not None:
+        is_count = isinstance(valid_vocab_size, int) and valid_vocab_size >= 1
+        require(is_count, "valid_vocab_size", valid_vocab_size, "an integer >= 1 (global vocabulary without padding)")
+
+
+def check_clips(clip_low: float, clip_high: float, dual_clip: float | None) -> None:
+    require(clip_low >= 0, "clip_low", clip_low, "a number >= 0")
+    require(clip_high >= 0, "clip_high", clip_high, "a number >= 0")
+    if dual_clip is not None:
+        require(dual_clip > 1, "dual_clip", dual_clip, "a number > 1, or None")
+
+
+def check_chunk_rows(chunk_rows: int | None) -> None:
+    if chunk_rows is not None:
+        is_count = isinstance(chunk_rows, int) and chunk_rows >= 1
+        require(is_count, "chunk_rows", chunk_rows, "an integer >= 1, or None")
+
+
+def check_rows(rows: Tensor | None, count: int, device: torch.device) -> None:
+    """`rows` are int64 indices into `count` flattened rows."""
+    if rows is None:
+        return
+    check_tensor("rows", rows)
+    require(rows.dim() == 1, "rows", f"shape {tuple(rows.shape)}", "one dimension")
+    require(rows.dtype == torch.int64, "rows", str(rows.dtype), "int64 indices")
+    check_device("rows", rows, device)
+    if rows.numel() and may_read_values(device):
+        low, high = int(rows.min()), int(rows.max())
+        require(low >= 0 and high < count, "rows", f"indices {low} to {high}", f"indices within 0 to {count - 1}")

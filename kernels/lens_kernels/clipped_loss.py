@@ -1,0 +1,217 @@
+"""The CRPO policy loss (weighted, clipped, with KL and entropy terms), from logits.
+
+Per row t, with logp_t and H_t from logprobs.py and A_t = advantages:
+    loss_t  = policy_weights_t * PG_t + kl_weights_t * k3_t - entropy_weights_t * H_t
+    rho_t   = exp(clamp(logp_t - old_logprobs_t, -20, 20))
+    PG_t    = max(-rho_t * A_t, -clip(rho_t, 1 - clip_low, 1 + clip_high) * A_t), at most -dual_clip * A_t if A_t < 0
+    k3_t    = min(exp(-u) + u - 1, 10),  u = logp_t - reference_logprobs_t, -u clamped to +-20
+Every normalisation of an algorithm (per token, per sequence, LENS's success-rate weights) belongs into the weights.
+
+On-policy rows: old_logprobs=None, or NaN on a row, means that the row was sampled from the policy being trained. Its
+rho is exactly 1 and its gradient is that of old_logprobs = logp.detach(), so no second forward is needed to learn it.
+Sources: LENS, arXiv 2601.21244, eq. 7; PPO, arXiv 1707.06347; dual clip, arXiv 1912.09729; k3, Schulman's note
+"Approximating KL divergence".
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lens_kernels._checks import check_clips, check_tensor, per_row, require
+from lens_kernels._vocab_parallel import locate_shard, merge_statistics
+from lens_kernels.logprobs import check_logits_arguments, compute_dlogits, row_statistics_reference, save_rows
+
+LOG_RATIO_LIMIT = 20.0
+K3_LIMIT = 10.0
+_K3_SERIES = [1 / math.factorial(n) for n in range(11, 1, -1)]
+
+
+class PolicyLoss(NamedTuple):
+    """What the policy losses return, all float32; ignored rows are 0. Only `loss` carries a gradient."""
+
+    loss: Tensor  # scalar, the sum over rows
+    logprobs: Tensor  # [...]
+    ratio: Tensor | None  # [...] rho; None with an objective of the caller's own
+    clipped: Tensor | None  # [...] 1.0 where a clip (dual clip included) cut the policy gradient to 0; None likewise
+    kl: Tensor | None  # [...] k3, 0 without reference_logprobs; None likewise
+    entropy: Tensor  # [...]
+
+
+class LossTerms(NamedTuple):
+    """The loss's inputs, checked: float32 [T] tensors, None for an absent term."""
+
+    old_logprobs: Tensor | None
+    advantages: Tensor
+    reference_logprobs: Tensor | None
+    policy_weights: Tensor | None
+    kl_weights: Tensor | None
+    entropy_weights: Tensor | None
+    clip_low: float
+    clip_high: float
+    dual_clip: float | None
+
+    def at(self, rows: slice) -> LossTerms:
+        return LossTerms(*(x[rows] if isinstance(x, Tensor) else x for x in self))
+
+
+class TokenLosses(NamedTuple):
+    """Per-row results, all [T] float32 and 0 on ignored rows."""
+
+    losses: Tensor
+    ratio: Tensor | None
+    clipped: Tensor | None
+    kl: Tensor | None
+    d_logprobs: Tensor
+    d_entropy: Tensor | None  # None: the loss does not depend on the entropy
+
+
+def k3(log_ratio: Tensor) -> Tensor:
+    """exp(d) - d - 1 for d = log_ratio, to about 2e-7 relative in float32.
+
+    The formula as written loses everything to cancellation near 0 (its result is then d**2 / 2); expm1(d) - d still
+    loses half the digits at d = 0.001. Taylor's series to d**11 is exact to rounding below 1.
+    """
+    series = torch.full_like(log_ratio, _K3_SERIES[0])
+    for coefficient in _K3_SERIES[1:]:
+        series = series * log_ratio + coefficient
+    return torch.where(log_ratio.abs() < 1, series * log_ratio * log_ratio, torch.expm1(log_ratio) - log_ratio)
+
+
+def crpo_reference(logprobs: Tensor, entropy: Tensor, token_ids: Tensor, terms: LossTerms) -> TokenLosses:
+    """The loss of each row and its derivatives by logprob and entropy; all arguments [T]."""
+    advantages = terms.advantages
+    log_ratio = torch.zeros_like(logprobs)
+    if terms.old_logprobs is not None:
+        log_ratio = (logprobs - terms.old_logprobs).masked_fill(terms.old_logprobs.isnan(), 0)
+    ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    low, high = 1 - terms.clip_low, 1 + terms.clip_high
+    losses = torch.maximum(-ratio * advantages, -ratio.clamp(low, high) * advantages)
+    clipped = ((advantages > 0) & (ratio > high)) | ((advantages < 0) & (ratio < low))
+    if terms.dual_clip is not None:
+        bounded = torch.minimum(losses, -terms.dual_clip * advantages)
+        losses = torch.where(advantages < 0, bounded, losses)
+        clipped |= (advantages < 0) & (ratio > terms.dual_clip)
+    flat = clipped | (log_ratio.abs() > LOG_RATIO_LIMIT)
+    d_logprobs = (-ratio * advantages).masked_fill(flat, 0)
+    if terms.policy_weights is not None:
+        losses, d_logprobs = losses * terms.policy_weights, d_logprobs * terms.policy_weights
+
+    kl = torch.zeros_like(logprobs)
+    if terms.reference_logprobs is not None:
+        difference = (terms.reference_logprobs - logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        kl = k3(difference)
+        if terms.kl_weights is not None:
+            d_kl = (-torch.expm1(difference)).masked_fill(kl > K3_LIMIT, 0)
+            d_logprobs = d_logprobs + terms.kl_weights * d_kl
+        kl = kl.clamp(max=K3_LIMIT)
+    if terms.kl_weights is not None:
+        losses = losses + terms.kl_weights * kl
+    d_entropy = None
+    if terms.entropy_weights is not None:
+        losses, d_entropy = losses - terms.entropy_weights * entropy, -terms.entropy_weights
+    results = TokenLosses(losses, ratio, clipped.float(), kl, d_logprobs, d_entropy)
+    return TokenLosses(*(None if x is None else x.masked_fill(token_ids < 0, 0) for x in results))
+
+
+class _PolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, token_ids, tau, shard, terms, inplace):
+        stats = row_statistics_reference(logits, token_ids, tau, shard, with_entropy=True)
+        totals = merge_statistics(stats, token_ids, tau, shard)
+        tokens = crpo_reference(totals.logprobs, totals.entropy, token_ids, terms)
+        save_rows(ctx, logits, token_ids, tau, shard, totals)
+        ctx.inplace = inplace
+        ctx.derivatives = tokens.d_logprobs, tokens.d_entropy
+        per_token = (totals.logprobs.clone(), tokens.ratio, tokens.clipped, tokens.kl, totals.entropy.clone())
+        ctx.mark_non_differentiable(*per_token)
+        return tokens.losses.sum(), *per_token
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_loss, *_):
+        d_logprobs, d_entropy = ctx.derivatives
+        d_entropy = None if d_entropy is None else d_entropy * d_loss
+        return compute_dlogits(ctx, d_logprobs * d_loss, d_entropy), None, None, None, None, None
+
+
+def check_loss_terms(
+    shape: torch.Size,
+    device: torch.device,
+    *,
+    old_logprobs: Tensor | None,
+    advantages: Tensor | float,
+    reference_logprobs: Tensor | None,
+    policy_weights: Tensor | float | None,
+    kl_weights: Tensor | float | None,
+    entropy_weights: Tensor | float | None,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+) -> LossTerms:
+    check_clips(clip_low, clip_high, dual_clip)
+    require(advantages is not None, "advantages", None, "a tensor that broadcasts to the rows")
+    if kl_weights is not None:
+        check_tensor("reference_logprobs (needed by kl_weights)", reference_logprobs)
+    return LossTerms(
+        per_row("old_logprobs", old_logprobs, shape, device),
+        per_row("advantages", advantages, shape, device),
+        per_row("reference_logprobs", reference_logprobs, shape, device),
+        per_row("policy_weights", policy_weights, shape, device),
+        per_row("kl_weights", kl_weights, shape, device),
+        per_row("entropy_weights", entropy_weights, shape, device),
+        clip_low,
+        clip_high,
+        dual_clip,
+    )
+
+
+def policy_loss(
+    logits: Tensor,  # [..., V] float32, bfloat16 or float16; this rank's shard if tp_group is given
+    token_ids: Tensor,  # [...] int64 or int32, global ids; negative: ignore the row
+    *,
+    old_logprobs: Tensor | None,  # [...]; NaN or None: on-policy
+    advantages: Tensor | float,  # this and the following tensors: [...], or broadcastable to it; no gradient
+    reference_logprobs: Tensor | None = None,
+    policy_weights: Tensor | float | None = None,  # None: 1
+    kl_weights: Tensor | float | None = None,  # None: no KL term
+    entropy_weights: Tensor | float | None = None,  # None: no entropy term
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,  # > 1
+    temperature: Tensor | float = 1.0,
+    valid_vocab_size: int | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    inplace_backward: bool = False,
+) -> PolicyLoss:
+    """The CRPO loss of the module docstring, summed over rows, and its per-row parts.
+
+    A row whose old_logprobs is NaN (all rows, if old_logprobs is None) is on-policy: ratio exactly 1, with gradient.
+    Temperature, padding, shards, ignored rows and `inplace_backward` are as in token_logprobs.
+    Saved for backward: the logits and six numbers per row. Bytes per bf16 element: 2 forward, 4 backward.
+
+    Raises ValueError for a wrong shape, dtype, device, temperature or clip, and for kl_weights without
+    reference_logprobs; RuntimeError for a second use of the logits after inplace_backward.
+    """
+    ids, tau = check_logits_arguments(logits, token_ids, temperature, valid_vocab_size, inplace_backward)
+    terms = check_loss_terms(
+        token_ids.shape,
+        logits.device,
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        reference_logprobs=reference_logprobs,
+        policy_weights=policy_weights,
+        kl_weights=kl_weights,
+        entropy_weights=entropy_weights,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+    )
+    shard = locate_shard(logits.shape[-1], ids, valid_vocab_size, tp_group)
+    loss, *per_token = _PolicyLoss.apply(logits, ids, tau, shard, terms, inplace_backward)
+    return PolicyLoss(loss, *(x.view(token_ids.shape) for x in per_token))

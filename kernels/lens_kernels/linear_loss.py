@@ -1,0 +1,182 @@
+"""The policy loss from hidden states: LM head, loss and all gradients in one pass over chunks of rows.
+
+Three GEMMs per chunk (logits, hidden gradient, weight gradient): the loss is a sum over rows, so a chunk's gradient is
+known as soon as its logits are, and the forward forms it. The backward only scales by the incoming scalar.
+A sequence-level objective couples chunks and takes two phases: linear_token_logprobs, the objective on its result under
+autograd, backward (four GEMMs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lens_kernels._checks import check_device, check_tensor, require
+from lens_kernels._vocab_parallel import merge_statistics, reduce_hidden_gradient
+from lens_kernels.clipped_loss import LossTerms, PolicyLoss, TokenLosses, check_loss_terms, crpo_reference
+from lens_kernels.linear_logprobs import (
+    backproject_reference,
+    check_head,
+    full_precision,
+    project_reference,
+    zeros_float32,
+)
+from lens_kernels.logprobs import row_statistics_reference, write_dlogits_reference
+
+Objective = Callable[[Tensor, Tensor, slice], Tensor]
+
+
+def differentiate_objective(
+    objective: Objective, logprobs: Tensor, entropy: Tensor, token_ids: Tensor, part: slice
+) -> TokenLosses:
+    """Evaluates the caller's objective on a chunk's statistics and differentiates it by them."""
+    with torch.enable_grad():
+        logprobs, entropy = logprobs.detach().requires_grad_(), entropy.detach().requires_grad_()
+        losses = objective(logprobs, entropy, part)
+        check_tensor("objective", losses)
+        same = losses.shape == logprobs.shape
+        require(same, "objective", f"losses of shape {tuple(losses.shape)}", f"{tuple(logprobs.shape)}")
+        ignored = token_ids < 0
+        d_logprobs = d_entropy = None
+        if losses.requires_grad:
+            total = losses.masked_fill(ignored, 0).sum()
+            d_logprobs, d_entropy = torch.autograd.grad(total, (logprobs, entropy), allow_unused=True)
+    d_logprobs = torch.zeros_like(logprobs) if d_logprobs is None else d_logprobs.masked_fill(ignored, 0)
+    d_entropy = None if d_entropy is None else d_entropy.masked_fill(ignored, 0)
+    losses = losses.detach().float().masked_fill(ignored, 0)
+    return TokenLosses(losses, None, None, None, d_logprobs, d_entropy)
+
+
+class _LinearPolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, head, evaluate, accumulate_into, needs):
+        head = head._replace(hidden=hidden, weight=weight, bias=bias)
+        needs_hidden, needs_weight, needs_bias = needs
+        d_hidden = zeros_float32(hidden, needs_hidden)
+        d_weight, d_bias = zeros_float32(weight, needs_weight), zeros_float32(bias, needs_bias)
+        buffer = head.empty_logits()
+        results = []
+        with full_precision(hidden.device):
+            for part, chunk in head.chunks():
+                ids, tau = head.at(part)
+                logits = project_reference(chunk, weight, bias, buffer[: len(chunk)])
+                stats = row_statistics_reference(logits, ids, tau, head.shard, with_entropy=True)
+                totals = merge_statistics(stats, ids, tau, head.shard)
+                tokens = evaluate(totals.logprobs, totals.entropy, ids, part)
+                per_token = (totals.logprobs, tokens.ratio, tokens.clipped, tokens.kl, totals.entropy)
+                results.append((tokens.losses, *per_token))
+                if not any(needs):
+                    continue
+                write_dlogits_reference(
+                    logits, logits, ids, tau, head.shard, totals, tokens.d_logprobs, tokens.d_entropy
+                )
+                d_chunk = backproject_reference(logits, chunk, weight, d_weight, d_bias)
+                if needs_hidden:
+                    head.scatter(d_hidden, part, d_chunk)
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.shard, ctx.accumulate_into = head.shard, accumulate_into
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        losses, *per_token = _concatenate(results, hidden)
+        ctx.mark_non_differentiable(*(x for x in per_token if x is not None))
+        return losses.sum(), *per_token
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_loss, *_):
+        d_hidden, d_weight, d_bias = ctx.saved_tensors
+        if d_hidden is not None:
+            # Scaled into a new tensor: the saved one must survive a second backward.
+            d_hidden = reduce_hidden_gradient(d_hidden * d_loss, ctx.shard).to(ctx.dtypes[0])
+        if d_weight is not None and ctx.accumulate_into is not None:
+            ctx.accumulate_into.addcmul_(d_weight, d_loss)
+            d_weight = None
+        elif d_weight is not None:
+            d_weight = _scale(d_weight, d_loss, ctx.dtypes[1])
+        d_bias = None if d_bias is None else _scale(d_bias, d_loss, ctx.dtypes[2])
+        return d_hidden, d_weight, d_bias, None, None, None, None
+
+
+def _scale(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """(x * factor).to(dtype) without a second float32 tensor of the weight's size."""
+    return torch.mul(x, factor, out=torch.empty(x.shape, dtype=dtype, device=x.device))
+
+
+def _concatenate(results: list[tuple[Tensor | None, ...]], hidden: Tensor) -> list[Tensor | None]:
+    if not results:
+        return [torch.zeros(0, dtype=torch.float32, device=hidden.device) for _ in range(6)]
+    return [None if parts[0] is None else torch.cat(parts) for parts in zip(*results, strict=True)]
+
+
+def _check_accumulator(accumulate_into: Tensor | None, weight: Tensor) -> None:
+    if accumulate_into is None:
+        return
+    check_tensor("accumulate_into", accumulate_into)
+    got = f"{accumulate_into.dtype} {tuple(accumulate_into.shape)}"
+    fits = accumulate_into.dtype == torch.float32 and accumulate_into.shape == weight.shape
+    require(fits, "accumulate_into", got, f"float32 {tuple(weight.shape)} like weight")
+    check_device("accumulate_into", accumulate_into, weight.device)
+    trains = weight.requires_grad or not torch.is_grad_enabled()
+    require(trains, "accumulate_into", "a weight with requires_grad=False", "a weight that is trained")
+
+
+def linear_policy_loss(
+    hidden: Tensor,  # [..., H] float32, bfloat16 or float16; the same on all ranks of tp_group
+    weight: Tensor,  # [V, H]; this rank's rows of the LM head if tp_group is given
+    token_ids: Tensor,  # [...], or [T] if `rows` is given; as are all per-row arguments
+    *,
+    rows: Tensor | None = None,  # [T] int64: the flattened rows of `hidden` that need a head at all
+    objective: Objective | None = None,
+    old_logprobs: Tensor | None = None,
+    advantages: Tensor | float | None = None,
+    reference_logprobs: Tensor | None = None,
+    policy_weights: Tensor | float | None = None,
+    kl_weights: Tensor | float | None = None,
+    entropy_weights: Tensor | float | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    temperature: Tensor | float = 1.0,
+    valid_vocab_size: int | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    bias: Tensor | None = None,  # [V]
+    chunk_rows: int | None = None,
+    accumulate_into: Tensor | None = None,  # [V, H] float32
+) -> PolicyLoss:
+    """policy_loss(hidden.float() @ weight.float().T + bias, ...) without ever holding more than a chunk of logits.
+
+    `objective(logprobs, entropy, part)` replaces the CRPO loss: it gets a chunk's float32 [n] statistics under autograd
+    and the slice of the flattened T rows they are, and returns the [n] losses to be summed. It must treat rows
+    independently of other chunks, and its result has ratio, clipped and kl None.
+    The weight's gradient is summed in float32, and added into `accumulate_into` (Megatron's main_grad; weight.grad is
+    then None) when the backward runs. The gradient of `hidden` is summed over tp_group. One collective per chunk.
+    Extra memory: chunk_rows * V * 4 bytes, and the float32 gradients of hidden and weight from forward to backward.
+
+    Raises ValueError as linear_token_logprobs and policy_loss do, and for loss arguments next to an objective.
+    """
+    head = check_head(hidden, weight, token_ids, bias, rows, temperature, valid_vocab_size, tp_group, chunk_rows)
+    _check_accumulator(accumulate_into, weight)
+    terms = dict(old_logprobs=old_logprobs, advantages=advantages, reference_logprobs=reference_logprobs)
+    terms |= dict(policy_weights=policy_weights, kl_weights=kl_weights, entropy_weights=entropy_weights)
+    clips = dict(clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+    evaluate = _evaluator(objective, terms, clips, token_ids, hidden.device)
+    operands = head.hidden, weight, bias
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in operands]
+    head = head._replace(hidden=None, weight=None, bias=None)
+    loss, *per_token = _LinearPolicyLoss.apply(*operands, head, evaluate, accumulate_into, needs)
+    return PolicyLoss(loss, *(None if x is None else x.view(token_ids.shape) for x in per_token))
+
+
+def _evaluator(
+    objective: Objective | None, terms: dict, clips: dict, token_ids: Tensor, device: torch.device
+) -> Callable[[Tensor, Tensor, Tensor, slice], TokenLosses]:
+    """What turns a chunk's (logprobs, entropy, token_ids, part) into losses and their derivatives."""
+    if objective is not None:
+        given = [name for name, value in terms.items() if value is not None]
+        require(not given, ", ".join(given), "a value next to objective", "None: the objective replaces the CRPO loss")
+        return lambda logprobs, entropy, ids, part: differentiate_objective(objective, logprobs, entropy, ids, part)
+    checked: LossTerms = check_loss_terms(token_ids.shape, device, **terms, **clips)
+    return lambda logprobs, entropy, ids, part: crpo_reference(logprobs, entropy, ids, checked.at(part))

@@ -1,0 +1,81 @@
+"""Summary and picture of a run, from its metrics.jsonl alone: `python -m lens_megatron.report runs/demo`."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402  (the backend must be chosen first)
+
+from lens_megatron.metrics import read_metrics  # noqa: E402
+
+PHASES = ("score", "gen", "exchange", "old_log_prob", "ref", "update_actor", "update_weights", "step", "testing",
+          "save_checkpoint")  # fmt: skip
+
+
+def write(folder: Path) -> str:
+    """Writes summary.txt and learning_curve.png into `folder`; returns the summary."""
+    rows = read_metrics(folder)
+    text = summary(rows, folder)
+    (folder / "summary.txt").write_text(text + "\n")
+    if rows:
+        draw(rows, folder / "learning_curve.png")
+    return text
+
+
+def summary(rows: Sequence[dict], folder: Path) -> str:
+    """Accuracy before and after, prompts purified and rescued, seconds per phase."""
+    steps = [row for row in rows if "timing_s/step" in row]
+    lines = [f"run {folder}: {len(steps)} steps"]
+    for name in _accuracies(rows):
+        curve = [row[name] for row in rows if name in row]
+        source = name.split("/")[1]
+        lines.append(f"  accuracy on {source}: {100 * curve[0]:.1f} % before, {100 * curve[-1]:.1f} % after")
+    if steps:
+        purified, rescued = (int(sum(row[f"lens/{n}_prompts"] for row in steps)) for n in ("purified", "rescued"))
+        prompts = sum(
+            row["lens/purified_prompts"] / row["lens/purified_rate"] for row in steps if row["lens/purified_rate"]
+        )
+        extra = int(sum(row["lens/extra_rollouts"] for row in steps))
+        lines.append(f"  prompts purified: {purified} of {round(prompts)}; rescued: {rescued}; extra rollouts: {extra}")
+        means = [(phase, [row[f"timing_s/{phase}"] for row in steps if f"timing_s/{phase}" in row]) for phase in PHASES]
+        phases = ", ".join(f"{phase} {sum(values) / len(values):.2f}" for phase, values in means if values)
+        lines.append(f"  seconds per phase (mean): {phases}")
+        lines.append(f"  peak memory of one process: {max(r['perf/cpu_memory_used_gb'] for r in steps):.2f} GiB")
+    lines.append(f"  files: {folder}/learning_curve.png, metrics.jsonl, rollouts/, checkpoints/*/hf, tensorboard/")
+    return "\n".join(lines)
+
+
+def draw(rows: Sequence[dict], path: Path) -> None:
+    """Training reward, held-out accuracy, and what purification did, against steps."""
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    steps = [row for row in rows if "critic/rewards/mean" in row]
+    x = [row["step"] for row in steps]
+    left.plot(x, [row["critic/rewards/mean"] for row in steps], color="0.7", label="training reward (first wave)")
+    for name in _accuracies(rows):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        left.plot(*zip(*points, strict=True), marker="o", label=f"accuracy, {name.split('/')[1]}")
+    left.set(xlabel="step", ylabel="share correct", ylim=(0, 1), title="learning curve")
+    for name, label in (
+        ("lens/purified_rate", "prompts sampled again, purified"),
+        ("lens/rescued_rate", "prompts rescued"),
+        ("lens/zero_variance_before", "groups without contrast, before"),
+        ("lens/zero_variance_after", "groups without contrast, after"),
+    ):
+        right.plot(x, [row[name] for row in steps], label=label)
+    right.set(xlabel="step", ylabel="share of prompts", ylim=(0, 1), title="purification")
+    for axes in (left, right):
+        axes.legend(fontsize="small")
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _accuracies(rows: Sequence[dict]) -> list[str]:
+    return sorted({name for row in rows for name in row if name.startswith("val-core/")})
+
+
+if __name__ == "__main__":
+    print(write(Path(sys.argv[1])))

@@ -1,0 +1,115 @@
+r"""Reading the answer out of a completion: the last `\boxed{...}`, and cheap comparisons of what it holds.
+
+Standard library only and linear in the length of the text: the trainer process runs `excerpt` on every completion.
+"""
+
+import re
+from decimal import Decimal
+
+MAX_BOX_CHARS = 2_000
+"""A longer answer is not an answer; it is a degenerate completion that would only cost parsing time."""
+
+_BOX = "\\boxed"
+_MAX_GAP = 20  # white space allowed between \boxed and its brace
+_EXCERPT_CHARS = len(_BOX) + _MAX_GAP + MAX_BOX_CHARS + 4
+
+
+def excerpt(completion: str) -> str:
+    r"""The part of a completion that `last_box` looks at: at most about 2,000 characters from the last `\boxed` on.
+
+    `last_box(excerpt(text)) == last_box(text)` for every text. Empty when there is no box.
+    """
+    start = completion.rfind(_BOX)
+    return "" if start < 0 else completion[start : start + _EXCERPT_CHARS]
+
+
+def last_box(completion: str) -> tuple[str | None, str]:
+    r"""Content of the last `\boxed{...}` and, if there is none, the reason.
+
+    Braces must balance; as in TeX, `\{` and `\}` do not count. The last box decides even if it is unusable: an earlier
+    one is an intermediate result as far as anyone can know.
+
+    Returns (content, "") with the outer white space removed, or (None, why).
+    """
+    start = completion.rfind(_BOX)
+    if start < 0:
+        return None, "no \\boxed in the completion"
+    opening = start + len(_BOX)
+    gap_end = opening + _MAX_GAP
+    while opening < min(gap_end, len(completion)) and completion[opening].isspace():
+        opening += 1
+    if opening >= len(completion) or completion[opening] != "{":
+        return None, "no brace after the last \\boxed"
+    depth, position = 1, opening + 1
+    limit = position + MAX_BOX_CHARS
+    while position < len(completion) and position <= limit:
+        char = completion[position]
+        if char == "\\":
+            position += 1
+        elif char == "{":
+            depth += 1
+        elif char == "}":
+            depth -= 1
+            if depth == 0:
+                content = completion[opening + 1 : position].strip()
+                return (content, "") if content else (None, "the last \\boxed is empty")
+        position += 1
+    if position > limit:
+        return None, f"the last \\boxed is longer than {MAX_BOX_CHARS} characters"
+    return None, "the last \\boxed is not closed"
+
+
+_LAYOUT = re.compile(r"\\(?:left|right)(?![a-zA-Z])|\\displaystyle(?![a-zA-Z])|(?<!\\)\\[!,;:> $]|~|\s+|\$")
+_FRAC = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
+_FINAL_STOP = re.compile(r"(?<!\.)\.$")  # not an ellipsis
+
+
+def normalise(latex: str) -> str:
+    r"""The string with everything removed that only concerns its layout.
+
+    Removed: white space and spacing commands, `$`, `\$`, `\left`, `\right`, `\displaystyle`, a final full stop; `\dfrac`,
+    `\tfrac` and `\cfrac` become `\frac`. Equal results mean that TeX prints the same symbols in the same order, so
+    whatever the two strings mean, they mean the same: that is why equality here is proof of a correct answer and
+    needs no algebra. (Inside `\text{...}` spaces do print; no two different answers differ in them alone.)
+    Different results prove nothing.
+    """
+    return _FINAL_STOP.sub("", _LAYOUT.sub("", _FRAC.sub(r"\\frac", latex)))
+
+
+_NUMBER_LAYOUT = re.compile(r"\\[!$]|\$")
+_NUMBER = re.compile(r"([+-]?)([0-9]{1,3}(?:(?:,|\{,\}|\\,)[0-9]{3})+|[0-9]+)?(\.[0-9]*)?")
+_SEPARATORS = str.maketrans("", "", "{},\\")
+
+
+def plain_number(latex: str) -> Decimal | None:
+    """Value of an integer or decimal of at most 15 digits, thousands separators allowed; None for anything else.
+
+    Fifteen, because beyond it math-verify's floats begin to round and the two comparisons could differ. White space
+    inside is not accepted: "1, 234" may be a list.
+    """
+    if len(latex) > 40:
+        return None
+    match = _NUMBER.fullmatch(_NUMBER_LAYOUT.sub("", latex).strip().replace("\u2212", "-"))
+    if match is None:
+        return None
+    sign, whole, fraction = match.groups()
+    digits, decimals = (whole or "").translate(_SEPARATORS), (fraction or "")[1:]
+    if not digits and not decimals or len(digits) + len(decimals) > 15:
+        return None
+    return Decimal(f"{sign}{digits or '0'}.{decimals or '0'}")
+
+
+def compare_cheaply(box: str, gold: str) -> bool | None:
+    """True or False where no algebra is needed to tell whether two answers agree, else None.
+
+    Two plain numbers further apart than 1e-6 differ for math-verify too, which compares after rounding to 6 places;
+    closer than that but not equal, the question is left to it.
+    """
+    if (same := normalise(box)) and same == normalise(gold):
+        return True
+    x, y = plain_number(box), plain_number(gold)
+    if x is None or y is None:
+        return None
+    if x == y:
+        return True
+    return False if abs(x - y) > Decimal("1e-6") else None

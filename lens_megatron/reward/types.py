@@ -1,0 +1,71 @@
+"""Records of grading. Standard library only: the worker processes import this module and must start fast."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class GradeStatus(StrEnum):
+    """What grading one completion came to. Exactly one of these is true of every sample."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    """An answer was read, and it is not the expected one."""
+    UNPARSED = "unparsed"
+    """No answer could be read out of the completion: no box, an empty or unbalanced one, or not mathematics."""
+    TIMEOUT = "timeout"
+    """Grading took longer than the deadline and was killed: nothing is known about the answer."""
+    CRASH = "crash"
+    """The grader raised or its process died: nothing is known about the answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a grader says about one completion; a `Grade` without the time it took."""
+
+    status: GradeStatus
+    score: float
+    extracted: str | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Grade:
+    """The grade of one completion.
+
+    Example: Grade(status=GradeStatus.WRONG, score=0.0, seconds=0.002, extracted="71", detail="").
+    """
+
+    status: GradeStatus
+    score: float
+    """The reward. 1 for correct and 0 for everything else, unless a custom grader gives its own."""
+    seconds: float
+    """Wall-clock time from the start of grading, without the time spent in the queue."""
+    extracted: str | None = None
+    """What was read out of the completion as its answer, None if nothing was."""
+    detail: str = ""
+    """Why, in words, where the status alone does not say it."""
+
+    @property
+    def correct(self) -> bool:
+        return self.status is GradeStatus.CORRECT
+
+
+@dataclass(frozen=True, slots=True)
+class GradeCounts:
+    """How many samples came to each status. Example: GradeCounts.of(grades).timeout."""
+
+    correct: int = 0
+    wrong: int = 0
+    unparsed: int = 0
+    timeout: int = 0
+    crash: int = 0
+
+    @classmethod
+    def of(cls, grades: Iterable[Grade]) -> "GradeCounts":
+        return cls(**Counter(grade.status.value for grade in grades))
+
+    @property
+    def total(self) -> int:
+        return self.correct + self.wrong + self.unparsed + self.timeout + self.crash

@@ -1,0 +1,302 @@
+"""The loop around `step`: check everything, build the run, resume, step, log, evaluate, save, stop."""
+
+import logging
+import os
+import signal
+from argparse import ArgumentParser
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from lens_megatron import config as configuration
+from lens_megatron import metrics, report, run_folder, weight_sync
+from lens_megatron.clock import Clock
+from lens_megatron.config import Config, ConfigError
+from lens_megatron.evaluate import evaluate
+from lens_megatron.policy import checkpoint, platform
+from lens_megatron.policy.checkpoint import CheckpointError
+from lens_megatron.policy.hf_weights import ModelError, export_weights, read_hf_config
+from lens_megatron.policy.model import DTYPES, build_policy, check_layout
+from lens_megatron.policy.parallel import build_mesh
+from lens_megatron.prompts import DataError, PromptStream, load_prompts
+from lens_megatron.reward import GraderPool
+from lens_megatron.rollout import replay
+from lens_megatron.rollout.engine import EngineProgress
+from lens_megatron.rollout.local import LocalEngine
+from lens_megatron.rollout.scheduler import Sampler
+from lens_megatron.run import Run
+from lens_megatron.run_folder import RunFolderError
+from lens_megatron.step import run_step
+from lens_megatron.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+from lens_megatron.types import Prompt, StepResult
+
+USER_ERRORS = (ConfigError, DataError, ModelError, TokenizerError, RunFolderError, CheckpointError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done or stopped as asked, 2 a mistake of the user's (one message, no traceback)."""
+    parser = ArgumentParser(prog="pretrain_lens.py", description="Train a reasoning model with LENS or GRPO.")
+    parser.add_argument("--config", required=True, help="YAML file; see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="section.option=value")
+    parsed = parser.parse_args(arguments)
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    try:
+        train(configuration.load(parsed.config, parsed.overrides))
+    except USER_ERRORS as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            metrics.say(f"error: {error}")
+        return 2
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+def train(config: Config) -> None:
+    """Trains as configured. Raises one of USER_ERRORS, before anything is written, when it cannot."""
+    stop = StopRequest()
+    world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    config.check_world(world_size)
+    resuming = run_folder.check(config)
+    if resuming and _steps_saved(config) >= config.train.steps:
+        if rank == 0:
+            metrics.say(f"{config.run.directory} has done its {config.train.steps} steps already; raise train.steps")
+            metrics.say("to go on, or set run.if_exists=restart to start over.")
+            metrics.say(report.write(Path(config.run.directory)))
+        return
+    run = build_run(config, resuming=resuming)
+    try:
+        _loop(run, _resume(run) if resuming else 0, stop)
+    finally:
+        run.close()
+    if run.is_main:
+        metrics.say(report.write(Path(config.run.directory)))
+
+
+class StopRequest:
+    """SIGINT or SIGTERM asks for an orderly stop; a second one interrupts at once."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        metrics.say(f"{signal.Signals(number).name}: finishing this step, then saving and stopping")
+
+    def agreed(self, device: torch.device) -> bool:
+        """True on every rank when any rank was asked. A collective."""
+        asked = torch.tensor([self.asked], dtype=torch.int32, device=device)
+        torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
+        return bool(asked.item())
+
+
+def build_run(config: Config, *, resuming: bool) -> Run:
+    """Checks model, tokenizer and data, then takes the device, and only then creates the run folder."""
+    device = platform.install()
+    check_layout(config, read_hf_config(config.model.path))
+    tokenizer = load_tokenizer(config.model.path)
+    prompts, eval_prompts = _load_data(config, tokenizer)
+    platform.init_process_group(device)
+    mesh = build_mesh(config.megatron, config.run.seed, device)
+    policy = build_policy(config, mesh)
+    _prepare_folder(config, mesh.rank, mesh.device, resuming)
+    engine = LocalEngine(
+        config.model.path,
+        max_running_sequences=config.rollout.max_running_sequences,
+        dtype=DTYPES[config.model.dtype],
+        device=str(device),
+    )
+    graders = GraderPool(config.reward.workers_per_rank, config.reward.timeout_s, config.reward.grader)
+    sampler = Sampler(engine, graders, tokenizer.decode, config.rollout, config.lens, config.run.seed)
+    run = Run(config, mesh, policy, tokenizer, prompts, eval_prompts, engine, graders, sampler, Clock())
+    if run.is_main:
+        _describe(run)
+    return run
+
+
+def _load_data(config: Config, tokenizer: Tokenizer) -> tuple[PromptStream, tuple[Prompt, ...]]:
+    training = load_prompts(config.data.train, tokenizer.hf, config.data, config.lens)
+    held_out = [load_prompts(source, tokenizer.hf, config.data, config.lens) for source in config.data.eval]
+    if int(os.environ.get("RANK", 0)) == 0:
+        for loaded in (training, *held_out):
+            dropped = f", {loaded.dropped_too_long} longer than data.max_prompt_length dropped"
+            metrics.say(f"{loaded.source}: {len(loaded.prompts)} prompts" + dropped * bool(loaded.dropped_too_long))
+    if len(training.prompts) < config.rollout.prompts_per_step:
+        raise DataError(
+            f"data.train has {len(training.prompts)} usable prompts, rollout.prompts_per_step asks for "
+            f"{config.rollout.prompts_per_step}; lower it or give more data"
+        )
+    stream = PromptStream(training.prompts, config.rollout.prompts_per_step, config.run.seed, config.data.shuffle)
+    return stream, tuple(prompt for loaded in held_out for prompt in loaded.prompts)
+
+
+def _prepare_folder(config: Config, rank: int, device: torch.device, resuming: bool) -> None:
+    layout = config.megatron
+    topology = {
+        "world_size": torch.distributed.get_world_size(),
+        "tensor_model_parallel_size": layout.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
+    }
+    failure = None
+    if rank == 0:
+        try:
+            run_folder.prepare(config, topology, resuming=resuming)
+        except RunFolderError as error:
+            failure = error
+    failed = torch.tensor([failure is not None], dtype=torch.int32, device=device)
+    torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX)
+    if failed.item():
+        raise failure or RunFolderError("the run folder could not be prepared")
+
+
+def _describe(run: Run) -> None:
+    mesh = run.mesh
+    parameters = sum(p.numel() for chunk in run.policy.chunks for p in chunk.parameters())
+    metrics.say(
+        f"{'LENS' if run.config.lens.enabled else 'no purification'}, advantage {run.config.algorithm.advantage}; "
+        f"{mesh.world_size} ranks on {mesh.device.type}: TP{mesh.tp_size} PP{mesh.pp_size} DP{mesh.dp_size}; "
+        f"{parameters:,} parameters on rank 0; {run.config.rollout.prompts_per_step} prompts x "
+        f"{run.config.rollout.rollouts_per_prompt} rollouts per step; results in {run.config.run.directory}"
+    )
+
+
+def _steps_saved(config: Config) -> int:
+    saved = checkpoint.published(run_folder.checkpoints(config))
+    return checkpoint.read_state(saved[-1]).step if saved else 0
+
+
+def _resume(run: Run) -> int:
+    """Loads the newest checkpoint that every rank can read; returns the number of steps done."""
+    folder = run_folder.checkpoints(run.config)
+    newest = checkpoint.latest_whole(folder, run.mesh.rank)
+    step = torch.tensor([checkpoint.read_state(newest).step if newest else 0], device=run.mesh.device)
+    torch.distributed.all_reduce(step, op=torch.distributed.ReduceOp.MIN)
+    if not step.item():
+        return 0
+    path = folder / f"iter_{step.item():07d}"
+    state = checkpoint.load(run.policy, path)
+    if run.is_main:
+        metrics.say(f"resumed from {path}: {state.step} steps done")
+    return state.step
+
+
+def _loop(run: Run, done: int, stop: StopRequest) -> None:
+    config = run.config
+    weight_sync.push(export_weights(run.policy.bridge, run.policy.chunks), run.engine, run.policy.version)
+    writer = None
+    if run.is_main:
+        writer = metrics.MetricsWriter(
+            Path(config.run.directory), first_step=done + 1, tensorboard=config.run.tensorboard
+        )
+    if done == 0:
+        first = _evaluate(run)
+        if writer:
+            writer.write(0, first)
+    for step in range(done + 1, config.train.steps + 1):
+        run.sampler.on_progress = bar = _progress_bar(run, step)
+        with run.clock("step"):
+            result = run_step(run, step)
+        bar.close()
+        _write_rollouts(run, result)
+        stopping = stop.agreed(run.mesh.device)
+        last = step == config.train.steps
+        interval = config.train.eval_interval
+        evaluated = _evaluate(run) if last or (interval and step % interval == 0) else {}
+        if stopping or last or step % config.train.save_interval == 0:
+            with run.clock("save_checkpoint"):
+                _save(run, step)
+        logged = _step_metrics(run, result) | evaluated
+        if writer:
+            writer.write(step, logged)
+            metrics.say(metrics.console_line(step, config.train.steps, logged))
+        if stopping and not last:
+            if run.is_main:
+                metrics.say(f"stopped as asked after step {step}; the same command goes on from here")
+            break
+    if writer:
+        writer.close()
+
+
+def _save(run: Run, step: int) -> None:
+    checkpoint.save(
+        run.policy,
+        run_folder.checkpoints(run.config),
+        step,
+        model_path=run.config.model.path,
+        keep=run.config.train.keep_checkpoints,
+    )
+
+
+def _evaluate(run: Run) -> metrics.Metrics:
+    if not run.eval_prompts:
+        return {}
+    with run.clock("testing"):
+        results = evaluate(run)
+    samples = run.config.train.eval_samples
+    found = {}
+    for result in results:
+        found[f"val-core/{result.source}/acc/mean@{samples}"] = result.mean
+        found[f"val-aux/{result.source}/acc/standard_error"] = result.standard_error
+        if run.is_main:
+            metrics.say(
+                f" {result.source}: accuracy {100 * result.mean:.1f} % +- {100 * result.standard_error:.1f} "
+                f"over {result.prompts} problems"
+            )
+    return found
+
+
+def _step_metrics(run: Run, result: StepResult) -> metrics.Metrics:
+    found = metrics.tally_step(result).reduce(run.mesh.dp_group, run.mesh.device)
+    found |= metrics.update_metrics(result.updates, run.config.algorithm.kl_coef)
+    found |= metrics.time_metrics(run.clock.take(), found, run.mesh.world_size)
+    return found | {
+        "training/global_step": result.step,
+        "training/epoch": run.prompts.epoch(result.step - 1),
+        "training/weight_version": run.policy.version,
+        "perf/weight_sync_bytes": result.sync.bytes,
+    }
+
+
+def _write_rollouts(run: Run, result: StepResult) -> None:
+    """Every data-parallel rank writes its part; rank 0 joins them."""
+    config, folders = run.config, []
+    if config.run.save_rollout_files:
+        lines = run_folder.rollout_lines(result, run.tokenizer, result.step)
+        folders.append((Path(config.run.directory) / "rollouts", lines))
+    if config.debug.save_rollouts:
+        folders.append((Path(config.debug.save_rollouts), [replay.to_json(g.group) for g in result.groups]))
+    for folder, lines in folders:
+        if run.mesh.model_rank == 0:
+            run_folder.write_part(folder, result.step, run.mesh.dp_rank, lines)
+        torch.distributed.barrier()
+        if run.is_main:
+            run_folder.join_parts(folder, result.step)
+
+
+class _Bar:
+    """A live bar of finished rollouts on the main rank's terminal."""
+
+    def __init__(self, step: int, total: int, shown: bool):
+        self.bar = tqdm(total=total, desc=f"step {step} sampling", unit="rollout", leave=False, disable=not shown)
+
+    def __call__(self, finished: int, progress: EngineProgress) -> None:
+        if self.bar.disable:
+            return
+        self.bar.total = max(self.bar.total, finished + progress.running + progress.waiting)
+        self.bar.set_postfix_str(f"{progress.running} running, {progress.waiting} waiting", refresh=False)
+        self.bar.update(finished - self.bar.n)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def _progress_bar(run: Run, step: int) -> Callable[[int, EngineProgress], None]:
+    share = len(range(run.mesh.rank, run.config.rollout.prompts_per_step, run.mesh.world_size))
+    shown = run.is_main and os.isatty(2)
+    return _Bar(step, share * run.config.rollout.rollouts_per_prompt, shown)

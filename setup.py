@@ -1,0 +1,33 @@
+"""Distribution lens-megatron. The kernels are a distribution of their own: `pip install -e kernels -e .`."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="lens-megatron",
+    version="0.1.0",
+    description="LENS: reinforcement learning for reasoning with instruction purification, on Megatron-Core and vLLM",
+    packages=find_packages(include=["lens_megatron", "lens_megatron.*"]),
+    python_requires=">=3.11,<3.14",
+    install_requires=[
+        "lens-kernels",
+        "torch==2.13.0",
+        "megatron-core==0.16.1",
+        "mbridge==0.15.1",
+        "transformers==5.19.0",
+        "math-verify==0.9.0",
+        "safetensors>=0.8",
+        "datasets>=5.2",
+        "pyarrow>=26",
+        "pydantic>=2.14",
+        "pyyaml>=6.0.3",
+        "psutil>=7.2",
+        "tensorboard>=2.21",
+        "matplotlib>=3.11",
+        "tqdm>=4.70",
+        "six>=1.17",
+    ],
+    extras_require={
+        "dev": ["pytest==9.2.0", "pytest-benchmark==5.3.1", "hypothesis>=6.170", "ruff==0.17.5"],
+        "gpu": ["vllm", "transformer-engine[pytorch]"],
+    },
+)
