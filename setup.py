@@ -24,7 +24,7 @@ setup(
         "tensorboard>=2.21",
         "matplotlib>=3.11",
         "tqdm>=4.70",
-        "six>=1.17",
+        "einops>=0.8",
     ],
     extras_require={
         "dev": ["pytest==9.2.0", "pytest-benchmark==5.3.1", "hypothesis>=6.170", "ruff==0.17.5"],

@@ -5,12 +5,21 @@ under Megatron's own names. Cross-checks that need more than one option are in `
 """
 
 import difflib
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 BOXED_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
@@ -23,6 +32,14 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def refuse_booleans_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """Without this, `lr: yes` is a learning rate of 1."""
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation in (int, float, float | None):
+            raise ValueError("expected a number")
+        return value
 
 
 class RunConfig(Section):
@@ -210,7 +227,9 @@ class Config(Section):
         if self.debug.rollout_only and self.debug.load_rollouts:
             raise ValueError("debug.rollout_only and debug.load_rollouts exclude each other; unset one")
         if self.optimizer.min_lr > self.optimizer.lr:
-            raise ValueError(f"optimizer.min_lr ({self.optimizer.min_lr}) exceeds optimizer.lr ({self.optimizer.lr})")
+            raise ValueError(
+                f"optimizer.min_lr ({self.optimizer.min_lr}) exceeds optimizer.lr ({self.optimizer.lr}); lower it"
+            )
         return self
 
     def check_world(self, world_size: int) -> None:
@@ -238,11 +257,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise ConfigError(f"no configuration file at {path}") from error
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    tree = _parse_yaml(text, f"{path}: cannot be read as YAML")
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected sections such as `model:` and `data:`, got {type(tree).__name__}")
     for override in overrides:
@@ -252,17 +272,27 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def from_tree(tree: Mapping[str, Any]) -> Config:
     """Validates nested mappings, as YAML gives them. Raises ConfigError listing every mistake, one per line."""
+    if isinstance(tree, Mapping):  # a section whose options are all commented out
+        tree = {name: section for name, section in tree.items() if section is not None}
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
+    try:
+        config.model_dump_json()
+    except (ValueError, RecursionError) as error:  # YAML can say things that no file of the run could hold
+        raise ConfigError(f"configuration: a value cannot be saved: {error}; write plain values") from None
+    return config
+
+
+_MISSING = object()
 
 
 def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Dotted names of options whose values differ, sorted. Missing on one side counts as different."""
     names = []
     for key in sorted(set(old) | set(new)):
-        a, b, name = old.get(key), new.get(key), f"{prefix}{key}"
+        a, b, name = old.get(key, _MISSING), new.get(key, _MISSING), f"{prefix}{key}"
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             names += differing_keys(a, b, f"{name}.")
         elif a != b:
@@ -272,22 +302,34 @@ def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str =
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     name, separator, text = override.partition("=")
-    if not separator or not name.strip():
+    *sections, option = (part.strip() for part in name.split("."))
+    if not separator or not option or not all(sections):
         raise ConfigError(f"override {override!r}: expected section.option=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
-    *sections, option = name.strip().split(".")
+    value = _parse_yaml(text, f"override {override!r}: the value is not YAML")
     node = tree
     for section in sections:
-        child = node.setdefault(section, {})
-        if child is None:
-            child = node[section] = {}
+        child = {} if node.get(section) is None else node[section]
         if not isinstance(child, dict):
             raise ConfigError(f"override {override!r}: {section!r} is an option, not a section")
-        node = child
+        node[section] = dict(child)  # a copy: YAML aliases make one mapping stand in several places
+        node = node[section]
     node[option] = value
+
+
+def _parse_yaml(text: str, mistake: str) -> Any:
+    """PyYAML lets errors of its scalar types through: `2024-99-99` is a ValueError, `!!bool x` a KeyError."""
+    try:
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise ConfigError(f"{mistake}: nested too deeply") from None
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
+        raise ConfigError(f"{mistake}: {error}") from error
+
+
+_SHORT = reprlib.Repr()
+"""Aliases let ten lines of YAML stand for a billion values; an error message must not spell them out."""
+_SHORT.maxstring = _SHORT.maxother = 200
+_SHORT.maxlevel = 2
 
 
 def _explain(error: Mapping[str, Any]) -> str:
@@ -300,7 +342,11 @@ def _explain(error: Mapping[str, Any]) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if not location:
         return message
-    return f"{name}: {error['input']!r}: {message}"
+    if error["type"] == "model_type":
+        message = "expected a section with options"
+    if error["type"] == "tuple_type":
+        message = "expected a list such as [a, b]"
+    return f"{name}: {_SHORT.repr(error['input'])}: {message}"
 
 
 def _nearest(location: tuple[str, ...]) -> str:
@@ -311,12 +357,10 @@ def _nearest(location: tuple[str, ...]) -> str:
     everywhere = {path.rsplit(".", 1)[-1]: path for path in all_options()}
     if location[-1] in everywhere:
         return f"; did you mean {everywhere[location[-1]]}?"
-    near = difflib.get_close_matches(location[-1], here, n=1, cutoff=0.4)
-    if near:
-        return f"; did you mean {'.'.join((*location[:-1], near[0]))}?"
-    near = difflib.get_close_matches(location[-1], list(everywhere), n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean {everywhere[near[0]]}?"
+    siblings = {name: ".".join((*location[:-1], name)) for name in here}
+    for candidates, cutoff in ((siblings, 0.6), (everywhere, 0.6), (siblings, 0.4)):
+        if near := difflib.get_close_matches(location[-1], candidates, n=1, cutoff=cutoff):
+            return f"; did you mean {candidates[near[0]]}?"
     return f"; {'.'.join(location[:-1]) or 'the file'} has: {', '.join(here)}"
 
 

@@ -91,10 +91,11 @@ def read_records(source: str, data: DataConfig) -> list[Record]:
 
 def _open(source: str, data: DataConfig) -> tuple[Iterator[_Row], str]:
     """The rows of `source`, and its name in the metrics."""
-    path = Path(source)
-    if os.path.isdir(source):
+    expanded = os.path.expanduser(source)
+    path = Path(expanded)
+    if os.path.isdir(expanded):
         raise DataError(f"{source}: is a folder; name one .jsonl or .parquet file in it")
-    if os.path.exists(source):
+    if os.path.exists(expanded):
         if path.suffix.lower() == ".jsonl":
             return _jsonl_rows(path), path.stem
         if path.suffix.lower() == ".parquet":
@@ -120,7 +121,7 @@ def _jsonl_rows(path: Path) -> Iterator[_Row]:
                 if number == 1:
                     line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
-                    values = _parse(line, where := f"{path}:{number}")
+                    values = _parse(line.rstrip(), where := f"{path}:{number}")
                     yield _Row(where, values, list(values))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error

@@ -26,8 +26,8 @@ SPOT = "\0"
 class Problem:
     """One word problem.
 
-    Example: kind "sub", noise 1, core "Tom has 9 nuts. Tom lost 4 of them. How many ...?", solution "9-4=5. \\boxed{5}",
-    problem "Tom has 9 nuts (see page 7). Tom lost 4 of them. How many ...?", answer "5".
+    Example: kind "sub", noise 1, core "Tom has 9 nuts. Tom lost 4 of them. How many ...?",
+    solution "9-4=5. \\boxed{5}", problem "Tom has 9 nuts (see page 7). Tom lost 4 of them. How many ...?", answer "5".
     """
 
     problem: str
@@ -48,7 +48,7 @@ class Problem:
 
 
 def stream(split: str, seed: int, noise_shares: dict[int, float]) -> Iterator[Problem]:
-    """Endless distinct problems of `split` ("train" or "eval"); `noise_shares` maps a number of distractors to a weight."""
+    """Endless distinct problems of `split` ("train" or "eval"); `noise_shares`: number of distractors -> weight."""
     if split not in ("train", "eval"):
         raise ValueError(f"split must be 'train' or 'eval', not {split!r}")
     rng = random.Random(f"{split}-{seed}")

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT, IM_START, IM_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
 VOCAB_SIZE = 1024
+"""At most; the demo's language is small and runs out of merges before."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -42,10 +43,6 @@ def train_tokenizer(lines: Iterable[str]) -> PreTrainedTokenizerFast:
     lines = list(lines)
     numbers = [str(n) for n in range(100)] * max(20, len(lines) // 100)
     tokenizer.train_from_iterator([*lines, *numbers], trainer)
-    if tokenizer.get_vocab_size() != VOCAB_SIZE:
-        raise ValueError(
-            f"{len(lines)} lines gave {tokenizer.get_vocab_size()} tokens, not {VOCAB_SIZE}; train on more"
-        )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=IM_END,

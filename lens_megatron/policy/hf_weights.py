@@ -137,7 +137,13 @@ def export_weights(bridge: Bridge, chunks: list[torch.nn.Module]) -> Iterator[tu
     A collective: all ranks of the group must exhaust it. A tied head is sent as the embedding alone.
     """
     seen = set()
-    for name, tensor in bridge.export_weights(chunks):
+    stream = bridge.export_weights(chunks)
+    while True:
+        with torch.no_grad():  # else the gathers would enter the graph of the next backward pass
+            item = next(stream, None)
+        if item is None:
+            return
+        name, tensor = item
         if name not in seen:
             seen.add(name)
             yield name, tensor.detach()

@@ -179,7 +179,7 @@ def _build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerP
         end_wd=ours.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
-        override_opt_param_scheduler=True,
+        use_checkpoint_opt_param_scheduler=False,
     )
 
 

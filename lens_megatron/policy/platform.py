@@ -5,7 +5,6 @@ On a machine without CUDA `install()` answers those with their CPU meaning. Wher
 """
 
 import os
-import warnings
 from datetime import timedelta
 
 import torch
@@ -37,7 +36,6 @@ def _is_cuda(device: object) -> bool:
 
 def install() -> torch.device:
     """Call once per process, before megatron.core is imported. Returns the device to compute on."""
-    warnings.filterwarnings("ignore", module=r"megatron\..*")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)

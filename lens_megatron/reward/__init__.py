@@ -1,0 +1,6 @@
+"""Rewards from verifiable answers, graded in killable processes: `grade` for a list, `GraderPool` for a run."""
+
+from lens_megatron.reward.pool import GraderPool, GraderStartError, grade
+from lens_megatron.reward.types import Grade, GradeCounts, GradeStatus
+
+__all__ = ["Grade", "GradeCounts", "GradeStatus", "GraderPool", "GraderStartError", "grade"]

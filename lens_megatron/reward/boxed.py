@@ -67,9 +67,9 @@ _FINAL_STOP = re.compile(r"(?<!\.)\.$")  # not an ellipsis
 def normalise(latex: str) -> str:
     r"""The string with everything removed that only concerns its layout.
 
-    Removed: white space and spacing commands, `$`, `\$`, `\left`, `\right`, `\displaystyle`, a final full stop; `\dfrac`,
-    `\tfrac` and `\cfrac` become `\frac`. Equal results mean that TeX prints the same symbols in the same order, so
-    whatever the two strings mean, they mean the same: that is why equality here is proof of a correct answer and
+    Removed: white space and spacing commands, `$`, `\$`, `\left`, `\right`, `\displaystyle`, a final full stop;
+    `\dfrac`, `\tfrac` and `\cfrac` become `\frac`. Equal results mean that TeX prints the same symbols in the same
+    order, so whatever the two strings mean, they mean the same: that is why equality here is proof of a correct answer and
     needs no algebra. (Inside `\text{...}` spaces do print; no two different answers differ in them alone.)
     Different results prove nothing.
     """

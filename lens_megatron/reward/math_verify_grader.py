@@ -29,7 +29,8 @@ _NOT_A_UNIT = (
     "and or to by over plus minus times hundred thousand million billion trillion dozen percent pct pi sqrt mod"
 )
 _NUMBER_WITH_UNIT = re.compile(
-    rf"([+-]?[0-9][0-9,]*(?:\.[0-9]+)?)\s+(?!.*\b(?:{_NOT_A_UNIT.replace(' ', '|')})\b)[a-zA-Z]{{2,}}(?:\s[a-zA-Z]+)*\.?"
+    r"([+-]?[0-9][0-9,]*(?:\.[0-9]+)?)\s+"
+    rf"(?!.*\b(?:{_NOT_A_UNIT.replace(' ', '|')})\b)[a-zA-Z]{{2,}}(?:\s[a-zA-Z]+)*\.?"
 )
 
 

@@ -1,0 +1,243 @@
+"""The embedded engine: transformers in this process, with a KV cache, continuous batching and a seed per request.
+
+A completion is a function of weights, prompt, temperature and seed, up to the rounding of batched matrix products; and
+nothing here reads a clock, so equal calls give equal bits.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+
+from lens_megatron.rollout.engine import Completion, EngineProgress, Request, WeightManifestError
+
+
+@dataclass(slots=True)
+class _Sequence:
+    request: Request
+    uniforms: Tensor
+    """[max_new_tokens] float64, one draw per token."""
+    token_ids: list[int]
+    log_probs: list[float]
+
+
+class LocalEngine:
+    """Implements `RolloutEngine` for Qwen2, Qwen3 and Llama models. Weights come by `load_weights` only."""
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        max_running_sequences: int,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+    ):
+        self.config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+        self.model = AutoModelForCausalLM.from_config(self.config, dtype=dtype, attn_implementation="sdpa")
+        self.model.to(device).eval().requires_grad_(False)
+        self.device = torch.device(device)
+        self.eos = torch.tensor(sorted(_end_tokens(model_path)), device=self.device)
+        self.capacity = max_running_sequences
+        self.version: int | None = None
+        self.waiting: deque[_Sequence] = deque()
+        self.running: list[_Sequence] = []
+        self.generated = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self.cache: list[tuple[Tensor, Tensor]] = []  # per layer, [B, heads, S, head_dim], left-padded
+        self.mask = torch.zeros(0, 0, dtype=torch.int64, device=self.device)  # [B, S], 1 at real tokens
+
+    def submit(self, requests: Iterable[Request]) -> None:
+        requests = list(requests)
+        if self.version is None:
+            raise RuntimeError("the engine has no whole set of weights; load_weights first")
+        in_flight = {s.request.request_id for s in (*self.waiting, *self.running)}
+        for request in requests:
+            self._check(request, in_flight)
+            in_flight.add(request.request_id)
+        for request in requests:
+            generator = torch.Generator().manual_seed(request.seed)
+            uniforms = torch.rand(request.max_new_tokens, generator=generator, dtype=torch.float64)
+            self.waiting.append(_Sequence(request, uniforms, [], []))
+
+    def _check(self, request: Request, in_flight: set[int]) -> None:
+        limit, vocabulary = self.config.max_position_embeddings, self.config.vocab_size
+        if request.request_id in in_flight:
+            raise ValueError(f"request {request.request_id} is in flight already; give every request its own id")
+        if not request.prompt:
+            raise ValueError(f"request {request.request_id}: the prompt is empty; give at least one token")
+        if request.max_new_tokens < 1:
+            raise ValueError(f"request {request.request_id}: max_new_tokens {request.max_new_tokens}; give at least 1")
+        if len(request.prompt) + request.max_new_tokens > limit:
+            raise ValueError(
+                f"request {request.request_id}: prompt of {len(request.prompt)} + max_new_tokens "
+                f"{request.max_new_tokens} exceeds the model's max_position_embeddings {limit}; shorten one"
+            )
+        if min(request.prompt) < 0 or max(request.prompt) >= vocabulary:
+            raise ValueError(f"request {request.request_id}: token ids must lie in 0..{vocabulary - 1}")
+        if request.temperature < 0:
+            raise ValueError(f"request {request.request_id}: temperature {request.temperature}; give 0 or more")
+
+    def progress(self) -> EngineProgress:
+        return EngineProgress(len(self.waiting), len(self.running), self.generated)
+
+    @torch.no_grad()
+    def step(self) -> list[Completion]:
+        """Admits what fits, then adds one token to every running sequence."""
+        logits = self._decode() if self.running else None
+        admitted = [self.waiting.popleft() for _ in range(min(len(self.waiting), self.capacity - len(self.running)))]
+        if admitted:
+            first = self._prefill(admitted)
+            logits = first if logits is None else torch.cat([logits, first])
+            self.running += admitted
+        if logits is None:
+            return []
+        self._sample(logits)
+        return self._retire()
+
+    def _decode(self) -> Tensor:
+        """[B, V] logits of the next token of the sequences that were running."""
+        tokens = torch.tensor([[s.token_ids[-1]] for s in self.running], device=self.device)
+        positions = self.mask.sum(1, keepdim=True)
+        self.mask = torch.cat([self.mask, torch.ones_like(tokens)], 1)
+        return self._forward(tokens, positions, self.mask, self.cache)
+
+    def _prefill(self, admitted: list[_Sequence]) -> Tensor:
+        """[admitted, V] logits after the prompts; equal prompts are computed once. Joins the running cache."""
+        prompts = list(dict.fromkeys(s.request.prompt for s in admitted))
+        rows = torch.tensor([prompts.index(s.request.prompt) for s in admitted], device=self.device)
+        length = max(map(len, prompts))
+        tokens = torch.zeros(len(prompts), length, dtype=torch.int64, device=self.device)
+        mask = torch.zeros_like(tokens)
+        for row, prompt in enumerate(prompts):
+            tokens[row, length - len(prompt) :] = torch.tensor(prompt, device=self.device)
+            mask[row, length - len(prompt) :] = 1
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        kept, self.cache = self.cache, []
+        logits = self._forward(tokens, positions, mask, [])
+        fresh = [(keys[rows], values[rows]) for keys, values in self.cache]
+        self.cache = [_join(old, new) for old, new in zip(kept, fresh, strict=True)] if kept else fresh
+        self.mask = _join_rows(self.mask, mask[rows], dim=1) if kept else mask[rows]
+        return logits[rows]
+
+    def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
+        cache = DynamicCache(past) if past else DynamicCache()
+        output = self.model(
+            input_ids=tokens,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.cache = [(layer.keys, layer.values) for layer in cache.layers]
+        return output.logits[:, -1]
+
+    def _sample(self, logits: Tensor) -> None:
+        temperatures = torch.tensor([s.request.temperature for s in self.running], device=self.device)
+        greedy = temperatures == 0
+        scaled = logits.float() / torch.where(greedy, 1.0, temperatures)[:, None]
+        log_probs = scaled.log_softmax(-1)
+        uniforms = torch.stack([s.uniforms[len(s.token_ids)] for s in self.running]).to(self.device)
+        cumulative = log_probs.double().exp().cumsum(-1)
+        # Scaled by the total, so that rounding of the sum can never put a draw past the last token of non-zero mass.
+        drawn = torch.searchsorted(cumulative, (uniforms * cumulative[:, -1])[:, None], right=True)
+        tokens = torch.where(greedy[:, None], log_probs.argmax(-1, keepdim=True), drawn.clamp(max=logits.shape[1] - 1))
+        chosen = log_probs.gather(1, tokens)[:, 0].tolist()
+        for sequence, token, log_prob in zip(self.running, tokens[:, 0].tolist(), chosen, strict=True):
+            sequence.token_ids.append(token)
+            sequence.log_probs.append(log_prob)
+        self.generated += len(self.running)
+
+    def _retire(self) -> list[Completion]:
+        """Takes the ended sequences out of the batch and of the cache."""
+        eos = set(self.eos.tolist())
+        completions, staying = [], []
+        for row, sequence in enumerate(self.running):
+            finished = sequence.token_ids[-1] in eos
+            if finished or len(sequence.token_ids) == sequence.request.max_new_tokens:
+                completions.append(_completion(sequence, finished, self.version))
+            else:
+                staying.append(row)
+        if not completions:
+            return []
+        self.running = [self.running[row] for row in staying]
+        if not staying:
+            self._reset()
+            return completions
+        rows = torch.tensor(staying, device=self.device)
+        self.mask = self.mask[rows]
+        padding = int(self.mask.any(0).int().argmax())  # columns that only the ones who left had used
+        self.mask = self.mask[:, padding:]
+        self.cache = [(keys[rows, :, padding:], values[rows, :, padding:]) for keys, values in self.cache]
+        return completions
+
+    @torch.no_grad()
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        if self.waiting or self.running:
+            raise RuntimeError(f"cannot load weights with {len(self.waiting) + len(self.running)} requests in flight")
+        self.version = None  # until every tensor is there the model is a mixture
+        self._reset()
+        parameters = dict(self.model.named_parameters())
+        missing, problems = set(parameters), []
+        for name, tensor in weights:
+            target = parameters.get(name)
+            if target is None:
+                problems.append(f"unknown {name}")
+            elif name not in missing:
+                problems.append(f"duplicate {name}")
+            elif target.shape != tensor.shape:
+                problems.append(f"{name} has shape {tuple(tensor.shape)}, the engine's has {tuple(target.shape)}")
+            else:
+                target.copy_(tensor)
+                missing.remove(name)
+        problems += [f"missing {name}" for name in sorted(missing)]
+        if problems:
+            more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise WeightManifestError(f"weights of version {version}: {'; '.join(problems[:5])}{more}")
+        self.version = version
+
+    def sleep(self) -> None:
+        if not self.running:
+            self._reset()
+
+    def wake(self) -> None:
+        """Nothing was given up but the cache, which grows again by itself."""
+
+    def close(self) -> None:
+        self.waiting.clear()
+        self.running.clear()
+        self._reset()
+
+
+def _join(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return _join_rows(old[0], new[0], dim=2), _join_rows(old[1], new[1], dim=2)
+
+
+def _join_rows(old: Tensor, new: Tensor, dim: int) -> Tensor:
+    """Stacks along dimension 0, after padding the shorter one with zeros at the front of `dim`."""
+    length = max(old.shape[dim], new.shape[dim])
+    after = 2 * (old.dim() - 1 - dim)
+    padded = [torch.nn.functional.pad(t, (0,) * after + (length - t.shape[dim], 0)) for t in (old, new)]
+    return torch.cat(padded)
+
+
+def _completion(sequence: _Sequence, finished: bool, version: int) -> Completion:
+    request = sequence.request
+    return Completion(request.request_id, tuple(sequence.token_ids), tuple(sequence.log_probs), finished, version)
+
+
+def _end_tokens(model_path: str) -> set[int]:
+    """Ids that end a completion: the generation configuration's and the tokenizer's."""
+    ends = set()
+    try:
+        configured = GenerationConfig.from_pretrained(model_path).eos_token_id
+        ends |= {configured} if isinstance(configured, int) else set(configured or ())
+    except OSError:
+        pass  # the file is optional
+    tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
+    return ends | ({tokenizer.eos_token_id} - {None})

@@ -1,0 +1,279 @@
+"""Hand-worked numbers for every formula between graded groups and packed micro-batches.
+
+Sources: LENS eq. 1-7 and its Algorithm 1; GRPO as verl and TRL compute it. What is not covered here: the kernels
+(tests/kernels) and the model (test_policy.py).
+"""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from records import PROMPT, group, rollout, sample
+
+from lens_megatron import pack, samples
+from lens_megatron.algorithms.advantages import crpo, grpo, weighted_advantages
+from lens_megatron.algorithms.aggregation import AGGREGATIONS
+from lens_megatron.algorithms.objectives import clipped_surrogate, sequence_ratio, token_ratio
+from lens_megatron.config import AlgorithmConfig, LensConfig
+from lens_megatron.interference import purify_prompts, select
+from lens_megatron.purify import is_hard, merge
+from lens_megatron.types import LossScale, Origin, TrainingGroup
+
+ALGORITHM = AlgorithmConfig()
+LENS = LensConfig()
+
+
+def test_crpo_on_a_rescued_group_of_eight():
+    # a = .25; three of six failures are replaced by three successes: sum w~ = 5, mu = .55, sigma = .497494
+    merged = merge(group("11000000", "11100000"), LENS, seed=0)
+    assert [r.origin for r in merged.rollouts].count(Origin.RESCUED) == 3
+    assert len(merged.rollouts) == 8 and merged.gate
+    result = crpo(merged, ALGORITHM)
+    by_kind = {
+        (r.origin, r.correct): (w, a)
+        for r, w, a in zip(merged.rollouts, result.weights, result.advantages, strict=True)
+    }
+    expected = {
+        (Origin.NATIVE, True): (0.25, 0.904534),
+        (Origin.NATIVE, False): (0.75, -1.105542),
+        (Origin.RESCUED, True): (0.75, 0.904534),
+    }
+    for kind, (weight, advantage) in expected.items():
+        assert by_kind[kind] == pytest.approx((weight, advantage), abs=3e-6)
+    weighted = [w * a for w, a in zip(result.weights, result.advantages, strict=True)]
+    assert sum(weighted) == pytest.approx(0, abs=1e-6)
+    assert sorted(set(round(x, 5) for x in weighted)) == pytest.approx([-0.829156, 0.226134, 0.678401], abs=1e-5)
+
+
+def test_crpo_when_no_original_rollout_succeeded():
+    result = crpo(merge(group("00000000", "11000000"), LENS, seed=0), ALGORITHM)
+    assert set(result.weights) == {1.0}
+    assert sorted(set(result.advantages)) == pytest.approx([-0.577350, 1.732051], abs=1e-5)
+
+
+def test_crpo_reweights_an_untouched_group():
+    result = crpo(merge(group("11111100"), LENS, seed=0), ALGORITHM)
+    assert result.weights == (0.75,) * 6 + (0.25,) * 2
+    assert result.advantages == pytest.approx((1 / 3,) * 6 + (-3.0,) * 2, abs=2e-5)
+
+
+@pytest.mark.parametrize("native", ["1111", "0000"])
+def test_a_group_without_contrast_has_no_advantage(native):
+    assert set(crpo(merge(group(native), LENS, seed=0), ALGORITHM).advantages) == {0.0}
+    assert set(grpo(merge(group(native), LENS, seed=0), ALGORITHM).advantages) == {0.0}
+
+
+def test_weights_scope_and_normalised_weights():
+    untouched = merge(group("1000"), LENS, seed=0)
+    assert crpo(untouched, replace_algorithm(weights_scope="purified_only")).weights == (1.0,) * 4
+    # w~ = .25 and three of .75: sum 2.5, four samples -> 4 w~ / 2.5
+    assert crpo(untouched, replace_algorithm(loss_weight="normalised")).weights == pytest.approx((0.4, 1.2, 1.2, 1.2))
+
+
+def replace_algorithm(**options) -> AlgorithmConfig:
+    return AlgorithmConfig(**options)
+
+
+def test_grpo_uses_the_unbiased_deviation():
+    assert grpo(TrainingGroup(group("1000"), group("1000").native, False), ALGORITHM).advantages == pytest.approx(
+        (1.5, -0.5, -0.5, -0.5), abs=1e-5
+    )
+    assert grpo(TrainingGroup(group("1100"), group("1100").native, False), ALGORITHM).advantages == pytest.approx(
+        (0.866025,) * 2 + (-0.866025,) * 2, abs=1e-5
+    )
+
+
+def test_weighted_advantages_equal_a_float64_oracle():
+    generator = torch.Generator().manual_seed(0)
+    rewards, weights = torch.rand(2, 16, generator=generator, dtype=torch.float64)
+    w = weights / weights.sum()
+    mu = (w * rewards).sum()
+    oracle = (rewards - mu) / ((w * (rewards - mu) ** 2).sum().sqrt() + 1e-6)
+    assert weighted_advantages(rewards.tolist(), weights.tolist(), 1e-6) == pytest.approx(oracle.tolist(), rel=1e-12)
+
+
+def test_gate_is_strict_and_second_wave_failures_never_enter():
+    assert not merge(group("1000", "1000"), LENS, seed=0).gate
+    assert merge(group("1000", "1000"), LensConfig(gate="always"), seed=0).gate
+    merged = merge(group("1000", "1100"), LENS, seed=0)
+    assert merged.gate and all(r.correct for r in merged.rollouts if r.origin is Origin.RESCUED)
+    assert not merge(group("0000", "0000"), LensConfig(gate="always"), seed=0).gate
+
+
+def test_all_failures_may_leave_and_the_switches_that_prevent_it():
+    # One success, three failures, four rescued: literally all failures leave, the group grows to five, no contrast.
+    literal = merge(group("1000", "1111"), LENS, seed=0)
+    assert len(literal.rollouts) == 5 and all(r.correct for r in literal.rollouts)
+    kept = merge(group("1000", "1111"), LensConfig(min_keep_failures=1), seed=0)
+    assert [r.correct for r in kept.rollouts].count(False) == 1
+    capped = merge(group("1000", "1111"), LensConfig(cap_rescued=True), seed=0)
+    assert len(capped.rollouts) == 4
+
+
+def test_the_failures_that_leave_depend_on_the_seed_alone():
+    kept = {tuple(r.token_ids for r in merge(group("0" * 8, "1000"), LENS, seed=s).rollouts) for s in range(40)}
+    assert len(kept) == 8
+    again = [merge(group("0" * 8, "1000"), LENS, seed=5).rollouts for _ in range(2)]
+    assert again[0] == again[1]
+
+
+def test_hard_is_strictly_below_tau():
+    assert is_hard(0.375, LENS) and not is_hard(0.5, LENS)
+    assert not is_hard(0.0, LensConfig(enabled=False))
+
+
+def test_selection_of_the_worked_example():
+    scores = torch.tensor([0.1, 0.9, 0.0, 0.4, 0.05])
+    everyone = torch.ones(5, dtype=torch.bool)
+    one = select(scores, everyone, LensConfig(deletion_ratio=0.05), seed=0)
+    two = select(scores, everyone, LensConfig(deletion_ratio=0.3), seed=0)
+    assert one.tolist() == [True, False, True, True, True]
+    assert two.tolist() == [True, False, True, False, True]
+
+
+def test_purified_prompts_keep_order_and_never_touch_ineligible_tokens():
+    scores = torch.tensor([9.0, 0.1, 0.3, 0.3, 0.2, 9.0])
+    (purified,) = purify_prompts([PROMPT], [scores], LensConfig(deletion_ratio=0.25), seeds=[0])
+    assert purified.deleted == (2,) and purified.token_ids == (1, 10, 12, 13, 2)  # the tie goes to the earlier
+    (full,) = purify_prompts([PROMPT], [scores], LensConfig(deletion_ratio=0.25, ratio_base="full"), seeds=[0])
+    assert full.deleted == (2, 3)  # ceil(.25 * 6) instead of ceil(.25 * 4)
+
+
+def test_below_the_noise_floor_nothing_is_purified():
+    assert purify_prompts([PROMPT], [torch.full((6,), 9e-5)], LENS, seeds=[0]) == [None]
+    assert purify_prompts([PROMPT], [torch.zeros(6)], LensConfig(min_score=0.0), seeds=[0]) != [None]
+
+
+def test_random_ties_are_seeded():
+    lens = LensConfig(tie_break="random", deletion_ratio=0.25)
+    choices = [purify_prompts([PROMPT], [torch.ones(6)], lens, seeds=[s])[0].deleted for s in range(40)]
+    assert set(choices) == {(1,), (2,), (3,), (4,)}
+    assert purify_prompts([PROMPT], [torch.ones(6)], lens, seeds=[7])[0].deleted == choices[7]
+
+
+def test_samples_carry_the_prompt_that_generated_them():
+    merged = merge(group("1000", "1100"), LENS, seed=0)
+    rows = samples.to_samples([merged], ALGORITHM)
+    assert [r.prompt for r in rows] == [PROMPT.token_ids] * len(rows)
+    for row in rows:
+        rescued = row.rollout.origin is Origin.RESCUED
+        assert row.generation_prompt == ((1, 10, 12, 13, 2) if rescued else PROMPT.token_ids)
+
+
+def test_aggregations():
+    # Two responses of 2 and 6 tokens with losses -1 and +1 per token.
+    scale, losses = LossScale(8, 2, 0), {2: -1.0, 6: 1.0}
+    expected = {
+        "token-mean": 0.5,
+        "seq-mean-token-mean": 0.0,
+        "seq-mean-token-sum": 2.0,
+        "seq-mean-token-sum-norm": 0.25,
+    }
+    for name, value in expected.items():
+        total = sum(n * loss * AGGREGATIONS[name](n, scale, 8) for n, loss in losses.items())
+        assert total == pytest.approx(value)
+
+
+def test_clipped_surrogate_and_dual_clip():
+    algorithm = AlgorithmConfig(clip_low=0.2, clip_high=0.28, dual_clip=3.0)
+    ratio, advantages = torch.tensor([1.35, 0.7, 0.7, 5.0]), torch.tensor([1.0, -1.0, 1.0, -1.0])
+    loss, clipped = clipped_surrogate(ratio, advantages, algorithm)
+    assert loss.tolist() == pytest.approx([-1.28, 0.8, -0.7, 3.0])
+    assert clipped.tolist() == [1.0, 1.0, 0.0, 1.0]
+
+
+def logits_with(log_probs: list[float]) -> torch.Tensor:
+    """[1, S, 2] logits whose token 1 has the given log-probabilities."""
+    p = torch.tensor(log_probs, dtype=torch.float64).exp()
+    return torch.stack([(1 - p).log(), p.log()], -1)[None].float()
+
+
+def rescued_batch(old: list[float], advantage: float, weight: float, algorithm: AlgorithmConfig):
+    row = sample(rollout(True, Origin.RESCUED, tokens=(1, 1, 1)), advantage, weight)
+    row = replace(row, prompt=(1,), generation_prompt=(1,))
+    return pack.pack(
+        [row],
+        old_log_probs=[torch.tensor(old)],
+        reference_log_probs=[None],
+        scale=LossScale(3, 1, 1),
+        algorithm=algorithm,
+        max_response_length=3,
+        micro_batch_size=1,
+        device=torch.device("cpu"),
+    )[0]
+
+
+def test_the_rescued_row_of_the_worked_example():
+    # rho = [1.105171, .449329, 1], A = .904534, w~ = .75 -> loss -.577658
+    algorithm = AlgorithmConfig(aggregation="seq-mean-token-mean", kl_coef=0.0)
+    batch = rescued_batch([-0.6, -1.2, -0.1], 0.904534, 0.75, algorithm)
+    logits = logits_with([-0.5, -2.0, -0.1, -1.0])
+    result = token_ratio(logits, batch, algorithm, temperature=1.0, valid_vocab_size=2, tp_group=None)
+    assert float(result.loss) == pytest.approx(-0.577658, abs=1e-6)
+    assert result.ratio[0, :3].tolist() == pytest.approx([1.105171, 0.449329, 1.0], abs=1e-6)
+
+
+@pytest.mark.parametrize(("form", "ratio"), [("sequence", 0.496585), ("sequence_geometric", 0.791890)])
+def test_sequence_ratios_of_the_worked_example(form, ratio):
+    algorithm = AlgorithmConfig(aggregation="seq-mean-token-mean", kl_coef=0.0, ratio=form)
+    batch = rescued_batch([-0.6, -1.2, -0.1], 0.904534, 0.75, algorithm)
+    logits = logits_with([-0.5, -2.0, -0.1, -1.0]).requires_grad_()
+    result = sequence_ratio(logits, batch, algorithm, temperature=1.0, valid_vocab_size=2, tp_group=None)
+    assert result.ratio[0, 0] == pytest.approx(ratio, abs=1e-6)
+    assert float(result.loss) == pytest.approx(-0.75 * 0.904534 * ratio, abs=1e-6)
+    result.loss.backward()
+    # d loss / d logp_t = -w A ratio / |y| (geometric) or that times |y| (product); through log-softmax of two columns
+    per_token = -0.75 * 0.904534 * ratio / (3 if form == "sequence_geometric" else 1)
+    assert logits.grad[0, 0, 1] == pytest.approx(per_token * (1 - math.exp(-0.5)), abs=1e-6)
+
+
+def test_acl_form_divides_the_old_probability_by_the_weight():
+    algorithm = AlgorithmConfig(aggregation="seq-mean-token-mean", kl_coef=0.0, ratio_form="acl")
+    batch = rescued_batch([-0.6, -1.2, -0.1], 1.0, 0.75, algorithm)
+    result = token_ratio(
+        logits_with([-0.5, -2.0, -0.1, -1.0]), batch, algorithm, temperature=1.0, valid_vocab_size=2, tp_group=None
+    )
+    assert result.ratio[0, :3].tolist() == pytest.approx([1.105171 / 0.75, 0.449329 / 0.75, 1 / 0.75], abs=1e-5)
+
+
+def test_imitation_adds_the_mean_negative_log_likelihood_of_rescued_rows():
+    algorithm = AlgorithmConfig(aggregation="seq-mean-token-mean", kl_coef=0.0, imitation_coef=0.1)
+    batch = rescued_batch([-0.6, -1.2, -0.1], 0.904534, 0.75, algorithm)
+    logits = logits_with([-0.5, -2.0, -0.1, -1.0])
+    result = token_ratio(logits, batch, algorithm, temperature=1.0, valid_vocab_size=2, tp_group=None)
+    assert float(result.loss) == pytest.approx(-0.577658 + 0.1 * 2.6 / 3, abs=1e-6)
+
+
+def test_pack_aligns_rows_and_pads_with_nothing():
+    rows = [sample(rollout(True, tokens=(5, 6))), sample(rollout(False, Origin.RESCUED, tokens=(7, 8, 9)))]
+    (batch,) = pack.pack(
+        rows,
+        old_log_probs=[None, torch.tensor([-1.0, -2.0, -3.0])],
+        reference_log_probs=[torch.tensor([-0.1, -0.2]), torch.tensor([-0.3, -0.4, -0.5])],
+        scale=pack.count(rows),
+        algorithm=AlgorithmConfig(kl_coef=0.5),
+        max_response_length=3,
+        micro_batch_size=2,
+        device=torch.device("cpu"),
+    )
+    assert batch.sequences.input_ids.tolist() == [[*PROMPT.token_ids, 5, 6, 0], [*PROMPT.token_ids, 7, 8, 9]]
+    assert batch.sequences.target_ids.tolist() == [[-1] * 5 + [5, 6, -1, -1], [-1] * 5 + [7, 8, 9, -1]]
+    assert batch.old_log_probs[0, 5:7].isnan().all() and batch.old_log_probs[1, 5:8].tolist() == [-1.0, -2.0, -3.0]
+    assert batch.policy_weights[0, 5:8].tolist() == pytest.approx([0.2, 0.2, 0.0])
+    assert batch.kl_weights.sum().item() == pytest.approx(0.5)
+    assert batch.rescued.tolist() == [False, True]
+
+
+def test_a_rank_without_samples_gets_one_empty_micro_batch():
+    (batch,) = pack.pack(
+        [],
+        old_log_probs=[],
+        reference_log_probs=[],
+        scale=LossScale(4, 1, 0),
+        algorithm=ALGORITHM,
+        max_response_length=3,
+        micro_batch_size=2,
+        device=torch.device("cpu"),
+    )
+    assert not batch.mask.any() and not batch.policy_weights.any()
