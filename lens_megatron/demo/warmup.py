@@ -23,8 +23,8 @@ IGNORED = -100
 class WarmUp:
     """How long and on what."""
 
-    steps: int = 900
-    batch: int = 64
+    steps: int = 1200
+    batch: int = 32
     lr: float = 3e-3
     noise_shares: tuple[tuple[int, float], ...] = ((0, 0.70), (1, 0.2), (2, 0.1))
     """Number of distractors -> share of the warm-up's problems."""
@@ -79,8 +79,9 @@ def warm_up(tokenizer: PreTrainedTokenizerFast, options: WarmUp) -> tuple[Qwen3F
     model.train()
     for _ in tqdm(range(options.steps), desc="warm-up", unit="step"):
         input_ids, labels = _batch(rng.sample(data, options.batch), tokenizer.pad_token_id)
-        logits = model(input_ids=input_ids).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+        hidden, targets = model.model(input_ids=input_ids).last_hidden_state[:, :-1], labels[:, 1:]
+        wanted = targets != IGNORED
+        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[wanted]), targets[wanted])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -90,7 +91,7 @@ def warm_up(tokenizer: PreTrainedTokenizerFast, options: WarmUp) -> tuple[Qwen3F
 
 
 def _batch(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded [B, S] ids and labels; the loss is on everything, the prompt teaches the language."""
+    """Right-padded [B, S] ids and labels; the loss is on the completions."""
     length = max(len(prompt) + len(completion) for prompt, completion in rows)
     input_ids = torch.full((len(rows), length), pad)
     labels = torch.full((len(rows), length), IGNORED)

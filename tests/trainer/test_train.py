@@ -1,0 +1,129 @@
+"""The real program on a toy model: whole runs over gloo, compared with one another.
+
+What is not covered: that training improves anything (the demo shows that), and more than four ranks.
+"""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, Toy, checkpoint_tensors, command, environment, launch, rollout_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+LAYOUTS = {"tp2": (2, 1, 2), "pp2": (1, 2, 2), "dp2": (1, 1, 2), "tp2pp2": (2, 2, 4)}
+
+
+@pytest.fixture(scope="module")
+def straight(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
+    """Four steps on one rank, rollouts saved for the others to train on."""
+    folder = tmp_path_factory.mktemp("straight")
+    sections = {"debug": {"save_rollouts": str(folder / "replay")}, "train": {"steps": 4}}
+    tree = toy.tree(folder / "run", data={"eval": [str(toy.eval)]}, **sections)
+    return folder, launch(tree, folder, 1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_saved_rollouts_train_alike_under_every_layout(toy: Toy, straight, layout: str, tmp_path: Path):
+    folder, expected = straight
+    tp, pp, ranks = LAYOUTS[layout]
+    tree = toy.tree(
+        tmp_path / "run",
+        debug={"load_rollouts": str(folder / "replay")},
+        megatron={"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp},
+        train={"steps": 2},
+    )
+    rows = launch(tree, tmp_path, ranks)
+    for row, reference in zip(rows[1:], expected[1:3], strict=True):
+        assert row["actor/loss"] == pytest.approx(reference["actor/loss"], rel=1e-5, abs=1e-8)
+        assert row["actor/grad_norm"] == pytest.approx(reference["actor/grad_norm"], rel=1e-4)
+        for name in ("actor/entropy", "actor/kl_loss", "critic/rewards/mean", "lens/abs_log_ratio_rescued"):
+            assert row[name] == pytest.approx(reference[name], rel=1e-4, abs=1e-8), name
+
+
+def test_ratio_is_one_on_native_rows_and_purification_happens(straight):
+    folder, rows = straight
+    for row in rows[1:]:
+        assert row["actor/ratio_min"] == row["actor/ratio_max"] == 1.0
+        assert abs(row["actor/ppo_kl"]) < 1e-6
+    assert sum(row["lens/purified_prompts"] for row in rows[1:]) > 0
+    assert sum(row["lens/rescued_prompts"] for row in rows[1:]) > 0
+    assert max(row["lens/abs_log_ratio_rescued"] for row in rows[1:]) > 0
+    assert rows[1]["actor/kl_loss"] == 0.0 and rows[3]["actor/kl_loss"] > 0
+
+
+def test_rollout_files_say_what_happened(straight, toy: Toy):
+    folder, _ = straight
+    rows = [row for step in range(1, 5) for row in rollout_rows(folder / "run", step)]
+    rescued = [row for row in rows if row["origin"] == "rescued"]
+    assert rescued and all(row["status"] == "correct" and "[-" in row["purified_prompt"] for row in rescued)
+    for row in rescued:
+        kept = "".join(part.split("-]")[-1] for part in row["purified_prompt"].split("[-"))
+        whole = row["purified_prompt"].replace("[-", "").replace("-]", "")
+        assert len(kept) < len(whole) == len(row["prompt"])
+    by_prompt: dict[tuple[int, int], float] = {}
+    for row in rows:
+        key = (row["step"], row["prompt_index"])
+        by_prompt[key] = by_prompt.get(key, 0.0) + row["weight"] * row["advantage"]
+    assert all(abs(total) < 1e-5 for total in by_prompt.values())
+
+
+def test_exported_policy_answers_in_transformers(straight):
+    folder, _ = straight
+    path = folder / "run" / "checkpoints" / "iter_0000004" / "hf"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    trained = checkpoint_tensors(folder / "run", 4, 1)
+    assert torch.equal(model.model.norm.weight, trained["0/model.0.decoder.final_layernorm.weight"]), (
+        "the export is not the checkpoint's policy"
+    )
+    inputs = tokenizer("Tom has 3 nuts.", return_tensors="pt")
+    assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] == inputs["input_ids"].shape[1] + 2
+
+
+def test_killed_and_resumed_equals_straight_bit_for_bit(toy: Toy, straight, tmp_path: Path):
+    folder, rows = straight
+    tree = toy.tree(tmp_path / "run", data={"eval": [str(toy.eval)]}, train={"steps": 4})
+    process = subprocess.Popen(command(tree, tmp_path, 1), env=environment(), start_new_session=True)
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.time() + 120
+    while time.time() < deadline and not (metrics.exists() and '"step": 3' in metrics.read_text()):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    resumed = launch(tree, tmp_path, 1)
+    expected, found = checkpoint_tensors(folder / "run", 4, 1), checkpoint_tensors(tmp_path / "run", 4, 1)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert [row["step"] for row in resumed] == [0, 1, 2, 3, 4]
+    assert [row["actor/loss"] for row in resumed[1:]] == [row["actor/loss"] for row in rows[1:]]
+    assert resumed[4]["val-core/eval/acc/mean@1"] == rows[4]["val-core/eval/acc/mean@1"]
+
+
+def test_sigterm_finishes_the_step_saves_and_exits_0(toy: Toy, tmp_path: Path):
+    tree = toy.tree(tmp_path / "run", train={"steps": 500, "save_interval": 500})
+    arguments = command(tree, tmp_path, 1)
+    program = [arguments[0], *arguments[arguments.index(str(ROOT / "pretrain_lens.py")) :]]
+    process = subprocess.Popen(program, env=environment(), stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "iteration      2/" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    output = process.stdout.read()
+    assert process.wait(60) == 0, output
+    saved = list((tmp_path / "run" / "checkpoints").glob("iter_*"))
+    assert len(saved) == 1 and "the same command goes on from here" in output
+
+
+def test_grpo_is_the_same_program_without_purification(toy: Toy, tmp_path: Path):
+    tree = toy.tree(
+        tmp_path / "run",
+        lens={"enabled": False},
+        algorithm={"advantage": "grpo", "kl_coef": 0.0},
+        train={"updates_per_batch": 2},
+    )
+    rows = launch(tree, tmp_path, 1)
+    assert rows[-1]["lens/purified_prompts"] == 0 and rows[-1]["actor/grad_norm"] > 0
+    assert {row["weight"] for row in rollout_rows(tmp_path / "run", 1)} == {1.0}
+    assert rows[-1]["training/weight_version"] == 4
