@@ -1,0 +1,290 @@
+"""Megatron's policy beside transformers: same numbers in, same bytes out; and the chain trainer -> engine.
+
+Tensor- and pipeline-parallel equality is in test_train.py, by whole runs.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from lens_megatron.config import ConfigError, from_tree
+from lens_megatron.policy import checkpoint, platform
+from lens_megatron.policy.forward import make_sequences, prompt_scores, response_log_probs, run_forward
+from lens_megatron.policy.hf_weights import ModelError, export_weights, read_hf_config
+from lens_megatron.policy.model import Policy, build_policy, reference_weights
+from lens_megatron.policy.parallel import Mesh, build_mesh
+from lens_megatron.rollout.engine import Request, WeightManifestError
+from lens_megatron.rollout.local import LocalEngine
+
+SIZES = {
+    "vocab_size": 131,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 16384,
+    "eos_token_id": 0,
+    "bos_token_id": None,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+FAMILIES = {
+    "qwen2": lambda tied: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=tied)),
+    "qwen3": lambda tied: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=tied)),
+    "llama": lambda tied: LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=LLAMA3, tie_word_embeddings=tied)),
+    "llama_linear_rope": lambda tied: LlamaForCausalLM(
+        LlamaConfig(
+            **SIZES,
+            rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+            tie_word_embeddings=tied,
+        )
+    ),
+}
+PAIRS = [((1, 5, 9), (3, 7)), ((2, 8, 100), (4, 5, 6, 7, 9, 11)), ((2, 8, 100, 17, 8), (129,))]
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Mesh:
+    device = platform.install()
+    platform.init_process_group(device)
+    return build_mesh(from_tree(tree("x")).megatron, 0, device)
+
+
+def tree(path: str, **sections: dict) -> dict:
+    return {
+        "run": {"directory": "unused"},
+        "model": {"path": path},
+        "data": {"train": "unused"},
+        "rollout": {"max_response_length": 8},
+        **sections,
+    }
+
+
+def saved_model(family: str, tied: bool, folder: Path, seed: int = 0) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    model = FAMILIES[family](tied).eval()
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter) * 0.2 if parameter.dim() > 1 else torch.rand_like(parameter) + 0.5
+    model.save_pretrained(folder)
+    return model
+
+
+def policy_of(folder: Path, mesh: Mesh, **sections: dict) -> Policy:
+    return build_policy(from_tree(tree(str(folder), **sections)), mesh)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers_and_export_equals_import(family: str, tied: bool, mesh: Mesh, tmp_path: Path):
+    model = saved_model(family, tied, tmp_path)
+    policy = policy_of(tmp_path, mesh)
+    batch = make_sequences([(tuple(range(3, 60)), tuple(range(60, 90)))], mesh.device)
+    (logits,) = run_forward(policy, [batch], lambda logits, index: logits)
+    with torch.no_grad():
+        expected = model(batch.input_ids).logits
+    assert (logits - expected).abs().max() < 1e-4
+    exported, original = dict(export_weights(policy.bridge, policy.chunks)), load_file(tmp_path / "model.safetensors")
+    assert exported.keys() == original.keys()
+    assert all(torch.equal(exported[name], original[name]) for name in original)
+
+
+def test_response_log_probs_whatever_the_micro_batches(mesh: Mesh, tmp_path: Path):
+    model = saved_model("qwen3", True, tmp_path)
+    policy = policy_of(tmp_path, mesh)
+    for rows in (1, 2, 3):
+        found = response_log_probs(policy, PAIRS, rows=rows, temperature=0.7)
+        for (prompt, response), values in zip(PAIRS, found, strict=True):
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / 0.7
+            expected = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
+            assert (values - expected).abs().max() < 1e-5
+
+
+def test_scores_are_exactly_0_at_equal_weights_and_the_log_ratio_else(mesh: Mesh, tmp_path: Path):
+    policy_model, reference = (
+        saved_model("qwen2", False, tmp_path / "a"),
+        saved_model("qwen2", False, tmp_path / "b", seed=1),
+    )
+    prompts = [(1, 5, 9, 3, 7), (2, 8, 100)]
+    same = prompt_scores(policy_of(tmp_path / "a", mesh), prompts, rows=2)
+    assert all(not scores.any() for scores in same)
+    sections = {"model": {"path": str(tmp_path / "a"), "reference_path": str(tmp_path / "b")}}
+    policy = policy_of(tmp_path / "a", mesh, **sections)
+    for prompt, scores in zip(prompts, prompt_scores(policy, prompts, rows=2), strict=True):
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            a, b = (m(ids).logits[0, :-1].log_softmax(-1) for m in (policy_model, reference))
+        expected = (a - b).gather(1, ids[0, 1:, None])[:, 0].abs()
+        assert scores[0] == 0 and (scores[1:] - expected).abs().max() < 1e-5
+    before = dict(export_weights(policy.bridge, policy.chunks))
+    with reference_weights(policy):
+        within = {name: tensor.clone() for name, tensor in export_weights(policy.bridge, policy.chunks)}
+    assert torch.equal(within["lm_head.weight"], reference.lm_head.weight)
+    after = dict(export_weights(policy.bridge, policy.chunks))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_engine_log_probs_are_the_trainers_after_a_sync(family: str, mesh: Mesh, tmp_path: Path):
+    saved_model(family, True, tmp_path / "a")
+    saved_model(family, True, tmp_path / "b", seed=1)
+    add_tokenizer(tmp_path / "a")
+    engine = LocalEngine(str(tmp_path / "a"), max_running_sequences=3)
+    outputs = []
+    for version, name in enumerate("ab"):
+        policy = policy_of(tmp_path / name, mesh)
+        engine.load_weights(export_weights(policy.bridge, policy.chunks), version)
+        engine.submit(Request(i, prompt, 8, 0.8, seed=i) for i, (prompt, _) in enumerate(PAIRS * 2))
+        completions = sorted(drain(engine), key=lambda c: c.request_id)
+        pairs = [(PAIRS[c.request_id % 3][0], c.token_ids) for c in completions]
+        for completion, expected in zip(
+            completions, response_log_probs(policy, pairs, rows=4, temperature=0.8), strict=True
+        ):
+            assert (torch.tensor(completion.log_probs) - expected).abs().max() < 1e-4
+            assert completion.weight_version == version
+        outputs.append([c.token_ids for c in completions])
+    assert outputs[0] != outputs[1]
+
+
+def drain(engine: LocalEngine) -> list:
+    completions = []
+    while engine.progress().waiting or engine.progress().running:
+        completions += engine.step()
+    return completions
+
+
+def add_tokenizer(folder: Path) -> None:
+    from lens_megatron.demo.problems import stream
+    from lens_megatron.demo.tokenizer import train_tokenizer
+
+    lines = [next(stream("train", seed, {0: 1})).problem for seed in range(50)]
+    train_tokenizer(lines).save_pretrained(folder)
+
+
+def test_engine_samples_alone_as_in_a_crowd_and_refuses_bad_manifests(mesh: Mesh, tmp_path: Path):
+    model = saved_model("qwen3", True, tmp_path)
+    add_tokenizer(tmp_path)
+    engine = LocalEngine(str(tmp_path), max_running_sequences=2)
+    weights = [(n, p.data) for n, p in model.named_parameters()]
+    with pytest.raises(RuntimeError, match="load_weights first"):
+        engine.submit([Request(0, (1,), 1, 1.0, 0)])
+    engine.load_weights(weights, 0)
+    engine.submit([Request(0, (5, 6, 7), 8, 1.0, seed=3)])
+    (alone,) = drain(engine)
+    engine.submit(
+        [Request(i, (9,) * (i + 1), 8, 1.0, seed=9) for i in range(1, 4)] + [Request(0, (5, 6, 7), 8, 1.0, 3)]
+    )
+    crowd = {c.request_id: c for c in drain(engine)}
+    assert crowd[0].token_ids == alone.token_ids
+    engine.submit([Request(7, (5, 6, 7), 4, 0.0, seed=0)])
+    (greedy,) = drain(engine)
+    expected = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False)[0, 3:]
+    assert list(greedy.token_ids) == expected.tolist()
+    bad = {
+        "missing model.norm.weight": [w for w in weights if w[0] != "model.norm.weight"],
+        "unknown extra.weight": [*weights, ("extra.weight", torch.zeros(1))],
+        "duplicate model.norm.weight": [*weights, ("model.norm.weight", model.model.norm.weight)],
+        r"model.norm.weight has shape \(3,\)": [
+            (n, torch.zeros(3) if n == "model.norm.weight" else p) for n, p in weights
+        ],
+    }
+    for message, stream in bad.items():
+        with pytest.raises(WeightManifestError, match=message):
+            engine.load_weights(stream, 1)
+        with pytest.raises(RuntimeError, match="load_weights first"):
+            engine.submit([Request(0, (1,), 1, 1.0, 0)])
+
+
+def test_sampling_follows_the_softmax(mesh: Mesh, tmp_path: Path):
+    model = saved_model("qwen2", True, tmp_path)
+    add_tokenizer(tmp_path)
+    engine = LocalEngine(str(tmp_path), max_running_sequences=500)
+    engine.load_weights([(n, p.data) for n, p in model.named_parameters()], 0)
+    engine.submit(Request(i, (5, 6, 7), 1, 1.5, seed=i) for i in range(4000))
+    counts = torch.zeros(131)
+    for completion in drain(engine):
+        counts[completion.token_ids[0]] += 1
+    with torch.no_grad():
+        p = (model(torch.tensor([[5, 6, 7]])).logits[0, -1] / 1.5).softmax(-1)
+    likely = p * 4000 >= 5
+    observed = torch.cat([counts[likely], counts[~likely].sum()[None]])
+    expected = torch.cat([p[likely], p[~likely].sum()[None]]) * 4000
+    chi_square = ((observed - expected) ** 2 / expected).sum()
+    degrees = len(expected) - 1
+    assert chi_square < degrees + 4 * (2 * degrees) ** 0.5
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_it(mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    saved_model("qwen3", True, tmp_path / "model")
+    policy = policy_of(tmp_path / "model", mesh)
+    folder = tmp_path / "checkpoints"
+    checkpoint.save(policy, folder, 1, model_path=str(tmp_path / "model"), keep=2)
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(checkpoint.CheckpointError, match="No space left on device"):
+        checkpoint.save(policy, folder, 2, model_path=str(tmp_path / "model"), keep=2)
+    assert [p.name for p in folder.iterdir() if p.is_dir()] == ["iter_0000001"]
+    assert (folder / checkpoint.TRACKER).read_text() == "1\n"
+    assert checkpoint.load(policy, checkpoint.latest_whole(folder, 0)).step == 1
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_line(mesh: Mesh, tmp_path: Path, capsys: pytest.CaptureFixture):
+    saved_model("qwen3", True, tmp_path / "model")
+    policy = policy_of(tmp_path / "model", mesh)
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2, 3):
+        checkpoint.save(policy, folder, step, model_path=str(tmp_path / "model"), keep=2)
+    assert [p.name for p in checkpoint.published(folder)] == ["iter_0000002", "iter_0000003"]
+    shard = folder / "iter_0000003" / "rank_00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert checkpoint.latest_whole(folder, 0) == folder / "iter_0000002"
+    assert "iter_0000003 cannot be read" in capsys.readouterr().out
+
+
+def test_model_directories_that_cannot_be_used(tmp_path: Path):
+    with pytest.raises(ModelError, match="no config.json"):
+        read_hf_config(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ModelError, match="model type 'gpt2'; supported: llama, qwen2, qwen3"):
+        read_hf_config(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": ')
+    with pytest.raises(ModelError, match="cannot be read"):
+        read_hf_config(str(tmp_path))
+    saved_model("qwen3", True, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="no \\*.safetensors"):
+        read_hf_config(str(tmp_path))
+
+
+def test_layouts_and_lengths_the_model_does_not_allow(mesh: Mesh, tmp_path: Path):
+    saved_model("qwen3", True, tmp_path)
+    for options, message in (
+        ({"tensor_model_parallel_size": 3}, r"tensor_model_parallel_size \(3\) does not divide .* \(4\)"),
+        ({"pipeline_model_parallel_size": 4}, r"pipeline_model_parallel_size \(4\) does not divide .* \(2\)"),
+        ({"transformer": {"no_such_option": 1}}, "megatron.transformer: Megatron-Core refuses"),
+        ({"optimizer": {"no_such_option": 1}}, "megatron.optimizer: .*no_such_option"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            policy_of(tmp_path, mesh, megatron=options)
+    with pytest.raises(ConfigError, match="20512 exceeds the model's max_position_embeddings"):
+        policy_of(tmp_path, mesh, rollout={"max_response_length": 20000})
