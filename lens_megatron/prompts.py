@@ -244,8 +244,7 @@ class _Trait:
     special: bool
     blank: bool
     leading: int
-    """White space that the token begins with; 0 if it is nothing else."""
-    trailing: int
+    """Characters of white space that the token begins with."""
 
 
 class _Masker:
@@ -276,15 +275,12 @@ class _Masker:
             return False
         if draft.spans is None:
             return True
-        # Llama 3's offsets leave out the spaces that a token begins or ends with, Qwen's do not.
+        # Llama 3's offsets leave out the spaces that a token begins with, Qwen's do not.
         start = span[0] - (trait.leading if not piece[:1].isspace() else 0)
-        end = span[1] + (trait.trailing if not piece[-1:].isspace() else 0)
-        return any(first <= start and end <= last for first, last in draft.spans)
+        return any(first <= start and span[1] <= last for first, last in draft.spans)
 
     def _learn(self, token: int) -> _Trait:
         text = self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
-        core = text.strip()
-        leading, trailing = (_leading_spaces(text), len(text) - len(text.rstrip())) if core else (len(text), 0)
-        trait = _Trait(token in self.special, not core, leading, trailing)
+        trait = _Trait(token in self.special, not text.strip(), _leading_spaces(text))
         self.traits[token] = trait
         return trait

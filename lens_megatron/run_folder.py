@@ -56,6 +56,8 @@ def check(config: Config) -> bool:
     differing = [k for k in differing_keys(old, config.model_dump(mode="json")) if not k.startswith(MAY_CHANGE)]
     if old.get("run", {}).get("seed") != config.run.seed:
         differing.append("run.seed")
+    if config.optimizer.lr_decay_style != "constant" and old.get("train", {}).get("steps") != config.train.steps:
+        differing.append("train.steps")
     if differing:
         raise RunFolderError(
             f"run.directory {folder} belongs to a run with other options: {', '.join(differing)}; choose another "

@@ -2,8 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+"""One of these must be there: without any, transformers makes an empty tokenizer and says nothing."""
 
 
 class TokenizerError(ValueError):
@@ -27,10 +31,19 @@ class Tokenizer:
         return tuple(self.hf.encode(self.decode_all(token_ids), add_special_tokens=False))
 
 
-def load_tokenizer(path: str) -> Tokenizer:
-    """Raises TokenizerError when there is none in the directory or it cannot be read."""
+def load_tokenizer(path: str, vocab_size: int) -> Tokenizer:
+    """Raises TokenizerError when there is none, it cannot be read, or it has more tokens than the model."""
+    if not any((Path(path) / name).is_file() for name in VOCABULARY_FILES):
+        raise TokenizerError(
+            f"model.path {path}: no tokenizer there ({' or '.join(VOCABULARY_FILES)}); copy the model's tokenizer files"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # third-party readers raise anything at all on a damaged file
         raise TokenizerError(f"model.path {path}: no tokenizer can be read there: {error}") from error
+    if len(tokenizer) > vocab_size:
+        raise TokenizerError(
+            f"model.path {path}: the tokenizer has {len(tokenizer)} tokens, the model's embedding {vocab_size} rows; "
+            "use the tokenizer that belongs to the model"
+        )
     return Tokenizer(tokenizer)

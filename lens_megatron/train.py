@@ -21,7 +21,7 @@ from lens_megatron.policy.hf_weights import ModelError, export_weights, read_hf_
 from lens_megatron.policy.model import DTYPES, build_policy, check_layout
 from lens_megatron.policy.parallel import build_mesh
 from lens_megatron.prompts import DataError, PromptStream, load_prompts
-from lens_megatron.reward import GraderPool
+from lens_megatron.reward import GraderPool, GraderStartError
 from lens_megatron.rollout import replay
 from lens_megatron.rollout.engine import EngineProgress
 from lens_megatron.rollout.local import LocalEngine
@@ -32,7 +32,7 @@ from lens_megatron.step import run_step
 from lens_megatron.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from lens_megatron.types import Prompt, StepResult
 
-USER_ERRORS = (ConfigError, DataError, ModelError, TokenizerError, RunFolderError, CheckpointError)
+USER_ERRORS = (ConfigError, DataError, ModelError, TokenizerError, RunFolderError, CheckpointError, GraderStartError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,12 +99,15 @@ class StopRequest:
 def build_run(config: Config, *, resuming: bool) -> Run:
     """Checks model, tokenizer and data, then takes the device, and only then creates the run folder."""
     device = platform.install()
-    check_layout(config, read_hf_config(config.model.path))
-    tokenizer = load_tokenizer(config.model.path)
+    hf_config = read_hf_config(config.model.path)
+    check_layout(config, hf_config)
+    tokenizer = load_tokenizer(config.model.path, hf_config.vocab_size)
+    graders = _start_graders(config)
     prompts, eval_prompts = _load_data(config, tokenizer)
     platform.init_process_group(device)
     mesh = build_mesh(config.megatron, config.run.seed, device)
     policy = build_policy(config, mesh)
+    graders.wait_ready()
     _prepare_folder(config, mesh.rank, mesh.device, resuming)
     engine = LocalEngine(
         config.model.path,
@@ -112,12 +115,18 @@ def build_run(config: Config, *, resuming: bool) -> Run:
         dtype=DTYPES[config.model.dtype],
         device=str(device),
     )
-    graders = GraderPool(config.reward.workers_per_rank, config.reward.timeout_s, config.reward.grader)
     sampler = Sampler(engine, graders, tokenizer.decode, config.rollout, config.lens, config.run.seed)
     run = Run(config, mesh, policy, tokenizer, prompts, eval_prompts, engine, graders, sampler, Clock())
     if run.is_main:
         _describe(run)
     return run
+
+
+def _start_graders(config: Config) -> GraderPool:
+    try:
+        return GraderPool(config.reward.workers_per_rank, config.reward.timeout_s, config.reward.grader)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _load_data(config: Config, tokenizer: Tokenizer) -> tuple[PromptStream, tuple[Prompt, ...]]:

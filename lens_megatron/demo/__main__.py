@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from lens_megatron.demo import DEMO_INSTRUCTION
-from lens_megatron.demo.problems import stream, write_jsonl
+from lens_megatron.demo.problems import Problem, stream, write_jsonl
 from lens_megatron.demo.tokenizer import train_tokenizer
 from lens_megatron.demo.warmup import WarmUp, sampled_accuracy, warm_up
 
@@ -47,7 +47,7 @@ def _fill(folder: Path, options: WarmUp) -> None:
     write_jsonl(folder / "train.jsonl", stream("train", options.seed, TRAIN_NOISE), TRAIN_PROBLEMS)
     write_jsonl(folder / "eval.jsonl", stream("eval", options.seed, EVAL_NOISE), EVAL_PROBLEMS)
     corpus = list(islice(stream("train", options.seed, {0: 1, 1: 1, 2: 1}), 4000))
-    tokenizer = train_tokenizer(line for p in corpus for line in (p.problem, p.solution, DEMO_INSTRUCTION))
+    tokenizer = train_tokenizer(line for p in corpus for line in (chat_text(p), p.solution))
     model, seconds = warm_up(tokenizer, options)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -63,6 +63,11 @@ def _fill(folder: Path, options: WarmUp) -> None:
     (folder / "demo.json").write_text(json.dumps(measured, indent=1) + "\n")
 
 
+def chat_text(problem: Problem) -> str:
+    """Everything around a problem too, so that the roles of the chat template are single tokens."""
+    return f"user\n{problem.problem}\n{DEMO_INSTRUCTION}\nassistant\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lens_megatron.demo", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
@@ -75,7 +80,8 @@ def main() -> None:
     measured = json.loads((folder / "demo.json").read_text())
     print(
         f"demo model and data {'made' if made else 'are there already'}: {folder}; "
-        f"{measured['parameters']:,} parameters, accuracy {100 * measured['accuracy_without_distractors']:.0f} % clean, "
+        f"{measured['parameters']:,} parameters, "
+        f"accuracy {100 * measured['accuracy_without_distractors']:.0f} % clean, "
         f"{100 * measured['accuracy_with_distractors']:.0f} % with distractors"
     )
 

@@ -123,7 +123,7 @@ def _problem(kind: str, template: int, numbers: tuple[int, ...], noise: int, rng
     clauses = rng.sample(CLAUSES, noise)
     for clause in clauses:
         n = rng.randint(2, 20)
-        if rng.random() < 0.5:
+        if rng.random() < 0.5 or not any(SPOT in sentence for sentence in sentences):
             text = clause.format(name=name, third=third, obj=obj, n=n)
             sentences.insert(rng.randrange(len(sentences)), text)
         else:

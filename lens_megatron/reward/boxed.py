@@ -69,8 +69,8 @@ def normalise(latex: str) -> str:
 
     Removed: white space and spacing commands, `$`, `\$`, `\left`, `\right`, `\displaystyle`, a final full stop;
     `\dfrac`, `\tfrac` and `\cfrac` become `\frac`. Equal results mean that TeX prints the same symbols in the same
-    order, so whatever the two strings mean, they mean the same: that is why equality here is proof of a correct answer and
-    needs no algebra. (Inside `\text{...}` spaces do print; no two different answers differ in them alone.)
+    order, so whatever the two strings mean, they mean the same: that is why equality here is proof of a correct
+    answer and needs no algebra. (Inside `\text{...}` spaces do print; no two different answers differ in them alone.)
     Different results prove nothing.
     """
     return _FINAL_STOP.sub("", _LAYOUT.sub("", _FRAC.sub(r"\\frac", latex)))

@@ -134,6 +134,11 @@ class GraderPool:
         self._dispatch()
         return self._tickets
 
+    def wait_ready(self) -> None:
+        """Blocks until every worker has loaded the grader. Raises GraderStartError when one cannot."""
+        while not all(worker.ready for worker in self._workers):
+            self._advance(self._next_deadline(), starting=True)
+
     def poll(self) -> list[tuple[int, Grade]]:
         """Grades that are there and were not yet taken. Does not block."""
         self._advance(0.0)
@@ -167,14 +172,15 @@ class GraderPool:
         busy = [w.started + (self.timeout_s if w.ready else START_TIMEOUT_S) for w in self._workers]
         return max(0.0, min(busy) - time.monotonic()) if busy else 0.0
 
-    def _advance(self, timeout: float) -> None:
+    def _advance(self, timeout: float, *, starting: bool = False) -> None:
         """Reads what workers sent, waiting up to `timeout` for the first of it; kills the late; hands out the queue."""
         with selectors.DefaultSelector() as selector:
             for worker in self._workers:
                 selector.register(worker.process.stdout, selectors.EVENT_READ)
                 if worker.outbox:
                     selector.register(worker.process.stdin, selectors.EVENT_WRITE)
-            selector.select(timeout if self._queue or any(w.tasks for w in self._workers) else 0)
+            busy = starting or self._queue or any(w.tasks for w in self._workers)
+            selector.select(timeout if busy else 0)
         for worker in list(self._workers):
             worker.flush()
             self._receive(worker)

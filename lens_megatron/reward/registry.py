@@ -25,7 +25,7 @@ def check_name(name: str) -> None:
         return
     near = difflib.get_close_matches(name, GRADERS, n=1)
     hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(GRADERS)}"
-    raise ValueError(f"reward.grader: unknown grader {name!r}{hint} Your own is given as module:function")
+    raise ValueError(f"reward.grader: unknown grader {name!r}{hint} (your own: module:function)")
 
 
 def load_grader(name: str) -> Grader:

@@ -226,6 +226,7 @@ def test_a_token_with_the_templates_space_is_not_the_problems(one, trim_offsets)
     blank = LensConfig(protect_whitespace=False)
     prompt = one("How  many  ", tokenizer=tokenizer, instruction="", lens=blank)
     assert pieces(prompt, tokenizer) == [" ", " many", " ", " "]
+    assert pieces(one("How  many  ", tokenizer=tokenizer, instruction=""), tokenizer) == [" many"]
 
 
 def test_a_template_may_trim_the_content(one):
@@ -233,6 +234,7 @@ def test_a_template_may_trim_the_content(one):
     prompt = one("\n How many \n", tokenizer=tokenizer, instruction="", lens=LensConfig(protect_whitespace=False))
     assert text(prompt, tokenizer) == "<|im_start|>user\nHow many<|im_end|>\n<|im_start|>assistant\n"
     assert pieces(prompt, tokenizer) == ["How", " many"]
+    assert pieces(one("\n How Box it. many", tokenizer=tokenizer), tokenizer) == ["How", " many"]
 
 
 def test_a_template_that_rewrites_the_content_needs_another_setting(one):
@@ -250,6 +252,13 @@ def test_a_template_that_refuses_the_messages(one):
     tokenizer = make_tokenizer("{{ raise_exception('no system role') }}")
     assert error(one, "How", tokenizer=tokenizer, system_prompt="Hi").endswith(
         "one.jsonl:1: the chat template refuses the messages (system, user): no system role"
+    )
+
+
+def test_a_template_that_renders_nothing(one):
+    tokenizer = make_tokenizer("{{ '' }}")
+    assert error(one, "How", tokenizer=tokenizer, lens=LensConfig(enabled=False)).endswith(
+        "one.jsonl:1: the tokenizer makes no token of ''"
     )
 
 
@@ -617,6 +626,13 @@ def test_the_order_of_a_seed_is_fixed_for_ever():
 
 def test_a_step_larger_than_the_dataset_spans_epochs():
     assert Counter(drawn(PromptStream(numbered(3), 9, seed=0), [5])) == {0: 3, 1: 3, 2: 3}
+
+
+def test_only_the_last_permutation_is_kept():
+    """At millions of prompts, one per epoch would add up."""
+    stream = PromptStream(numbered(4), 6, seed=0)
+    drawn(stream, range(20))
+    assert len(stream._last_order) == 1
 
 
 def test_seed_and_epoch_change_the_order():
