@@ -11,6 +11,7 @@ setup(
     install_requires=[
         "lens-kernels",
         "torch==2.13.0",
+        "triton==3.7.1; platform_system=='Linux'",
         "megatron-core==0.16.1",
         "mbridge==0.15.1",
         "transformers==5.19.0",
