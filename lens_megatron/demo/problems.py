@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lens_megatron.demo.templates import CLAUSES, NAMES, OBJECTS, SHORTS, TEMPLATES
 
-KIND_SHARES = {"add": 4, "sub": 4, "mul": 3, "add_sub": 2, "sub_add": 1, "mul_add": 1, "mul_sub": 1}
+KIND_SHARES = {"add": 8, "sub": 8, "mul": 6, "add_sub": 2, "sub_add": 1, "mul_add": 1, "mul_sub": 1}
 SYMBOLS = {"add": "+", "sub": "-", "mul": "*"}
 EVAL_ONE_IN = 6
 """One core in so many belongs to the evaluation split."""
@@ -45,6 +45,8 @@ class Problem:
     solution: str
     """What a good completion looks like; the warm-up trains on it."""
     answer: str
+    stray_numbers: tuple[int, ...]
+    """Numbers that only distractors brought in."""
 
 
 def stream(split: str, seed: int, noise_shares: dict[int, float]) -> Iterator[Problem]:
@@ -84,15 +86,15 @@ def _numbers(kind: str, rng: random.Random) -> tuple[int, ...]:
     """Operands small enough that every intermediate result lies in 1..99."""
     first, *rest = kind.split("_")
     if first == "add":
-        numbers = [rng.randint(2, 15), rng.randint(2, 15)]
+        numbers = [rng.randint(2, 12), rng.randint(2, 12)]
     elif first == "sub":
-        numbers = [rng.randint(4, 20)]
-        numbers.append(rng.randint(2, min(12, numbers[0] - 1)))
+        numbers = [rng.randint(4, 18)]
+        numbers.append(rng.randint(2, min(9, numbers[0] - 1)))
     else:
-        numbers = [rng.randint(2, 9), rng.randint(2, 9)]
+        numbers = [rng.randint(2, 6), rng.randint(2, 6)]
     value = _apply(first, *numbers)
     for op in rest:
-        numbers.append(rng.randint(2, 9) if op == "add" else rng.randint(1, min(9, value - 1)))
+        numbers.append(rng.randint(2, 6) if op == "add" else rng.randint(1, min(6, value - 1)))
         value = _apply(op, value, numbers[-1])
     return tuple(numbers)
 
@@ -120,14 +122,16 @@ def _problem(kind: str, template: int, numbers: tuple[int, ...], noise: int, rng
     # The question itself stays clean: a distractor there would often read as part of what is asked.
     sentences[-1] = sentences[-1].replace(SPOT, "")
     core = " ".join(sentences).replace(SPOT, "")
-    clauses = rng.sample(CLAUSES, noise)
+    clauses, stray = rng.sample(CLAUSES, noise), []
     for clause in clauses:
         n = rng.randint(2, 20)
         if rng.random() < 0.5 or not any(SPOT in sentence for sentence in sentences):
             text = clause.format(name=name, third=third, obj=obj, n=n)
             sentences.insert(rng.randrange(len(sentences)), text)
         else:
-            _insert_short(sentences, rng.choice(SHORTS).format(n=n), rng)
+            text = rng.choice(SHORTS).format(n=n)
+            _insert_short(sentences, text, rng)
+        stray += [n] * (str(n) in text)
     solution, answer = _solve(kind, numbers)
     return Problem(
         problem=" ".join(sentences).replace(SPOT, ""),
@@ -138,7 +142,17 @@ def _problem(kind: str, template: int, numbers: tuple[int, ...], noise: int, rng
         noise=noise,
         solution=solution,
         answer=answer,
+        stray_numbers=tuple(stray),
     )
+
+
+def distracted_solution(problem: Problem, rng: random.Random) -> str:
+    """A worked solution that takes a distractor's number for one of the operands; the right one where there is none."""
+    if not problem.stray_numbers:
+        return problem.solution
+    numbers = list(problem.numbers)
+    numbers[rng.randrange(len(numbers))] = rng.choice(problem.stray_numbers)
+    return _solve(problem.kind, tuple(numbers))[0]
 
 
 def _insert_short(sentences: list[str], text: str, rng: random.Random) -> None:

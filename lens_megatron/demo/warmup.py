@@ -1,6 +1,7 @@
 """Make the demo model: a small Qwen3 with a short supervised warm-up, so that it solves some problems and fails many.
 
-The warm-up sees mostly clean problems, so distractors confuse the model: that is the noise reinforcement has to undo.
+Like much text in the world, the warm-up's solutions are sometimes wrong where a distractor tempts: they take its number
+for one of the problem's. The model learns both ways, and reinforcement has something to choose from.
 """
 
 import random
@@ -14,9 +15,11 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from lens_megatron.demo import DEMO_INSTRUCTION
-from lens_megatron.demo.problems import Problem, stream
+from lens_megatron.demo.problems import Problem, distracted_solution, stream
 
 IGNORED = -100
+Row = tuple[list[int], list[int]]
+"""Token ids of a prompt and of its completion."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +29,10 @@ class WarmUp:
     steps: int = 850
     batch: int = 32
     lr: float = 3e-3
-    noise_shares: tuple[tuple[int, float], ...] = ((0, 0.6), (1, 0.25), (2, 0.15))
+    noise_shares: tuple[tuple[int, float], ...] = ((0, 0.5), (1, 0.3), (2, 0.2))
     """Number of distractors -> share of the warm-up's problems."""
+    distracted: float = 0.5
+    """Share of solutions, among problems with a distracting number, that fall for it."""
     problems: int = 20_000
     seed: int = 0
 
@@ -54,12 +59,12 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     return model
 
 
-def encode(problem: Problem, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
+def encode(problem: Problem, solution: str, tokenizer: PreTrainedTokenizerFast) -> Row:
     """(prompt, completion) token ids, the prompt as the trainer renders it."""
     messages = [{"role": "user", "content": f"{problem.problem}\n{DEMO_INSTRUCTION}"}]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
-    completion = tokenizer(problem.solution, add_special_tokens=False)["input_ids"]
+    completion = tokenizer(solution, add_special_tokens=False)["input_ids"]
     return prompt, [*completion, tokenizer.eos_token_id]
 
 
@@ -69,13 +74,17 @@ def warm_up(tokenizer: PreTrainedTokenizerFast, options: WarmUp) -> tuple[Qwen3F
     torch.manual_seed(options.seed)
     model = build_model(tokenizer)
     problems = islice(stream("train", options.seed + 1, dict(options.noise_shares)), options.problems)
-    data = [encode(problem, tokenizer) for problem in problems]
+    rng = random.Random(options.seed)
+    data = [
+        encode(p, distracted_solution(p, rng) if rng.random() < options.distracted else p.solution, tokenizer)
+        for p in problems
+    ]
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.98), weight_decay=0.01)
     warm, total = max(1, options.steps // 20), options.steps
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / warm) * max(0.05, 1 - step / total)
     )
-    batches = _batches(data, options.batch, random.Random(options.seed))
+    batches = _batches(data, options.batch, rng)
     model.train()
     for _ in tqdm(range(options.steps), desc="warm-up", unit="step"):
         input_ids, labels = _batch(next(batches), tokenizer.pad_token_id)
@@ -88,9 +97,6 @@ def warm_up(tokenizer: PreTrainedTokenizerFast, options: WarmUp) -> tuple[Qwen3F
         optimizer.step()
         schedule.step()
     return model.eval(), time.perf_counter() - start
-
-
-Row = tuple[list[int], list[int]]
 
 
 def _batches(data: list[Row], size: int, rng: random.Random) -> Iterator[list[Row]]:
@@ -125,7 +131,7 @@ def sampled_accuracy(
     correct = 0
     for start in range(0, len(problems), 128):
         part = problems[start : start + 128]
-        prompts = [encode(problem, tokenizer)[0] for problem in part]
+        prompts = [encode(problem, "", tokenizer)[0] for problem in part]
         padded = tokenizer.pad({"input_ids": prompts}, return_tensors="pt", padding_side="left")
         output = model.generate(**padded, max_new_tokens=24, do_sample=True, top_k=0, temperature=1.0)
         texts = tokenizer.batch_decode(output[:, padded["input_ids"].shape[1] :], skip_special_tokens=True)

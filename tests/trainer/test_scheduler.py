@@ -1,0 +1,76 @@
+"""Two waves through the real engine, with a grader of known verdicts and of any speed."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from conftest import Toy
+from transformers import AutoModelForCausalLM
+
+from lens_megatron.config import LensConfig, RolloutConfig
+from lens_megatron.reward import Grade, GradeStatus
+from lens_megatron.rollout import replay
+from lens_megatron.rollout.local import LocalEngine
+from lens_megatron.rollout.scheduler import Sampler
+from lens_megatron.types import Group, Origin, Prompt, PurifiedPrompt
+
+
+class Verdicts:
+    """Pays by a rule; remembers when it was asked."""
+
+    def __init__(self, rule: Callable[[str], bool]):
+        self.rule, self.grades = rule, []
+
+    def submit(self, completion: str, answer: str, *, meta: dict | None = None) -> int:
+        status = GradeStatus.CORRECT if self.rule(completion) else GradeStatus.WRONG
+        self.grades.append(Grade(status, float(self.rule(completion)), 0.0))
+        return len(self.grades) - 1
+
+    def wait(self, tickets: Sequence[int]) -> dict[int, Grade]:
+        return {ticket: self.grades[ticket] for ticket in tickets}
+
+
+@pytest.fixture(scope="module")
+def engine(toy: Toy) -> LocalEngine:
+    engine = LocalEngine(str(toy.model), max_running_sequences=5)
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(toy.model)
+    engine.load_weights([(name, parameter.data) for name, parameter in model.named_parameters()], 3)
+    return engine
+
+
+PROMPTS = [Prompt(i, (5 + i, 6, 7, 8), (False, True, True, True), "1", "p", "toy") for i in range(3)]
+PURIFIED = [PurifiedPrompt((5, 7, 8), (1,), (0.0, 1.0, 0.5, 0.1)), None, PurifiedPrompt((7, 6, 8), (2,), (0.0,) * 4)]
+
+
+def sample(engine: LocalEngine, rule: Callable[[str], bool], **lens: object) -> list[Group]:
+    rollout = RolloutConfig(prompts_per_step=3, rollouts_per_prompt=4, max_response_length=6)
+    sampler = Sampler(engine, Verdicts(rule), lambda ids: str(list(ids)), rollout, LensConfig(**lens), seed=11)
+    return sampler.sample(PROMPTS, PURIFIED, step=2)
+
+
+def test_hard_groups_with_a_purified_prompt_get_a_second_wave(engine: LocalEngine):
+    groups = sample(engine, lambda text: False)
+    assert [len(g.rescue) for g in groups] == [4, 0, 4]
+    assert [g.prompt.index for g in groups] == [0, 1, 2]
+    for group in groups:
+        assert len(group.native) == 4 and {r.weight_version for r in group.native} == {3}
+        assert {r.origin for r in group.rescue} <= {Origin.RESCUED}
+    assert [len(g.rescue) for g in sample(engine, lambda text: True)] == [0, 0, 0]
+    assert [len(g.rescue) for g in sample(engine, lambda text: False, enabled=False)] == [0, 0, 0]
+
+
+def test_samples_differ_within_a_group_and_repeat_between_runs(engine: LocalEngine):
+    first, second = (sample(engine, lambda text: len(text) % 2 == 0) for _ in range(2))
+    assert first == second
+    assert all(len({r.token_ids for r in g.native}) > 1 for g in first)
+
+
+def test_saved_groups_read_back_the_same(engine: LocalEngine):
+    for group in sample(engine, lambda text: len(text) % 2 == 0):
+        assert replay.from_json(replay.to_json(group)) == group
+
+
+def test_interleave_undoes_dealing():
+    dealt = [list(range(7))[rank::3] for rank in range(3)]
+    assert replay.interleave(dealt) == list(range(7))
