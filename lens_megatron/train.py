@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -76,17 +77,24 @@ def train(config: Config) -> None:
 
 
 class StopRequest:
-    """SIGINT or SIGTERM asks for an orderly stop; a second one interrupts at once."""
+    """SIGINT or SIGTERM asks for an orderly stop; another one, seconds later, interrupts at once.
+
+    Not at once: Ctrl-C reaches a process from the terminal, and again from torchrun.
+    """
+
+    SECONDS = 5.0
 
     def __init__(self):
-        self.asked = False
+        self.asked, self.since = False, 0.0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: object) -> None:
         if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
+            if time.monotonic() - self.since > self.SECONDS:
+                raise KeyboardInterrupt
+            return
+        self.asked, self.since = True, time.monotonic()
         metrics.say(f"{signal.Signals(number).name}: finishing this step, then saving and stopping")
 
     def agreed(self, device: torch.device) -> bool:

@@ -28,7 +28,7 @@ class WarmUp:
 
     steps: int = 850
     batch: int = 32
-    lr: float = 3e-3
+    lr: float = 5e-3
     noise_shares: tuple[tuple[int, float], ...] = ((0, 0.5), (1, 0.3), (2, 0.2))
     """Number of distractors -> share of the warm-up's problems."""
     distracted: float = 0.5
