@@ -20,7 +20,7 @@ from lens_megatron.policy import checkpoint, platform
 from lens_megatron.policy.checkpoint import CheckpointError
 from lens_megatron.policy.hf_weights import ModelError, export_weights, read_hf_config
 from lens_megatron.policy.model import DTYPES, build_policy, check_layout
-from lens_megatron.policy.parallel import build_mesh
+from lens_megatron.policy.parallel import build_mesh, shut_down
 from lens_megatron.prompts import DataError, PromptStream, load_prompts
 from lens_megatron.reward import GraderPool, GraderStartError
 from lens_megatron.rollout import replay
@@ -50,8 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             metrics.say(f"error: {error}")
         return 2
     finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        shut_down()
     return 0
 
 

@@ -67,3 +67,10 @@ def build_mesh(layout: MegatronConfig, seed: int, device: torch.device) -> Mesh:
         model_group=model_group,
         device=device,
     )
+
+
+def shut_down() -> None:
+    """Leaves Megatron's groups and the world, so that the process can exit, or build another mesh."""
+    parallel_state.destroy_model_parallel()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

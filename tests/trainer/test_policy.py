@@ -3,6 +3,7 @@
 Tensor- and pipeline-parallel equality is in test_train.py, by whole runs.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from lens_megatron.policy import checkpoint, platform
 from lens_megatron.policy.forward import make_sequences, prompt_scores, response_log_probs, run_forward
 from lens_megatron.policy.hf_weights import ModelError, export_weights, read_hf_config
 from lens_megatron.policy.model import Policy, build_policy, reference_weights
-from lens_megatron.policy.parallel import Mesh, build_mesh
+from lens_megatron.policy.parallel import Mesh, build_mesh, shut_down
 from lens_megatron.rollout.engine import Request, WeightManifestError
 from lens_megatron.rollout.local import LocalEngine
 
@@ -61,10 +62,11 @@ PAIRS = [((1, 5, 9), (3, 7)), ((2, 8, 100), (4, 5, 6, 7, 9, 11)), ((2, 8, 100, 1
 
 
 @pytest.fixture(scope="module")
-def mesh() -> Mesh:
+def mesh() -> Iterator[Mesh]:
     device = platform.install()
     platform.init_process_group(device)
-    return build_mesh(from_tree(tree("x")).megatron, 0, device)
+    yield build_mesh(from_tree(tree("x")).megatron, 0, device)
+    shut_down()
 
 
 def tree(path: str, **sections: dict) -> dict:
