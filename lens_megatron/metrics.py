@@ -82,6 +82,7 @@ def _tally_lens(tally: Tally, result: StepResult, rescue: list[Rollout]) -> None
     tally.mean("lens/purified_rate", [float(bool(g.group.rescue)) for g in groups])
     tally.mean("lens/gate_rate", [float(g.gate) for g in second])
     tally.mean("lens/rescued_rate", [float(g.gate) for g in groups])
+    tally.total("lens/prompts", len(groups))
     tally.total("lens/purified_prompts", len(second))
     tally.total("lens/rescued_prompts", sum(g.gate for g in groups))
     tally.total("lens/extra_rollouts", len(rescue))

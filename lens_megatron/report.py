@@ -34,12 +34,12 @@ def summary(rows: Sequence[dict], folder: Path) -> str:
         source = name.split("/")[1]
         lines.append(f"  accuracy on {source}: {100 * curve[0]:.1f} % before, {100 * curve[-1]:.1f} % after")
     if steps:
-        purified, rescued = (int(sum(row[f"lens/{n}_prompts"] for row in steps)) for n in ("purified", "rescued"))
-        prompts = sum(
-            row["lens/purified_prompts"] / row["lens/purified_rate"] for row in steps if row["lens/purified_rate"]
+        prompts, purified, rescued = (
+            int(sum(row[f"lens/{name}"] for row in steps))
+            for name in ("prompts", "purified_prompts", "rescued_prompts")
         )
         extra = int(sum(row["lens/extra_rollouts"] for row in steps))
-        lines.append(f"  prompts purified: {purified} of {round(prompts)}; rescued: {rescued}; extra rollouts: {extra}")
+        lines.append(f"  prompts purified: {purified} of {prompts}; rescued: {rescued}; extra rollouts: {extra}")
         means = [(phase, [row[f"timing_s/{phase}"] for row in steps if f"timing_s/{phase}" in row]) for phase in PHASES]
         phases = ", ".join(f"{phase} {sum(values) / len(values):.2f}" for phase, values in means if values)
         lines.append(f"  seconds per phase (mean): {phases}")
