@@ -4,10 +4,12 @@ Tensor- and pipeline-parallel equality is in test_train.py, by whole runs.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from records import rollout
 from safetensors.torch import load_file
 from transformers import (
     LlamaConfig,
@@ -18,14 +20,18 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from lens_megatron import pack
+from lens_megatron.algorithms.objectives import OBJECTIVES
 from lens_megatron.config import ConfigError, from_tree
 from lens_megatron.policy import checkpoint, platform
 from lens_megatron.policy.forward import make_sequences, prompt_scores, response_log_probs, run_forward
 from lens_megatron.policy.hf_weights import ModelError, export_weights, read_hf_config
 from lens_megatron.policy.model import Policy, build_policy, reference_weights
 from lens_megatron.policy.parallel import Mesh, build_mesh, shut_down
+from lens_megatron.policy.update import update
 from lens_megatron.rollout.engine import Request, WeightManifestError
 from lens_megatron.rollout.local import LocalEngine
+from lens_megatron.types import Sample
 
 SIZES = {
     "vocab_size": 131,
@@ -117,6 +123,44 @@ def test_response_log_probs_whatever_the_micro_batches(mesh: Mesh, tmp_path: Pat
                 logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / 0.7
             expected = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
             assert (values - expected).abs().max() < 1e-5
+
+
+def test_gradient_of_an_update_is_autograds_on_transformers(mesh: Mesh, tmp_path: Path):
+    # On-policy rows: the gradient is that of - sum of w~ A / tokens * log p. Three samples in two micro-batches.
+    model = saved_model("qwen3", True, tmp_path)
+    policy = policy_of(tmp_path, mesh, algorithm={"kl_coef": 0.0}, optimizer={"lr": 1e-3})
+    algorithm = from_tree(tree("x", algorithm={"kl_coef": 0.0})).algorithm
+    weighted = [(1.5, 0.25), (-0.5, 0.75), (2.0, 1.0)]
+    rows = [
+        Sample(prompt, prompt, replace(rollout(True), token_ids=response), advantage, weight)
+        for (prompt, response), (advantage, weight) in zip(PAIRS, weighted, strict=True)
+    ]
+    scale = pack.count(rows)
+    batches = pack.pack(
+        rows,
+        old_log_probs=[None] * 3,
+        reference_log_probs=[None] * 3,
+        scale=scale,
+        algorithm=algorithm,
+        max_response_length=8,
+        micro_batch_size=2,
+        device=mesh.device,
+    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    stats = update(policy, batches, scale, OBJECTIVES["token"], algorithm, temperature=1.0)
+    loss = torch.zeros(())
+    for (prompt, response), (advantage, weight) in zip(PAIRS, weighted, strict=True):
+        log_probs = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        loss = loss - advantage * weight / 9 * log_probs.gather(1, torch.tensor(response)[:, None]).sum()
+    loss.backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    assert scale.response_tokens == 9 and stats.grad_norm == pytest.approx(float(norm), rel=1e-4)
+    assert stats.ratio_min == stats.ratio_max == 1.0 and not stats.skipped and policy.version == 1
+    moved = dict(export_weights(policy.bridge, policy.chunks))
+    for name, parameter in model.named_parameters():  # Adam's first step is lr * sign(gradient)
+        clear = parameter.grad.abs() > 1e-4
+        step = (moved[name] - before[name])[clear]
+        assert torch.equal(step.sign(), -parameter.grad[clear].sign()), name
 
 
 def test_scores_are_exactly_0_at_equal_weights_and_the_log_ratio_else(mesh: Mesh, tmp_path: Path):

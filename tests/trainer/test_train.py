@@ -87,17 +87,19 @@ def test_killed_and_resumed_equals_straight_bit_for_bit(toy: Toy, straight, tmp_
     folder, rows = straight
     tree = toy.tree(tmp_path / "run", data={"eval": [str(toy.eval)]}, train={"steps": 4})
     process = subprocess.Popen(command(tree, tmp_path, 1), env=environment(), start_new_session=True)
-    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.time() + 120
-    while time.time() < deadline and not (metrics.exists() and '"step": 3' in metrics.read_text()):
-        time.sleep(0.05)
+    folder_of_checkpoints, deadline = tmp_path / "run" / "checkpoints", time.time() + 120
+    while time.time() < deadline and not (folder_of_checkpoints / "iter_0000002").exists():
+        time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    assert not (folder_of_checkpoints / "iter_0000004").exists(), "killed too late to prove anything"
     resumed = launch(tree, tmp_path, 1)
     expected, found = checkpoint_tensors(folder / "run", 4, 1), checkpoint_tensors(tmp_path / "run", 4, 1)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert [row["step"] for row in resumed] == [0, 1, 2, 3, 4]
-    assert [row["actor/loss"] for row in resumed[1:]] == [row["actor/loss"] for row in rows[1:]]
+    for name in ("actor/loss", "training/weight_version", "actor/lr", "critic/rewards/mean"):
+        assert [row[name] for row in resumed[1:]] == [row[name] for row in rows[1:]], name
     assert resumed[4]["val-core/eval/acc/mean@1"] == rows[4]["val-core/eval/acc/mean@1"]
 
 
