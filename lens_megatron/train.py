@@ -26,6 +26,7 @@ from lens_megatron.reward import GraderPool, GraderStartError
 from lens_megatron.rollout import replay
 from lens_megatron.rollout.engine import EngineProgress
 from lens_megatron.rollout.local import LocalEngine
+from lens_megatron.rollout.replay import ReplayError
 from lens_megatron.rollout.scheduler import Sampler
 from lens_megatron.run import Run
 from lens_megatron.run_folder import RunFolderError
@@ -33,7 +34,16 @@ from lens_megatron.step import run_step
 from lens_megatron.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from lens_megatron.types import Prompt, StepResult
 
-USER_ERRORS = (ConfigError, DataError, ModelError, TokenizerError, RunFolderError, CheckpointError, GraderStartError)
+USER_ERRORS = (
+    ConfigError,
+    DataError,
+    ModelError,
+    TokenizerError,
+    RunFolderError,
+    CheckpointError,
+    GraderStartError,
+    ReplayError,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -109,6 +119,8 @@ def build_run(config: Config, *, resuming: bool) -> Run:
     hf_config = read_hf_config(config.model.path)
     check_layout(config, hf_config)
     tokenizer = load_tokenizer(config.model.path, hf_config.vocab_size)
+    if config.debug.load_rollouts:
+        replay.read_groups(config.debug.load_rollouts, step=1)
     graders = _start_graders(config)
     prompts, eval_prompts = _load_data(config, tokenizer)
     platform.init_process_group(device)

@@ -10,6 +10,10 @@ from torch.distributed import ProcessGroup
 from lens_megatron.types import Group, Origin, Prompt, PurifiedPrompt, Rollout, Status
 
 
+class ReplayError(ValueError):
+    """Saved rollouts that are not there or cannot be read; the message names file and line."""
+
+
 def to_json(group: Group) -> str:
     """One line. Floats keep every bit (repr round-trips)."""
     purified = group.purified
@@ -58,14 +62,22 @@ def replay_path(folder: str, step: int) -> Path:
 
 
 def read_groups(folder: str, step: int) -> list[Group]:
-    """Raises FileNotFoundError or ValueError naming file and line."""
+    """The groups of `step`. Raises ReplayError."""
     path = replay_path(folder, step)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        saved = len(list(Path(folder).glob("step_*.jsonl")))
+        raise ReplayError(
+            f"debug.load_rollouts: {path} cannot be read ({error.strerror}); the folder holds {saved} steps, "
+            "lower train.steps or save more with debug.save_rollouts"
+        ) from error
     groups = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             groups.append(from_json(line))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}:{number}: not a saved group: {error}") from error
+            raise ReplayError(f"{path}:{number}: not a saved group: {error}") from error
     return groups
 
 

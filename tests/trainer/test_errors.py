@@ -49,6 +49,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
             "model.path=/nowhere",
             "error: model.path /nowhere: no config.json there; give a Hugging Face model directory",
         ),
+        ("debug.load_rollouts=/nowhere", "cannot be read (No such file or directory); the folder holds 0 steps"),
         ("data.train=/nowhere.jsonl", "/nowhere.jsonl"),
         ("lens", "error: override 'lens': expected section.option=value"),
     ],

@@ -1,0 +1,49 @@
+"""The distribution: what it exports, what it imports, and that the README's code runs."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import lens_kernels
+
+ROOT = Path(__file__).parents[2] / "kernels"
+SOURCES = sorted((ROOT / "lens_kernels").glob("*.py"))
+
+
+def test_exports_and_module_names():
+    functions = set(lens_kernels.__all__)
+    assert functions == {
+        "PolicyLoss",
+        "interference_scores",
+        "linear_policy_loss",
+        "linear_token_logprobs",
+        "policy_loss",
+        "select_interference_tokens",
+        "token_logprobs",
+    }
+    assert all(callable(getattr(lens_kernels, name)) for name in functions)
+    assert not functions & {path.stem for path in SOURCES}
+
+
+def test_imports_nothing_beyond_torch_triton_and_the_standard_library():
+    allowed = {"torch", "triton", "lens_kernels", *sys.stdlib_module_names}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert {name.split(".")[0] for name in names} <= allowed, path.name
+
+
+def test_folder_is_not_a_package():
+    """Hugging Face's `kernels` is imported by transformers; a package here would shadow it."""
+    assert not (ROOT / "__init__.py").exists()
+
+
+def test_readme_code_runs():
+    """Both halves of "you have this, write this" in one namespace, then the assertion that they agree."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 3
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)

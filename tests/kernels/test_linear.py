@@ -1,0 +1,268 @@
+"""linear_token_logprobs and linear_policy_loss against the float64 head and oracle."""
+
+import pytest
+import torch
+from kernel_oracle import assert_near, statistics, token_losses
+from lens_kernels import linear_policy_loss, linear_token_logprobs, policy_loss, token_logprobs
+
+WIDTH = 16
+FROBENIUS = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+
+
+def make(tokens, columns, dtype=torch.float32):
+    hidden = torch.randn(tokens, WIDTH).to(dtype)
+    weight, bias = (torch.randn(columns, WIDTH) * 0.5).to(dtype), torch.randn(columns).to(dtype)
+    return hidden, weight, bias, torch.randint(0, columns, (tokens,))
+
+
+def make_terms(shape, logprobs):
+    return {
+        "old_logprobs": logprobs + torch.randn(shape) * 0.5,
+        "advantages": torch.randn(shape),
+        "reference_logprobs": logprobs + torch.randn(shape) * 0.3,
+        "policy_weights": torch.rand(shape),
+        "kl_weights": torch.rand(shape),
+        "entropy_weights": torch.rand(shape) * 0.1,
+    }
+
+
+def leaves(*tensors, double=False):
+    return [x.detach().clone().to(torch.float64 if double else x.dtype).requires_grad_() for x in tensors]
+
+
+def assert_gradients(ours, exact):
+    """Relative Frobenius norm: GEMM sums have no per-entry bound."""
+    for mine, theirs in zip(ours, exact, strict=True):
+        assert mine.grad.dtype == mine.dtype
+        error = (mine.grad.double() - theirs.grad).norm() / theirs.grad.norm()
+        assert error < FROBENIUS[mine.dtype], f"relative error {error} for shape {tuple(mine.shape)}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("columns", [7, 127, 32000])
+@pytest.mark.parametrize("chunk_rows", [None, 4])
+def test_logprobs_match_oracle(columns, dtype, chunk_rows, monkeypatch):
+    """A tiny weight block makes the half-precision upcast take several blocks, the last of them short."""
+    monkeypatch.setattr("lens_kernels.linear_logprobs.WEIGHT_BLOCK_ELEMENTS", 50 * WIDTH if columns < 1000 else 1 << 22)
+    hidden, weight, bias, ids = make(10, columns, dtype)
+    ids[5] = -1
+    exact = leaves(hidden, weight, bias, double=True)
+    settings = {"temperature": torch.rand(10) + 0.5, "valid_vocab_size": columns}
+    expected = statistics(exact[0] @ exact[1].T + exact[2], ids, **settings)
+    ours = leaves(hidden, weight, bias)
+    result = linear_token_logprobs(
+        ours[0], ours[1], ids, bias=ours[2], return_entropy=True, chunk_rows=chunk_rows, **settings
+    )
+    g, e = torch.randn(10), torch.randn(10)
+    for actual, wanted in zip(result, expected, strict=True):
+        assert_near(actual, wanted.detach(), 1e-5)
+    (expected[0] * g + expected[1] * e).sum().backward()
+    (result[0] * g + result[1] * e).sum().backward()
+    assert_gradients(ours, exact)
+    assert ours[0].grad[5].eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("columns", [7, 127, 32000])
+@pytest.mark.parametrize("chunk_rows", [None, 4])
+def test_loss_matches_oracle(columns, dtype, chunk_rows):
+    hidden, weight, bias, ids = make(10, columns, dtype)
+    terms = make_terms((10,), linear_token_logprobs(hidden, weight, ids, bias=bias))
+    exact = leaves(hidden, weight, bias, double=True)
+    logprobs, entropy = statistics(exact[0] @ exact[1].T + exact[2], ids)
+    losses, ratio, kl = token_losses(logprobs, entropy, **terms)
+    ids[5] = -1
+    kept = ids >= 0
+    (losses[kept].sum() * 0.3).backward()
+    ours = leaves(hidden, weight, bias)
+    result = linear_policy_loss(ours[0], ours[1], ids, bias=ours[2], chunk_rows=chunk_rows, **terms)
+    (result.loss * 0.3).backward()
+    torch.testing.assert_close(result.loss.double(), losses[kept].sum().detach(), rtol=1e-5, atol=1e-5)
+    for actual, wanted in zip(
+        (result.logprobs, result.ratio, result.kl, result.entropy), (logprobs, ratio, kl, entropy), strict=True
+    ):
+        assert_near(actual, torch.where(kept, wanted.detach(), 0), 2e-5)
+        assert not actual.requires_grad
+    assert_gradients(ours, exact)
+
+
+def test_equals_the_path_from_logits():
+    """Same loss, flags and gradients as policy_loss on the materialised float32 logits, [S, B, H] shapes included."""
+    hidden, weight, _, ids = make(12, 33)
+    hidden, ids = hidden.view(4, 3, WIDTH), ids.view(4, 3)
+    terms = make_terms((4, 3), linear_token_logprobs(hidden, weight, ids)) | {"advantages": torch.randn(3)}
+    settings = {"dual_clip": 1.5, "temperature": 0.8, "valid_vocab_size": 33}
+    ours, theirs = leaves(hidden, weight), leaves(hidden, weight)
+    mine = linear_policy_loss(ours[0], ours[1], ids, chunk_rows=5, **terms, **settings)
+    other = policy_loss(theirs[0] @ theirs[1].T, ids, **terms, **settings)
+    mine.loss.backward()
+    other.loss.backward()
+    for a, b in zip(mine, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("picked", [[7, 0, 3], [2, 2, 9, 2], []])
+def test_rows_pick_what_needs_a_head(picked):
+    """Unpicked rows are never read (NaN there); a row named twice gets both gradients."""
+    hidden, weight, _, _ = make(10, 20)
+    rows = torch.tensor(picked, dtype=torch.long)
+    ids = torch.randint(0, 20, rows.shape)
+    unused = torch.ones(10, dtype=torch.bool)
+    unused[rows] = False
+    hidden[unused] = torch.nan
+    terms = make_terms(rows.shape, torch.full(rows.shape, -3.0))
+    exact = leaves(hidden.nan_to_num(), weight, double=True)
+    logprobs, entropy = statistics(exact[0][rows] @ exact[1].T, ids)
+    token_losses(logprobs, entropy, **terms)[0].sum().backward()
+    ours = leaves(hidden.view(2, 5, WIDTH), weight)
+    result = linear_policy_loss(ours[0], ours[1], ids, rows=rows, chunk_rows=2, **terms)
+    result.loss.backward()
+    assert_near(result.logprobs, logprobs.detach(), 1e-5)
+    torch.testing.assert_close(ours[0].grad.view(10, WIDTH).double(), exact[0].grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ours[1].grad.double(), exact[1].grad, rtol=1e-4, atol=1e-6)
+    assert ours[0].grad.view(10, WIDTH)[unused].eq(0).all()
+
+    again = leaves(hidden.nan_to_num(), weight)
+    linear_token_logprobs(again[0], again[1], ids, rows=rows, chunk_rows=2).square().sum().backward()
+    exact = leaves(hidden.nan_to_num(), weight, double=True)
+    statistics(exact[0][rows] @ exact[1].T, ids)[0].square().sum().backward()
+    torch.testing.assert_close(again[0].grad.double(), exact[0].grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(again[1].grad.double(), exact[1].grad, rtol=1e-4, atol=1e-5)
+
+
+def test_ignored_rows_with_nan_hidden_states_harm_nobody():
+    hidden, weight, _, ids = make(6, 20)
+    hidden[2], ids[2] = torch.nan, -1
+    ours = leaves(hidden, weight)
+    result = linear_policy_loss(ours[0], ours[1], ids, advantages=1.0)
+    result.loss.backward()
+    assert result.loss.isfinite() and ours[1].grad.isfinite().all() and ours[0].grad[2].eq(0).all()
+
+
+def test_gradient_survives_a_second_backward():
+    hidden, weight, _, ids = make(6, 20)
+    ours = leaves(hidden, weight)
+    loss = linear_policy_loss(ours[0], ours[1], ids, advantages=1.0).loss
+    (loss * 3).backward(retain_graph=True)
+    first = [x.grad.clone() for x in ours]
+    (loss * 3).backward()
+    for x, once in zip(ours, first, strict=True):
+        assert x.grad.equal(2 * once)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_accumulate_into(dtype):
+    """Adds the scaled float32 gradient to what is there, leaves weight.grad None, and keeps float32 precision."""
+    hidden, weight, _, ids = make(9, 20, dtype)
+    exact = leaves(hidden, weight, double=True)
+    logprobs, entropy = statistics(exact[0] @ exact[1].T, ids)
+    (token_losses(logprobs, entropy, advantages=1.0, entropy_weights=0.1)[0].sum() * 0.25).backward()
+    ours = leaves(hidden, weight)
+    main_grad = torch.full(weight.shape, 0.5)
+    result = linear_policy_loss(
+        ours[0], ours[1], ids, advantages=1.0, entropy_weights=0.1, chunk_rows=4, accumulate_into=main_grad
+    )
+    assert main_grad.eq(0.5).all()  # nothing before the backward knows the scale
+    (result.loss * 0.25).backward()
+    assert ours[1].grad is None
+    torch.testing.assert_close(main_grad.double(), exact[1].grad + 0.5, rtol=1e-5, atol=1e-6)
+
+
+def test_objective_of_ones_own():
+    """Any function of (logprobs, entropy, slice); here with per-row data picked by the slice."""
+    hidden, weight, _, ids = make(11, 20)
+    ids[4] = -1
+    scale = torch.randn(11)
+
+    def objective(logprobs, entropy, part):
+        return scale[part].to(logprobs.dtype) * logprobs.square() + 0.2 * entropy.exp()
+
+    exact = leaves(hidden, weight, double=True)
+    logprobs, entropy = statistics(exact[0] @ exact[1].T, ids)
+    kept = ids >= 0
+    wanted = objective(logprobs, entropy, slice(0, 11))[kept].sum()
+    (wanted * 2).backward()
+    ours = leaves(hidden, weight)
+    result = linear_policy_loss(ours[0], ours[1], ids, objective=objective, chunk_rows=4)
+    (result.loss * 2).backward()
+    torch.testing.assert_close(result.loss.double(), wanted.detach(), rtol=1e-5, atol=1e-5)
+    assert result.ratio is None and result.clipped is None and result.kl is None
+    assert_gradients(ours, exact)
+
+
+@pytest.mark.parametrize(
+    "objective", [lambda lp, h, part: lp, lambda lp, h, part: h, lambda lp, h, part: 0 * part.start + lp.detach()]
+)
+def test_objectives_that_ignore_a_statistic(objective):
+    hidden, weight, _, ids = make(5, 20)
+    exact = leaves(hidden, weight, double=True)
+    losses = objective(*statistics(exact[0] @ exact[1].T, ids), slice(0, 5))
+    ours = leaves(hidden, weight)
+    linear_policy_loss(ours[0], ours[1], ids, objective=objective).loss.backward()
+    if losses.requires_grad:
+        losses.sum().backward()
+        assert_gradients(ours, exact)
+    else:
+        assert all(x.grad.eq(0).all() for x in ours)
+
+
+def test_no_grad_and_frozen_operands():
+    hidden, weight, _, ids = make(6, 20)
+    ours = leaves(hidden, weight)
+    with torch.no_grad():
+        assert not linear_policy_loss(ours[0], ours[1], ids, advantages=1.0).loss.requires_grad
+    trained = linear_policy_loss(ours[0], ours[1], ids, advantages=1.0).loss
+    trained.backward()
+    for frozen in (0, 1):
+        again = leaves(hidden, weight)
+        again[frozen].requires_grad_(False)
+        linear_policy_loss(again[0], again[1], ids, advantages=1.0).loss.backward()
+        assert again[frozen].grad is None
+        assert again[1 - frozen].grad.equal(ours[1 - frozen].grad)
+
+
+def test_autocast_does_not_round_the_logits():
+    hidden, weight, _, ids = make(6, 200, torch.bfloat16)
+    expected = linear_token_logprobs(hidden, weight, ids)
+    loss = linear_policy_loss(hidden, weight, ids, advantages=expected).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear_token_logprobs(hidden, weight, ids).equal(expected)
+        assert linear_policy_loss(hidden, weight, ids, advantages=expected).loss.equal(loss)
+        trained = leaves(hidden.float(), weight.float())
+        linear_token_logprobs(trained[0], trained[1], ids).sum().backward()
+    plain = leaves(hidden.float(), weight.float())
+    linear_token_logprobs(plain[0], plain[1], ids).sum().backward()
+    assert plain[1].grad.equal(trained[1].grad)
+
+
+def test_half_precision_inputs_give_unrounded_logits():
+    """Equal to token_logprobs of the float32 logits; far from that of the bfloat16 logits an LM head returns."""
+    hidden, weight, _, ids = make(50, 500, torch.bfloat16)
+    exact = statistics(hidden.double() @ weight.double().T, ids)[0]
+    assert_near(linear_token_logprobs(hidden, weight, ids), exact, 5e-6)
+    rounded = token_logprobs(hidden @ weight.T, ids).double()
+    assert (rounded - exact).abs().max() > 1e-3
+
+
+def test_never_a_full_logit_tensor():
+    """The largest tensor any operation returns stays at chunk size (columns are not the width, nor the row count)."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(x, torch.Tensor) and x.dim() == 2 and 301 in x.shape and WIDTH not in x.shape:
+                    Largest.elements = max(Largest.elements, x.numel())
+            return out
+
+    hidden, weight, _, ids = make(64, 301)
+    ours = leaves(hidden, weight)
+    with Largest():
+        linear_policy_loss(ours[0], ours[1], ids, advantages=1.0, chunk_rows=8).loss.backward()
+        linear_token_logprobs(ours[0], ours[1], ids, chunk_rows=8).sum().backward()
+    assert Largest.elements == 8 * 301
