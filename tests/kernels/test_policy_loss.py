@@ -41,7 +41,12 @@ def check(logits, ids, temperature=1.0, valid_vocab_size=None, inplace_backward=
         assert_near(actual, torch.where(kept, wanted.detach(), 0), 1e-5)
         assert not actual.requires_grad
     torch.testing.assert_close(result.loss.double(), loss.detach(), rtol=1e-5, atol=1e-5)
-    assert_rows_near(ours.grad, exact.grad, GRADIENT_TOLERANCE[logits.dtype])
+    # A float32 log-probability of -8 is off by 5e-7. The ratio and exp(reference - logprob) inherit that, which shows
+    # in rows whose policy and KL gradients nearly cancel.
+    policy_size = ratio * abs(terms["advantages"]) * terms.get("policy_weights", 1.0)
+    kl_size = (kl + 2) * terms.get("kl_weights", 0.0)
+    slack = 2e-6 * (policy_size + kl_size).detach()
+    assert_rows_near(ours.grad, exact.grad, GRADIENT_TOLERANCE[logits.dtype], slack)
     return result
 
 
@@ -239,7 +244,6 @@ def test_k3_relative_accuracy(sign):
     assert (k3(d) >= 0).all()
     near = d.abs() < 1e-3
     assert ((naive_k3(d) - exact) / exact)[near].abs().max() > 1
-    assert naive_k3(d).min() < 0
 
 
 @pytest.mark.parametrize("scale", [1e-5, 1e-3, 0.1, 0.9, 1.1])
@@ -254,10 +258,11 @@ def test_kl_value_and_gradient_are_accurate_through_the_loss(scale):
     result.loss.backward()
     d = reference.double() - result.logprobs.double()
     exact = torch.where(d.abs() < 1e-4, d**2 / 2 + d**3 / 6, torch.expm1(d) - d)
-    torch.testing.assert_close(result.kl.double(), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(result.kl.double(), exact.clamp(max=10), rtol=1e-6, atol=0)
     p = result.logprobs.double().exp()
     at_target = ours.grad.gather(1, ids[:, None])[:, 0]
-    torch.testing.assert_close(at_target.double(), -torch.expm1(d) * (1 - p), rtol=3e-6, atol=0)
+    expected = torch.where(exact > 10, 0, -torch.expm1(d)) * (1 - p)
+    torch.testing.assert_close(at_target.double(), expected, rtol=3e-6, atol=0)
 
 
 def test_inplace_backward_refuses_a_second_use():

@@ -3,6 +3,7 @@
 The single-process path has its own oracle elsewhere. NCCL and more ranks are not covered here.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,11 @@ def ranks_results(request, tmp_path_factory):
     """Starts the ranks once for all layouts: importing torch is what takes the time."""
     ranks, folder = request.param, tmp_path_factory.mktemp("ranks")
     script = str(Path(vocab_parallel_worker.__file__))
-    processes = [subprocess.Popen([sys.executable, script, str(r), str(ranks), str(folder)]) for r in range(ranks)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # pytest's pythonpath does not reach children
+    processes = [
+        subprocess.Popen([sys.executable, script, str(r), str(ranks), str(folder)], env=environment)
+        for r in range(ranks)
+    ]
     try:
         assert [p.wait(timeout=120) for p in processes] == [0] * ranks
     finally:

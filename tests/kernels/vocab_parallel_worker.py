@@ -1,4 +1,4 @@
-"""One rank of test_vocab_parallel.py: `python vocab_parallel_worker.py RANK RANKS FOLDER` runs every case, saves results."""
+"""One rank of test_vocab_parallel.py: `vocab_parallel_worker.py RANK RANKS FOLDER` runs and saves all cases."""
 
 import sys
 from pathlib import Path

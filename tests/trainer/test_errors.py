@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Toy
+from toy_runs import Toy
 
 from lens_megatron import train
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Toy, launch, rollout_rows
+from toy_runs import ROOT, Toy, launch, rollout_rows
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 DATA = ROOT.parent / "shared" / "data"

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy_runs import ROOT, environment
 
 from lens_megatron.reward import GradeCounts, GraderPool, GraderStartError, GradeStatus, grade
 from lens_megatron.reward.boxed import excerpt, last_box

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from conftest import Toy
+from toy_runs import Toy
 from transformers import AutoModelForCausalLM
 
 from lens_megatron.config import LensConfig, RolloutConfig

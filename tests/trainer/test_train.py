@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Toy, checkpoint_tensors, command, environment, launch, rollout_rows
+from toy_runs import ROOT, Toy, checkpoint_tensors, command, environment, launch, rollout_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 LAYOUTS = {"tp2": (2, 1, 2), "pp2": (1, 2, 2), "dp2": (1, 1, 2), "tp2pp2": (2, 2, 4)}

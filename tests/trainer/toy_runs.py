@@ -1,0 +1,79 @@
+"""A toy model's files, configurations for runs of seconds, and a way to run the real program on them."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from lens_megatron.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Toy:
+    """A model directory and data files for runs that take seconds."""
+
+    model: Path
+    train: Path
+    eval: Path
+
+    def tree(self, directory: Path, **sections: dict) -> dict:
+        """A configuration; `sections` are merged over it."""
+        tree = {
+            "run": {"directory": str(directory), "tensorboard": False},
+            "model": {"path": str(self.model)},
+            "data": {"train": str(self.train), "max_prompt_length": 160, "instruction": "Answer in \\boxed{}."},
+            "rollout": {"prompts_per_step": 4, "rollouts_per_prompt": 4, "max_response_length": 6},
+            "reward": {"grader": "graders:compute_score"},
+            "lens": {"min_score": 0.0, "tau": 1.0},
+            "algorithm": {"kl_coef": 0.01},
+            "optimizer": {"lr": 1e-3},
+            "train": {"steps": 2, "micro_batch_size": 4, "save_interval": 2, "eval_interval": 0},
+        }
+        for name, options in sections.items():
+            tree[name] = {**tree.get(name, {}), **options}
+        return tree
+
+
+def command(tree: dict, folder: Path, ranks: int) -> list[str]:
+    """Writes the configuration and returns what a user would type."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [*launcher, str(ROOT / "pretrain_lens.py"), "--config", str(path)]
+
+
+def environment() -> dict[str, str]:
+    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests" / "trainer")]
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    return {**kept, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+
+
+def launch(tree: dict, folder: Path, ranks: int, *overrides: str) -> list[dict]:
+    """Runs the program to its end; returns the rows of metrics.jsonl. Fails with its output when it fails."""
+    result = subprocess.run(
+        [*command(tree, folder, ranks), *overrides], env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    return read_metrics(Path(tree["run"]["directory"]))
+
+
+def checkpoint_tensors(directory: Path, step: int, ranks: int) -> dict[str, torch.Tensor]:
+    folder = directory / "checkpoints" / f"iter_{step:07d}"
+    return {
+        f"{rank}/{name}": tensor
+        for rank in range(ranks)
+        for name, tensor in load_file(folder / f"rank_{rank:05d}.safetensors").items()
+    }
+
+
+def rollout_rows(directory: Path, step: int) -> list[dict]:
+    return [json.loads(line) for line in (directory / "rollouts" / f"step_{step:06d}.jsonl").read_text().splitlines()]
