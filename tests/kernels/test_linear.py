@@ -206,6 +206,26 @@ def test_objectives_that_ignore_a_statistic(objective):
         assert all(x.grad.eq(0).all() for x in ours)
 
 
+def test_objective_that_couples_a_chunks_rows_and_multiplies_matrices():
+    """Ignored rows' losses must not reach the others' gradient, nor autocast round the objective's own products."""
+    hidden, weight, _, ids = make(6, 20)
+    mix = torch.randn(6, 6)
+
+    def objective(logprobs, entropy, part):
+        return (mix.to(logprobs.dtype) @ logprobs[:, None])[:, 0]
+
+    ids[1] = -1
+    exact = leaves(hidden, weight, double=True)
+    wanted = objective(*statistics(exact[0] @ exact[1].T, ids), slice(0, 6))[ids >= 0].sum()
+    wanted.backward()
+    ours = leaves(hidden, weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = linear_policy_loss(ours[0], ours[1], ids, objective=objective).loss
+    loss.backward()
+    torch.testing.assert_close(loss.double(), wanted.detach(), rtol=1e-5, atol=1e-5)
+    assert_gradients(ours, exact)
+
+
 def test_no_grad_and_frozen_operands():
     hidden, weight, _, ids = make(6, 20)
     ours = leaves(hidden, weight)

@@ -59,6 +59,8 @@ def test_no_rows_and_ignored_rows():
     )
     nan = torch.full((2, 5), torch.nan)
     assert interference_scores(nan, torch.tensor([-1, -1]), reference_logits=nan).tolist() == [0.0, 0.0]
+    ids, stored = torch.tensor([-1, -1]), torch.tensor([-3.0, torch.nan])
+    assert interference_scores(nan, ids, reference_logprobs=stored).tolist() == [0.0, 0.0]
 
 
 def overlap(scores, exact, share=0.05):
