@@ -1,7 +1,8 @@
 """Vocabulary shards: where a shard starts, and the one packed collective that merges the ranks' row statistics.
 
-A shard's row statistics are float32 [K, T], K = 3 or 4, for raw logits z, temperature tau and x = (z - max z) / tau:
-    0  max z    1  sum exp(x)    2  z of the target token, -inf if another shard holds it    3  sum exp(x) * x
+A shard's row statistics are float32 [D, K, T]: D pieces the shard was cut into (1, or more where there are too few rows
+to fill an accelerator), K = 3 or 4. For raw logits z, temperature tau and x = (z - max z) / tau, within the piece:
+    0  max z    1  sum exp(x)    2  z of the target token, -inf if another piece holds it    3  sum exp(x) * x
 Shifting by the maximum before dividing keeps logits of 1e4 as exact as logits of 1.
 """
 
@@ -13,9 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lens_kernels._backend import jit, tl, uses_triton
 from lens_kernels._checks import checks_ids, require
 
 LOWEST = torch.finfo(torch.float32).min
+MERGE_ROWS = 128  # rows per program of the merge kernel
 
 
 class Shard(NamedTuple):
@@ -29,7 +32,7 @@ class Shard(NamedTuple):
 class RowTotals(NamedTuple):
     """Statistics of whole rows, float32 [T], equal to the bit on every rank."""
 
-    maximum: Tensor  # of the raw logits; 0 where every logit is -inf
+    maximum: Tensor  # of the raw logits; some finite number where every logit is -inf
     log_sum: Tensor  # log sum exp((z - maximum) / tau)
     logprobs: Tensor  # 0 on ignored rows
     entropy: Tensor | None  # 0 on ignored rows
@@ -59,6 +62,14 @@ def locate_shard(
     return Shard(group, start, None if valid_vocab_size is None else valid_vocab_size - start)
 
 
+def shard_arguments(shard: Shard, columns: int) -> tuple[Tensor | None, int]:
+    """How kernels receive a shard: (start and valid as int64 [2] on the device, 0) or (None, valid)."""
+    if isinstance(shard.start, int):
+        return None, columns if shard.valid is None else min(shard.valid, columns)
+    valid = torch.full_like(shard.start, columns) if shard.valid is None else shard.valid
+    return torch.stack([shard.start, valid]), 0
+
+
 def padding_mask(columns: int, shard: Shard, device: torch.device) -> Tensor | None:
     """bool [V], True on padding columns; None if there is none."""
     return None if shard.valid is None else torch.arange(columns, device=device) >= shard.valid
@@ -74,13 +85,22 @@ def local_targets(token_ids: Tensor, columns: int, shard: Shard) -> tuple[Tensor
 
 
 def merge_statistics(
-    stats: Tensor,  # [K, T] float32
+    stats: Tensor,  # [D, K, T] float32
     token_ids: Tensor,  # [T]
     tau: Tensor | None,  # [T]
     shard: Shard,
 ) -> RowTotals:
-    """Merges the shards' statistics in rank order, with one all-gather of 4 * K bytes per row and rank."""
-    parts = _all_gather(stats, shard.group)
+    """Merges all pieces of all shards in rank order, with one all-gather of 4 * D * K bytes per row and rank."""
+    parts = _all_gather(stats, shard.group).flatten(0, 1)
+    merge = merge_triton if uses_triton(stats.device) else merge_reference
+    return merge(parts, token_ids, tau)
+
+
+def merge_reference(
+    parts: Tensor,  # [pieces, K, T]
+    token_ids: Tensor,  # [T]
+    tau: Tensor | None,  # [T]
+) -> RowTotals:
     top, sums, targets = parts[:, 0], parts[:, 1], parts[:, 2]
     maximum = top.amax(0)
     maximum = maximum.masked_fill(maximum == -torch.inf, 0)
@@ -92,11 +112,79 @@ def merge_statistics(
     log_sum = total.log()
     ignored = token_ids < 0
     entropy = None
-    if len(stats) == 4:
-        # A shard without a finite logit has offset -inf and sum 0: LOWEST keeps the product 0 instead of NaN.
+    if parts.shape[1] == 4:
+        # A piece without a finite logit has offset -inf and sum 0: LOWEST keeps the product 0 instead of NaN.
         moment = (scale * (parts[:, 3] + offset.clamp(min=LOWEST) * sums)).sum(0)
         entropy = (log_sum - moment / total).masked_fill(ignored, 0)
     return RowTotals(maximum, log_sum, (target - log_sum).masked_fill(ignored, 0), entropy)
+
+
+@jit
+def exp_accurate(x):
+    """exp to 1 ulp or so for |x| < 80; the hardware's exp2 alone loses a digit once |x| is large."""
+    # x = n * ln 2 + r: subtracting n * ln 2 in two parts is exact.
+    n = tl.floor(x * 1.4426950408889634 + 0.5)
+    r = (x - n * 0.693145751953125) - n * 1.42860677000e-6
+    return tl.exp2(n) * tl.exp2(r * 1.4426950408889634)
+
+
+@jit
+def _merge_kernel(
+    # inputs
+    parts_ptr,  # [pieces, K, T]
+    ids_ptr,  # [T]
+    tau_ptr,  # [T] or None
+    # output
+    totals_ptr,  # [K, T]: maximum, log_sum, logprobs, entropy if K == 4
+    # shapes
+    rows,
+    pieces,
+    # tunables
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    inside = row < rows
+    ignored = tl.load(ids_ptr + row, mask=inside, other=-1) < 0
+    inverse_tau = 1.0
+    if tau_ptr is not None:
+        inverse_tau = 1.0 / tl.load(tau_ptr + row, mask=inside, other=1.0)
+    top = tl.full((BLOCK,), -3.4028234663852886e38, tl.float32)
+    target = tl.full((BLOCK,), -float("inf"), tl.float32)
+    part = parts_ptr + row
+    for _ in range(pieces):
+        top = tl.maximum(top, tl.load(part, mask=inside, other=0.0))
+        target = tl.maximum(target, tl.load(part + 2 * rows, mask=inside, other=0.0))
+        part += K * rows
+    total = tl.zeros((BLOCK,), tl.float32)
+    moment = tl.zeros((BLOCK,), tl.float32)
+    part = parts_ptr + row
+    for _ in range(pieces):
+        # A piece without a finite logit has maximum -inf and sum 0: the bound keeps their product 0 instead of NaN.
+        offset = tl.maximum((tl.load(part, mask=inside, other=0.0) - top) * inverse_tau, -1e30)
+        sums = tl.load(part + rows, mask=inside, other=1.0)
+        scale = tl.exp2(offset * 1.4426950408889634)
+        total += scale * sums
+        if K == 4:
+            moment += scale * (tl.load(part + 3 * rows, mask=inside, other=0.0) + offset * sums)
+        part += K * rows
+    log_sum = tl.log2(total) * 0.6931471805599453
+    log_sum += total * exp_accurate(-log_sum) - 1.0  # one Newton step: the hardware's log2 is good to 2**-22 only
+    logprobs = (target - top) * inverse_tau - log_sum
+    tl.store(totals_ptr + row, tl.where(ignored, 0.0, top), mask=inside)
+    tl.store(totals_ptr + rows + row, tl.where(ignored, 0.0, log_sum), mask=inside)
+    tl.store(totals_ptr + 2 * rows + row, tl.where(ignored, 0.0, logprobs), mask=inside)
+    if K == 4:
+        tl.store(totals_ptr + 3 * rows + row, tl.where(ignored, 0.0, log_sum - moment / total), mask=inside)
+
+
+def merge_triton(parts: Tensor, token_ids: Tensor, tau: Tensor | None) -> RowTotals:
+    pieces, kinds, rows = parts.shape
+    totals = torch.empty(kinds, rows, dtype=torch.float32, device=parts.device)
+    if rows:
+        grid = (-(-rows // MERGE_ROWS),)
+        _merge_kernel[grid](parts, token_ids, tau, totals, rows, pieces, kinds, MERGE_ROWS)
+    return RowTotals(*totals, *([None] * (4 - kinds)))
 
 
 def reduce_hidden_gradient(d_hidden: Tensor, shard: Shard) -> Tensor:
@@ -104,6 +192,18 @@ def reduce_hidden_gradient(d_hidden: Tensor, shard: Shard) -> Tensor:
     if shard.group is not None:
         dist.all_reduce(d_hidden, group=shard.group)
     return d_hidden
+
+
+def gather_rows(hidden: Tensor, shard: Shard) -> Tensor:
+    """[S / ranks, ..., H] of every rank -> [S, ..., H]."""
+    return _all_gather(hidden, shard.group).flatten(0, 1)
+
+
+def scatter_hidden_gradient(d_hidden: Tensor, shard: Shard) -> Tensor:
+    """Sums the shards' parts [N, H] and returns this rank's [N / ranks, H]."""
+    part = d_hidden.new_empty(len(d_hidden) // dist.get_world_size(shard.group), d_hidden.shape[1])
+    dist.reduce_scatter_tensor(part, d_hidden, group=shard.group)
+    return part
 
 
 def _all_gather(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -23,13 +23,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lens_kernels._backend import jit, reference_of, tl, uses_triton
 from lens_kernels._checks import check_clips, check_tensor, per_row, require
-from lens_kernels._vocab_parallel import locate_shard, merge_statistics
-from lens_kernels.logprobs import check_logits_arguments, compute_dlogits, row_statistics_reference, save_rows
+from lens_kernels._statistics import row_statistics
+from lens_kernels._vocab_parallel import exp_accurate, locate_shard, merge_statistics
+from lens_kernels.logprobs import check_logits_arguments, compute_dlogits, save_rows
 
 LOG_RATIO_LIMIT = 20.0
 K3_LIMIT = 10.0
 _K3_SERIES = [1 / math.factorial(n) for n in range(11, 1, -1)]
+CRPO_ROWS = 128  # rows per program of the Triton kernel
 
 
 class PolicyLoss(NamedTuple):
@@ -84,7 +87,6 @@ def k3(log_ratio: Tensor) -> Tensor:
 
 
 def crpo_reference(logprobs: Tensor, entropy: Tensor, token_ids: Tensor, terms: LossTerms) -> TokenLosses:
-    """The loss of each row and its derivatives by logprob and entropy; all arguments [T]."""
     advantages = terms.advantages
     log_ratio = torch.zeros_like(logprobs)
     if terms.old_logprobs is not None:
@@ -119,16 +121,130 @@ def crpo_reference(logprobs: Tensor, entropy: Tensor, token_ids: Tensor, terms: 
     return TokenLosses(*(None if x is None else x.masked_fill(token_ids < 0, 0) for x in results))
 
 
+@jit
+def _k3(d):
+    """k3 and its derivative by d, as in the reference; |d| <= 20."""
+    series = tl.full(d.shape, 1 / 39916800, tl.float32)
+    series = series * d + 1 / 3628800
+    series = series * d + 1 / 362880
+    series = series * d + 1 / 40320
+    series = series * d + 1 / 5040
+    series = series * d + 1 / 720
+    series = series * d + 1 / 120
+    series = series * d + 1 / 24
+    series = series * d + 1 / 6
+    series = series * d + 0.5
+    value = tl.where(tl.abs(d) < 1, series * d * d, exp_accurate(d) - d - 1)
+    return value, value + d
+
+
+@jit
+def _crpo_kernel(
+    # inputs, [T]; those that may be None, are for an absent term
+    logprobs_ptr,
+    entropy_ptr,
+    ids_ptr,
+    old_ptr,  # or None
+    advantages_ptr,
+    reference_ptr,  # or None
+    policy_weights_ptr,  # or None
+    kl_weights_ptr,  # or None
+    entropy_weights_ptr,  # or None
+    # outputs, [T]
+    losses_ptr,
+    ratio_ptr,
+    clipped_ptr,
+    kl_ptr,
+    d_logprobs_ptr,
+    d_entropy_ptr,  # or None
+    # shapes
+    rows,
+    # constants
+    CLIP_LOW: tl.constexpr,
+    CLIP_HIGH: tl.constexpr,
+    DUAL_CLIP: tl.constexpr,  # or None
+    LOG_RATIO_LIMIT: tl.constexpr,
+    K3_LIMIT: tl.constexpr,
+    # tunables
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    inside = row < rows
+    ignored = tl.load(ids_ptr + row, mask=inside, other=-1) < 0
+    logprobs = tl.load(logprobs_ptr + row, mask=inside, other=0.0)
+    advantages = tl.load(advantages_ptr + row, mask=inside, other=0.0)
+    log_ratio = tl.zeros((BLOCK,), tl.float32)
+    if old_ptr is not None:
+        old = tl.load(old_ptr + row, mask=inside, other=0.0)
+        log_ratio = tl.where(old != old, 0.0, logprobs - old)  # NaN: on-policy
+    ratio = exp_accurate(tl.minimum(tl.maximum(log_ratio, -LOG_RATIO_LIMIT), LOG_RATIO_LIMIT))
+    within = tl.minimum(tl.maximum(ratio, 1 - CLIP_LOW), 1 + CLIP_HIGH)
+    losses = tl.maximum(-ratio * advantages, -within * advantages)
+    positive, negative = advantages > 0, advantages < 0
+    clipped = (positive & (ratio > 1 + CLIP_HIGH)) | (negative & (ratio < 1 - CLIP_LOW))
+    if DUAL_CLIP is not None:
+        losses = tl.where(negative, tl.minimum(losses, -DUAL_CLIP * advantages), losses)
+        clipped = clipped | (negative & (ratio > DUAL_CLIP))
+    flat = clipped | (tl.abs(log_ratio) > LOG_RATIO_LIMIT)
+    d_logprobs = tl.where(flat, 0.0, -ratio * advantages)
+    if policy_weights_ptr is not None:
+        weights = tl.load(policy_weights_ptr + row, mask=inside, other=0.0)
+        losses, d_logprobs = losses * weights, d_logprobs * weights
+
+    kl = tl.zeros((BLOCK,), tl.float32)
+    if reference_ptr is not None:
+        difference = tl.load(reference_ptr + row, mask=inside, other=0.0) - logprobs
+        kl, slope = _k3(tl.minimum(tl.maximum(difference, -LOG_RATIO_LIMIT), LOG_RATIO_LIMIT))
+        slope = tl.where(kl > K3_LIMIT, 0.0, slope)
+        kl = tl.minimum(kl, K3_LIMIT)
+        if kl_weights_ptr is not None:
+            weights = tl.load(kl_weights_ptr + row, mask=inside, other=0.0)
+            losses += weights * kl
+            d_logprobs -= weights * slope
+    if entropy_weights_ptr is not None:
+        weights = tl.load(entropy_weights_ptr + row, mask=inside, other=0.0)
+        losses -= weights * tl.load(entropy_ptr + row, mask=inside, other=0.0)
+        tl.store(d_entropy_ptr + row, tl.where(ignored, 0.0, -weights), mask=inside)
+    tl.store(losses_ptr + row, tl.where(ignored, 0.0, losses), mask=inside)
+    tl.store(ratio_ptr + row, tl.where(ignored, 0.0, ratio), mask=inside)
+    tl.store(clipped_ptr + row, tl.where(ignored, 0.0, clipped.to(tl.float32)), mask=inside)
+    tl.store(kl_ptr + row, tl.where(ignored, 0.0, kl), mask=inside)
+    tl.store(d_logprobs_ptr + row, tl.where(ignored, 0.0, d_logprobs), mask=inside)
+
+
+def crpo_triton(logprobs: Tensor, entropy: Tensor, token_ids: Tensor, terms: LossTerms) -> TokenLosses:
+    rows = len(token_ids)
+    outputs = torch.empty(6, rows, dtype=torch.float32, device=logprobs.device)
+    results = TokenLosses(*outputs[:5], None if terms.entropy_weights is None else outputs[5])
+    if rows:
+        inputs = [None if x is None else x.contiguous() for x in terms[:6]]
+        _crpo_kernel[(-(-rows // CRPO_ROWS),)](
+            *(logprobs, entropy, token_ids, *inputs),
+            *results,
+            rows,
+            *(float(terms.clip_low), float(terms.clip_high)),
+            *(None if terms.dual_clip is None else float(terms.dual_clip), LOG_RATIO_LIMIT, K3_LIMIT),
+            CRPO_ROWS,
+        )
+    return results
+
+
+def crpo(logprobs: Tensor, entropy: Tensor, token_ids: Tensor, terms: LossTerms) -> TokenLosses:
+    """The loss of each row and its derivatives by logprob and entropy; all arguments [T]."""
+    evaluate = crpo_triton if uses_triton(logprobs.device) else crpo_reference
+    return evaluate(logprobs, entropy, token_ids, terms)
+
+
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, token_ids, tau, shard, terms, inplace):
-        stats = row_statistics_reference(logits, token_ids, tau, shard, with_entropy=True)
+        stats = row_statistics(logits, token_ids, tau, shard, with_entropy=True)
         totals = merge_statistics(stats, token_ids, tau, shard)
-        tokens = crpo_reference(totals.logprobs, totals.entropy, token_ids, terms)
+        tokens = crpo(totals.logprobs, totals.entropy, token_ids, terms)
         save_rows(ctx, logits, token_ids, tau, shard, totals)
         ctx.inplace = inplace
         ctx.derivatives = tokens.d_logprobs, tokens.d_entropy
-        per_token = (totals.logprobs.clone(), tokens.ratio, tokens.clipped, tokens.kl, totals.entropy.clone())
+        per_token = (totals.logprobs, tokens.ratio, tokens.clipped, tokens.kl, totals.entropy.clone())
         ctx.mark_non_differentiable(*per_token)
         return tokens.losses.sum(), *per_token
 
@@ -193,7 +309,7 @@ def policy_loss(
 
     A row whose old_logprobs is NaN (all rows, if old_logprobs is None) is on-policy: ratio exactly 1, with gradient.
     Temperature, padding, shards, ignored rows and `inplace_backward` are as in token_logprobs.
-    Saved for backward: the logits and six numbers per row. Bytes per bf16 element: 2 forward, 4 backward.
+    Saved for backward: the logits and five numbers per row. Bytes per bf16 element: 2 forward, 4 backward.
 
     Raises ValueError for a wrong shape, dtype, device, temperature or clip, and for kl_weights without
     reference_logprobs; RuntimeError for a second use of the logits after inplace_backward.
@@ -215,3 +331,6 @@ def policy_loss(
     shard = locate_shard(logits.shape[-1], ids, valid_vocab_size, tp_group)
     loss, *per_token = _PolicyLoss.apply(logits, ids, tau, shard, terms, inplace_backward)
     return PolicyLoss(loss, *(x.view(token_ids.shape) for x in per_token))
+
+
+policy_loss_reference = reference_of(policy_loss)

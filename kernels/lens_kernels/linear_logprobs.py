@@ -3,6 +3,10 @@
 logits = hidden @ weight.T + bias, in float32 and never rounded: rounding them to bfloat16 costs about 0.06 nat per
 token, which scrambles the ranking of interference scores while the policy is close to the reference. Rows go through in
 chunks of fixed size; use the same chunk_rows for policy and reference, since a GEMM's rounding depends on its shape.
+
+Operands of bfloat16 on a GPU are multiplied as they are by cuBLAS, with float32 sums and results; the gradient of the
+logits is then rounded to bfloat16, as every half-precision backward does, in place of the logits. All else (float32,
+float16, whose range the unscaled gradients would leave, and the CPU) is multiplied in float32.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lens_kernels._backend import reference_of, uses_triton
 from lens_kernels._checks import (
     check_chunk_rows,
     check_device,
@@ -26,31 +31,59 @@ from lens_kernels._checks import (
     check_valid_vocab_size,
     require,
 )
-from lens_kernels._vocab_parallel import RowTotals, Shard, locate_shard, merge_statistics, reduce_hidden_gradient
-from lens_kernels.logprobs import row_statistics_reference, write_dlogits_reference
+from lens_kernels._dlogits import write_dlogits
+from lens_kernels._statistics import row_statistics
+from lens_kernels._vocab_parallel import (
+    RowTotals,
+    Shard,
+    gather_rows,
+    locate_shard,
+    merge_statistics,
+    reduce_hidden_gradient,
+    scatter_hidden_gradient,
+)
 
+# Each chunk passes once over the weight and once, twice as wide, over its gradient: the more rows, the better hidden.
+CHUNK_ROWS = 2048
+CHUNK_ROWS_CPU = 256
 WEIGHT_BLOCK_ELEMENTS = 1 << 22  # float32 elements of a half-precision weight upcast at a time: 16 MiB
+GRADIENT_BLOCK_ROWS = 1 << 13  # rows of the weight whose gradient is formed apart where cuBLAS cannot add in place
 
 
 class Head(NamedTuple):
     """The LM head's operands and how its rows are cut, checked."""
 
-    hidden: Tensor  # [N, H]
-    weight: Tensor  # [V, H]
+    hidden: Tensor | None  # [N, H]; this and the next two: None until with_operands
+    weight: Tensor | None  # [V, H]
     bias: Tensor | None  # [V]
     rows: Tensor | None  # [T] indices into N; None: all, T = N
     token_ids: Tensor  # [T]
     tau: Tensor | None  # [T]
     shard: Shard
     chunk_rows: int
+    sequence_parallel: bool  # `hidden` was cut along its first axis: gathered forward, its gradient reduce-scattered
+
+    def with_operands(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Head:
+        """Under autograd the operands travel as arguments of their own; a record would hide them from it."""
+        if self.sequence_parallel:
+            hidden = gather_rows(hidden, self.shard)
+        return self._replace(hidden=hidden.reshape(-1, hidden.shape[-1]), weight=weight, bias=bias)
+
+    def reduce(self, d_hidden: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+        """Sums the shards' parts [N, H] of the gradient, into the shape and dtype of the hidden states given."""
+        if d_hidden is None:
+            return None
+        scatter = scatter_hidden_gradient if self.sequence_parallel else reduce_hidden_gradient
+        return scatter(d_hidden, self.shard).to(dtype).view(shape)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yields (slice of the T rows, their hidden states as float32 [n, H])."""
+        """Yields (slice of the T rows, their hidden states [n, H], of the dtype they are multiplied in)."""
+        dtype = torch.bfloat16 if multiplies_bfloat16(self) else torch.float32
         for start in range(0, len(self.token_ids), self.chunk_rows):
             part = slice(start, min(start + self.chunk_rows, len(self.token_ids)))
             hidden = self.hidden[part] if self.rows is None else self.hidden[self.rows[part]]
             # Ignored rows may hold anything, NaN too: 0 * NaN would reach the weight's gradient.
-            yield part, hidden.float().masked_fill((self.token_ids[part] < 0)[:, None], 0)
+            yield part, hidden.to(dtype).masked_fill((self.token_ids[part] < 0)[:, None], 0)
 
     def at(self, part: slice) -> tuple[Tensor, Tensor | None]:
         return self.token_ids[part], None if self.tau is None else self.tau[part]
@@ -60,11 +93,18 @@ class Head(NamedTuple):
         count = min(self.chunk_rows, len(self.token_ids))
         return torch.empty(count, len(self.weight), dtype=torch.float32, device=self.weight.device)
 
-    def scatter(self, d_hidden: Tensor, part: slice, d_chunk: Tensor) -> None:
+    def scatter(self, d_hidden: Tensor | None, part: slice, d_chunk: Tensor | None) -> None:
+        if d_hidden is None:
+            return
         if self.rows is None:
             d_hidden[part] = d_chunk
         else:
             d_hidden.index_add_(0, self.rows[part], d_chunk)  # adds, because `rows` may name a row twice
+
+
+def multiplies_bfloat16(head: Head) -> bool:
+    both = head.hidden.dtype == head.weight.dtype == torch.bfloat16
+    return both and uses_triton(head.hidden.device) and head.hidden.device.type == "cuda"
 
 
 def _weight_blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -74,30 +114,59 @@ def _weight_blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield slice(start, min(start + step, len(weight))), weight[start : start + step].float()
 
 
-def project_reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """Logits of a chunk: hidden float32 [n, H], out float32 [n, V]."""
-    for columns, block in _weight_blocks(weight):
-        torch.mm(hidden, block.T, out=out[:, columns])
-    if bias is not None:
-        out += bias
+def project(hidden: Tensor, head: Head, out: Tensor) -> Tensor:
+    """Logits of a chunk: hidden [n, H], out float32 [n, V]."""
+    if hidden.dtype == torch.bfloat16:
+        torch.mm(hidden, head.weight.T, out_dtype=torch.float32, out=out)
+    else:
+        for columns, block in _weight_blocks(head.weight):
+            torch.mm(hidden, block.T, out=out[:, columns])
+    if head.bias is not None:
+        out += head.bias
     return out
 
 
-def backproject_reference(
-    d_logits: Tensor,  # [n, V] float32
-    hidden: Tensor,  # [n, H] float32
-    weight: Tensor,  # [V, H]
+def gradient_buffer(logits: Tensor, hidden: Tensor) -> Tensor:
+    """[n, V] in the storage of float32 `logits`, of the dtype its GEMMs want: bfloat16 rows fill half their space."""
+    return logits if hidden.dtype == torch.float32 else logits.view(hidden.dtype)[:, : logits.shape[1]]
+
+
+def backproject(
+    d_logits: Tensor,  # [n, V]
+    hidden: Tensor,  # [n, H] of the same dtype
+    head: Head,
     d_weight: Tensor | None,  # [V, H] float32, added to
     d_bias: Tensor | None,  # [V] float32, added to
-) -> Tensor:  # [n, H] float32, this shard's part of the hidden states' gradient
-    d_hidden = torch.zeros_like(hidden)
-    for columns, block in _weight_blocks(weight):
-        d_hidden.addmm_(d_logits[:, columns], block)
-    if d_weight is not None:
-        d_weight.addmm_(d_logits.T, hidden)
+    needs_hidden: bool,
+) -> Tensor | None:  # [n, H] float32, this shard's part of the hidden states' gradient
     if d_bias is not None:
-        d_bias += d_logits.sum(0)
+        d_bias += d_logits.sum(0, dtype=torch.float32)
+    if d_weight is not None:
+        _add_product(d_weight, d_logits.T, hidden)
+    if not needs_hidden:
+        return None
+    if hidden.dtype == torch.bfloat16:
+        return torch.mm(d_logits, head.weight, out_dtype=torch.float32)
+    d_hidden = torch.zeros_like(hidden)
+    for columns, block in _weight_blocks(head.weight):
+        d_hidden.addmm_(d_logits[:, columns], block)
     return d_hidden
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b with a float32 total."""
+    if b.dtype == torch.float32:
+        total.addmm_(a, b)
+        return
+    try:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    except RuntimeError as error:
+        if "dtype" not in str(error):
+            raise
+        # PyTorch 2.8 refuses a float32 total of bfloat16 factors.
+        for start in range(0, len(total), GRADIENT_BLOCK_ROWS):
+            block = slice(start, start + GRADIENT_BLOCK_ROWS)
+            total[block] += torch.mm(a[block], b, out_dtype=torch.float32)
 
 
 def full_precision(device: torch.device) -> torch.autocast:
@@ -112,42 +181,43 @@ def zeros_float32(like: Tensor | None, needed: bool) -> Tensor | None:
 class _LinearTokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, head, return_entropy):
-        head = head._replace(hidden=hidden, weight=weight, bias=bias)
-        stats = hidden.new_empty((4 if return_entropy else 3, len(head.token_ids)), dtype=torch.float32)
-        buffer = head.empty_logits()
+        full = head.with_operands(hidden, weight, bias)
+        stats = hidden.new_empty((1, 4 if return_entropy else 3, len(head.token_ids)), dtype=torch.float32)
+        buffer = full.empty_logits()
         with full_precision(hidden.device):
-            for part, chunk in head.chunks():
-                logits = project_reference(chunk, weight, bias, buffer[: len(chunk)])
-                stats[:, part] = row_statistics_reference(logits, *head.at(part), head.shard, return_entropy)
+            for part, chunk in full.chunks():
+                logits = project(chunk, full, buffer[: len(chunk)])
+                stats[:, :, part] = row_statistics(
+                    logits, *full.at(part), full.shard, with_entropy=return_entropy, split_rows=False
+                )
         totals = merge_statistics(stats, head.token_ids, head.tau, head.shard)
-        ctx.save_for_backward(hidden, weight, bias, *totals)
-        ctx.head = head._replace(hidden=None, weight=None, bias=None)
+        ctx.save_for_backward(hidden, weight, bias, totals.maximum, totals.log_sum, totals.entropy)
+        ctx.head = head
         ctx.set_materialize_grads(False)
-        return totals.logprobs.clone(), None if totals.entropy is None else totals.entropy.clone()
+        return totals.logprobs, None if totals.entropy is None else totals.entropy.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_logprobs, d_entropy):
-        hidden, weight, bias, *totals = ctx.saved_tensors
-        head = ctx.head._replace(hidden=hidden, weight=weight, bias=bias)
+        hidden, weight, bias, maximum, log_sum, entropy = ctx.saved_tensors
+        head = ctx.head.with_operands(hidden, weight, bias)
         if d_logprobs is None:
             d_logprobs = torch.zeros_like(d_entropy)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        d_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        d_hidden = zeros_float32(head.hidden, needs_hidden)
         d_weight, d_bias = zeros_float32(weight, needs_weight), zeros_float32(bias, needs_bias)
         buffer = head.empty_logits()
         with full_precision(hidden.device):
             for part, chunk in head.chunks():
-                logits = project_reference(chunk, weight, bias, buffer[: len(chunk)])
-                chunk_totals = RowTotals(*(None if x is None else x[part] for x in totals))
+                logits = project(chunk, head, buffer[: len(chunk)])
+                d_logits = gradient_buffer(logits, chunk)
+                totals = RowTotals(maximum[part], log_sum[part], None, None if entropy is None else entropy[part])
                 chunk_d_entropy = None if d_entropy is None else d_entropy[part]
-                write_dlogits_reference(
-                    logits, logits, *head.at(part), head.shard, chunk_totals, d_logprobs[part], chunk_d_entropy
-                )
-                head.scatter(d_hidden, part, backproject_reference(logits, chunk, weight, d_weight, d_bias))
-        d_hidden = reduce_hidden_gradient(d_hidden, head.shard).to(hidden.dtype) if needs_hidden else None
+                write_dlogits(d_logits, logits, *head.at(part), head.shard, totals, d_logprobs[part], chunk_d_entropy)
+                head.scatter(d_hidden, part, backproject(d_logits, chunk, head, d_weight, d_bias, needs_hidden))
         d_weight = None if d_weight is None else d_weight.to(weight.dtype)
-        return d_hidden, d_weight, None if d_bias is None else d_bias.to(bias.dtype), None, None
+        d_bias = None if d_bias is None else d_bias.to(bias.dtype)
+        return head.reduce(d_hidden, hidden.shape, hidden.dtype), d_weight, d_bias, None, None
 
 
 def check_head(
@@ -160,6 +230,7 @@ def check_head(
     valid_vocab_size: int | None,
     tp_group: dist.ProcessGroup | None,
     chunk_rows: int | None,
+    sequence_parallel: bool,
 ) -> Head:
     """Checks what the two linear functions share. Collective: learns the shards' sizes."""
     check_matrix("hidden", hidden, "H")
@@ -173,18 +244,21 @@ def check_head(
         require(bias.shape == weight.shape[:1], "bias", f"shape {tuple(bias.shape)}", f"[{len(weight)}]")
         require(bias.is_floating_point(), "bias", str(bias.dtype), "a floating-point dtype")
         check_device("bias", bias, hidden.device)
-    flat = hidden.reshape(hidden.shape[:-1].numel(), width)
-    check_rows(rows, len(flat), hidden.device)
-    shape = hidden.shape[:-1] if rows is None else rows.shape
+    leading = hidden.shape[:-1]
+    if sequence_parallel:
+        require(tp_group is not None, "sequence_parallel", True, "a tp_group to gather the hidden states over")
+        require(len(leading) >= 1, "hidden", f"shape {tuple(hidden.shape)}", "a sequence axis before H")
+        leading = torch.Size([leading[0] * dist.get_world_size(tp_group), *leading[1:]])
+    check_rows(rows, leading.numel(), hidden.device)
+    shape = leading if rows is None else rows.shape
     ids = check_token_ids(token_ids, shape, hidden.device)
     tau = check_temperature(temperature, shape, hidden.device)
     check_valid_vocab_size(valid_vocab_size)
     check_chunk_rows(chunk_rows)
     if chunk_rows is None:
-        # Each chunk passes once over the weight (and its gradient): 4096 rows hide that on an H100, 256 on a CPU.
-        chunk_rows = 256 if hidden.device.type == "cpu" else 4096
+        chunk_rows = CHUNK_ROWS_CPU if hidden.device.type == "cpu" else CHUNK_ROWS
     shard = locate_shard(len(weight), ids, valid_vocab_size, tp_group)
-    return Head(flat, weight, bias, rows, ids, tau, shard, chunk_rows)
+    return Head(None, None, None, rows, ids, tau, shard, chunk_rows, sequence_parallel and shard.group is not None)
 
 
 def linear_token_logprobs(
@@ -199,20 +273,25 @@ def linear_token_logprobs(
     valid_vocab_size: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
     chunk_rows: int | None = None,
+    sequence_parallel: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # float32, shaped like token_ids, or (logprobs, entropy)
     """token_logprobs(hidden.float() @ weight.float().T + bias, ...) without ever holding more than a chunk of logits.
 
     With `rows`, only those rows are computed and token_ids, temperature and the result have one entry per index.
     The backward computes each chunk's logits again (four GEMMs in all), accumulates the weight's gradient in float32
     and sums the gradient of `hidden` over tp_group, so do not sum it a second time in the layer before.
+    With `sequence_parallel`, each rank holds an equal part of `hidden` along its first axis: the parts are gathered
+    here and the gradient is reduce-scattered; token_ids and `rows` speak of the gathered rows.
     One collective forward for all chunks. Extra memory: chunk_rows * V * 4 bytes, and the weight's gradient.
 
     Raises ValueError for a wrong shape, dtype, device, temperature, vocabulary size, chunk or row index.
     """
-    head = check_head(hidden, weight, token_ids, bias, rows, temperature, valid_vocab_size, tp_group, chunk_rows)
-    operands = head.hidden, weight, bias
-    # The tensors under autograd travel as arguments of their own; a tuple would hide them from it.
-    head = head._replace(hidden=None, weight=None, bias=None)
-    logprobs, entropy = _LinearTokenLogprobs.apply(*operands, head, return_entropy)
+    head = check_head(
+        hidden, weight, token_ids, bias, rows, temperature, valid_vocab_size, tp_group, chunk_rows, sequence_parallel
+    )
+    logprobs, entropy = _LinearTokenLogprobs.apply(hidden, weight, bias, head, return_entropy)
     logprobs = logprobs.view(token_ids.shape)
     return (logprobs, entropy.view(token_ids.shape)) if return_entropy else logprobs
+
+
+linear_token_logprobs_reference = reference_of(linear_token_logprobs)

@@ -15,17 +15,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lens_kernels._backend import reference_of
 from lens_kernels._checks import check_device, check_tensor, require
-from lens_kernels._vocab_parallel import merge_statistics, reduce_hidden_gradient
-from lens_kernels.clipped_loss import LossTerms, PolicyLoss, TokenLosses, check_loss_terms, crpo_reference
+from lens_kernels._dlogits import write_dlogits
+from lens_kernels._statistics import row_statistics
+from lens_kernels._vocab_parallel import merge_statistics
+from lens_kernels.clipped_loss import LossTerms, PolicyLoss, TokenLosses, check_loss_terms, crpo
 from lens_kernels.linear_logprobs import (
-    backproject_reference,
+    backproject,
     check_head,
     full_precision,
-    project_reference,
+    gradient_buffer,
+    project,
     zeros_float32,
 )
-from lens_kernels.logprobs import row_statistics_reference, write_dlogits_reference
 
 Objective = Callable[[Tensor, Tensor, slice], Tensor]
 
@@ -54,32 +57,30 @@ def differentiate_objective(
 class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, head, evaluate, accumulate_into, needs):
-        head = head._replace(hidden=hidden, weight=weight, bias=bias)
+        ctx.shape, ctx.dtypes = hidden.shape, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        full = head.with_operands(hidden, weight, bias)
         needs_hidden, needs_weight, needs_bias = needs
-        d_hidden = zeros_float32(hidden, needs_hidden)
+        d_hidden = zeros_float32(full.hidden, needs_hidden)
         d_weight, d_bias = zeros_float32(weight, needs_weight), zeros_float32(bias, needs_bias)
-        buffer = head.empty_logits()
+        buffer = full.empty_logits()
         results = []
         with full_precision(hidden.device):
-            for part, chunk in head.chunks():
-                ids, tau = head.at(part)
-                logits = project_reference(chunk, weight, bias, buffer[: len(chunk)])
-                stats = row_statistics_reference(logits, ids, tau, head.shard, with_entropy=True)
-                totals = merge_statistics(stats, ids, tau, head.shard)
+            for part, chunk in full.chunks():
+                ids, tau = full.at(part)
+                logits = project(chunk, full, buffer[: len(chunk)])
+                stats = row_statistics(logits, ids, tau, full.shard, with_entropy=True, split_rows=False)
+                totals = merge_statistics(stats, ids, tau, full.shard)
                 tokens = evaluate(totals.logprobs, totals.entropy, ids, part)
-                per_token = (totals.logprobs, tokens.ratio, tokens.clipped, tokens.kl, totals.entropy)
-                results.append((tokens.losses, *per_token))
+                results.append(
+                    (tokens.losses, totals.logprobs, tokens.ratio, tokens.clipped, tokens.kl, totals.entropy)
+                )
                 if not any(needs):
                     continue
-                write_dlogits_reference(
-                    logits, logits, ids, tau, head.shard, totals, tokens.d_logprobs, tokens.d_entropy
-                )
-                d_chunk = backproject_reference(logits, chunk, weight, d_weight, d_bias)
-                if needs_hidden:
-                    head.scatter(d_hidden, part, d_chunk)
+                d_logits = gradient_buffer(logits, chunk)
+                write_dlogits(d_logits, logits, ids, tau, full.shard, totals, tokens.d_logprobs, tokens.d_entropy)
+                full.scatter(d_hidden, part, backproject(d_logits, chunk, full, d_weight, d_bias, needs_hidden))
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
-        ctx.shard, ctx.accumulate_into = head.shard, accumulate_into
-        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.head, ctx.accumulate_into = head, accumulate_into
         losses, *per_token = _concatenate(results, hidden)
         ctx.mark_non_differentiable(*(x for x in per_token if x is not None))
         return losses.sum(), *per_token
@@ -90,7 +91,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         d_hidden, d_weight, d_bias = ctx.saved_tensors
         if d_hidden is not None:
             # Scaled into a new tensor: the saved one must survive a second backward.
-            d_hidden = reduce_hidden_gradient(d_hidden * d_loss, ctx.shard).to(ctx.dtypes[0])
+            d_hidden = ctx.head.reduce(d_hidden * d_loss, ctx.shape, ctx.dtypes[0])
         if d_weight is not None and ctx.accumulate_into is not None:
             ctx.accumulate_into.addcmul_(d_weight, d_loss)
             d_weight = None
@@ -144,6 +145,7 @@ def linear_policy_loss(
     tp_group: dist.ProcessGroup | None = None,
     bias: Tensor | None = None,  # [V]
     chunk_rows: int | None = None,
+    sequence_parallel: bool = False,
     accumulate_into: Tensor | None = None,  # [V, H] float32
 ) -> PolicyLoss:
     """policy_loss(hidden.float() @ weight.float().T + bias, ...) without ever holding more than a chunk of logits.
@@ -157,17 +159,21 @@ def linear_policy_loss(
 
     Raises ValueError as linear_token_logprobs and policy_loss do, and for loss arguments next to an objective.
     """
-    head = check_head(hidden, weight, token_ids, bias, rows, temperature, valid_vocab_size, tp_group, chunk_rows)
+    head = check_head(
+        hidden, weight, token_ids, bias, rows, temperature, valid_vocab_size, tp_group, chunk_rows, sequence_parallel
+    )
     _check_accumulator(accumulate_into, weight)
     terms = dict(old_logprobs=old_logprobs, advantages=advantages, reference_logprobs=reference_logprobs)
     terms |= dict(policy_weights=policy_weights, kl_weights=kl_weights, entropy_weights=entropy_weights)
     clips = dict(clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
     evaluate = _evaluator(objective, terms, clips, token_ids, hidden.device)
-    operands = head.hidden, weight, bias
+    operands = hidden, weight, bias
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in operands]
-    head = head._replace(hidden=None, weight=None, bias=None)
     loss, *per_token = _LinearPolicyLoss.apply(*operands, head, evaluate, accumulate_into, needs)
     return PolicyLoss(loss, *(None if x is None else x.view(token_ids.shape) for x in per_token))
+
+
+linear_policy_loss_reference = reference_of(linear_policy_loss)
 
 
 def _evaluator(
@@ -179,4 +185,4 @@ def _evaluator(
         require(not given, ", ".join(given), "a value next to objective", "None: the objective replaces the CRPO loss")
         return lambda logprobs, entropy, ids, part: differentiate_objective(objective, logprobs, entropy, ids, part)
     checked: LossTerms = check_loss_terms(token_ids.shape, device, **terms, **clips)
-    return lambda logprobs, entropy, ids, part: crpo_reference(logprobs, entropy, ids, checked.at(part))
+    return lambda logprobs, entropy, ids, part: crpo(logprobs, entropy, ids, checked.at(part))

@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lens_kernels._backend import reference_of
 from lens_kernels._checks import check_device, check_matrix, per_row, require
+from lens_kernels._statistics import row_statistics
 from lens_kernels._vocab_parallel import locate_shard, merge_statistics
-from lens_kernels.logprobs import check_logits_arguments, row_statistics_reference
+from lens_kernels.logprobs import check_logits_arguments
 
 
 @torch.no_grad()
@@ -41,18 +43,21 @@ def interference_scores(
     got = "both" if all(given) else "neither"
     require(sum(given) == 1, "reference_logits, reference_logprobs", got, "exactly one of the two")
     shard = locate_shard(policy_logits.shape[-1], ids, valid_vocab_size, tp_group)
-    stats = row_statistics_reference(policy_logits, ids, tau, shard, with_entropy=False)
+    stats = row_statistics(policy_logits, ids, tau, shard, with_entropy=False)
     if reference_logits is not None:
         check_matrix("reference_logits", reference_logits, "V")
         same = reference_logits.shape == policy_logits.shape
         require(same, "reference_logits", f"shape {tuple(reference_logits.shape)}", f"{tuple(policy_logits.shape)}")
         check_device("reference_logits", reference_logits, policy_logits.device)
-        other = row_statistics_reference(reference_logits, ids, tau, shard, with_entropy=False)
+        other = row_statistics(reference_logits, ids, tau, shard, with_entropy=False)
         both_tau = None if tau is None else tau.repeat(2)
-        both = merge_statistics(torch.cat([stats, other], dim=1), ids.repeat(2), both_tau, shard).logprobs
+        both = merge_statistics(torch.cat([stats, other], dim=2), ids.repeat(2), both_tau, shard).logprobs
         difference = both[: len(ids)] - both[len(ids) :]
     else:
         reference = per_row("reference_logprobs", reference_logprobs, token_ids.shape, policy_logits.device)
         difference = merge_statistics(stats, ids, tau, shard).logprobs - reference
     scores = difference if signed else difference.abs()
     return scores.masked_fill(ids < 0, 0).view(token_ids.shape)
+
+
+interference_scores_reference = reference_of(interference_scores)

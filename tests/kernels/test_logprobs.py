@@ -65,7 +65,7 @@ def test_not_worse_than_pytorch(dtype):
 
 def test_several_row_chunks(monkeypatch):
     """Chunks of 2 rows over 7: a wrong offset between chunks would mix rows."""
-    monkeypatch.setattr("lens_kernels.logprobs.CHUNK_ELEMENTS", 20)
+    monkeypatch.setattr("lens_kernels._rows.CHUNK_ELEMENTS", 20)
     logits, ids = make((7, 10))
     check(logits, ids, temperature=torch.rand(7) + 0.5)
 

@@ -1,0 +1,161 @@
+"""Gradient of the logits from two numbers per row, in one pass. Reference, kernel, launcher, choice."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lens_kernels._backend import jit, tl, uses_triton
+from lens_kernels._rows import RowLayout, row_chunks, row_layout
+from lens_kernels._vocab_parallel import LOWEST, RowTotals, Shard, local_targets, padding_mask, shard_arguments
+
+WARPS = 8
+BLOCK = 4096  # columns per program
+
+
+def write_dlogits_reference(
+    out: Tensor,  # [..., V], may be the logits themselves
+    logits: Tensor,  # [..., V]
+    token_ids: Tensor,  # [T]
+    tau: Tensor | None,  # [T]
+    shard: Shard,
+    totals: RowTotals,
+    d_logprobs: Tensor,  # [T] g
+    d_entropy: Tensor | None,  # [T] e
+) -> None:
+    columns = logits.shape[-1]
+    local, owned = local_targets(token_ids, columns, shard)
+    padding = padding_mask(columns, shard, logits.device)
+    at_target = d_logprobs * owned
+    for rows, (z, d) in row_chunks(logits, out):
+        if padding is not None:
+            z = z.masked_fill(padding, -torch.inf)
+        logp = z - totals.maximum[rows, None]
+        if tau is not None:
+            logp /= tau[rows, None]
+        logp -= totals.log_sum[rows, None]
+        p = logp.exp()
+        if d_entropy is None:
+            grad = p.mul_(-d_logprobs[rows, None])
+        else:
+            # -p * (g + e * (log p + H)). LOWEST for -inf: 0 * -inf is NaN. p comes before e: no overflow.
+            logp.clamp_(min=LOWEST).add_(totals.entropy[rows, None]).mul_(p).mul_(d_entropy[rows, None])
+            grad = p.mul_(d_logprobs[rows, None]).add_(logp).neg_()
+        grad.scatter_add_(1, local[rows, None], at_target[rows, None])
+        if tau is not None:
+            grad /= tau[rows, None]
+        d.copy_(grad.masked_fill_((token_ids[rows] < 0)[:, None], 0))
+
+
+@jit
+def _write_dlogits_kernel(
+    # inputs
+    logits_ptr,  # [outer, inner, V]
+    ids_ptr,  # [T] int64
+    tau_ptr,  # [T] or None
+    shard_ptr,  # [2] int64 or None, as above
+    maximum_ptr,  # [T]
+    log_sum_ptr,  # [T]
+    entropy_ptr,  # [T] or None
+    d_logprobs_ptr,  # [T]
+    d_entropy_ptr,  # [T] or None
+    # output
+    out_ptr,  # [outer, inner, V]
+    # shapes
+    columns,
+    valid,
+    pieces,
+    blocks_per_piece,
+    inner,
+    stride_outer,
+    stride_inner,
+    stride_column,
+    out_inner,
+    out_stride_outer,
+    out_stride_inner,
+    out_stride_column,
+    # tunables
+    PACKS: tl.constexpr,  # out overlaps the logits' bytes, with smaller elements: a program must own whole rows
+    BLOCK: tl.constexpr,
+):
+    row = (tl.program_id(0) // pieces).to(tl.int64)
+    token = tl.load(ids_ptr + row)
+    inverse_tau = 1.0
+    if tau_ptr is not None:
+        inverse_tau = 1.0 / tl.load(tau_ptr + row)
+    start = tl.zeros((), tl.int64)
+    limit = valid + tl.zeros((), tl.int64)
+    if shard_ptr is not None:
+        start, limit = tl.load(shard_ptr), tl.load(shard_ptr + 1)
+    limit = tl.minimum(tl.where(token < 0, 0, limit), columns).to(tl.int32)  # ignored rows are not read
+    target = (token - start).to(tl.int32)
+    maximum, log_sum = tl.load(maximum_ptr + row), tl.load(log_sum_ptr + row)
+    d_logprob = tl.load(d_logprobs_ptr + row)
+    base = logits_ptr + (row // inner) * stride_outer + (row % inner) * stride_inner
+    out = out_ptr + (row // out_inner) * out_stride_outer + (row % out_inner) * out_stride_inner
+
+    begin = (tl.program_id(0) % pieces) * blocks_per_piece * BLOCK
+    for block in range(blocks_per_piece):
+        column = begin + block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+        inside = column < columns
+        z = tl.load(base + column.to(tl.int64) * stride_column, mask=inside & (limit > 0), other=-float("inf"))
+        if PACKS:
+            tl.debug_barrier()  # the stores of this block land on logits that other threads may not have read yet
+        z = tl.where(column < limit, z.to(tl.float32), -float("inf"))
+        logp = (z - maximum) * inverse_tau - log_sum
+        p = tl.exp2(logp * 1.4426950408889634)
+        grad = p * d_logprob
+        if d_entropy_ptr is not None:
+            # p first: with e first the product may overflow. The bound keeps 0 * -inf, a NaN, out.
+            grad += (p * (tl.maximum(logp, -1e30) + tl.load(entropy_ptr + row))) * tl.load(d_entropy_ptr + row)
+        grad = tl.where(column == target, d_logprob - grad, -grad) * inverse_tau
+        grad = tl.where(column < limit, grad, 0.0)
+        tl.store(out + column.to(tl.int64) * out_stride_column, grad, mask=inside)
+
+
+def write_dlogits_triton(
+    out: Tensor,
+    logits: Tensor,
+    layouts: tuple[RowLayout, RowLayout],
+    token_ids: Tensor,
+    tau: Tensor | None,
+    shard: Shard,
+    totals: RowTotals,
+    d_logprobs: Tensor,
+    d_entropy: Tensor | None,
+) -> None:
+    """Bytes per element: its size and the gradient's, once each."""
+    rows, columns = len(token_ids), logits.shape[-1]
+    if not rows:
+        return
+    packs = out.data_ptr() == logits.data_ptr() and out.dtype != logits.dtype
+    blocks = -(-columns // BLOCK)
+    pieces, blocks_per_piece = (1, blocks) if packs else (blocks, 1)
+    shard_bounds, valid = shard_arguments(shard, columns)
+    entropy = None if d_entropy is None else totals.entropy
+    _write_dlogits_kernel[(rows * pieces,)](
+        *(logits, token_ids, tau, shard_bounds, totals.maximum, totals.log_sum, entropy),
+        *(d_logprobs.contiguous(), None if d_entropy is None else d_entropy.contiguous()),
+        out,
+        *(columns, valid, pieces, blocks_per_piece, *layouts[0], *layouts[1]),
+        *(packs, BLOCK),
+        num_warps=WARPS,
+    )
+
+
+def write_dlogits(
+    out: Tensor,  # [..., V]; the logits themselves, or the first half of the bytes of float32 logits' rows, or apart
+    logits: Tensor,  # [..., V]
+    token_ids: Tensor,  # [T]
+    tau: Tensor | None,  # [T]
+    shard: Shard,
+    totals: RowTotals,
+    d_logprobs: Tensor,  # [T] g
+    d_entropy: Tensor | None,  # [T] e
+) -> None:
+    """Writes the gradient of this shard's logits; zeros on ignored rows and padding columns."""
+    layouts = row_layout(logits), row_layout(out)
+    if uses_triton(logits.device) and None not in layouts:
+        write_dlogits_triton(out, logits, layouts, token_ids, tau, shard, totals, d_logprobs, d_entropy)
+    else:
+        write_dlogits_reference(out, logits, token_ids, tau, shard, totals, d_logprobs, d_entropy)
