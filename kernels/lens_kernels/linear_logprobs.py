@@ -11,6 +11,7 @@ float16, whose range the unscaled gradients would leave, and the CPU) is multipl
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -169,9 +170,10 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
             total[block] += torch.mm(a[block], b, out_dtype=torch.float32)
 
 
-def full_precision(device: torch.device) -> torch.autocast:
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
     """Keeps an outer autocast from turning the float32 GEMMs into half precision."""
-    return torch.autocast(device.type, enabled=False)
+    has_autocast = torch.amp.is_autocast_available(device.type)  # not so for the meta device
+    return torch.autocast(device.type, enabled=False) if has_autocast else contextlib.nullcontext()
 
 
 def zeros_float32(like: Tensor | None, needed: bool) -> Tensor | None:
