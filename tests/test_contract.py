@@ -51,7 +51,7 @@ def test_module_keeps_to_its_place_and_size(path: Path):
     assert len(lines) <= 400, f"{relative} has {len(lines)} lines"
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef):
-            length = node.end_lineno - node.lineno + 1
+            length = node.end_lineno - node.body[0].lineno + 1  # signatures give a shape per line
             assert length <= 60, f"{relative}: {node.name} has {length} lines"
 
 

@@ -6,11 +6,8 @@ CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1, set before the imp
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable
-from contextvars import ContextVar
-from typing import Any
 
 import torch
 
@@ -21,8 +18,6 @@ except ImportError:  # no Triton on this platform: the reference is all there is
     triton = tl = None
 
 from lens_kernels._checks import require
-
-_in_reference: ContextVar[bool] = ContextVar("in_reference", default=False)
 
 
 def jit(function: Callable) -> Callable:
@@ -35,7 +30,7 @@ def uses_triton(device: torch.device) -> bool:
     wanted = os.environ.get("LENS_KERNELS_BACKEND") or "auto"
     known = wanted in ("auto", "reference", "triton")
     require(known, "LENS_KERNELS_BACKEND", repr(wanted), "reference, triton or auto")
-    if _in_reference.get() or wanted == "reference":
+    if wanted == "reference":
         return False
     if wanted == "auto":
         return triton is not None and device.type == "cuda"
@@ -48,18 +43,3 @@ def uses_triton(device: torch.device) -> bool:
 def multiprocessors(device: torch.device) -> int:
     """How many programs run at once, roughly."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def reference_of(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """The same operator, signature and autograd included, in plain PyTorch whatever the device."""
-
-    @functools.wraps(operator)
-    def reference(*args: Any, **kwargs: Any) -> Any:
-        token = _in_reference.set(True)
-        try:
-            return operator(*args, **kwargs)
-        finally:
-            _in_reference.reset(token)
-
-    reference.__name__ = reference.__qualname__ = f"{operator.__name__}_reference"
-    return reference

@@ -45,16 +45,16 @@ def check_matrix(argument: str, value: Tensor, columns: str) -> None:
 
 
 def check_token_ids(token_ids: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
-    """Returns the ids as a flat int64 [T]; `shape` is the rows' leading shape."""
+    """Returns the ids as a flat, contiguous int64 [T]; `shape` is the rows' leading shape."""
     check_tensor("token_ids", token_ids)
     require(token_ids.dtype in ID_DTYPES, "token_ids", str(token_ids.dtype), "int64 or int32")
     require(token_ids.shape == shape, "token_ids", f"shape {tuple(token_ids.shape)}", f"one id per row, {tuple(shape)}")
     check_device("token_ids", token_ids, device)
-    return token_ids.reshape(-1).long()
+    return token_ids.reshape(-1).long().contiguous()
 
 
 def per_row(argument: str, value: Tensor | float | None, shape: torch.Size, device: torch.device) -> Tensor | None:
-    """Broadcasts a number or tensor to the rows: float32 [T], detached. None stays None."""
+    """Broadcasts a number or tensor to the rows: float32 [T], contiguous, detached. None stays None."""
     if value is None:
         return None
     if isinstance(value, (int, float)):
@@ -67,7 +67,7 @@ def per_row(argument: str, value: Tensor | float | None, shape: torch.Size, devi
         have in (1, want) for have, want in zip(reversed(value.shape), reversed(shape), strict=False)
     )
     require(fits, argument, f"shape {tuple(value.shape)}", f"a shape that broadcasts to the rows {tuple(shape)}")
-    return value.detach().broadcast_to(shape).reshape(-1).float()
+    return value.detach().broadcast_to(shape).reshape(-1).float().contiguous()
 
 
 def check_temperature(temperature: Tensor | float, shape: torch.Size, device: torch.device) -> Tensor | None:

@@ -128,7 +128,7 @@ def write_dlogits_triton(
     rows, columns = len(token_ids), logits.shape[-1]
     if not rows:
         return
-    packs = out.data_ptr() == logits.data_ptr() and out.dtype != logits.dtype
+    packs = out.dtype != logits.dtype  # the one case there is; data_ptr() would break torch.compile
     blocks = -(-columns // BLOCK)
     pieces, blocks_per_piece = (1, blocks) if packs else (blocks, 1)
     shard_bounds, valid = shard_arguments(shard, columns)
@@ -141,10 +141,12 @@ def write_dlogits_triton(
         *(packs, BLOCK),
         num_warps=WARPS,
     )
+    if not torch.compiler.is_compiling():  # which tracks writes itself
+        torch.autograd.graph.increment_version(out)  # a second use of logits overwritten in place must be noticed
 
 
 def write_dlogits(
-    out: Tensor,  # [..., V]; the logits themselves, or the first half of the bytes of float32 logits' rows, or apart
+    out: Tensor,  # [..., V]; the logits themselves or apart from them; of smaller elements: packed into their rows
     logits: Tensor,  # [..., V]
     token_ids: Tensor,  # [T]
     tau: Tensor | None,  # [T]
@@ -154,8 +156,9 @@ def write_dlogits(
     d_entropy: Tensor | None,  # [T] e
 ) -> None:
     """Writes the gradient of this shard's logits; zeros on ignored rows and padding columns."""
-    layouts = row_layout(logits), row_layout(out)
-    if uses_triton(logits.device) and None not in layouts:
-        write_dlogits_triton(out, logits, layouts, token_ids, tau, shard, totals, d_logprobs, d_entropy)
-    else:
-        write_dlogits_reference(out, logits, token_ids, tau, shard, totals, d_logprobs, d_entropy)
+    if uses_triton(logits.device):
+        layouts = row_layout(logits), row_layout(out)
+        if None not in layouts:
+            write_dlogits_triton(out, logits, layouts, token_ids, tau, shard, totals, d_logprobs, d_entropy)
+            return
+    write_dlogits_reference(out, logits, token_ids, tau, shard, totals, d_logprobs, d_entropy)

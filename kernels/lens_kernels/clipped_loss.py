@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lens_kernels._backend import jit, reference_of, tl, uses_triton
+from lens_kernels._backend import jit, tl, uses_triton
 from lens_kernels._checks import check_clips, check_tensor, per_row, require
 from lens_kernels._statistics import row_statistics
 from lens_kernels._vocab_parallel import exp_accurate, locate_shard, merge_statistics
@@ -331,6 +331,3 @@ def policy_loss(
     shard = locate_shard(logits.shape[-1], ids, valid_vocab_size, tp_group)
     loss, *per_token = _PolicyLoss.apply(logits, ids, tau, shard, terms, inplace_backward)
     return PolicyLoss(loss, *(x.view(token_ids.shape) for x in per_token))
-
-
-policy_loss_reference = reference_of(policy_loss)

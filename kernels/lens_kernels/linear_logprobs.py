@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lens_kernels._backend import reference_of, uses_triton
+from lens_kernels._backend import uses_triton
 from lens_kernels._checks import (
     check_chunk_rows,
     check_device,
@@ -43,6 +43,7 @@ from lens_kernels._vocab_parallel import (
     reduce_hidden_gradient,
     scatter_hidden_gradient,
 )
+from lens_kernels.logprobs import shape_results
 
 # Each chunk passes once over the weight and once, twice as wide, over its gradient: the more rows, the better hidden.
 CHUNK_ROWS = 2048
@@ -196,11 +197,11 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, totals.maximum, totals.log_sum, totals.entropy)
         ctx.head = head
         ctx.set_materialize_grads(False)
-        return totals.logprobs, None if totals.entropy is None else totals.entropy.clone()
+        return (totals.logprobs, totals.entropy.clone()) if return_entropy else totals.logprobs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_logprobs, d_entropy):
+    def backward(ctx, d_logprobs, d_entropy=None):
         hidden, weight, bias, maximum, log_sum, entropy = ctx.saved_tensors
         head = ctx.head.with_operands(hidden, weight, bias)
         if d_logprobs is None:
@@ -291,9 +292,5 @@ def linear_token_logprobs(
     head = check_head(
         hidden, weight, token_ids, bias, rows, temperature, valid_vocab_size, tp_group, chunk_rows, sequence_parallel
     )
-    logprobs, entropy = _LinearTokenLogprobs.apply(hidden, weight, bias, head, return_entropy)
-    logprobs = logprobs.view(token_ids.shape)
-    return (logprobs, entropy.view(token_ids.shape)) if return_entropy else logprobs
-
-
-linear_token_logprobs_reference = reference_of(linear_token_logprobs)
+    results = _LinearTokenLogprobs.apply(hidden, weight, bias, head, return_entropy)
+    return shape_results(results, token_ids.shape)

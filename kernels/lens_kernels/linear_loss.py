@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lens_kernels._backend import reference_of
 from lens_kernels._checks import check_device, check_tensor, require
 from lens_kernels._dlogits import write_dlogits
 from lens_kernels._statistics import row_statistics
@@ -171,9 +170,6 @@ def linear_policy_loss(
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in operands]
     loss, *per_token = _LinearPolicyLoss.apply(*operands, head, evaluate, accumulate_into, needs)
     return PolicyLoss(loss, *(None if x is None else x.view(token_ids.shape) for x in per_token))
-
-
-linear_policy_loss_reference = reference_of(linear_policy_loss)
 
 
 def _evaluator(

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from lens_kernels._backend import reference_of
 from lens_kernels._checks import check_matrix, check_temperature, check_token_ids, check_valid_vocab_size, require
 from lens_kernels._dlogits import write_dlogits
 from lens_kernels._statistics import row_statistics
@@ -58,15 +57,21 @@ class _TokenLogprobs(torch.autograd.Function):
         save_rows(ctx, logits, token_ids, tau, shard, totals)
         ctx.inplace = inplace
         ctx.set_materialize_grads(False)
-        # Cloned, since the entropy is also saved: a caller may change the results in place.
-        return totals.logprobs, None if totals.entropy is None else totals.entropy.clone()
+        # Cloned, since the entropy is also saved: a caller may change the results in place. No None among the results:
+        # torch.compile has no gradient for it.
+        return (totals.logprobs, totals.entropy.clone()) if return_entropy else totals.logprobs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_logprobs, d_entropy):
+    def backward(ctx, d_logprobs, d_entropy=None):
         if d_logprobs is None:
             d_logprobs = torch.zeros_like(d_entropy)
         return compute_dlogits(ctx, d_logprobs, d_entropy), None, None, None, None, None
+
+
+def shape_results(results: Tensor | tuple[Tensor, Tensor], shape: torch.Size) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probabilities [T], or those and entropies, in the shape of the token ids."""
+    return results.view(shape) if isinstance(results, Tensor) else tuple(x.view(shape) for x in results)
 
 
 def check_logits_arguments(
@@ -109,9 +114,5 @@ def token_logprobs(
     """
     ids, tau = check_logits_arguments(logits, token_ids, temperature, valid_vocab_size, inplace_backward)
     shard = locate_shard(logits.shape[-1], ids, valid_vocab_size, tp_group)
-    logprobs, entropy = _TokenLogprobs.apply(logits, ids, tau, shard, return_entropy, inplace_backward)
-    logprobs = logprobs.view(token_ids.shape)
-    return (logprobs, entropy.view(token_ids.shape)) if return_entropy else logprobs
-
-
-token_logprobs_reference = reference_of(token_logprobs)
+    results = _TokenLogprobs.apply(logits, ids, tau, shard, return_entropy, inplace_backward)
+    return shape_results(results, token_ids.shape)

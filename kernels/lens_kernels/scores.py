@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lens_kernels._backend import reference_of
 from lens_kernels._checks import check_device, check_matrix, per_row, require
 from lens_kernels._statistics import row_statistics
 from lens_kernels._vocab_parallel import locate_shard, merge_statistics
@@ -58,6 +57,3 @@ def interference_scores(
         difference = merge_statistics(stats, ids, tau, shard).logprobs - reference
     scores = difference if signed else difference.abs()
     return scores.masked_fill(ids < 0, 0).view(token_ids.shape)
-
-
-interference_scores_reference = reference_of(interference_scores)

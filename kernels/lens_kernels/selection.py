@@ -7,7 +7,6 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from lens_kernels._backend import reference_of
 from lens_kernels._checks import ID_DTYPES, check_device, check_tensor, may_read_values, require
 
 _FINEST_RATIO = 10**9  # largest denominator: numerator * tokens stays far below 2**63
@@ -60,9 +59,6 @@ def select_interference_tokens(
     new_cu_seqlens = torch.zeros(prompts + 1, dtype=torch.int32, device=device)
     new_cu_seqlens[1:] = kept_per_prompt.cumsum(0)
     return keep_mask, kept_per_prompt, new_cu_seqlens
-
-
-select_interference_tokens_reference = reference_of(select_interference_tokens)  # already plain PyTorch everywhere
 
 
 def _count(mask: Tensor, prompt: Tensor, prompts: int) -> Tensor:

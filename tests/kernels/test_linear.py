@@ -5,6 +5,8 @@ import torch
 from kernel_oracle import assert_near, statistics, token_losses
 from lens_kernels import linear_policy_loss, linear_token_logprobs, policy_loss, token_logprobs
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 WIDTH = 16
 FROBENIUS = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
@@ -167,7 +169,8 @@ def test_accumulate_into(dtype):
     assert main_grad.eq(0.5).all()  # nothing before the backward knows the scale
     (result.loss * 0.25).backward()
     assert ours[1].grad is None
-    torch.testing.assert_close(main_grad.double(), exact[1].grad + 0.5, rtol=1e-5, atol=1e-6)
+    rounded = dtype == torch.bfloat16 and weight.is_cuda  # the logits' gradient, before its product
+    torch.testing.assert_close(main_grad.double(), exact[1].grad + 0.5, rtol=1e-5, atol=5e-3 if rounded else 1e-6)
 
 
 def test_objective_of_ones_own():
@@ -219,7 +222,7 @@ def test_objective_that_couples_a_chunks_rows_and_multiplies_matrices():
     wanted = objective(*statistics(exact[0] @ exact[1].T, ids), slice(0, 6))[ids >= 0].sum()
     wanted.backward()
     ours = leaves(hidden, weight)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(hidden.device.type, dtype=torch.bfloat16):
         loss = linear_policy_loss(ours[0], ours[1], ids, objective=objective).loss
     loss.backward()
     torch.testing.assert_close(loss.double(), wanted.detach(), rtol=1e-5, atol=1e-5)
@@ -245,7 +248,7 @@ def test_autocast_does_not_round_the_logits():
     hidden, weight, _, ids = make(6, 200, torch.bfloat16)
     expected = linear_token_logprobs(hidden, weight, ids)
     loss = linear_policy_loss(hidden, weight, ids, advantages=expected).loss
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(hidden.device.type, dtype=torch.bfloat16):
         assert linear_token_logprobs(hidden, weight, ids).equal(expected)
         assert linear_policy_loss(hidden, weight, ids, advantages=expected).loss.equal(loss)
         trained = leaves(hidden.float(), weight.float())

@@ -6,6 +6,8 @@ from kernel_oracle import assert_near, assert_rows_near, statistics
 from lens_kernels import token_logprobs
 from torch.utils.checkpoint import checkpoint
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 # One ulp of the dtype the gradient is rounded to, relative to the row's maximum.
 GRADIENT_TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 
@@ -17,6 +19,8 @@ def make(shape, dtype=torch.float32, scale=3.0):
 
 def check(logits, ids, d_logprobs=None, d_entropy=None, **options):
     """Values and the gradient of sum(g * logprobs + e * entropy), ours against the oracle's."""
+    if isinstance(options.get("temperature"), torch.Tensor):
+        options["temperature"] = options["temperature"].to(logits.device)
     d_logprobs = torch.randn(ids.shape) if d_logprobs is None else d_logprobs
     d_entropy = torch.randn(ids.shape) if d_entropy is None else d_entropy
     exact = logits.detach().double().requires_grad_()
@@ -34,7 +38,7 @@ def check(logits, ids, d_logprobs=None, d_entropy=None, **options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("columns", [1, 7, 127, 32000])  # one column; odd sizes off any block; a real vocabulary
+@pytest.mark.parametrize("columns", [1, 7, 127, 32000, 50257])  # one column; off any block; vocabularies
 def test_matches_oracle(columns, dtype):
     logits, ids = make((5, columns), dtype)
     ids[3] = -100
@@ -43,9 +47,11 @@ def test_matches_oracle(columns, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_not_worse_than_pytorch(dtype):
+def test_not_worse_than_pytorch(dtype, request):
     """Error bar: PyTorch's float32 log_softmax of the same logits, in value and gradient."""
-    logits, ids = make((64, 32000), dtype)
+    if dtype == torch.bfloat16 and "interpreter" in request.node.callspec.id:
+        pytest.skip("Triton's interpreter truncates to bfloat16 where GPUs round to nearest")
+    logits, ids = make((32, 32000), dtype)
     exact = logits.double().requires_grad_()
     expected = statistics(exact, ids)[0]
     expected.sum().backward()
@@ -61,6 +67,30 @@ def test_not_worse_than_pytorch(dtype):
 
     assert error(logprobs, expected.detach()) <= error(their_logprobs, expected.detach()) + 1e-6
     assert error(ours.grad, exact.grad) <= error(theirs.grad.to(dtype), exact.grad) + 1e-7
+
+
+@pytest.mark.parametrize("columns", [128256, 151936, 152064])
+def test_matches_oracle_at_the_vocabularies_of_the_lens_models(columns):
+    """Llama 3, Qwen 2.5 and 3, and the padding that Megatron and others add to it."""
+    logits, ids = make((2, columns), torch.bfloat16)
+    check(logits, ids, valid_vocab_size=columns - 7)
+
+
+@pytest.mark.parametrize("valid", [None, 9000, 3])
+def test_rows_split_among_programs(valid, monkeypatch):
+    """What the kernels do where there are few rows: here 8 blocks in 4 pieces, some of them masked or padding."""
+    monkeypatch.setattr("lens_kernels._statistics.multiprocessors", lambda device: 2)
+    logits, ids = make((2, 30000))
+    logits[1, 4096 : 3 * 4096] = -torch.inf
+    ids %= 3
+    check(logits, ids, temperature=torch.tensor([0.5, 2.0]), valid_vocab_size=valid)
+
+
+def test_strided_ids():
+    """Every second id of a larger tensor, as labels shifted within a batch are."""
+    logits, _ = make((6, 11))
+    check(logits, torch.randint(0, 11, (12,))[::2])
+    check(logits.view(2, 3, 11), torch.randint(0, 11, (3, 2)).T)
 
 
 def test_several_row_chunks(monkeypatch):
@@ -228,7 +258,7 @@ def test_activation_checkpointing_and_autocast():
     plain, ours = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     expected = token_logprobs(plain, ids)
     expected.sum().backward()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(logits.device.type, dtype=torch.bfloat16):
         logprobs = checkpoint(token_logprobs, ours, ids, use_reentrant=False)
         logprobs.sum().backward()
     assert logprobs.equal(expected)

@@ -5,6 +5,8 @@ import torch
 from kernel_oracle import assert_near, statistics
 from lens_kernels import interference_scores, linear_token_logprobs, select_interference_tokens, token_logprobs
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 POLICY = [-1.0, -2.0, -0.5, -3.0, -0.2]
 REFERENCE = [-1.1, -2.9, -0.5, -2.6, -0.25]
 
@@ -68,6 +70,7 @@ def overlap(scores, exact, share=0.05):
     return len(set(scores.topk(count).indices.tolist()) & set(exact.topk(count).indices.tolist())) / count
 
 
+@pytest.mark.many_rows
 @pytest.mark.parametrize(("step", "bf16_at_most"), [(0.0005, 0.5), (0.002, 0.8)])
 def test_ranking_survives_float32_logits_and_not_bfloat16(step, bf16_at_most):
     """Top 5 % of 1024 tokens while the policy is near the reference: mean score about .004 and .017.

@@ -8,6 +8,8 @@ import pytest
 import torch
 from lens_kernels import select_interference_tokens
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 def oracle(scores, bounds, ratio, eligible, min_score):
     """(keep, kept, new bounds); `ratio` is an exact Fraction."""

@@ -14,12 +14,13 @@ import vocab_parallel_worker
 from vocab_parallel_worker import LAYOUTS, run_case
 
 
-@pytest.fixture(scope="module", params=sorted(LAYOUTS))
+@pytest.fixture(scope="module", params=[(1, "reference"), (2, "reference"), (4, "reference"), (2, "triton")])
 def ranks_results(request, tmp_path_factory):
     """Starts the ranks once for all layouts: importing torch is what takes the time."""
-    ranks, folder = request.param, tmp_path_factory.mktemp("ranks")
+    (ranks, backend), folder = request.param, tmp_path_factory.mktemp("ranks")
     script = str(Path(vocab_parallel_worker.__file__))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # pytest's pythonpath does not reach children
+    environment = os.environ | {"LENS_KERNELS_BACKEND": backend, "TRITON_INTERPRET": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)  # pytest's pythonpath does not reach children
     processes = [
         subprocess.Popen([sys.executable, script, str(r), str(ranks), str(folder)], env=environment)
         for r in range(ranks)

@@ -1,6 +1,7 @@
 """One rank of test_vocab_parallel.py: `vocab_parallel_worker.py RANK RANKS FOLDER` runs and saves all cases."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from lens_kernels import (
 from torch import Tensor
 
 ROWS, COLUMNS, WIDTH = 9, 40, 8
+EVEN = 8  # rows that every number of ranks divides
 
 # Per number of ranks: the shards' sizes, and the valid vocabulary size.
 LAYOUTS = {
@@ -99,7 +101,26 @@ def run_case(valid: int | None, columns: slice, group: dist.ProcessGroup | None)
     shared |= {f"linear_loss.{name}": value for name, value in loss._asdict().items()}
     shared["linear_loss.hidden"] = hidden.grad
     local |= {"linear_loss.weight": main_grad, "linear_loss.bias": bias.grad}
+    by_rows = run_sequence_parallel(given, head, settings, group)
+    local |= {name: x for name, x in by_rows.items() if x.shape != given["ids"][:EVEN].shape}
+    shared |= {name: x for name, x in by_rows.items() if name not in local}
     return {k: v.detach() for k, v in shared.items()}, {k: v.detach().clone() for k, v in local.items()}
+
+
+def run_sequence_parallel(given: dict, head: Callable, settings: dict, group: dist.ProcessGroup | None) -> dict:
+    """Both linear functions with `hidden` cut along its rows; [EVEN] results and gradients of this rank's part."""
+    ranks, rank = (dist.get_world_size(group), dist.get_rank(group)) if group else (1, 0)
+    mine = slice(rank * EVEN // ranks, (rank + 1) * EVEN // ranks)
+    settings = settings | {"temperature": 0.8, "sequence_parallel": group is not None}
+    hidden, weight, bias = head()
+    logprobs = linear_token_logprobs(hidden[mine], weight, given["ids"][:EVEN], bias=bias, **settings)
+    logprobs.square().sum().backward()
+    results = {"by rows.logprobs": logprobs, "by rows.weight": weight.grad, "by rows.hidden": hidden.grad[mine]}
+    rows = torch.tensor([6, 0, 3])  # of all ranks' hidden states
+    hidden, weight, bias = head()
+    terms = {"advantages": given["advantages"][rows], "entropy_weights": 0.1, "rows": rows}
+    linear_policy_loss(hidden[mine], weight, given["ids"][rows], **terms, **settings).loss.backward()
+    return results | {"by rows.loss.weight": weight.grad, "by rows.loss.hidden": hidden.grad[mine]}
 
 
 def main(rank: int, ranks: int, folder: Path) -> None:

@@ -1,0 +1,91 @@
+"""The choice of backend, and what only the Triton path has."""
+
+import inspect
+import os
+import subprocess
+import sys
+
+import lens_kernels
+import pytest
+import torch
+from lens_kernels import _dlogits, _statistics, _vocab_parallel, clipped_loss, token_logprobs
+from lens_kernels._vocab_parallel import RowTotals, Shard
+from lens_kernels.linear_logprobs import gradient_buffer
+
+
+@pytest.mark.parametrize("module", [_statistics, _vocab_parallel, _dlogits, clipped_loss])
+def test_every_kernel_stands_beside_a_reference_of_its_arguments(module):
+    references = [name.removesuffix("_reference") for name in vars(module) if name.endswith("_reference")]
+    kernels = [
+        name.removesuffix("_triton") for name in vars(module) if name.endswith("_triton") and name != "uses_triton"
+    ]
+    assert references == kernels and len(kernels) == 1
+    reference, launcher = (getattr(module, f"{kernels[0]}_{kind}") for kind in ("reference", "triton"))
+    extra = set(inspect.signature(launcher).parameters) - set(inspect.signature(reference).parameters)
+    assert extra <= {"layouts", "split_rows"}  # which only say how to launch
+
+
+def test_triton_runs_where_it_is_asked_for(monkeypatch):
+    """The suite would pass as well if both of its backends were the reference."""
+    monkeypatch.setenv("LENS_KERNELS_BACKEND", "triton")
+    monkeypatch.setattr(_statistics, "row_statistics_reference", None)
+    device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+    assert token_logprobs(torch.zeros(1, 4, device=device), torch.tensor([2], device=device)).item() < -1
+
+
+def test_unknown_backend(monkeypatch):
+    monkeypatch.setenv("LENS_KERNELS_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="LENS_KERNELS_BACKEND: got 'cuda', need reference, triton or auto"):
+        token_logprobs(torch.zeros(1, 4), torch.tensor([2]))
+
+
+def test_triton_on_the_cpu_needs_the_interpreter():
+    code = "import torch, lens_kernels\nlens_kernels.token_logprobs(torch.zeros(1, 4), torch.tensor([2]))"
+    environment = os.environ | {"LENS_KERNELS_BACKEND": "triton", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("TRITON_INTERPRET", None)
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    wanted = "LENS_KERNELS_BACKEND: got triton with tensors on the CPU, need TRITON_INTERPRET=1 set before the import"
+    assert wanted in result.stderr
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("columns", [9000, 50])
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_gradient_packed_into_the_logits(columns, with_entropy):
+    """bfloat16 gradient in the first half of the bytes of float32 logits' rows, over more columns than a block has."""
+    logits, ids = torch.randn(4, columns) * 3, torch.tensor([0, columns - 1, -1, 40])
+    tau, shard = torch.tensor([1.0, 0.5, 1.0, 2.0]), Shard(None, 0, columns - 1)
+    logp = torch.log_softmax((logits / tau[:, None])[:, :-1], -1)
+    maximum, entropy = logits[:, :-1].amax(1), -(logp * logp.exp()).sum(1)
+    log_sum = ((logits[:, :-1] - maximum[:, None]) / tau[:, None]).exp().sum(1).log()
+    totals = RowTotals(maximum, log_sum, torch.zeros(4), entropy)
+    g, e = torch.randn(4), torch.randn(4) if with_entropy else None
+
+    apart = torch.empty_like(logits)
+    _dlogits.write_dlogits(apart, logits, ids, tau, shard, totals, g, e)
+    packed = gradient_buffer(logits, torch.empty(0, dtype=torch.bfloat16))
+    assert packed.data_ptr() == logits.data_ptr() and packed.stride() == (2 * columns, 1)
+    _dlogits.write_dlogits(packed, logits, ids, tau, shard, totals, g, e)
+    torch.testing.assert_close(packed.float(), apart, rtol=2**-7, atol=1e-30)
+    assert packed[2].eq(0).all() and packed[:, -1].eq(0).all()
+
+
+@pytest.mark.usefixtures("backend")
+def test_operators_under_torch_compile():
+    """Whole graph, no break, and equal results; on the interpreter there is nothing to compile."""
+    if os.environ["LENS_KERNELS_BACKEND"] == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("interpreted kernels cannot be traced")
+
+    def step(hidden, weight, ids):
+        logits = hidden @ weight.T
+        loss = lens_kernels.policy_loss(logits, ids, advantages=1.0, entropy_weights=0.1, old_logprobs=None).loss
+        return loss + lens_kernels.token_logprobs(logits, ids, temperature=0.7).sum()
+
+    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    ids = torch.tensor([0, 49, -1, 3, 3, 7])
+    expected = step(hidden, weight, ids)
+    wanted = torch.autograd.grad(expected, (hidden, weight))
+    actual = torch.compile(step, fullgraph=True)(hidden, weight, ids)
+    torch.testing.assert_close(actual, expected)
+    for mine, theirs in zip(torch.autograd.grad(actual, (hidden, weight)), wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
