@@ -182,7 +182,7 @@ class MegatronConfig(Section):
     transformer: dict[str, Any] = {}
     """Fields of megatron.core.transformer.TransformerConfig."""
     ddp: dict[str, Any] = {}
-    """Fields of megatron.core.distributed.DistributedDataParallelConfig."""
+    """Fields of megatron.core.distributed.DistributedDataParallelConfig; overlap_param_gather is refused."""
     optimizer: dict[str, Any] = {}
     """Fields of megatron.core.optimizer.OptimizerConfig."""
 

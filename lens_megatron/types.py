@@ -8,7 +8,7 @@ Axes, everywhere in the project:
 Sequences of token ids are plain tuples until `pack` makes tensors of them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 
 from torch import Tensor
@@ -138,19 +138,25 @@ class LossScale:
 
 @dataclass(frozen=True, slots=True)
 class SequenceBatch:
-    """Right-padded sequences to run through the model: prompt followed by response. Row = one sequence."""
+    """Right-padded sequences to run through the model, prompt followed by response, and the T tokens asked about."""
 
     input_ids: Tensor
     """[B, S] int64; padding is token 0, which no causal row before it can see."""
     target_ids: Tensor
-    """[B, S] int64, the next token at every position; -1 where no log-probability is wanted."""
+    """[T] int64, the response tokens, sequence after sequence: the only ones whose log-probability is computed."""
+    positions: Tensor
+    """[T] int64, where the hidden state that predicts each of them stands among the model's [S, B] rows, flattened."""
+    lengths: tuple[int, ...]
+    """[B] how many of the T belong to each sequence."""
 
 
 @dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """What one forward-backward pass needs. All per-token tensors are [B, S] float32 and aligned with `target_ids`."""
+class TokenTerms:
+    """What the loss of a micro-batch's T response tokens is made of, beside their log-probabilities. All [T].
 
-    sequences: SequenceBatch
+    float32 where nothing else is said; in the order of the micro-batch's `target_ids`.
+    """
+
     advantages: Tensor
     policy_weights: Tensor
     """w~ / denominator: the sum over all micro-batches of all ranks is the loss."""
@@ -161,12 +167,20 @@ class MicroBatch:
     """NaN: on-policy, the ratio is 1 and the old log-probability is the current one, detached."""
     reference_log_probs: Tensor
     rescued: Tensor
-    """[B] bool: rows sampled from the purified prompt."""
+    """bool: tokens sampled from the purified prompt."""
+    first: Tensor
+    """int64, which of the T is the first token of the same response: equal for the tokens of one response."""
 
-    @property
-    def mask(self) -> Tensor:
-        """[B, S] bool: response tokens."""
-        return self.sequences.target_ids >= 0
+    def at(self, part: slice) -> "TokenTerms":
+        return TokenTerms(*(getattr(self, field.name)[part] for field in fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """What one forward-backward pass needs."""
+
+    sequences: SequenceBatch
+    terms: TokenTerms
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,20 @@ from lens_megatron.policy.parallel import Mesh
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+class HiddenStatesModel(GPTModel):
+    """A GPTModel whose last stage returns hidden states, after the final norm; `policy.head` does what follows."""
+
+    def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        """[S, B, D]; under sequence parallelism [S/tp, B, D], this rank's part."""
+        return hidden_states
+
+    def head_weight(self) -> torch.nn.Parameter:
+        """[V/tp, D] on the last stage: the embedding's weight if they are tied, else the head's own."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
 @dataclass(slots=True)
 class Policy:
     """The trained model on this rank and what it takes to train it."""
@@ -42,7 +56,7 @@ class Policy:
         """Without padding: columns at and beyond it are not tokens."""
         return self.bridge.hf_config.vocab_size
 
-    def models(self) -> list[GPTModel]:
+    def models(self) -> list[HiddenStatesModel]:
         return unwrap_model(self.chunks)
 
 
@@ -123,8 +137,11 @@ def _set_passthrough(bridge: Bridge, options: dict[str, Any]) -> None:
         raise ConfigError(f"megatron.transformer: Megatron-Core refuses {options}: {error}") from error
 
 
-def _build_models(bridge: Bridge, mesh: Mesh) -> list[GPTModel]:
-    provider = bridge._model_provider([])
+def _build_models(bridge: Bridge, mesh: Mesh) -> list[HiddenStatesModel]:
+    def return_hidden_states(model: GPTModel, **_: Any) -> None:
+        model.__class__ = HiddenStatesModel  # mbridge takes no class of model; ours adds methods only
+
+    provider = bridge._model_provider([return_hidden_states])
     model = provider(pre_process=mesh.pp_rank == 0, post_process=mesh.is_last_stage)
     return [model.to(device=mesh.device, dtype=bridge.dtype)]
 
@@ -135,6 +152,11 @@ def _wrap(model: GPTModel, config: Config) -> DistributedDataParallel:
         "use_distributed_optimizer": config.megatron.use_distributed_optimizer,
         **config.megatron.ddp,
     }
+    if options.get("overlap_param_gather"):
+        raise ConfigError(
+            "megatron.ddp.overlap_param_gather: the engine's weights and the head are read outside the modules whose "
+            "forward would wait for the gather; leave it false"
+        )
     try:
         ddp_config = DistributedDataParallelConfig(**options)
     except TypeError as error:
