@@ -47,8 +47,11 @@ def command(tree: dict, folder: Path, ranks: int) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [*launcher, str(ROOT / "pretrain_lens.py"), "--config", str(path)]
+    return [*torchrun(ranks), str(ROOT / "pretrain_lens.py"), "--config", str(path)]
+
+
+def torchrun(ranks: int) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
 
 
 def environment() -> dict[str, str]:
