@@ -1,17 +1,22 @@
-"""Samples with their log-probabilities -> padded micro-batches with every weight and denominator filled in. Pure."""
+"""Samples with their log-probabilities -> packed micro-batches with every weight and denominator filled in. Pure."""
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lens_megatron.algorithms.aggregation import AGGREGATIONS
 from lens_megatron.config import AlgorithmConfig
-from lens_megatron.types import LossScale, MicroBatch, Origin, Sample, SequenceBatch, TokenTerms
+from lens_megatron.types import Layout, LossScale, MicroBatch, Origin, Sample, SequenceBatch, TokenTerms
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids of a prompt and of its response."""
+
+
+ONE_RANK = Layout()
 
 
 def count(samples: Sequence[Sample]) -> LossScale:
@@ -31,38 +36,77 @@ def pack(
     scale: LossScale,
     algorithm: AlgorithmConfig,
     max_response_length: int,
-    micro_batch_size: int,
+    parts: Sequence[Sequence[int]],
     device: torch.device,
+    layout: Layout = ONE_RANK,
 ) -> list[MicroBatch]:
-    """Cuts `samples`, in order, into micro-batches of at most `micro_batch_size` sequences; at least one micro-batch.
+    """Makes a micro-batch of the samples of each of `parts`, which may be empty: a rank must take part in every one.
 
     Args:
+        parts: indices into `samples`, from lens_megatron.schedule.
         old_log_probs: per sample [response tokens] under the prompt that generated it; None marks it on-policy.
         reference_log_probs: per sample [response tokens] under the original prompt; None where no KL is asked for.
         scale: global counts, which make the sum of all micro-batches' losses the loss.
     """
     values = list(zip(samples, old_log_probs, reference_log_probs, strict=True))
-    parts = [values[i : i + micro_batch_size] for i in range(0, len(values), micro_batch_size)]
-    return [_micro_batch(part, scale, algorithm, max_response_length, device) for part in parts or [[]]]
-
-
-def make_sequences(pairs: Sequence[Pair], device: torch.device) -> SequenceBatch:
-    """Right-pads prompt + response, and locates the response's tokens. At least one pair."""
-    count, length = len(pairs), max(len(prompt) + len(response) for prompt, response in pairs)
-    input_ids = torch.zeros(count, length, dtype=torch.int64)
-    for sequence, (prompt, response) in enumerate(pairs):
-        input_ids[sequence, : len(prompt) + len(response)] = torch.tensor(prompt + response)
-    positions = [
-        position * count + sequence  # the model's rows are [S, B]
-        for sequence, (prompt, response) in enumerate(pairs)
-        for position in range(len(prompt) - 1, len(prompt) + len(response) - 1)
+    return [
+        _micro_batch([values[i] for i in part], scale, algorithm, max_response_length, device, layout) for part in parts
     ]
-    targets = [token for _, response in pairs for token in response]
-    return SequenceBatch(
-        input_ids.to(device),
-        torch.tensor(targets, dtype=torch.int64).to(device),
-        torch.tensor(positions, dtype=torch.int64).to(device),
-        tuple(len(response) for _, response in pairs),
+
+
+def make_sequences(pairs: Sequence[Pair], device: torch.device, layout: Layout = ONE_RANK) -> SequenceBatch:
+    """Lays prompts with their responses end to end, padded only as `layout` needs, and takes this rank's part."""
+    bounds, targets, own, positions, inputs, places = [0], [], [], [], [], []
+    for prompt, response in pairs:
+        tokens = torch.tensor(prompt + response, dtype=torch.int64)
+        length = -(-len(tokens) // layout.alignment) * layout.alignment
+        held = _rows_held(length, layout)
+        row_of = torch.full((length,), -1)
+        row_of[held] = bounds[-1] // layout.context_parallel_size + torch.arange(len(held))
+        inputs.append(pad(tokens, (0, length - len(tokens)))[held])
+        places.append(held)
+        predicting = row_of[len(prompt) - 1 : len(tokens) - 1]
+        mine = (predicting >= 0).nonzero()[:, 0]
+        positions.append(predicting[mine])
+        targets.append(tokens[len(prompt) :][mine])
+        own.append(mine + sum(len(earlier) for _, earlier in pairs[: len(bounds) - 1]))
+        bounds.append(bounds[-1] + length)
+    return _extend(
+        SequenceBatch(
+            torch.cat(inputs)[None].to(device),
+            torch.cat(places)[None].to(device),
+            tuple(bounds),
+            torch.cat(targets).to(device),
+            torch.cat(positions).to(device),
+            torch.cat(own).to(device) if layout.context_parallel_size > 1 else None,
+            tuple(len(response) for _, response in pairs),
+        ),
+        layout,
+    )
+
+
+def _rows_held(length: int, layout: Layout) -> Tensor:
+    """Positions of a padded sequence that this context-parallel rank holds: a chunk, and its mirror image."""
+    rank, size = layout.context_parallel_rank, layout.context_parallel_size
+    if size == 1:
+        return torch.arange(length)
+    chunks = torch.arange(length).view(2 * size, -1)
+    return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]])
+
+
+def _extend(batch: SequenceBatch, layout: Layout) -> SequenceBatch:
+    """Adds one sequence of padding if the rows do not divide among sequence-parallel ranks."""
+    missing = -batch.input_ids.shape[1] % layout.sequence_parallel_size
+    if not missing:
+        return batch
+    if missing % 2 and layout.context_parallel_size > 1:
+        missing += layout.sequence_parallel_size  # each context-parallel rank holds two chunks of equal size
+    total = batch.bounds[-1] + missing * layout.context_parallel_size
+    return replace(
+        batch,
+        input_ids=pad(batch.input_ids, (0, missing)),
+        position_ids=pad(batch.position_ids, (0, missing)),
+        bounds=(*batch.bounds, total),
     )
 
 
@@ -72,6 +116,7 @@ def _micro_batch(
     algorithm: AlgorithmConfig,
     limit: int,
     device: torch.device,
+    layout: Layout,
 ) -> MicroBatch:
     """Of (sample, old, reference) triples. None at all: a rank without samples still takes part in the collectives."""
     samples = [sample for sample, _, _ in values]
@@ -96,7 +141,7 @@ def _micro_batch(
         first=spread((sum(lengths[:i]) for i in range(len(lengths))), torch.int64),
     )
     pairs = [(sample.prompt, sample.rollout.token_ids) for sample in samples]
-    return MicroBatch(make_sequences(pairs or [((0, 0), ())], device), terms)
+    return MicroBatch(make_sequences(pairs or [((0, 0), ())], device, layout), terms)
 
 
 def _weight_and_old(sample: Sample, old: Tensor | None, algorithm: AlgorithmConfig) -> tuple[float, Tensor | float]:

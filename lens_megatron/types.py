@@ -2,7 +2,7 @@
 
 Axes, everywhere in the project:
     P  prompts of a step            G  rollouts per prompt          N  samples (sequences) of a step
-    L  tokens of one sequence       B  sequences of a micro-batch   S  padded length of a micro-batch
+    L  tokens of one sequence       B  sequences of a micro-batch   S  rows of a micro-batch, packed
     T  rows given to a kernel       V  vocabulary (or this rank's shard)                D  hidden size
 
 Sequences of token ids are plain tuples until `pack` makes tensors of them.
@@ -137,15 +137,39 @@ class LossScale:
 
 
 @dataclass(frozen=True, slots=True)
+class Layout:
+    """How a rank's part of a packed batch is cut out of it."""
+
+    context_parallel_rank: int = 0
+    context_parallel_size: int = 1
+    sequence_parallel_size: int = 1
+    """Ranks that divide the packed rows among them; 1 without sequence parallelism."""
+
+    @property
+    def alignment(self) -> int:
+        """Each sequence is padded to a multiple of this: 2 chunks per context-parallel rank, else nothing."""
+        return 1 if self.context_parallel_size == 1 else 2 * self.context_parallel_size
+
+
+@dataclass(frozen=True, slots=True)
 class SequenceBatch:
-    """Right-padded sequences to run through the model, prompt followed by response, and the T tokens asked about."""
+    """Sequences laid end to end, prompt followed by response, and those of their T response tokens asked about.
+
+    Under context parallelism a rank holds some of the S rows and asks about t of the T tokens; else t = T.
+    """
 
     input_ids: Tensor
-    """[B, S] int64; padding is token 0, which no causal row before it can see."""
+    """[1, S] int64; padding is token 0, at the end of sequences, where no causal row looks."""
+    position_ids: Tensor
+    """[1, S] int64, from 0 in each sequence."""
+    bounds: tuple[int, ...]
+    """[B + 1] where the padded sequences begin, before they are cut for context parallelism, and the end."""
     target_ids: Tensor
-    """[T] int64, the response tokens, sequence after sequence: the only ones whose log-probability is computed."""
+    """[t] int64, the response tokens, sequence after sequence: the only ones whose log-probability is computed."""
     positions: Tensor
-    """[T] int64, where the hidden state that predicts each of them stands among the model's [S, B] rows, flattened."""
+    """[t] int64, the row whose hidden state predicts each of them."""
+    own: Tensor | None
+    """[t] int64 under context parallelism: which of the T response tokens they are. None: all."""
     lengths: tuple[int, ...]
     """[B] how many of the T belong to each sequence."""
 
@@ -171,7 +195,7 @@ class TokenTerms:
     first: Tensor
     """int64, which of the T is the first token of the same response: equal for the tokens of one response."""
 
-    def at(self, part: slice) -> "TokenTerms":
+    def at(self, part: slice | Tensor) -> "TokenTerms":
         return TokenTerms(*(getattr(self, field.name)[part] for field in fields(self)))
 
 
@@ -181,6 +205,11 @@ class MicroBatch:
 
     sequences: SequenceBatch
     terms: TokenTerms
+
+    @property
+    def own_terms(self) -> TokenTerms:
+        """Of the t tokens that this context-parallel rank asks about."""
+        return self.terms if self.sequences.own is None else self.terms.at(self.sequences.own)
 
 
 @dataclass(frozen=True, slots=True)

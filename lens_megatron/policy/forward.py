@@ -5,61 +5,72 @@ from collections.abc import Iterator, Sequence
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
-from torch.nn.functional import pad
 
+from lens_megatron import schedule
 from lens_megatron.pack import Pair, make_sequences
 from lens_megatron.policy.head import token_log_probs
+from lens_megatron.policy.layers import packed_sequences
 from lens_megatron.policy.model import Policy, reference_weights
 from lens_megatron.types import SequenceBatch
 
 
-def response_log_probs(policy: Policy, pairs: Sequence[Pair], *, rows: int, temperature: float) -> list[Tensor]:
-    """log pi(response | prompt) under the weights now in the model, `rows` sequences per micro-batch.
+def response_log_probs(policy: Policy, pairs: Sequence[Pair], *, max_tokens: int, temperature: float) -> list[Tensor]:
+    """log pi(response | prompt) under the weights now in the model, `max_tokens` per micro-batch.
 
     Returns, on every rank of the model-parallel group, one float32 CPU tensor per pair, [tokens of its response].
     """
-    return _run(policy, _cut(policy, pairs, rows), temperature)
+    return _run(policy, pairs, max_tokens, temperature)
 
 
-def prompt_scores(policy: Policy, prompts: Sequence[tuple[int, ...]], *, rows: int) -> list[Tensor]:
+def prompt_scores(policy: Policy, prompts: Sequence[tuple[int, ...]], *, max_tokens: int) -> list[Tensor]:
     """Interference score |log pi_theta - log pi_ref| of every prompt token given its prefix (LENS, eq. 1).
 
     Both passes use the same code, batches and un-rounded float32 logits, so that equal weights give exactly 0.
     Returns one float32 CPU tensor per prompt, [tokens], 0 at position 0, on every rank of the model-parallel group.
     """
-    batches = _cut(policy, [(prompt[:1], prompt[1:]) for prompt in prompts], rows)
+    pairs = [(prompt[:1], prompt[1:]) for prompt in prompts]
     with reference_weights(policy):
-        reference = _run(policy, batches, temperature=1.0)
-    current = _run(policy, batches, temperature=1.0)
+        reference = _run(policy, pairs, max_tokens, temperature=1.0)
+    current = _run(policy, pairs, max_tokens, temperature=1.0)
     return [torch.cat([torch.zeros(1), (a - b).abs()]) for a, b in zip(current, reference, strict=True)]
 
 
-def model_output(model: torch.nn.Module, batch: SequenceBatch) -> Tensor:
-    """[S, B, D] hidden states, on the last stage after the final norm; [S/tp, B, D] under sequence parallelism.
+def model_output(policy: Policy, model: torch.nn.Module, batch: SequenceBatch) -> Tensor:
+    """[S, 1, D] hidden states, on the last stage after the final norm; [S/tp, 1, D] under sequence parallelism."""
+    packed = packed_sequences(batch, policy.mesh.cp_rank, policy.mesh.cp_size)
+    return model(
+        input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None, packed_seq_params=packed
+    )
 
-    No attention mask: attention is causal and padding stands on the right, where no real token looks.
+
+def plan_micro_batches(policy: Policy, lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices of the sequences of each micro-batch; as many micro-batches on every rank, none if nobody has a sequence.
+
+    As many, because expert-parallel ranks run them together; interleaved pipelines take multiples of their stages.
+    A collective.
     """
-    input_ids, config = batch.input_ids, model.config
-    if config.sequence_parallel:
-        input_ids = pad(input_ids, (0, -input_ids.shape[1] % config.tensor_model_parallel_size))
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
-    return model(input_ids=input_ids, position_ids=positions, attention_mask=None)
+    mesh = policy.mesh
+    count = torch.tensor([schedule.fewest(lengths, max_tokens)], device=mesh.device)
+    torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX, group=mesh.dp_group)
+    unit = mesh.pp_size if mesh.vp_size > 1 else 1
+    count = -(-int(count) // unit) * unit
+    return schedule.cut(lengths, max_tokens, count, policy.bridge.config.hidden_size)
 
 
-def _cut(policy: Policy, pairs: Sequence[Pair], rows: int) -> list[SequenceBatch]:
-    return [make_sequences(pairs[i : i + rows], policy.mesh.device) for i in range(0, len(pairs), rows)]
-
-
-def _run(policy: Policy, batches: Sequence[SequenceBatch], temperature: float) -> list[Tensor]:
-    """Log-probabilities of every sequence's targets, on the CPU of every rank of the model-parallel group."""
-    if not batches:
+def _run(policy: Policy, pairs: Sequence[Pair], max_tokens: int, temperature: float) -> list[Tensor]:
+    """Log-probabilities of every pair's targets, on the CPU of every rank of the model-parallel group."""
+    parts = plan_micro_batches(policy, [len(prompt) + len(response) for prompt, response in pairs], max_tokens)
+    batches = [
+        make_sequences([pairs[i] for i in part] or [((0, 0), ())], policy.mesh.device, policy.layout) for part in parts
+    ]
+    if not parts:
         return []
     for chunk in policy.chunks:
         chunk.eval()
 
     def forward_step(iterator: Iterator[SequenceBatch], model: torch.nn.Module, *_: object):
         batch = next(iterator)
-        return model_output(model, batch), lambda hidden, non_loss_data: token_log_probs(
+        return model_output(policy, model, batch), lambda hidden, non_loss_data: token_log_probs(
             policy, hidden, batch, temperature
         )
 
@@ -70,21 +81,29 @@ def _run(policy: Policy, batches: Sequence[SequenceBatch], temperature: float) -
             model=policy.chunks,
             num_microbatches=len(batches),
             seq_length=batches[0].input_ids.shape[1],
-            micro_batch_size=batches[0].input_ids.shape[0],
+            micro_batch_size=1,
             forward_only=True,
             collect_non_loss_data=True,
         )
-    lengths = [length for batch in batches for length in batch.lengths]
-    return list(_to_every_stage(policy, results, sum(lengths)).cpu().split(lengths))
+    flat = _on_every_rank(policy, results, batches).cpu()
+    found = dict(zip((i for part in parts for i in part), flat.split(_lengths(parts, pairs)), strict=True))
+    return [found[i] for i in range(len(pairs))]
 
 
-def _to_every_stage(policy: Policy, results: list[Tensor], count: int) -> Tensor:
-    """The last stage's results in one [count] float32 tensor, on every stage."""
+def _lengths(parts: Sequence[Sequence[int]], pairs: Sequence[Pair]) -> list[int]:
+    return [len(pairs[i][1]) for part in parts for i in part]
+
+
+def _on_every_rank(policy: Policy, results: list[Tensor], batches: Sequence[SequenceBatch]) -> Tensor:
+    """The last stage's results, of all context-parallel ranks, in one [T of all micro-batches] float32 tensor."""
     mesh = policy.mesh
+    totals = [sum(batch.lengths) for batch in batches]
+    flat = torch.zeros(sum(totals), dtype=torch.float32, device=mesh.device)
     if mesh.is_last_stage:
-        flat = torch.cat(results)
-    else:
-        flat = torch.empty(count, dtype=torch.float32, device=mesh.device)
-    if mesh.pp_size > 1 and count:
+        for whole, result, batch in zip(flat.split(totals), results, batches, strict=True):
+            whole[slice(None) if batch.own is None else batch.own] = result
+        if mesh.cp_size > 1:
+            torch.distributed.all_reduce(flat, group=mesh.cp_group)
+    if mesh.pp_size > 1 and len(flat):
         torch.distributed.broadcast(flat, src=mesh.last_stage_rank, group=mesh.pp_group)
     return flat

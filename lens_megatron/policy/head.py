@@ -24,24 +24,23 @@ def token_log_probs(policy: Policy, hidden: Tensor, sequences: SequenceBatch, te
 
 def micro_batch_loss(
     policy: Policy,
-    hidden: Tensor,  # [S, B, D], or [S/tp, B, D] under sequence parallelism
+    hidden: Tensor,  # [S, 1, D], or [S/tp, 1, D] under sequence parallelism
     batch: MicroBatch,
     objective: Objective,
     algorithm: AlgorithmConfig,
     temperature: float,
 ) -> PolicyLoss:
-    """The micro-batch's loss under autograd, and its [T] parts. Weights and hidden states get their gradients.
+    """This rank's share of the micro-batch's loss under autograd, and its [t] parts. Weights and hidden states get
+    their gradients.
 
     Token-level objectives take one pass over the head, which adds its weight's gradient to Megatron's buffer; an
     objective over whole sequences takes two, and the weight's gradient goes the ordinary way.
     """
-    operands, terms = _operands(policy, hidden, batch.sequences), batch.terms
+    operands, terms = _operands(policy, hidden, batch.sequences), batch.own_terms
     options = _options(policy, batch.sequences, temperature)
     if objective.whole_sequences:
         log_probs, entropy = linear_token_logprobs(*operands, **options, return_entropy=True)
-        tokens = objective.losses(log_probs, entropy, terms, algorithm)
-        parts = (log_probs, tokens.ratio, tokens.clipped, tokens.kl, entropy)
-        return PolicyLoss(tokens.losses.sum(), *(part.detach() for part in parts))
+        return _whole_sequences_loss(policy, log_probs, entropy, batch, objective, algorithm)
 
     options["accumulate_into"] = gradient_buffer(policy)
     fused = objective.fused(terms, algorithm) if objective.fused else None
@@ -55,6 +54,30 @@ def micro_batch_loss(
     with torch.no_grad():
         tokens = objective.losses(result.logprobs, result.entropy, terms, algorithm)
     return result._replace(ratio=tokens.ratio, clipped=tokens.clipped, kl=tokens.kl)
+
+
+def _whole_sequences_loss(
+    policy: Policy,
+    log_probs: Tensor,  # [t]
+    entropy: Tensor,  # [t]
+    batch: MicroBatch,
+    objective: Objective,
+    algorithm: AlgorithmConfig,
+) -> PolicyLoss:
+    """Under context parallelism every rank computes the loss of all T tokens, of which its own t carry a gradient:
+    the ranks' gradients add up to the whole. Its value counts the own tokens alone."""
+    own = batch.sequences.own
+    if own is None:
+        own = slice(None)
+    else:
+        whole = torch.zeros(2, len(batch.terms.first), device=log_probs.device)
+        whole[:, own] = torch.stack([log_probs.detach(), entropy.detach()])
+        torch.distributed.all_reduce(whole, group=policy.mesh.cp_group)
+        log_probs, entropy = whole[0].index_copy(0, own, log_probs), whole[1].index_copy(0, own, entropy)
+    tokens = objective.losses(log_probs, entropy, batch.terms, algorithm)
+    others = tokens.losses.detach().sum() - tokens.losses.detach()[own].sum()
+    parts = (log_probs, tokens.ratio, tokens.clipped, tokens.kl, entropy)
+    return PolicyLoss(tokens.losses.sum() - others, *(part.detach()[own] for part in parts))
 
 
 def gradient_buffer(policy: Policy) -> Tensor | None:

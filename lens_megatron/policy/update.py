@@ -14,7 +14,7 @@ from lens_megatron.config import AlgorithmConfig
 from lens_megatron.policy.forward import model_output
 from lens_megatron.policy.head import micro_batch_loss
 from lens_megatron.policy.model import Policy
-from lens_megatron.types import LossScale, MicroBatch, UpdateStats
+from lens_megatron.types import LossScale, MicroBatch, TokenTerms, UpdateStats
 
 SUMS = 9
 """Length of the vector of sums that `_sums` makes of a micro-batch."""
@@ -65,29 +65,28 @@ def _forward_backward(
         def loss_function(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             result = micro_batch_loss(policy, hidden, batch, objective, algorithm, temperature)
             # Megatron divides the loss in place, so the metric must not share its storage.
-            return result.loss, torch.tensor(1, dtype=torch.int), _sums(result, batch)
+            return result.loss, torch.tensor(1, dtype=torch.int), _sums(result, batch.own_terms)
 
-        return model_output(model, batch.sequences), loss_function
+        return model_output(policy, model, batch.sequences), loss_function
 
-    shape = batches[0].sequences.input_ids.shape
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=[iter(batches) for _ in policy.chunks],
         model=policy.chunks,
         num_microbatches=len(batches),
-        seq_length=shape[1],
-        micro_batch_size=shape[0],
+        seq_length=batches[0].sequences.input_ids.shape[1],
+        micro_batch_size=1,
         forward_only=False,
     )
 
 
-def _sums(result: PolicyLoss, batch: MicroBatch) -> Tensor:
+def _sums(result: PolicyLoss, terms: TokenTerms) -> Tensor:
     """[SUMS + 2] float64: sums over the micro-batch's response tokens, then max of -ratio and of ratio (native)."""
-    rescued, native = batch.terms.rescued, ~batch.terms.rescued
+    rescued, native = terms.rescued, ~terms.rescued
     log_ratio = result.ratio.log()
     sums = [
         result.loss.detach(),
-        (batch.terms.kl_weights * result.kl).sum(),
+        (terms.kl_weights * result.kl).sum(),
         result.kl.sum(),
         result.entropy.sum(),
         -(log_ratio * native).sum(),
@@ -109,8 +108,8 @@ def _reduce(policy: Policy, vectors: list[Tensor]) -> tuple[Tensor, Tensor]:
     if mesh.is_last_stage:
         stacked = torch.stack(vectors)
         sums, extremes = stacked[:, :SUMS].sum(0), stacked[:, SUMS:].amax(0)
-        torch.distributed.all_reduce(sums, group=mesh.dp_group)
-        torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MAX, group=mesh.dp_group)
+        torch.distributed.all_reduce(sums, group=mesh.dp_cp_group)
+        torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MAX, group=mesh.dp_cp_group)
     if mesh.pp_size > 1:
         torch.distributed.broadcast(sums, src=mesh.last_stage_rank, group=mesh.pp_group)
         torch.distributed.broadcast(extremes, src=mesh.last_stage_rank, group=mesh.pp_group)

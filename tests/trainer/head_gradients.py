@@ -7,7 +7,7 @@ transformers does it; its head, softmax and loss in float64.
 
 import sys
 from collections.abc import Sequence
-from itertools import product
+from itertools import pairwise, product
 
 import torch
 from records import rollout
@@ -81,16 +81,16 @@ def configuration(path: str, layout: dict, options: dict) -> Config:
 
 
 def check_forward(policy: Policy, model: torch.nn.Module, reference: torch.nn.Module) -> None:
-    found = response_log_probs(policy, RESPONSES, rows=2, temperature=TEMPERATURE)
+    found = response_log_probs(policy, RESPONSES, max_tokens=64, temperature=TEMPERATURE)
     for values, pair in zip(found, RESPONSES, strict=True):
         assert (values - plain_log_probs(model, pair, TEMPERATURE)).abs().max() < 1e-5
     prompts = [prompt + response for prompt, response in RESPONSES]
-    for scores, prompt in zip(prompt_scores(policy, prompts, rows=2), prompts, strict=True):
+    for scores, prompt in zip(prompt_scores(policy, prompts, max_tokens=64), prompts, strict=True):
         pair = prompt[:1], prompt[1:]
         expected = (plain_log_probs(model, pair) - plain_log_probs(reference, pair)).abs()
         assert scores[0] == 0 and (scores[1:] - expected).abs().max() < 1e-5
     kept, policy.reference = policy.reference, {n: p.data for n, p in policy.models()[0].named_parameters()}
-    assert all(not scores.any() for scores in prompt_scores(policy, prompts, rows=2))
+    assert all(not scores.any() for scores in prompt_scores(policy, prompts, max_tokens=64))
     policy.reference = kept
 
 
@@ -109,7 +109,7 @@ def micro_batches(config: Config, device: torch.device) -> list[MicroBatch]:
         scale=pack.count(rows),
         algorithm=config.algorithm,
         max_response_length=300,
-        micro_batch_size=2,
+        parts=[[0, 1], [2]],
         device=device,
     )
 
@@ -128,7 +128,10 @@ def megatron_gradients(policy: Policy, batches: Sequence[MicroBatch], config: Co
 
 def plain_loss(model: torch.nn.Module, batch: MicroBatch, config: Config) -> torch.Tensor:
     """The objective on a full log-softmax of full logits."""
-    logits = plain_logits(model, batch.sequences.input_ids).transpose(0, 1).flatten(0, 1)[batch.sequences.positions]
+    sequences = batch.sequences
+    lengths = [stop - start for start, stop in pairwise(sequences.bounds)]
+    logits = torch.cat([plain_logits(model, ids)[0] for ids in sequences.input_ids.split(lengths, dim=1)])
+    logits = logits[sequences.positions]
     all_log_probs = (logits / TEMPERATURE).log_softmax(-1)
     log_probs = all_log_probs.gather(1, batch.sequences.target_ids[:, None])[:, 0]
     entropy = -(all_log_probs.exp() * all_log_probs).sum(-1)

@@ -194,7 +194,7 @@ def rescued_terms(old: list[float], advantage: float, weight: float, algorithm: 
         scale=LossScale(3, 1, 1),
         algorithm=algorithm,
         max_response_length=3,
-        micro_batch_size=1,
+        parts=[[0]],
         device=torch.device("cpu"),
     )[0].terms
 
@@ -250,7 +250,7 @@ def test_sequence_objectives_are_gspos_formula_written_out(form):
     new = torch.linspace(-2.0, -0.5, 10)
     old = [None if x is None else part - x for part, x in zip(new.split(lengths), shifts, strict=True)]
     reference = [part + 0.3 for part in new.split(lengths)]
-    (batch,) = packed(rows, old, algorithm, reference, micro_batch_size=5)
+    (batch,) = packed(rows, old, algorithm, reference)
     log_probs, entropy = new.clone().requires_grad_(), torch.linspace(0.1, 1.0, 10).requires_grad_()
     found = sequence_ratio(log_probs, entropy, batch.terms, algorithm)
     gradients = torch.autograd.grad(found.losses.sum(), (log_probs, entropy))
@@ -318,7 +318,7 @@ def test_the_fused_loss_is_the_objective_that_names_it(coefficients):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def packed(rows, old, algorithm: AlgorithmConfig, reference=None, micro_batch_size: int = 4):
+def packed(rows, old, algorithm: AlgorithmConfig, reference=None):
     return pack.pack(
         rows,
         old_log_probs=old,
@@ -326,12 +326,12 @@ def packed(rows, old, algorithm: AlgorithmConfig, reference=None, micro_batch_si
         scale=pack.count(rows),
         algorithm=algorithm,
         max_response_length=4,
-        micro_batch_size=micro_batch_size,
+        parts=[range(len(rows))],
         device=torch.device("cpu"),
     )
 
 
-def test_pack_aligns_rows_and_pads_with_nothing():
+def test_pack_aligns_responses_and_pads_nothing():
     rows = [sample(rollout(True, tokens=(5, 6))), sample(rollout(False, Origin.RESCUED, tokens=(7, 8, 9)))]
     (batch,) = pack.pack(
         rows,
@@ -340,13 +340,17 @@ def test_pack_aligns_rows_and_pads_with_nothing():
         scale=pack.count(rows),
         algorithm=AlgorithmConfig(kl_coef=0.5),
         max_response_length=3,
-        micro_batch_size=2,
+        parts=[[0, 1]],
         device=torch.device("cpu"),
     )
     sequences, terms = batch.sequences, batch.terms
-    assert sequences.input_ids.tolist() == [[*PROMPT.token_ids, 5, 6, 0], [*PROMPT.token_ids, 7, 8, 9]]
+    prompt = list(PROMPT.token_ids)
+    assert sequences.input_ids.tolist() == [[*prompt, 5, 6, *prompt, 7, 8, 9]]
+    assert sequences.position_ids.tolist() == [[*range(len(prompt) + 2), *range(len(prompt) + 3)]]
+    assert sequences.bounds == (0, len(prompt) + 2, 2 * len(prompt) + 5)
     assert sequences.target_ids.tolist() == [5, 6, 7, 8, 9] and sequences.lengths == (2, 3)
-    assert sequences.positions.tolist() == [10, 12, 11, 13, 15]  # 2 * position + sequence: the model's rows are [S, B]
+    n = len(prompt)
+    assert sequences.positions.tolist() == [n - 1, n, 2 * n + 1, 2 * n + 2, 2 * n + 3]
     assert terms.old_log_probs[:2].isnan().all() and terms.old_log_probs[2:].tolist() == [-1.0, -2.0, -3.0]
     assert terms.reference_log_probs.tolist() == pytest.approx([-0.1, -0.2, -0.3, -0.4, -0.5])
     assert terms.policy_weights.tolist() == pytest.approx([0.2] * 5)
@@ -362,7 +366,7 @@ def test_a_rank_without_samples_gets_one_empty_micro_batch():
         scale=LossScale(4, 1, 0),
         algorithm=ALGORITHM,
         max_response_length=3,
-        micro_batch_size=2,
+        parts=[[]],
         device=torch.device("cpu"),
     )
     assert batch.sequences.input_ids.shape == (1, 2) and batch.sequences.lengths == (0,)

@@ -6,7 +6,6 @@ whose layer norms Megatron-Core has for GPUs alone.
 
 import subprocess
 from itertools import product
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from toy_runs import ROOT, environment, torchrun
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from lens_megatron.pack import make_sequences
-from lens_megatron.policy.forward import model_output
+from lens_megatron.types import Layout
 
 SIZES = {
     "vocab_size": 131,  # odd: padding under tensor parallelism
@@ -54,17 +53,23 @@ def test_scores_log_probs_and_gradients_are_autograds_on_full_logits(tp: int, pp
     assert result.stdout.count("worst") == len(models) * len(CASES)
 
 
-class Inputs:
-    """Stands where a model does, under sequence parallelism over 4 ranks; returns what it is called with."""
+def test_sequence_parallelism_gets_rows_it_can_cut():
+    """7 rows for 4 ranks: one more, as a sequence of its own. Nothing else moves."""
+    pairs = [((1, 2), (3, 4, 5)), ((6,), (7,))]
+    plain = make_sequences(pairs, torch.device("cpu"))
+    batch = make_sequences(pairs, torch.device("cpu"), Layout(sequence_parallel_size=4))
+    assert plain.bounds == (0, 5, 7) and batch.bounds == (0, 5, 7, 8)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 0]]
+    assert batch.positions.equal(plain.positions) and batch.target_ids.equal(plain.target_ids)
 
-    config = SimpleNamespace(sequence_parallel=True, tensor_model_parallel_size=4)
 
-    def __call__(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        return inputs
-
-
-def test_sequence_parallelism_gets_lengths_it_can_cut():
-    batch = make_sequences([((1, 2), (3, 4, 5)), ((6,), (7,))], torch.device("cpu"))
-    inputs = model_output(Inputs(), batch)
-    assert inputs["input_ids"].tolist() == [[1, 2, 3, 4, 5, 0, 0, 0], [6, 7, 0, 0, 0, 0, 0, 0]]
-    assert inputs["position_ids"].tolist() == [list(range(8))] * 2
+def test_context_parallel_ranks_hold_mirrored_chunks():
+    """6 tokens padded to 8 in 4 chunks of 2: rank 0 holds the first and last, rank 1 those between."""
+    pairs = [((10, 11, 12), (13, 14, 15))]
+    first, second = (make_sequences(pairs, torch.device("cpu"), Layout(rank, 2)) for rank in (0, 1))
+    assert first.input_ids.tolist() == [[10, 11, 0, 0]] and first.position_ids.tolist() == [[0, 1, 6, 7]]
+    assert second.input_ids.tolist() == [[12, 13, 14, 15]] and second.position_ids.tolist() == [[2, 3, 4, 5]]
+    assert first.target_ids.tolist() == [] and first.own.tolist() == []
+    assert second.target_ids.tolist() == [13, 14, 15] and second.positions.tolist() == [0, 1, 2]
+    assert second.own.tolist() == [0, 1, 2] and first.bounds == second.bounds == (0, 8)

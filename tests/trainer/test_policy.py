@@ -109,7 +109,7 @@ def test_logits_equal_transformers_and_export_equals_import(family: str, tied: b
     batch = make_sequences([(tuple(range(3, 60)), tuple(range(60, 90)))], mesh.device)
     (network,) = policy.models()
     with torch.no_grad():
-        hidden = model_output(network, batch)
+        hidden = model_output(policy, network, batch)
         logits = hidden.transpose(0, 1) @ network.head_weight().T
         expected = model(batch.input_ids).logits
     assert hidden.shape == (87, 1, 64)
@@ -122,8 +122,8 @@ def test_logits_equal_transformers_and_export_equals_import(family: str, tied: b
 def test_response_log_probs_whatever_the_micro_batches(mesh: Mesh, tmp_path: Path):
     model = saved_model("qwen3", True, tmp_path)
     policy = policy_of(tmp_path, mesh)
-    for rows in (1, 2, 3):
-        found = response_log_probs(policy, PAIRS, rows=rows, temperature=0.7)
+    for max_tokens in (1, 24, 1000):
+        found = response_log_probs(policy, PAIRS, max_tokens=max_tokens, temperature=0.7)
         for (prompt, response), values in zip(PAIRS, found, strict=True):
             with torch.no_grad():
                 logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / 0.7
@@ -149,7 +149,7 @@ def test_gradient_of_an_update_is_autograds_on_transformers(mesh: Mesh, tmp_path
         scale=scale,
         algorithm=algorithm,
         max_response_length=8,
-        micro_batch_size=2,
+        parts=[[0, 1], [2]],
         device=mesh.device,
     )
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -197,8 +197,8 @@ def test_no_pass_holds_all_logits_and_unmoved_weights_give_ratio_1(options: dict
     pairs = [((1, 2, i), tuple(range(30))) for i in range(20)]
     rows = [Sample(prompt, prompt, replace(rollout(True), token_ids=tokens), 1.0, 1.0) for prompt, tokens in pairs]
     with LargestTensor() as forward:
-        old = response_log_probs(policy, pairs, rows=20, temperature=0.7)
-        prompt_scores(policy, [prompt + tokens for prompt, tokens in pairs], rows=20)
+        old = response_log_probs(policy, pairs, max_tokens=1000, temperature=0.7)
+        prompt_scores(policy, [prompt + tokens for prompt, tokens in pairs], max_tokens=1000)
     batches = pack.pack(
         rows,
         old_log_probs=old,
@@ -206,7 +206,7 @@ def test_no_pass_holds_all_logits_and_unmoved_weights_give_ratio_1(options: dict
         scale=pack.count(rows),
         algorithm=algorithm,
         max_response_length=30,
-        micro_batch_size=20,
+        parts=[range(20)],
         device=mesh.device,
     )
     with LargestTensor() as backward:
@@ -215,7 +215,7 @@ def test_no_pass_holds_all_logits_and_unmoved_weights_give_ratio_1(options: dict
     assert forward.elements < logits / 2 and backward.elements < logits / 2
     with LargestTensor() as plain:
         (network,) = policy.models()
-        network.output_layer(model_output(network, batches[0].sequences), weight=network.head_weight())
+        network.output_layer(model_output(policy, network, batches[0].sequences), weight=network.head_weight())
     assert plain.elements > logits, "the meter does not see logits"
 
 
@@ -225,11 +225,11 @@ def test_scores_are_exactly_0_at_equal_weights_and_the_log_ratio_else(mesh: Mesh
         saved_model("qwen2", False, tmp_path / "b", seed=1),
     )
     prompts = [(1, 5, 9, 3, 7), (2, 8, 100)]
-    same = prompt_scores(policy_of(tmp_path / "a", mesh), prompts, rows=2)
+    same = prompt_scores(policy_of(tmp_path / "a", mesh), prompts, max_tokens=24)
     assert all(not scores.any() for scores in same)
     sections = {"model": {"path": str(tmp_path / "a"), "reference_path": str(tmp_path / "b")}}
     policy = policy_of(tmp_path / "a", mesh, **sections)
-    for prompt, scores in zip(prompts, prompt_scores(policy, prompts, rows=2), strict=True):
+    for prompt, scores in zip(prompts, prompt_scores(policy, prompts, max_tokens=24), strict=True):
         ids = torch.tensor([prompt])
         with torch.no_grad():
             a, b = (m(ids).logits[0, :-1].log_softmax(-1) for m in (policy_model, reference))
@@ -257,7 +257,7 @@ def test_engine_log_probs_are_the_trainers_after_a_sync(family: str, mesh: Mesh,
         completions = sorted(drain(engine), key=lambda c: c.request_id)
         pairs = [(PAIRS[c.request_id % 3][0], c.token_ids) for c in completions]
         for completion, expected in zip(
-            completions, response_log_probs(policy, pairs, rows=4, temperature=0.8), strict=True
+            completions, response_log_probs(policy, pairs, max_tokens=64, temperature=0.8), strict=True
         ):
             assert (torch.tensor(completion.log_probs) - expected).abs().max() < 1e-4
             assert completion.weight_version == version

@@ -35,7 +35,7 @@ class Toy:
             "lens": {"min_score": 0.0, "tau": 1.0},
             "algorithm": {"kl_coef": 0.01},
             "optimizer": {"lr": 1e-3},
-            "train": {"steps": 2, "micro_batch_size": 4, "save_interval": 2, "eval_interval": 0},
+            "train": {"steps": 2, "max_tokens_per_micro_batch": 256, "save_interval": 2, "eval_interval": 0},
         }
         for name, options in sections.items():
             tree[name] = {**tree.get(name, {}), **options}
