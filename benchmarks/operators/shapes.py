@@ -1,0 +1,73 @@
+"""Which shapes are measured. V is that of one rank: under tensor parallelism of 8, an eighth, without the collectives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    rows: int
+    """T, sequences * sequence."""
+    sequence: int
+    """Rows per sequence (in selection: tokens per prompt)."""
+    vocab: int = 0
+    """V, columns on this device."""
+    hidden: int = 0
+    """H; 0 where the operator starts from logits."""
+    tensor_parallel: int = 1
+    """How many ranks the vocabulary is meant to be cut into; only labels the row."""
+
+    def __str__(self) -> str:
+        parts = [("T", self.rows), ("V", self.vocab), ("H", self.hidden)]
+        name = "-".join(f"{letter}{size}" for letter, size in parts if size)
+        return name if self.tensor_parallel == 1 else f"{name}-TP{self.tensor_parallel}"
+
+
+LLAMA3, QWEN_SMALL, QWEN_7B = 128256, 151936, 152064  # vocabularies of the LENS paper's models
+
+
+def _logits(rows: int, vocab: int, tensor_parallel: int = 1) -> Shape:
+    return Shape(rows=rows, sequence=2048, vocab=vocab // tensor_parallel, tensor_parallel=tensor_parallel)
+
+
+def _linear(rows: int, vocab: int, hidden: int, tensor_parallel: int = 1) -> Shape:
+    vocab //= tensor_parallel
+    return Shape(rows=rows, sequence=2048, vocab=vocab, hidden=hidden, tensor_parallel=tensor_parallel)
+
+
+LOGITS = {
+    "cpu": [Shape(rows=1024, sequence=256, vocab=32000)],
+    "quick": [_logits(8192, LLAMA3), _logits(65536, QWEN_7B, 8)],
+    "standard": [_logits(8192, LLAMA3), _logits(8192, QWEN_7B), _logits(65536, QWEN_7B, 8)],
+    "full": [
+        *(_logits(8192, vocab) for vocab in (LLAMA3, QWEN_SMALL, QWEN_7B)),
+        *(_logits(rows, QWEN_7B) for rows in (32768, 65536)),
+        *(_logits(65536, vocab, 8) for vocab in (LLAMA3, QWEN_SMALL, QWEN_7B)),
+    ],
+}
+LINEAR = {
+    "cpu": [Shape(rows=512, sequence=256, vocab=32000, hidden=512)],
+    "quick": [_linear(8192, LLAMA3, 4096), _linear(32768, QWEN_7B, 3584, 8)],
+    "standard": [_linear(8192, LLAMA3, 4096), _linear(8192, QWEN_SMALL, 2048), _linear(32768, QWEN_7B, 3584, 8)],
+    "full": [
+        *(_linear(8192, LLAMA3, hidden) for hidden in (2048, 3072, 4096)),
+        *(_linear(8192, QWEN_SMALL, hidden) for hidden in (2048, 4096)),
+        *(_linear(rows, QWEN_7B, 3584) for rows in (8192, 32768)),
+        _linear(65536, QWEN_7B, 3584, 8),
+    ],
+}
+SELECTION = {
+    "cpu": [Shape(rows=16384, sequence=512)],
+    "quick": [Shape(rows=65536, sequence=512)],
+    "standard": [Shape(rows=65536, sequence=512)],
+    "full": [Shape(rows=rows, sequence=512) for rows in (8192, 65536)],
+}
+
+CHECKED = {
+    "logits": Shape(rows=260, sequence=130, vocab=4104),
+    "linear": Shape(rows=260, sequence=130, vocab=4104, hidden=256),
+    "selection": Shape(rows=1000, sequence=100),
+}
+"""Where each peer is compared with float64 before it is timed on CUDA: irregular, small enough for float64. On a CPU
+that is the timed shape itself, so that torch.compile compiles once."""
