@@ -6,9 +6,12 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 
 import lens_kernels
 import torch
@@ -16,7 +19,14 @@ from torch import Tensor
 
 from benchmarks.operators.inputs import KL_WEIGHT, Inputs
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton's kernels then run on CPU tensors: a way to check calls of peers without a GPU, never to time them."""
+
 torch._dynamo.config.recompile_limit = 64  # one graph per shape: none may fall back to a dynamic or an eager one
+
+
+OURS = "lens_kernels"
+TRITON = "its kernels are Triton"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +40,8 @@ class Peer:
     """Whose version the results name."""
     inplace: bool = False
     """Overwrites the logits: it gets fresh ones before every call, outside the timed region."""
-    needs_cuda: bool = False
+    needs_cuda: str = ""
+    """Why it does not run on a CPU; empty where it does."""
     note: str = ""
     """Where its work differs from the others'."""
     missing: str = ""
@@ -41,11 +52,11 @@ class Peer:
         if self.missing:
             return self.missing
         if importlib.util.find_spec(self.module.split(".")[0]) is None:
-            return "not installed"
-        if self.needs_cuda and device.type != "cuda":
-            return "unsupported: needs CUDA"
+            return f"not installed: pip install {self.distribution}"
+        if self.needs_cuda and device.type != "cuda" and not INTERPRETED:
+            return f"needs CUDA: {self.needs_cuda}"
         try:
-            importlib.import_module(self.module)
+            import_alone(self.module)
         except Exception as error:  # a half-installed library must cost its own rows only
             return f"not importable: {type(error).__name__}: {error}"
         return ""
@@ -57,6 +68,21 @@ class Peer:
             return None
 
 
+def import_alone(name: str) -> ModuleType:
+    """Imports a module even where its parents' own imports fail: verl's need Ray, its kernels do not."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        top, *inner = name.split(".")
+        folder = Path(importlib.util.find_spec(top).origin).parent
+        parents = [".".join([top, *inner[:depth]]) for depth in range(len(inner))]
+        for depth, parent in enumerate(parents):
+            bare = ModuleType(parent)
+            bare.__path__ = [str(folder.joinpath(*inner[:depth]))]
+            sys.modules.setdefault(parent, bare)
+        return importlib.import_module(name)
+
+
 def ours(function: str, call: Callable[[Callable, Inputs], Tensor], inplace: bool = False) -> list[Peer]:
     """The public function, and the plain PyTorch `<function>_reference` where lens_kernels has one."""
     public = getattr(lens_kernels, function)
@@ -64,18 +90,19 @@ def ours(function: str, call: Callable[[Callable, Inputs], Tensor], inplace: boo
     reference = getattr(lens_kernels, name, None) or getattr(sys.modules[public.__module__], name, None)
     return [
         Peer(
-            name="lens_kernels",
+            name=OURS,
             forward=lambda inputs: call(public, inputs),
             module="lens_kernels",
             distribution="lens-kernels",
             inplace=inplace,
         ),
         Peer(
-            name="lens_kernels reference",
+            name=f"{OURS} reference",
             forward=lambda inputs: call(reference, inputs),
             module="lens_kernels",
             distribution="lens-kernels",
             inplace=inplace,
+            needs_cuda="on a CPU, lens_kernels is this very code",
             missing="" if reference else f"lens_kernels has no {name}",
         ),
     ]
@@ -97,11 +124,3 @@ def loss_of_logprobs(logprobs: Tensor, reference_logprobs: Tensor, advantages: T
     gap = reference_logprobs - logprobs
     kl = torch.exp(gap) - gap - 1
     return (KL_WEIGHT * kl - ratio * advantages[:, None]).mean()
-
-
-def truth(forward: Callable[[Inputs], Tensor], inputs: Inputs) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """(value, gradients) of `forward`, which must compute in float64."""
-    value = forward(inputs)
-    return value.detach(), torch.autograd.grad(value, inputs.leaves) if value.requires_grad else ()
-
-

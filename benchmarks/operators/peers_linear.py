@@ -7,19 +7,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.operators.inputs import KL_WEIGHT, LinearInputs
-from benchmarks.operators.peers import Peer, compiled, loss_of_logprobs, ours
+from benchmarks.operators.peers import TRITON, Peer, compiled, import_alone, loss_of_logprobs, ours
 
 LIGER = {"distribution": "liger-kernel"}
 LIGER_GRPO = {"module": "liger_kernel.chunked_loss.grpo_loss", **LIGER}
-LIGER_FLCE = {"module": "liger_kernel.ops.fused_linear_cross_entropy", "needs_cuda": True, **LIGER}
+LIGER_FLCE = {"module": "liger_kernel.ops.fused_linear_cross_entropy", "needs_cuda": TRITON, **LIGER}
 LIGER_SCALED = {"module": "liger_kernel.ops.fused_linear_scaled_cross_entropy", **LIGER}
-CCE = {"module": "cut_cross_entropy", "distribution": "cut-cross-entropy", "needs_cuda": True}
+CCE = {"module": "cut_cross_entropy", "distribution": "cut-cross-entropy", "needs_cuda": TRITON}
 FLA = {
     "module": "fla.modules.fused_linear_cross_entropy",
     "distribution": "flash-linear-attention",
-    "needs_cuda": True,
+    "needs_cuda": TRITON,
 }
-VERL = {"module": "verl.utils.kernel.linear_cross_entropy", "distribution": "verl", "needs_cuda": True}
+VERL = {"module": "verl.utils.kernel.linear_cross_entropy", "distribution": "verl", "needs_cuda": TRITON}
 ROUNDED = "logits rounded to the operands' dtype"
 SCALAR_ONLY = "unsupported: only the mean cross entropy, no weight per token"
 
@@ -48,10 +48,15 @@ def _cce_logprobs(x: LinearInputs) -> Tensor:
     return -linear_cross_entropy(x.hidden, x.weight, x.ids, reduction="none", filter_eps=None)
 
 
-def _verl_logprobs(x: LinearInputs) -> Tensor:
-    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+def _cce_cross_entropy(x: LinearInputs) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
 
-    logprobs, _ = linear_cross_entropy(x.hidden.flatten(0, 1), x.weight, x.ids.flatten(), 1.0, "none", None)
+    return linear_cross_entropy(x.hidden, x.weight, x.ids, filter_eps=None)
+
+
+def _verl_logprobs(x: LinearInputs) -> Tensor:
+    verl = import_alone(VERL["module"])
+    logprobs, _ = verl.linear_cross_entropy(x.hidden.flatten(0, 1), x.weight, x.ids.flatten(), 1.0, "none", None)
     return logprobs.view(x.ids.shape)
 
 
@@ -113,7 +118,7 @@ LINEAR_TOKEN_LOGPROBS = (
     Peer(
         name="PyTorch eager, float32 logits",
         forward=_float32_logprobs,
-        needs_cuda=True,
+        needs_cuda="torch.mm(out_dtype=) has no CPU form",
         note="torch.mm(out_dtype=float32): logits never rounded, as ours",
     ),
     Peer(name="torch.compile", forward=lambda x: compiled(logprobs_of)(x.hidden, x.weight, x.ids), note=ROUNDED),
@@ -143,9 +148,7 @@ LINEAR_POLICY_LOSS = (
 LINEAR_CROSS_ENTROPY = (
     *ours("linear_policy_loss", _our_cross_entropy),
     Peer(name="PyTorch eager", forward=lambda x: cross_entropy_of(x.hidden, x.weight, x.ids), note=ROUNDED),
-    Peer(
-        name="torch.compile", forward=lambda x: compiled(cross_entropy_of)(x.hidden, x.weight, x.ids), note=ROUNDED
-    ),
+    Peer(name="torch.compile", forward=lambda x: compiled(cross_entropy_of)(x.hidden, x.weight, x.ids), note=ROUNDED),
     Peer(
         name="Liger fused linear cross entropy",
         forward=_liger_cross_entropy,
@@ -153,12 +156,7 @@ LINEAR_CROSS_ENTROPY = (
         **LIGER_FLCE,
     ),
     Peer(name="fla fused linear cross entropy", forward=_fla_cross_entropy, note=ROUNDED, **FLA),
-    Peer(
-        name="cut-cross-entropy",
-        forward=lambda x: -_cce_logprobs(x).mean(),
-        note="no gradient filtering",
-        **CCE,
-    ),
+    Peer(name="cut-cross-entropy", forward=_cce_cross_entropy, note="no gradient filtering", **CCE),
 )
 
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.operators.inputs import KL_WEIGHT, LogitsInputs
-from benchmarks.operators.peers import Peer, compiled, loss_of_logprobs, ours
+from benchmarks.operators.peers import TRITON, Peer, compiled, loss_of_logprobs, ours
 
-LIGER = {"distribution": "liger-kernel", "needs_cuda": True}
-FLA = {"distribution": "flash-linear-attention", "needs_cuda": True}
+LIGER = {"distribution": "liger-kernel", "needs_cuda": TRITON}
+FLA = {"distribution": "flash-linear-attention", "needs_cuda": TRITON}
 LIGER_GRPO, LIGER_CE = "liger_kernel.ops.grpo_loss", "liger_kernel.ops.cross_entropy"
 FLA_GRPO, FLA_CE = "fla.modules.grpo", "fla.modules.fused_cross_entropy"
 
@@ -166,9 +166,7 @@ INTERFERENCE_SCORES = (
     Peer(name="torch.compile", forward=lambda x: compiled(scores_of)(x.logits, x.reference_logits, x.targets)),
     Peer(
         name="Liger selective log-softmax, twice",
-        forward=lambda x: (
-            _liger_logprobs(x.logits, x.targets) - _liger_logprobs(x.reference_logits, x.targets)
-        ).abs(),
+        forward=lambda x: (_liger_logprobs(x.logits, x.targets) - _liger_logprobs(x.reference_logits, x.targets)).abs(),
         module=LIGER_GRPO,
         **LIGER,
     ),

@@ -1,4 +1,7 @@
-"""Which shapes are measured. V is that of one rank: under tensor parallelism of 8, an eighth, without the collectives."""
+"""Which shapes are measured, in sets from the shortest to the longest run.
+
+V is that of one rank: under tensor parallelism of 8 an eighth, without the collectives.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ class Shape:
     rows: int
     """T, sequences * sequence."""
     sequence: int
-    """Rows per sequence (in selection: tokens per prompt)."""
+    """Rows per sequence."""
     vocab: int = 0
     """V, columns on this device."""
     hidden: int = 0
@@ -37,7 +40,8 @@ def _linear(rows: int, vocab: int, hidden: int, tensor_parallel: int = 1) -> Sha
 
 
 LOGITS = {
-    "cpu": [Shape(rows=1024, sequence=256, vocab=32000)],
+    "tiny": [Shape(rows=20, sequence=10, vocab=520)],
+    "cpu": [Shape(rows=1024, sequence=256, vocab=32000), Shape(rows=256, sequence=128, vocab=QWEN_SMALL)],
     "quick": [_logits(8192, LLAMA3), _logits(65536, QWEN_7B, 8)],
     "standard": [_logits(8192, LLAMA3), _logits(8192, QWEN_7B), _logits(65536, QWEN_7B, 8)],
     "full": [
@@ -47,7 +51,11 @@ LOGITS = {
     ],
 }
 LINEAR = {
-    "cpu": [Shape(rows=512, sequence=256, vocab=32000, hidden=512)],
+    "tiny": [Shape(rows=20, sequence=10, vocab=520, hidden=64)],
+    "cpu": [
+        Shape(rows=2048, sequence=512, vocab=32000, hidden=512),
+        Shape(rows=1024, sequence=256, vocab=QWEN_SMALL, hidden=256),
+    ],
     "quick": [_linear(8192, LLAMA3, 4096), _linear(32768, QWEN_7B, 3584, 8)],
     "standard": [_linear(8192, LLAMA3, 4096), _linear(8192, QWEN_SMALL, 2048), _linear(32768, QWEN_7B, 3584, 8)],
     "full": [
@@ -57,17 +65,8 @@ LINEAR = {
         _linear(65536, QWEN_7B, 3584, 8),
     ],
 }
-SELECTION = {
-    "cpu": [Shape(rows=16384, sequence=512)],
-    "quick": [Shape(rows=65536, sequence=512)],
-    "standard": [Shape(rows=65536, sequence=512)],
-    "full": [Shape(rows=rows, sequence=512) for rows in (8192, 65536)],
-}
-
 CHECKED = {
     "logits": Shape(rows=260, sequence=130, vocab=4104),
     "linear": Shape(rows=260, sequence=130, vocab=4104, hidden=256),
-    "selection": Shape(rows=1000, sequence=100),
 }
-"""Where each peer is compared with float64 before it is timed on CUDA: irregular, small enough for float64. On a CPU
-that is the timed shape itself, so that torch.compile compiles once."""
+"""Where ours is compared with float64 before anything is timed: irregular, and small enough for float64."""

@@ -58,8 +58,8 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
 def peak_extra_bytes(runner: Runner, device: torch.device) -> int:
     """The most that one call holds beyond what was there before it, results included.
 
-    CUDA: the caching allocator's peak; workspaces that a library allocates itself are not in it. CPU: the running sum of
-    PyTorch's own allocations as torch.profiler records them, exact to the byte; scratch memory inside MKL is not in it.
+    CUDA: the caching allocator's peak; workspaces that a library allocates itself are not in it. CPU: the running sum
+    of PyTorch's own allocations as torch.profiler records them, exact to the byte; scratch memory inside MKL is not in.
     """
     runner.prepare()
     gc.collect()
@@ -96,7 +96,7 @@ _replayed = 0.0
 
 
 def replayed_time() -> float:
-    """A clock for pytest-benchmark that stands still until `replay` moves it: the table shows what was measured here."""
+    """A clock for pytest-benchmark that stands still until `replay` moves it: its table shows our seconds."""
     return _replayed
 
 
