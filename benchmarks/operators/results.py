@@ -27,7 +27,7 @@ DISTRIBUTIONS = (
 SETTINGS = ("LENS_KERNELS_BACKEND", "OMP_NUM_THREADS", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
 
 
-def environment(device: torch.device) -> dict:
+def environment(device: torch.device, module: str = "pytest") -> dict:
     """What a reader needs to run it again. No path of this machine's in it."""
     found = {"python": platform.python_version()}
     for name in DISTRIBUTIONS:
@@ -35,11 +35,12 @@ def environment(device: torch.device) -> dict:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = None
+    changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python -m pytest", *sys.argv[1:]]),
+        "command": " ".join(["python -m", module, *sys.argv[1:]]),
         "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "uncommitted_changes": None if changes is None else bool(changes),
         "device": describe(device),
         "versions": found,
         "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ},

@@ -62,7 +62,7 @@ def peak_extra_bytes(runner: Runner, device: torch.device) -> int:
     of PyTorch's own allocations as torch.profiler records them, exact to the byte; scratch memory inside MKL is not in.
     """
     runner.prepare()
-    gc.collect()
+    release(device)
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -87,8 +87,9 @@ def peak_extra_bytes(runner: Runner, device: torch.device) -> int:
 
 
 def release(device: torch.device) -> None:
-    gc.collect()
+    """Gives back what the last peer left: a failed one's traceback may hold its tensors in a cycle."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 
