@@ -11,6 +11,7 @@ from benchmarks.operators.peers import OURS
 from benchmarks.operators.timing import replay, replayed_time
 
 
+@pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")  # by a peer that is skipped
 @pytest.mark.benchmark(timer=replayed_time)
 def test_operator(case, peer, campaign, benchmark):
     row = campaign.row(case, peer)

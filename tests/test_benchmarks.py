@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import score_precision
 from benchmarks.operators import campaign, catalog, figures, results, roof, shapes, timing, verify
-from benchmarks.operators.peers import Peer
+from benchmarks.operators.peers import Peer, import_alone
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -80,6 +80,19 @@ def test_a_peer_that_fails_costs_only_its_own_row():
     assert [row["status"] for row in rows] == [campaign.MEASURED, "failed", "skipped"]
     assert rows[1]["reason"] == "RuntimeError: no such kernel"
     assert rows[2]["reason"] == "not installed: pip install no-such-package"
+
+
+def test_a_module_is_found_behind_parents_that_cannot_be_imported(tmp_path, monkeypatch):
+    inner = tmp_path / "needs_ray" / "utils"
+    inner.mkdir(parents=True)
+    (inner.parent / "__init__.py").write_text("import no_such_package")
+    (inner / "__init__.py").write_text("import no_such_package")
+    (inner / "kernel.py").write_text("answer = 42")
+    monkeypatch.syspath_prepend(tmp_path)
+    peer = Peer(name="peer", forward=lambda inputs: None, module="needs_ray.utils.kernel")
+    assert [peer.obstacle(CPU), peer.obstacle(CPU)] == ["", ""]
+    assert import_alone(peer.module).answer == 42
+    assert replace(peer, module="needs_ray.utils.missing").obstacle(CPU).startswith("not importable: ModuleNotFound")
 
 
 def test_memory_of_the_chunked_path_does_not_grow_with_the_logits():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import os
@@ -74,11 +75,12 @@ def import_alone(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError:
         top, *inner = name.split(".")
-        folder = Path(importlib.util.find_spec(top).origin).parent
-        parents = [".".join([top, *inner[:depth]]) for depth in range(len(inner))]
-        for depth, parent in enumerate(parents):
+        folder = Path(importlib.util.find_spec(top).submodule_search_locations[0])
+        for depth in range(len(inner)):
+            parent = ".".join([top, *inner[:depth]])
             bare = ModuleType(parent)
-            bare.__path__ = [str(folder.joinpath(*inner[:depth]))]
+            bare.__spec__ = importlib.machinery.ModuleSpec(parent, None, is_package=True)
+            bare.__path__ = bare.__spec__.submodule_search_locations = [str(folder.joinpath(*inner[:depth]))]
             sys.modules.setdefault(parent, bare)
         return importlib.import_module(name)
 
