@@ -53,8 +53,8 @@ LOGITS = {
 LINEAR = {
     "tiny": [Shape(rows=20, sequence=10, vocab=520, hidden=64)],
     "cpu": [
-        Shape(rows=2048, sequence=512, vocab=32000, hidden=512),
-        Shape(rows=1024, sequence=256, vocab=QWEN_SMALL, hidden=256),
+        Shape(rows=2048, sequence=512, vocab=32000, hidden=256),
+        Shape(rows=512, sequence=256, vocab=QWEN_SMALL, hidden=256),
     ],
     "quick": [_linear(8192, LLAMA3, 4096), _linear(32768, QWEN_7B, 3584, 8)],
     "standard": [_linear(8192, LLAMA3, 4096), _linear(8192, QWEN_SMALL, 2048), _linear(32768, QWEN_7B, 3584, 8)],
