@@ -13,6 +13,7 @@ from benchmarks.operators.campaign import Case, blank, run_case
 from benchmarks.operators.catalog import OPERATORS
 from benchmarks.operators.shapes import LOGITS
 from benchmarks.operators.tables import table
+from benchmarks.operators.timing import CLOCKS
 
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}  # what training uses there
 DEFAULT_SHAPES = {"cpu": "cpu", "cuda": "standard"}
@@ -23,6 +24,7 @@ def pytest_addoption(parser):
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     group.addoption("--shapes", choices=tuple(LOGITS), help="which shapes; default: cpu, on CUDA standard")
     group.addoption("--rounds", type=int, help="timed rounds per case; default: by the time that one takes")
+    group.addoption("--clock", default="wall", choices=tuple(CLOCKS), help="on a CPU; cpu: all threads' seconds")
     group.addoption("--out", type=Path, default=results.FOLDER, help="folder of the JSON file")
     group.addoption("--budget-s", type=float, default=float("inf"), help="start no case after so many seconds")
 
@@ -32,6 +34,7 @@ class Campaign:
 
     def __init__(self, config: pytest.Config):
         self.device = torch.device(config.getoption("device"))
+        self.clock = config.getoption("clock")
         self.rounds = config.getoption("rounds")
         self.path = results.results_path(config.getoption("out"), self.device)
         self.surroundings = results.environment(self.device)
@@ -49,7 +52,7 @@ class Campaign:
         if time.monotonic() > self.deadline:
             return _not_measured(case, "skipped", "out of time (--budget-s)")
         try:
-            return run_case(case, self.rounds)
+            return run_case(case, self.rounds, self.clock)
         except Exception as error:
             # Ours is wrong or cannot run: its peers are not timed either, later cases are.
             return _not_measured(case, "failed", f"lens_kernels: {type(error).__name__}: {error}")

@@ -37,7 +37,7 @@ def blank(peer: Peer, status: str, reason: str) -> dict:
     return {"peer": peer.name, "version": peer.version(), "note": peer.note, "status": status, "reason": reason}
 
 
-def run_case(case: Case, rounds: int | None = None) -> dict:
+def run_case(case: Case, rounds: int | None = None, clock: str = "wall") -> dict:
     """One entry of the results; AssertionError if ours is wrong. `rounds` None: as many as fit ROUNDS_SECONDS."""
     off = check_ours(case.operator, case.dtype, case.device)
     pristine = case.operator.inputs(case.shape, case.dtype, case.device)
@@ -59,8 +59,8 @@ def run_case(case: Case, rounds: int | None = None) -> dict:
     if rounds is None:
         low, high = ROUNDS
         rounds = max(low, min(high, int(ROUNDS_SECONDS[case.device.type] / round_seconds)))
-    seconds = measure(every, rounds, case.device)
-    return _report(case, rows, seconds, roofs, off.value)
+    seconds = measure(every, rounds, case.device, clock)
+    return {**_report(case, rows, seconds, roofs, off.value), "clock": clock}
 
 
 def _gemms(case: Case) -> dict[str, Roof]:
