@@ -85,29 +85,16 @@ def import_alone(name: str) -> ModuleType:
         return importlib.import_module(name)
 
 
-def ours(function: str, call: Callable[[Callable, Inputs], Tensor], inplace: bool = False) -> list[Peer]:
-    """The public function, and the plain PyTorch `<function>_reference` where lens_kernels has one."""
+def ours(function: str, call: Callable[[Callable, Inputs], Tensor], inplace: bool = False) -> Peer:
+    """The public function; `call` hands it the inputs."""
     public = getattr(lens_kernels, function)
-    name = f"{function}_reference"
-    reference = getattr(lens_kernels, name, None) or getattr(sys.modules[public.__module__], name, None)
-    return [
-        Peer(
-            name=OURS,
-            forward=lambda inputs: call(public, inputs),
-            module="lens_kernels",
-            distribution="lens-kernels",
-            inplace=inplace,
-        ),
-        Peer(
-            name=f"{OURS} reference",
-            forward=lambda inputs: call(reference, inputs),
-            module="lens_kernels",
-            distribution="lens-kernels",
-            inplace=inplace,
-            needs_cuda="on a CPU, lens_kernels is this very code",
-            missing="" if reference else f"lens_kernels has no {name}",
-        ),
-    ]
+    return Peer(
+        name=OURS,
+        forward=lambda inputs: call(public, inputs),
+        module="lens_kernels",
+        distribution="lens-kernels",
+        inplace=inplace,
+    )
 
 
 @functools.cache

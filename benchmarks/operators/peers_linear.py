@@ -113,7 +113,7 @@ def _on_top(logprobs_of_peer):
 
 
 LINEAR_TOKEN_LOGPROBS = (
-    *ours("linear_token_logprobs", lambda function, x: function(x.hidden, x.weight, x.ids)),
+    ours("linear_token_logprobs", lambda function, x: function(x.hidden, x.weight, x.ids)),
     Peer(name="PyTorch eager", forward=lambda x: logprobs_of(x.hidden, x.weight, x.ids), note=ROUNDED),
     Peer(
         name="PyTorch eager, float32 logits",
@@ -127,7 +127,7 @@ LINEAR_TOKEN_LOGPROBS = (
     Peer(name="verl linear_cross_entropy", forward=_verl_logprobs, note="entropy too", **VERL),
 )
 LINEAR_POLICY_LOSS = (
-    *ours("linear_policy_loss", _our_loss),
+    ours("linear_policy_loss", _our_loss),
     Peer(
         name="PyTorch eager",
         forward=lambda x: loss_of(x.hidden, x.weight, x.ids, x.reference_logprobs, x.advantages),
@@ -146,7 +146,7 @@ LINEAR_POLICY_LOSS = (
     Peer(name="fla fused linear cross entropy", forward=_fla_cross_entropy, missing=SCALAR_ONLY, **FLA),
 )
 LINEAR_CROSS_ENTROPY = (
-    *ours("linear_policy_loss", _our_cross_entropy),
+    ours("linear_policy_loss", _our_cross_entropy),
     Peer(name="PyTorch eager", forward=lambda x: cross_entropy_of(x.hidden, x.weight, x.ids), note=ROUNDED),
     Peer(name="torch.compile", forward=lambda x: compiled(cross_entropy_of)(x.hidden, x.weight, x.ids), note=ROUNDED),
     Peer(

@@ -97,7 +97,7 @@ def _our_loss(function, inputs: LogitsInputs) -> Tensor:
 
 
 TOKEN_LOGPROBS = (
-    *ours("token_logprobs", lambda function, x: function(x.logits, x.ids)[:, :-1]),
+    ours("token_logprobs", lambda function, x: function(x.logits, x.ids)[:, :-1]),
     Peer(name="PyTorch eager", forward=lambda x: logprobs_of(x.logits, x.targets)),
     Peer(name="torch.compile", forward=lambda x: compiled(logprobs_of)(x.logits, x.targets)),
     Peer(
@@ -109,7 +109,7 @@ TOKEN_LOGPROBS = (
     Peer(name="fla cross entropy", forward=lambda x: _fla_logprobs(x.logits, x.ids), module=FLA_CE, **FLA),
 )
 TOKEN_LOGPROBS_BACKWARD = (
-    *ours(
+    ours(
         "token_logprobs",
         lambda function, x: (function(x.logits, x.ids, inplace_backward=True)[:, :-1] * x.weights).sum(),
         inplace=True,
@@ -129,7 +129,7 @@ TOKEN_LOGPROBS_BACKWARD = (
     ),
 )
 POLICY_LOSS = (
-    *ours("policy_loss", _our_loss, inplace=True),
+    ours("policy_loss", _our_loss, inplace=True),
     Peer(
         name="PyTorch eager",
         forward=lambda x: loss_of(x.logits, x.targets, x.target_reference_logprobs, x.advantages),
@@ -158,7 +158,7 @@ POLICY_LOSS = (
     ),
 )
 INTERFERENCE_SCORES = (
-    *ours(
+    ours(
         "interference_scores",
         lambda function, x: function(x.logits, x.ids, reference_logits=x.reference_logits)[:, :-1],
     ),
