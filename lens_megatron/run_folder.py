@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import psutil
 import yaml
 
 from lens_megatron.config import Config, differing_keys
@@ -16,7 +17,7 @@ from lens_megatron.tokenizer import Tokenizer
 from lens_megatron.types import Sample, StepResult, TrainingGroup
 
 MAY_CHANGE = ("run.", "debug.", "train.steps", "train.eval_interval", "train.save_interval", "train.keep_checkpoints",
-              "reward.workers_per_rank")  # fmt: skip
+              "train.max_skipped_updates", "reward.workers_per_rank")  # fmt: skip
 """Options that a resumed run may set differently: none of them changes what a step computes."""
 PACKAGES = ("torch", "megatron-core", "mbridge", "transformers", "triton", "math-verify", "vllm", "transformer-engine")
 
@@ -64,6 +65,19 @@ def check(config: Config) -> bool:
             "folder, restore these options, or set run.if_exists=restart to delete that run"
         )
     return True
+
+
+def restarted(config: Config) -> Config:
+    """`config` that goes on, whatever `run.if_exists` says, when torchrun has restarted a run that this launch began.
+
+    A folder older than the launch is another run's, which the attempt before this one did not get as far as replacing.
+    """
+    recorded = Path(config.run.directory) / "config.yaml"
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0 or not recorded.is_file():
+        return config
+    if recorded.stat().st_mtime < psutil.Process(os.getppid()).create_time():
+        return config
+    return config.model_copy(update={"run": config.run.model_copy(update={"if_exists": "resume"})})
 
 
 def prepare(config: Config, topology: dict[str, int], *, resuming: bool) -> None:

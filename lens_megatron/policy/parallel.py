@@ -1,5 +1,6 @@
 """The mesh of ranks: sizes, coordinates and groups, read once from Megatron's parallel state."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -41,11 +42,15 @@ class Mesh:
         return torch.distributed.get_global_rank(self.pp_group, self.pp_size - 1)
 
 
-def build_mesh(layout: MegatronConfig, seed: int, device: torch.device) -> Mesh:
-    """Creates Megatron's groups for `layout` over the initialised world, and seeds its generators."""
+def build_mesh(layout: MegatronConfig, seed: int, device: torch.device, timeout_minutes: float = 30) -> Mesh:
+    """Creates Megatron's groups for `layout` over the initialised world, and seeds its generators.
+
+    A collective that takes longer than `timeout_minutes` fails.
+    """
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        distributed_timeout_minutes=math.ceil(timeout_minutes),
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)

@@ -66,7 +66,10 @@ def _replace_cuda_functions() -> None:
 
 
 def init_process_group(device: torch.device, timeout_minutes: float = 30) -> None:
-    """Joins torchrun's world (or makes a world of one) over NCCL and gloo, or gloo alone on CPU."""
+    """Joins torchrun's world (or makes a world of one) over NCCL and gloo, or gloo alone on CPU.
+
+    A collective that takes longer than `timeout_minutes` fails.
+    """
     if torch.distributed.is_initialized():
         return
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
