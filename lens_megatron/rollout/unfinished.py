@@ -35,7 +35,14 @@ class UnfinishedGroups:
         # Files of as many shares hold other prompts; those of another number may hold any.
         paths = [path for path in self._files(step) if path == own or not path.stem.endswith(_suffix(self.shares))]
         groups = {group.prompt: group for path in paths for group in _read(path) if _is_of(group, version)}
-        return {place: groups[prompt] for place, prompt in enumerate(prompts) if prompt in groups}
+        kept = {place: groups[prompt] for place, prompt in enumerate(prompts) if prompt in groups}
+        if kept:
+            print(
+                f"step {step}: {len(kept)} of {len(prompts)} groups of share {self.share} kept from the interrupted "
+                "attempt",
+                flush=True,
+            )
+        return kept
 
     def append(self, step: int, group: Group) -> None:
         """Handed to the operating system before it returns. Without room on the disk the run goes on, unkept."""

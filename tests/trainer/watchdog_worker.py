@@ -15,7 +15,7 @@ import torch
 from lens_megatron.clock import Clock
 from lens_megatron.supervision.watchdog import watch
 
-TIMEOUT_S = 1.0
+TIMEOUT_S = 3.0
 LATE = 1
 
 
@@ -33,7 +33,7 @@ def main() -> None:
         with clock("gen"):
             if how == "earlier" and int(rank) == LATE:
                 time.sleep(60)
-        for _ in range(5):
+        for _ in range(3):
             with clock("update_actor"):
                 torch.distributed.all_reduce(torch.ones(1))
                 time.sleep(TIMEOUT_S / 2 * (how == "fine"))
