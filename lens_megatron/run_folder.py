@@ -71,6 +71,7 @@ def restarted(config: Config) -> Config:
     """`config` that goes on, whatever `run.if_exists` says, when torchrun has restarted a run that this launch began.
 
     A folder older than the launch is another run's, which the attempt before this one did not get as far as replacing.
+    A node that joins an elastic job later counts its restarts from 0: such jobs leave `run.if_exists` at resume.
     """
     recorded = Path(config.run.directory) / "config.yaml"
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0 or not recorded.is_file():

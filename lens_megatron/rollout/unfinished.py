@@ -31,9 +31,7 @@ class UnfinishedGroups:
 
     def read(self, step: int, prompts: Sequence[Prompt], version: int) -> dict[int, Group]:
         """By place in `prompts`, the groups of `step` that weights of `version` sampled for them."""
-        own = self._path(step)
-        # Files of as many shares hold other prompts; those of another number may hold any.
-        paths = [path for path in self._files(step) if path == own or not path.stem.endswith(_suffix(self.shares))]
+        paths = self._dealt_otherwise(step) + [path for path in self.found if path == self._path(step)]
         groups = {group.prompt: group for path in paths for group in _read(path) if _is_of(group, version)}
         kept = {place: groups[prompt] for place, prompt in enumerate(prompts) if prompt in groups}
         if kept:
@@ -57,12 +55,14 @@ class UnfinishedGroups:
             print(f"{self.folder}: graded rollouts are not kept for a restart: {error}", file=sys.stderr, flush=True)
 
     def remove(self, step: int) -> None:
-        """What is kept of `step`: this rank's, and what the attempt before left of it."""
-        for path in {self._path(step), *self._files(step)}:
+        """What is kept of `step`, once no rank needs it: each removes its own, the first also other numbers' files."""
+        for path in (self._path(step), *(self._dealt_otherwise(step) if self.share == 0 else ())):
             path.unlink(missing_ok=True)
 
-    def _files(self, step: int) -> list[Path]:
-        return [path for path in self.found if path.name.startswith(f"step_{step:06d}_")]
+    def _dealt_otherwise(self, step: int) -> list[Path]:
+        """Files of another number of shares, any of which may hold a prompt of this one; of as many, none does."""
+        files = [path for path in self.found if path.name.startswith(f"step_{step:06d}_")]
+        return [path for path in files if not path.stem.endswith(_suffix(self.shares))]
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step:06d}_{self.share:05d}{_suffix(self.shares)}.jsonl"

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +28,6 @@ from lens_megatron.supervision import heartbeat
 from lens_megatron.supervision.deadman import Deadman
 from lens_megatron.supervision.heartbeat import Heartbeat
 
-ALARM, REPORT = "watchdog/alarm", "watchdog/report"
 MAX_TICK_S = 5.0
 FILE_SECONDS = 5.0
 """How long a report may take to reach the run folder, whose file system may be what hangs."""
@@ -55,6 +55,10 @@ class Watchdog:
 
     def __init__(self, clock: Clock, folder: Path, timeout_s: float):
         self.clock, self.folder, self.timeout_s = clock, folder, timeout_s
+        self.attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        # Keys of its own, because torchrun may keep one store for all attempts.
+        self.prefix = f"watchdog/{self.attempt}"
+        self.alarm, self.report = f"{self.prefix}/alarm", f"{self.prefix}/report"
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.store: Store = torch.distributed.distributed_c10d._get_default_store().clone()
         self.tick = min(MAX_TICK_S, timeout_s / 10)
@@ -62,7 +66,7 @@ class Watchdog:
         """Seconds that the others have to see the alarm and answer."""
         self._stopping = threading.Event()
         self._deadman = Deadman(HANG)
-        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        self._thread = threading.Thread(target=self._guarded, name="watchdog", daemon=True)
 
     def start(self) -> None:
         self._deadman.arm(self.timeout_s + 2 * self.tick + 1.0)  # the thread may never come to its first round
@@ -73,6 +77,13 @@ class Watchdog:
         self._stopping.set()
         self._thread.join(self.grace)
         self._deadman.close()
+
+    def _guarded(self) -> None:
+        try:
+            self._run()
+        except Exception:  # whatever it is, a broken watchdog must not end a healthy run
+            _say(f"watchdog: rank {self.rank} is unwatched from here:\n{traceback.format_exc()}")
+            self._deadman.disarm()
 
     def _run(self) -> None:
         while not self._stopping.wait(self.tick):
@@ -86,27 +97,35 @@ class Watchdog:
         """Tells where this rank stands. True when another rank has raised the alarm."""
         try:
             self._tell(moment, answered=False)
-            return self.store.check([ALARM])
+            return self.store.check([self.alarm])
         except RuntimeError:
             return False  # the store's host is gone: torchrun sees that, and the deadline holds all the same
 
     def _end(self, moment: Moment) -> None:
-        """Does not return."""
-        self._deadman.arm(4 * self.grace + FILE_SECONDS)
-        stacks = f"watchdog: stacks of rank {self.rank}, step {moment.step}, {moment.phase}:\n{_stacks()}\n"
-        _say(stacks)
-        text = ""
+        """Does not return, whatever fails on the way."""
         try:
-            first = self.store.add(ALARM, 1) == 1
+            self._deadman.arm(4 * self.grace + FILE_SECONDS)
+            stacks = f"watchdog: stacks of rank {self.rank}, step {moment.step}, {moment.phase}:\n{_stacks()}\n"
+            _say(stacks)
+            self._write(stacks, self._ask_the_others(moment))
+        finally:
+            os._exit(HANG)
+
+    def _ask_the_others(self, moment: Moment) -> str:
+        """The report, on the rank that raised the alarm; nothing on the others."""
+        try:
+            first = self.store.add(self.alarm, 1) == 1
             self._tell(moment, answered=True)
-            text = self._make_report() if first else self._await_report()
+            return self._make_report() if first else self._await_report()
         except RuntimeError as error:
             _say(f"watchdog: rank {self.rank} cannot reach the others: {error}\n")
-        self._write(stacks, text)
-        os._exit(HANG)
+            return ""
 
     def _tell(self, moment: Moment, *, answered: bool) -> None:
-        self.store.set(_key(self.rank), heartbeat.take(self.rank, moment, answered=answered).to_json())
+        self.store.set(self._key(self.rank), heartbeat.take(self.rank, moment, answered=answered).to_json())
+
+    def _key(self, rank: int) -> str:
+        return f"{self.prefix}/heartbeat/{rank}"
 
     def _make_report(self) -> str:
         """Of the rank that raised the alarm: one reader, so the work does not grow with the square of the ranks."""
@@ -114,8 +133,8 @@ class Watchdog:
         until = time.monotonic() + self.grace
         while True:
             for rank, beat in enumerate(beats):
-                if not (beat and beat.answered) and self.store.check([_key(rank)]):
-                    beats[rank] = Heartbeat.from_json(self.store.get(_key(rank)))
+                if not (beat and beat.answered) and self.store.check([self._key(rank)]):
+                    beats[rank] = Heartbeat.from_json(self.store.get(self._key(rank)))
             if all(beat and beat.answered for beat in beats) or time.monotonic() > until:
                 break
             time.sleep(self.tick / 2)
@@ -123,15 +142,15 @@ class Watchdog:
             f"watchdog: a phase lasted longer than run.phase_timeout_minutes ({self.timeout_s / 60:g}); every rank "
             f"ends with exit code {HANG}\nwatchdog: "
         )
-        self.store.set(REPORT, head + heartbeat.report(beats, limit=None))
         _say(f"{head}{heartbeat.report(beats)}\nwatchdog: all ranks and stacks: {self.folder}\n")
+        self.store.set(self.report, "said")
         return head + heartbeat.report(beats, limit=None)
 
     def _await_report(self) -> str:
         """Waits, so that the first to leave does not make torchrun kill the others before they have spoken."""
         until = time.monotonic() + 2 * self.grace
         try:
-            while not self.store.check([REPORT]) and time.monotonic() < until:
+            while not self.store.check([self.report]) and time.monotonic() < until:
                 time.sleep(self.tick / 2)
         except RuntimeError:
             pass  # the store's host has ended, so it has spoken
@@ -145,16 +164,11 @@ class Watchdog:
     def _write_files(self, stacks: str, report: str) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            (self.folder / f"attempt_{attempt}_rank_{self.rank:05d}.txt").write_text(stacks)
+            (self.folder / f"attempt_{self.attempt}_rank_{self.rank:05d}.txt").write_text(stacks)
             if report:
-                (self.folder / f"attempt_{attempt}_report.txt").write_text(report + "\n")
+                (self.folder / f"attempt_{self.attempt}_report.txt").write_text(report + "\n")
         except OSError as error:
             _say(f"watchdog: rank {self.rank} cannot write to {self.folder}: {error}\n")
-
-
-def _key(rank: int) -> str:
-    return f"watchdog/heartbeat/{rank}"
 
 
 def _stacks() -> str:

@@ -33,7 +33,7 @@ def main() -> None:
         with clock("gen"):
             if how == "earlier" and int(rank) == LATE:
                 time.sleep(60)
-        for _ in range(3):
+        for _ in range(5):
             with clock("update_actor"):
                 torch.distributed.all_reduce(torch.ones(1))
                 time.sleep(TIMEOUT_S / 2 * (how == "fine"))
