@@ -56,7 +56,7 @@ class Watchdog:
     def __init__(self, clock: Clock, folder: Path, timeout_s: float):
         self.clock, self.folder, self.timeout_s = clock, folder, timeout_s
         self.attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        # Keys of its own, because torchrun may keep one store for all attempts.
+        # Keys of its own for every attempt: torchrun keeps one store for all, and an old alarm would end the new one.
         self.prefix = f"watchdog/{self.attempt}"
         self.alarm, self.report = f"{self.prefix}/alarm", f"{self.prefix}/report"
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
