@@ -76,9 +76,21 @@ def restarted(config: Config) -> Config:
     recorded = Path(config.run.directory) / "config.yaml"
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0 or not recorded.is_file():
         return config
-    if recorded.stat().st_mtime < psutil.Process(os.getppid()).create_time():
+    if recorded.stat().st_mtime < _launched():
         return config
     return config.model_copy(update={"run": config.run.model_copy(update={"if_exists": "resume"})})
+
+
+def _launched() -> float:
+    """When torchrun started, in seconds since the epoch; 0 where that cannot be told, so that no run is deleted then.
+
+    It is the nearest ancestor without the variables that it sets for its ranks: a script may stand between.
+    """
+    try:
+        ancestors = psutil.Process().parents()
+        return next(p.create_time() for p in ancestors if "TORCHELASTIC_RUN_ID" not in p.environ())
+    except (psutil.Error, OSError, StopIteration):
+        return 0.0
 
 
 def prepare(config: Config, topology: dict[str, int], *, resuming: bool) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -59,6 +60,16 @@ def test_killed_in_the_middle_of_sampling_and_restarted_equals_straight(toy: Toy
     rows = [read_metrics(tmp_path / name / "run") for name in ("straight", "killed")]
     for column in ("step", "actor/loss", "critic/rewards/mean", "perf/generated_tokens"):
         assert [row[column] for row in rows[0][1:]] == [row[column] for row in rows[1][1:]], column
+
+
+def test_ranks_that_torchrun_restarts_find_one_another():
+    arguments = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = str(ROOT / "tests" / "trainer" / "restart_worker.py")
+    result = subprocess.run(
+        [*arguments, "--max-restarts", "1", script], env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "exitcode: -9" in result.stderr, "nobody was killed"
 
 
 def test_updates_that_are_not_finite_are_skipped_by_all_dumped_and_stop_the_run(toy: Toy, tmp_path: Path):
