@@ -4,9 +4,11 @@ What is not covered: NCCL, and a frozen host of the store (then the dead-man tim
 """
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +16,10 @@ import pytest
 from toy_runs import ROOT, Toy, command, environment
 from watchdog_worker import LATE
 
+from lens_megatron.clock import Clock
 from lens_megatron.exit_codes import HANG
 from lens_megatron.supervision.heartbeat import Heartbeat, late_ranks, report
+from lens_megatron.supervision.watchdog import watch
 
 
 def run(folder: Path, how: str) -> tuple[list[int], list[str]]:
@@ -33,6 +37,9 @@ def run(folder: Path, how: str) -> tuple[list[int], list[str]]:
         )
         for rank in range(2)
     ]
+    if how == "frozen":  # as torchrun would
+        processes[0].wait(120)
+        processes[LATE].kill()
     errors = [process.communicate(timeout=120)[1] for process in processes]
     return [process.returncode for process in processes], errors
 
@@ -42,7 +49,7 @@ def run(folder: Path, how: str) -> tuple[list[int], list[str]]:
     [
         ("late", f"late: rank {LATE} in update_actor of step 7 (others of its group have begun a collective"),
         ("earlier", f"late: rank {LATE} in gen of step 7 (in an earlier phase"),
-        ("locked", f"late: rank {LATE} in "),
+        ("locked", f"late: rank {LATE} in update_actor of step 7 (did not answer"),
     ],
 )
 def test_a_hang_is_named_and_ends_every_rank(how: str, late: str, tmp_path: Path):
@@ -56,10 +63,20 @@ def test_a_hang_is_named_and_ends_every_rank(how: str, late: str, tmp_path: Path
     files = {path.name for path in (tmp_path / "watchdog").iterdir()}
     assert {"attempt_0_report.txt", "attempt_0_rank_00000.txt"} <= files
     assert late in (tmp_path / "watchdog" / "attempt_0_report.txt").read_text()
-    if how == "locked":
-        assert "did not answer" in text
-    else:
+    if how != "locked":
         assert f"attempt_0_rank_{LATE:05d}.txt" in files
+
+
+@pytest.mark.slow
+def test_a_frozen_rank_is_named_by_the_others(tmp_path: Path):
+    codes, errors = run(tmp_path, "frozen")
+    assert codes == [HANG, -signal.SIGKILL], errors
+    assert f"late: rank {LATE} in update_actor of step 7 (did not answer" in errors[0], errors[0]
+
+
+def test_zero_minutes_switch_it_off(tmp_path: Path):
+    with watch(Clock(), tmp_path, 0):
+        assert "watchdog" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_phases_within_their_deadline_go_on_for_longer_than_it(tmp_path: Path):

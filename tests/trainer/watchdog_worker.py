@@ -1,11 +1,12 @@
 """One rank of a world that hangs on purpose. Arguments: rank, world size, port, folder, how.
 
 how: `late` one rank sleeps before a collective; `earlier` it never leaves the phase before; `locked` it holds Python's
-lock in C code; `fine` nobody hangs, and several deadlines pass.
+lock in C code; `frozen` it is stopped by a signal; `fine` nobody hangs, and several deadlines pass.
 """
 
 import ctypes
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -40,8 +41,11 @@ def main() -> None:
         with clock("update_actor"):
             if how == "late" and int(rank) == LATE:
                 time.sleep(60)
+            time.sleep(TIMEOUT_S / 4 * (how in ("locked", "frozen")))  # a heartbeat from this phase
             if how == "locked" and int(rank) == LATE:
                 hold_lock(60)
+            if how == "frozen" and int(rank) == LATE:
+                os.kill(os.getpid(), signal.SIGSTOP)
             torch.distributed.all_reduce(torch.ones(1))
     torch.distributed.destroy_process_group()
 
