@@ -48,6 +48,8 @@ class RunConfig(Section):
     if_exists: Literal["resume", "restart", "fail"] = "resume"
     """What to do when the folder holds a run already. `restart` deletes that run."""
     seed: int = Field(0, ge=0, lt=2**31)
+    phase_timeout_minutes: float = Field(60.0, ge=0)
+    """A phase that lasts longer ends the run, with every rank's stacks and the late ranks' names. 0: never."""
     tensorboard: bool = True
     save_rollout_files: bool = True
 
@@ -171,6 +173,8 @@ class TrainConfig(Section):
     """0: greedy."""
     save_interval: int = Field(20, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
+    max_skipped_updates: int = Field(3, ge=0)
+    """Updates in a row skipped for a loss or gradient that is not finite, before training stops. 0: never stop."""
 
 
 class MegatronConfig(Section):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import psutil
 import yaml
 
 from lens_megatron.config import Config, differing_keys
@@ -16,7 +17,7 @@ from lens_megatron.tokenizer import Tokenizer
 from lens_megatron.types import Sample, StepResult, TrainingGroup
 
 MAY_CHANGE = ("run.", "debug.", "train.steps", "train.eval_interval", "train.save_interval", "train.keep_checkpoints",
-              "reward.workers_per_rank")  # fmt: skip
+              "train.max_skipped_updates", "reward.workers_per_rank")  # fmt: skip
 """Options that a resumed run may set differently: none of them changes what a step computes."""
 PACKAGES = ("torch", "megatron-core", "mbridge", "transformers", "triton", "math-verify", "vllm", "transformer-engine")
 
@@ -64,6 +65,32 @@ def check(config: Config) -> bool:
             "folder, restore these options, or set run.if_exists=restart to delete that run"
         )
     return True
+
+
+def restarted(config: Config) -> Config:
+    """`config` that goes on, whatever `run.if_exists` says, when torchrun has restarted a run that this launch began.
+
+    A folder older than the launch is another run's, which the attempt before this one did not get as far as replacing.
+    A node that joins an elastic job later counts its restarts from 0: such jobs leave `run.if_exists` at resume.
+    """
+    recorded = Path(config.run.directory) / "config.yaml"
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0 or not recorded.is_file():
+        return config
+    if recorded.stat().st_mtime < _launched():
+        return config
+    return config.model_copy(update={"run": config.run.model_copy(update={"if_exists": "resume"})})
+
+
+def _launched() -> float:
+    """When torchrun started, in seconds since the epoch; 0 where that cannot be told, so that no run is deleted then.
+
+    It is the nearest ancestor without the variables that it sets for its ranks: a script may stand between.
+    """
+    try:
+        ancestors = psutil.Process().parents()
+        return next(p.create_time() for p in ancestors if "TORCHELASTIC_RUN_ID" not in p.environ())
+    except (psutil.Error, OSError, StopIteration):
+        return 0.0
 
 
 def prepare(config: Config, topology: dict[str, int], *, resuming: bool) -> None:

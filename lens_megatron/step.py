@@ -21,7 +21,7 @@ def run_step(run: Run, step: int) -> StepResult:
     seeds = [derive(run.config.run.seed, "merge", step, group.prompt.index) for group in groups]
     merged = [purify.merge(g, run.config.lens, seed=s) for g, s in zip(groups, seeds, strict=True)]
     rows = samples.to_samples(merged, run.config.algorithm)
-    updates = update_batch.train_on(run, rows)
+    updates = update_batch.train_on(run, rows, step)
     with run.clock("update_weights"):
         sync = weight_sync.push(export_weights(run.policy.bridge, run.policy.chunks), run.engine, run.policy.version)
     return StepResult(step, tuple(merged), tuple(rows), updates, sync)
@@ -36,7 +36,7 @@ def sample_groups(run: Run, prompts: Sequence[Prompt], step: int) -> list[Group]
         purified = purified_prompts(run, prompts, step)
     with run.clock("gen"):
         share = slice(mesh.model_rank, None, mesh.model_size)
-        own = run.sampler.sample(prompts[share], purified[share], step)
+        own = run.sampler.sample(prompts[share], purified[share], step, run.policy.version)
     with run.clock("exchange"):
         return replay.interleave(replay.exchange(own, mesh.model_group))
 

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from lens_megatron import config as configuration
-from lens_megatron import metrics, report, run_folder, weight_sync
+from lens_megatron import exit_codes, metrics, report, run_folder, weight_sync
 from lens_megatron.clock import Clock
 from lens_megatron.config import Config, ConfigError
 from lens_megatron.evaluate import evaluate
@@ -28,9 +28,13 @@ from lens_megatron.rollout.engine import EngineProgress
 from lens_megatron.rollout.local import LocalEngine
 from lens_megatron.rollout.replay import ReplayError
 from lens_megatron.rollout.scheduler import Sampler
+from lens_megatron.rollout.unfinished import UnfinishedGroups
 from lens_megatron.run import Run
 from lens_megatron.run_folder import RunFolderError
 from lens_megatron.step import run_step
+from lens_megatron.supervision import non_finite
+from lens_megatron.supervision.non_finite import NonFiniteError
+from lens_megatron.supervision.watchdog import watch
 from lens_megatron.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from lens_megatron.types import Prompt, StepResult
 
@@ -47,25 +51,25 @@ USER_ERRORS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done or stopped as asked, 2 a mistake of the user's (one message, no traceback)."""
+    """Returns one of `exit_codes`."""
     parser = ArgumentParser(prog="pretrain_lens.py", description="Train a reasoning model with LENS or GRPO.")
     parser.add_argument("--config", required=True, help="YAML file; see configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.option=value")
     parsed = parser.parse_args(arguments)
     logging.getLogger("megatron").setLevel(logging.ERROR)
     try:
-        train(configuration.load(parsed.config, parsed.overrides))
-    except USER_ERRORS as error:
+        train(run_folder.restarted(configuration.load(parsed.config, parsed.overrides)))
+    except (*USER_ERRORS, NonFiniteError) as error:
         if int(os.environ.get("RANK", 0)) == 0:
             metrics.say(f"error: {error}")
-        return 2
+        return exit_codes.NON_FINITE if isinstance(error, NonFiniteError) else exit_codes.MISTAKE
     finally:
         shut_down()
-    return 0
+    return exit_codes.DONE
 
 
 def train(config: Config) -> None:
-    """Trains as configured. Raises one of USER_ERRORS, before anything is written, when it cannot."""
+    """Trains as configured. Raises one of USER_ERRORS, before anything is written, when it cannot; NonFiniteError."""
     stop = StopRequest()
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     config.check_world(world_size)
@@ -78,7 +82,8 @@ def train(config: Config) -> None:
         return
     run = build_run(config, resuming=resuming)
     try:
-        _loop(run, _resume(run) if resuming else 0, stop)
+        with watch(run.clock, Path(config.run.directory), config.run.phase_timeout_minutes):
+            _loop(run, _resume(run) if resuming else 0, stop)
     finally:
         run.close()
     if run.is_main:
@@ -123,8 +128,9 @@ def build_run(config: Config, *, resuming: bool) -> Run:
         replay.read_groups(config.debug.load_rollouts, step=1)
     graders = _start_graders(config)
     prompts, eval_prompts = _load_data(config, tokenizer)
-    platform.init_process_group(device)
-    mesh = build_mesh(config.megatron, config.run.seed, device)
+    patience = config.run.phase_timeout_minutes + 10 if config.run.phase_timeout_minutes else 30
+    platform.init_process_group(device, patience)  # the watchdog, which knows more, must speak first
+    mesh = build_mesh(config.megatron, config.run.seed, device, patience)
     policy = build_policy(config, mesh)
     graders.wait_ready()
     _prepare_folder(config, mesh.rank, mesh.device, resuming)
@@ -134,7 +140,9 @@ def build_run(config: Config, *, resuming: bool) -> Run:
         dtype=DTYPES[config.model.dtype],
         device=str(device),
     )
-    sampler = Sampler(engine, graders, tokenizer.decode, config.rollout, config.lens, config.run.seed)
+    share = mesh.dp_rank + mesh.dp_size * mesh.model_rank  # as `step.sample_groups` deals the prompts
+    unfinished = UnfinishedGroups(Path(config.run.directory) / "unfinished", share, mesh.world_size)
+    sampler = Sampler(engine, graders, tokenizer.decode, config.rollout, config.lens, config.run.seed, unfinished)
     run = Run(config, mesh, policy, tokenizer, prompts, eval_prompts, engine, graders, sampler, Clock())
     if run.is_main:
         _describe(run)
@@ -209,15 +217,17 @@ def _resume(run: Run) -> int:
     if not step.item():
         return 0
     path = folder / f"iter_{step.item():07d}"
-    state = checkpoint.load(run.policy, path)
+    with run.clock("load_checkpoint"):
+        state = checkpoint.load(run.policy, path)
     if run.is_main:
         metrics.say(f"resumed from {path}: {state.step} steps done")
     return state.step
 
 
 def _loop(run: Run, done: int, stop: StopRequest) -> None:
-    config = run.config
-    weight_sync.push(export_weights(run.policy.bridge, run.policy.chunks), run.engine, run.policy.version)
+    config, skipped = run.config, 0
+    with run.clock("update_weights"):
+        weight_sync.push(export_weights(run.policy.bridge, run.policy.chunks), run.engine, run.policy.version)
     writer = None
     if run.is_main:
         writer = metrics.MetricsWriter(
@@ -228,11 +238,14 @@ def _loop(run: Run, done: int, stop: StopRequest) -> None:
         if writer:
             writer.write(0, first)
     for step in range(done + 1, config.train.steps + 1):
+        run.clock.step = step
         run.sampler.on_progress = bar = _progress_bar(run, step)
         with run.clock("step"):
             result = run_step(run, step)
         bar.close()
-        _write_rollouts(run, result)
+        with run.clock("write_rollouts"):
+            _write_rollouts(run, result)
+            run.sampler.store.remove(step)
         stopping = stop.agreed(run.mesh.device)
         last = step == config.train.steps
         interval = config.train.eval_interval
@@ -244,6 +257,8 @@ def _loop(run: Run, done: int, stop: StopRequest) -> None:
         if writer:
             writer.write(step, logged)
             metrics.say(metrics.console_line(step, config.train.steps, logged))
+        skipped = non_finite.in_a_row(skipped, result.updates)
+        non_finite.check(skipped, config.train.max_skipped_updates, step, Path(config.run.directory) / "non_finite")
         if stopping and not last:
             if run.is_main:
                 metrics.say(f"stopped as asked after step {step}; the same command goes on from here")

@@ -1,6 +1,7 @@
 """Samples of a step -> reference and old log-probabilities -> packed micro-batches -> optimizer steps."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,10 +12,11 @@ from lens_megatron.policy.forward import plan_micro_batches, response_log_probs
 from lens_megatron.policy.model import reference_weights
 from lens_megatron.policy.update import update
 from lens_megatron.run import Run
+from lens_megatron.supervision import non_finite
 from lens_megatron.types import LossScale, Origin, Sample, UpdateStats
 
 
-def train_on(run: Run, samples: Sequence[Sample]) -> tuple[UpdateStats, ...]:
+def train_on(run: Run, samples: Sequence[Sample], step: int) -> tuple[UpdateStats, ...]:
     """`train.updates_per_batch` optimizer steps, each on an equal share of this rank's prompts. A collective."""
     if run.config.debug.rollout_only:
         return ()
@@ -22,11 +24,15 @@ def train_on(run: Run, samples: Sequence[Sample]) -> tuple[UpdateStats, ...]:
         old = old_log_probs(run, samples)
     with run.clock("ref"):
         reference = reference_log_probs(run, samples)
+    updates = []
     with run.clock("update_actor"):
-        return tuple(
-            _update_on(run, [samples[i] for i in part], [old[i] for i in part], [reference[i] for i in part])
-            for part in split_by_prompt(samples, run.config.train.updates_per_batch)
-        )
+        for number, part in enumerate(split_by_prompt(samples, run.config.train.updates_per_batch)):
+            rows = [samples[i] for i in part], [old[i] for i in part], [reference[i] for i in part]
+            updates.append(_update_on(run, *rows))
+            if updates[-1].skipped and run.mesh.model_rank == 0:
+                name = f"step_{step:06d}_update_{number}_rank_{run.mesh.rank:05d}"
+                non_finite.dump(Path(run.config.run.directory) / "non_finite", name, updates[-1], *rows)
+    return tuple(updates)
 
 
 def old_log_probs(run: Run, samples: Sequence[Sample]) -> list[Tensor | None]:

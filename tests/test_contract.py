@@ -19,9 +19,10 @@ OWNERS = {
     "yaml": ("lens_megatron/config.py", "lens_megatron/run_folder.py"),
     "matplotlib": "lens_megatron/report.py",
 }
-LAYERS = ["types", "config", "seeds", "clock", "tokenizer", "algorithms", "interference", "purify", "samples", "pack",
-          "reward", "datasets", "prompts", "rollout", "weight_sync", "policy", "run", "update_batch", "step",
-          "evaluate", "run_folder", "metrics", "report", "train"]  # fmt: skip
+LAYERS = ["types", "config", "seeds", "exit_codes", "clock", "supervision", "tokenizer", "algorithms",
+          "interference", "purify", "samples", "pack", "reward", "datasets", "prompts", "rollout",
+          "weight_sync", "policy", "run", "update_batch", "step", "evaluate", "run_folder", "metrics",
+          "report", "train"]  # fmt: skip
 """Lowest first: a module imports from its own layer and from layers before it."""
 
 

@@ -1,6 +1,8 @@
 """The mesh of ranks: sizes, coordinates and groups, read once from Megatron's parallel state."""
 
+import math
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from megatron.core import parallel_state
@@ -47,17 +49,21 @@ class Mesh:
         return torch.distributed.get_global_rank(self.pp_group, self.pp_size - 1)
 
 
-def build_mesh(layout: MegatronConfig, seed: int, device: torch.device) -> Mesh:
-    """Creates Megatron's groups for `layout` over the initialised world, and seeds its generators."""
+def build_mesh(layout: MegatronConfig, seed: int, device: torch.device, timeout_minutes: float = 30) -> Mesh:
+    """Creates Megatron's groups for `layout` over the initialised world, and seeds its generators.
+
+    A collective that takes longer than `timeout_minutes` fails.
+    """
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
         context_parallel_size=layout.context_parallel_size,
+        distributed_timeout_minutes=math.ceil(timeout_minutes),
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
-    model_group = _group_of_equal(parallel_state.get_data_parallel_rank(), device)
+    model_group = _group_of_equal(parallel_state.get_data_parallel_rank(), device, timeout_minutes)
     return Mesh(
         rank=torch.distributed.get_rank(),
         world_size=torch.distributed.get_world_size(),
@@ -82,12 +88,13 @@ def build_mesh(layout: MegatronConfig, seed: int, device: torch.device) -> Mesh:
     )
 
 
-def _group_of_equal(number: int, device: torch.device) -> ProcessGroup:
+def _group_of_equal(number: int, device: torch.device, timeout_minutes: float) -> ProcessGroup:
     """The group of all ranks that pass the same number. A collective over the world."""
     numbers = torch.empty(torch.distributed.get_world_size(), dtype=torch.int64, device=device)
     torch.distributed.all_gather_into_tensor(numbers, torch.tensor([number], device=device))
     groups = [(numbers == value).nonzero()[:, 0].tolist() for value in numbers.unique().tolist()]
-    return torch.distributed.new_subgroups_by_enumeration(groups)[0]
+    timeout = timedelta(minutes=timeout_minutes)  # of its own, not the world's: NCCL's default is ten minutes
+    return torch.distributed.new_subgroups_by_enumeration(groups, timeout=timeout)[0]
 
 
 def shut_down() -> None:

@@ -8,6 +8,8 @@ import os
 from datetime import timedelta
 
 import torch
+from torch.distributed import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.overrides import TorchFunctionMode
 
 _installed: list[TorchFunctionMode] = []
@@ -66,11 +68,18 @@ def _replace_cuda_functions() -> None:
 
 
 def init_process_group(device: torch.device, timeout_minutes: float = 30) -> None:
-    """Joins torchrun's world (or makes a world of one) over NCCL and gloo, or gloo alone on CPU."""
+    """Joins torchrun's world (or makes a world of one) over NCCL and gloo, or gloo alone on CPU.
+
+    A collective that takes longer than `timeout_minutes` fails.
+    """
     if torch.distributed.is_initialized():
         return
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_PORT="0")
     backend = "nccl" if device.type == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    timeout = timedelta(minutes=timeout_minutes)
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    # torchrun keeps one store for all attempts; without a prefix a restarted rank calls at its dead peers' addresses.
+    store = PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)

@@ -21,6 +21,14 @@ from lens_megatron.types import Group, Origin, Prompt, PurifiedPrompt, Rollout, 
 GRADING_STEPS = 8
 
 
+class GroupStore(Protocol):
+    """What the scheduler needs of `unfinished.UnfinishedGroups`."""
+
+    def read(self, step: int, prompts: Sequence[Prompt], version: int) -> dict[int, Group]: ...
+
+    def append(self, step: int, group: Group) -> None: ...
+
+
 class Grader(Protocol):
     """What the scheduler needs of `reward.GraderPool`."""
 
@@ -52,24 +60,36 @@ class Sampler:
     rollout: RolloutConfig
     lens: LensConfig
     seed: int
+    store: GroupStore
+    """Where graded groups are kept until their step is done."""
     on_progress: Callable[[int, EngineProgress], None] = lambda finished, progress: None
 
-    def sample(self, prompts: Sequence[Prompt], purified: Sequence[PurifiedPrompt | None], step: int) -> list[Group]:
-        """Both waves of every prompt, graded, in the order of `prompts`."""
-        run = _Run(self, prompts, purified, step)
+    def sample(
+        self, prompts: Sequence[Prompt], purified: Sequence[PurifiedPrompt | None], step: int, version: int
+    ) -> list[Group]:
+        """Both waves of every prompt, graded, in the order of `prompts`; weights of `version` are in the engine.
+
+        What an interrupted attempt at this step has kept is not sampled again.
+        """
+        run = _Run(self, prompts, purified, step, self.store.read(step, prompts, version))
         for place in range(len(prompts)):
-            run.submit(place, Origin.NATIVE)
+            if place not in run.groups:
+                run.submit(place, Origin.NATIVE)
         return run.finish()
 
 
 class _Run:
     """The state of one call of `Sampler.sample`."""
 
-    def __init__(self, sampler: Sampler, prompts: Sequence[Prompt], purified: Sequence, step: int):
+    def __init__(
+        self, sampler: Sampler, prompts: Sequence[Prompt], purified: Sequence, step: int, kept: dict[int, Group]
+    ):
         self.sampler, self.prompts, self.purified, self.step = sampler, prompts, purified, step
+        self.groups = kept
         self.requests: dict[int, tuple[_Wave, int]] = {}
         self.waiting: list[_Wave] = []
-        self.graded: dict[tuple[int, Origin], tuple[Rollout, ...]] = {}
+        self.graded: dict[int, tuple[Rollout, ...]] = {}
+        """First waves of hard groups, by place."""
         self.finished = self.next_id = self.tick = 0
 
     def submit(self, place: int, origin: Origin) -> None:
@@ -90,7 +110,7 @@ class _Run:
             self.tick += 1
             self.sampler.on_progress(self.finished, self.sampler.engine.progress())
             self._read_verdicts()
-        return [self._group(place) for place in range(len(self.prompts))]
+        return [self.groups[place] for place in range(len(self.prompts))]
 
     def _completed(self, completion: Completion) -> None:
         wave, sample = self.requests.pop(completion.request_id)
@@ -110,16 +130,20 @@ class _Run:
             rollouts = tuple(
                 _rollout(wave.completions[s], grades[wave.tickets[s]], wave.origin) for s in sorted(wave.completions)
             )
-            self.graded[wave.place, wave.origin] = rollouts
+            if wave.origin is Origin.RESCUED:
+                self._done(wave.place, self.graded[wave.place], rollouts)
+                continue
             rate = sum(r.correct for r in rollouts) / len(rollouts)
-            hard = wave.origin is Origin.NATIVE and is_hard(rate, self.sampler.lens)
-            if hard and self.purified[wave.place] is not None:
+            if is_hard(rate, self.sampler.lens) and self.purified[wave.place] is not None:
+                self.graded[wave.place] = rollouts
                 self.submit(wave.place, Origin.RESCUED)
+            else:
+                self._done(wave.place, rollouts, ())
 
-    def _group(self, place: int) -> Group:
-        native = self.graded[place, Origin.NATIVE]
-        rescue = self.graded.get((place, Origin.RESCUED), ())
-        return Group(self.prompts[place], native, self.purified[place], rescue)
+    def _done(self, place: int, native: tuple[Rollout, ...], rescue: tuple[Rollout, ...]) -> None:
+        group = Group(self.prompts[place], native, self.purified[place], rescue)
+        self.groups[place] = group
+        self.sampler.store.append(self.step, group)
 
 
 def _rollout(completion: Completion, grade: Grade, origin: Origin) -> Rollout:

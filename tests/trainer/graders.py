@@ -1,6 +1,20 @@
-"""A grader for tests with verl's signature: it pays for something a random model does half of the time."""
+"""Graders for tests with verl's signature: they pay for something a random model does half of the time."""
+
+import os
+import signal
+from pathlib import Path
 
 
 def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: dict | None = None) -> float:
     """1 when the number of characters is even."""
+    return float(len(solution_str) % 2 == 0)
+
+
+def murderous_score(data_source: str, solution_str: str, ground_truth: str, extra_info: dict | None = None) -> float:
+    """Kills the trainer once it has kept a group of step 2, if the folder MURDER holds a file `armed`."""
+    folder = Path(os.environ["MURDER"])
+    kept = [path for path in folder.glob("run/unfinished/step_000002_*") if path.stat().st_size]
+    if kept and (folder / "armed").exists():
+        (folder / "armed").unlink(missing_ok=True)
+        os.kill(os.getppid(), signal.SIGKILL)
     return float(len(solution_str) % 2 == 0)

@@ -1,6 +1,7 @@
 """Two waves through the real engine, with a grader of known verdicts and of any speed."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from lens_megatron.config import LensConfig, RolloutConfig
 from lens_megatron.reward import Grade, GradeStatus
 from lens_megatron.rollout import replay
 from lens_megatron.rollout.local import LocalEngine
-from lens_megatron.rollout.scheduler import Sampler
+from lens_megatron.rollout.scheduler import GroupStore, Sampler
+from lens_megatron.rollout.unfinished import UnfinishedGroups
 from lens_megatron.types import Group, Origin, Prompt, PurifiedPrompt
 
 
@@ -43,10 +45,23 @@ PROMPTS = [Prompt(i, (5 + i, 6, 7, 8), (False, True, True, True), "1", "p", "toy
 PURIFIED = [PurifiedPrompt((5, 7, 8), (1,), (0.0, 1.0, 0.5, 0.1)), None, PurifiedPrompt((7, 6, 8), (2,), (0.0,) * 4)]
 
 
-def sample(engine: LocalEngine, rule: Callable[[str], bool], **lens: object) -> list[Group]:
+class Nothing:
+    """Keeps no groups."""
+
+    def read(self, step: int, prompts: Sequence[Prompt], version: int) -> dict[int, Group]:
+        return {}
+
+    def append(self, step: int, group: Group) -> None:
+        pass
+
+
+def sample(
+    engine: LocalEngine, rule: Callable[[str], bool], store: GroupStore | None = None, **lens: object
+) -> list[Group]:
+    store = store or Nothing()
     rollout = RolloutConfig(prompts_per_step=3, rollouts_per_prompt=4, max_response_length=6)
-    sampler = Sampler(engine, Verdicts(rule), lambda ids: str(list(ids)), rollout, LensConfig(**lens), seed=11)
-    return sampler.sample(PROMPTS, PURIFIED, step=2)
+    sampler = Sampler(engine, Verdicts(rule), lambda ids: str(list(ids)), rollout, LensConfig(**lens), 11, store)
+    return sampler.sample(PROMPTS, PURIFIED, step=2, version=3)
 
 
 def test_hard_groups_with_a_purified_prompt_get_a_second_wave(engine: LocalEngine):
@@ -64,6 +79,25 @@ def test_samples_differ_within_a_group_and_repeat_between_runs(engine: LocalEngi
     first, second = (sample(engine, lambda text: len(text) % 2 == 0) for _ in range(2))
     assert first == second
     assert all(len({r.token_ids for r in g.native}) > 1 for g in first)
+
+
+def test_groups_kept_by_an_interrupted_attempt_are_not_sampled_again(engine: LocalEngine, tmp_path: Path):
+    def even(text: str) -> bool:
+        return len(text) % 2 == 0
+
+    whole = sample(engine, even, UnfinishedGroups(tmp_path, 0, 1))
+    (path,) = tmp_path.iterdir()
+    lines = path.read_text().split("\n")
+    path.write_text("\n".join(lines[:2]) + "\n" + lines[2][:-20])
+    before = engine.generated
+    again = sample(engine, even, UnfinishedGroups(tmp_path, 0, 1))
+    assert again[whole.index(replay.from_json(lines[1]))] == replay.from_json(lines[1])
+    for group, other in zip(again, whole, strict=True):  # smaller batches round differently, and draw the same
+        for wave in ("native", "rescue"):
+            assert [r.token_ids for r in getattr(group, wave)] == [r.token_ids for r in getattr(other, wave)]
+    generated = sum(len(r.token_ids) for g in whole for r in (*g.native, *g.rescue))
+    kept = replay.from_json(lines[1])
+    assert engine.generated - before == generated - sum(len(r.token_ids) for r in (*kept.native, *kept.rescue))
 
 
 def test_saved_groups_read_back_the_same(engine: LocalEngine):

@@ -1,0 +1,90 @@
+"""Graded groups of the step in progress, kept on disk until the step is done, so that a restart samples only the rest.
+
+    run.directory/unfinished/step_000014_00003_of_00008.jsonl     one line per group, share 3 of 8
+
+A share is what one rank samples of a step: prompts 3, 11, 19, ... in data order. It has the same prompts under every
+layout of as many ranks. A line is complete or it is no JSON, so whatever a killed writer left is ignored.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lens_megatron.rollout.replay import from_json, to_json
+from lens_megatron.types import Group, Prompt
+
+
+@dataclass(slots=True)
+class UnfinishedGroups:
+    """Those of one rank. `share` of `shares`, from 0."""
+
+    folder: Path
+    share: int
+    shares: int
+    found: tuple[Path, ...] = field(init=False)
+    """Files of the attempt before, listed once: what others write later holds nothing of this rank's."""
+    writable: bool = field(default=True, init=False)
+
+    def __post_init__(self) -> None:
+        self.found = tuple(sorted(self.folder.glob("step_*_of_*.jsonl")))
+
+    def read(self, step: int, prompts: Sequence[Prompt], version: int) -> dict[int, Group]:
+        """By place in `prompts`, the groups of `step` that weights of `version` sampled for them."""
+        paths = self._dealt_otherwise(step) + [path for path in self.found if path == self._path(step)]
+        groups = {group.prompt: group for path in paths for group in _read(path) if _is_of(group, version)}
+        kept = {place: groups[prompt] for place, prompt in enumerate(prompts) if prompt in groups}
+        if kept:
+            print(
+                f"step {step}: {len(kept)} of {len(prompts)} groups of share {self.share} kept from the interrupted "
+                "attempt",
+                flush=True,
+            )
+        return kept
+
+    def append(self, step: int, group: Group) -> None:
+        """Handed to the operating system before it returns. Without room on the disk the run goes on, unkept."""
+        if not self.writable:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._path(step).open("a", encoding="utf-8") as file:
+                file.write("\n" + to_json(group))  # the line break first: the file may end in half a line
+        except OSError as error:
+            self.writable = False
+            print(f"{self.folder}: graded rollouts are not kept for a restart: {error}", file=sys.stderr, flush=True)
+
+    def remove(self, step: int) -> None:
+        """What is kept of `step`, once no rank needs it: each removes its own, the first also other numbers' files."""
+        for path in (self._path(step), *(self._dealt_otherwise(step) if self.share == 0 else ())):
+            path.unlink(missing_ok=True)
+
+    def _dealt_otherwise(self, step: int) -> list[Path]:
+        """Files of another number of shares, any of which may hold a prompt of this one; of as many, none does."""
+        files = [path for path in self.found if path.name.startswith(f"step_{step:06d}_")]
+        return [path for path in files if not path.stem.endswith(_suffix(self.shares))]
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step_{step:06d}_{self.share:05d}{_suffix(self.shares)}.jsonl"
+
+
+def _suffix(shares: int) -> str:
+    return f"_of_{shares:05d}"
+
+
+def _is_of(group: Group, version: int) -> bool:
+    return {rollout.weight_version for rollout in (*group.native, *group.rescue)} == {version}
+
+
+def _read(path: Path) -> list[Group]:
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        return []
+    groups = []
+    for line in lines:
+        try:
+            groups.append(from_json(line))
+        except (ValueError, KeyError, TypeError):
+            continue  # blank, or cut off
+    return groups

@@ -1,0 +1,151 @@
+"""What every rank tells of itself, and from it: which rank is late."""
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from types import FrameType
+
+import torch
+
+from lens_megatron.clock import Moment
+
+SHOWN = 32
+"""Ranks that a report on the console lists; the file lists all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """Where one rank stood when it last looked.
+
+    Example: Heartbeat(rank=3, step=12, phase="gen", seconds=71.2, changes=140, collectives={"0": 12, "4": 7},
+    where="local.py:98 in _decode", waiting=False, answered=True).
+    """
+
+    rank: int
+    step: int
+    phase: str
+    seconds: float
+    """In this phase."""
+    changes: int
+    """`clock.Moment.changes`."""
+    collectives: dict[str, int]
+    """Collectives begun, by name of the group."""
+    where: str
+    """Innermost Python line of the main thread."""
+    waiting: bool
+    """That line is one of torch.distributed's: the rank waits for others."""
+    answered: bool = False
+    """Written after the alarm."""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Heartbeat":
+        return cls(**json.loads(text))
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    ranks: tuple[int, ...]
+    why: str
+
+
+def take(rank: int, moment: Moment, *, answered: bool) -> Heartbeat:
+    """Of this process, from any thread."""
+    frame = sys._current_frames().get(threading.main_thread().ident)
+    return Heartbeat(
+        rank=rank,
+        step=moment.step,
+        phase=moment.phase,
+        seconds=round(time.monotonic() - moment.since, 1),
+        changes=moment.changes,
+        collectives=collectives_begun(),
+        where=_describe(frame),
+        waiting=_waits(frame),
+        answered=answered,
+    )
+
+
+def collectives_begun() -> dict[str, int]:
+    """By name of the group. Gloo and NCCL count them; nothing public tells the count, or names all groups."""
+    world = torch.distributed.distributed_c10d._world
+    return {group.group_name: group._get_sequence_number_for_group() for group in list(world.pg_map)}
+
+
+def late_ranks(beats: Sequence[Heartbeat | None]) -> Verdict:
+    """Which of the ranks keeps the others waiting; `beats[rank]` is None where nothing was ever heard.
+
+    In this order: who does not answer; who is in an earlier phase; who has begun fewer collectives than others of its
+    group and is ahead of nobody in any (a rank that waits for the late one may be behind elsewhere); who does not wait.
+    """
+    silent = tuple(rank for rank, beat in enumerate(beats) if beat is None or not beat.answered)
+    if silent:
+        return Verdict(silent, "did not answer: frozen, gone, or in C code that holds Python's lock")
+    known = [beat for beat in beats if beat is not None]
+    first = min(beat.changes for beat in known)
+    if any(beat.changes > first for beat in known):
+        return Verdict(_ranks(beat for beat in known if beat.changes == first), "in an earlier phase than the others")
+    most, least = _extremes(known)
+    behind = [
+        beat
+        for beat in known
+        if any(count < most[group] for group, count in beat.collectives.items())
+        and all(count == least[group] for group, count in beat.collectives.items())
+    ]
+    if behind:
+        return Verdict(_ranks(behind), "others of its group have begun a collective that it has not")
+    busy = [beat for beat in known if not beat.waiting]
+    if busy and len(busy) < len(known):
+        return Verdict(_ranks(busy), "the others wait in torch.distributed, it does not")
+    return Verdict(_ranks(known), "all ranks are equally far")
+
+
+def report(beats: Sequence[Heartbeat | None], limit: int | None = SHOWN) -> str:
+    """Lines for people: the late ranks and why, then every rank, late ones first, at most `limit`."""
+    verdict = late_ranks(beats)
+    late = [beats[rank] for rank in verdict.ranks]
+    phases = sorted({f"{b.phase} of step {b.step}" if b else "an unknown phase" for b in late})
+    names = ", ".join(map(str, verdict.ranks[:limit])) + ", ..." * (len(verdict.ranks) > len(verdict.ranks[:limit]))
+    lines = [f"late: rank {names} in {', '.join(phases)} ({verdict.why})"]
+    order = [*verdict.ranks, *sorted(set(range(len(beats))) - set(verdict.ranks))]
+    lines += [_line(rank, beats[rank]) for rank in order[:limit]]
+    if len(order) > len(order[:limit]):
+        lines.append(f"  and {len(order) - len(order[:limit])} more")
+    return "\n".join(lines)
+
+
+def _line(rank: int, beat: Heartbeat | None) -> str:
+    if beat is None:
+        return f"  rank {rank}: never heard of"
+    doing = "waits in" if beat.waiting else "at"
+    silent = "" if beat.answered else " when last heard of"
+    return f"  rank {rank}: step {beat.step}, {beat.phase} for {beat.seconds} s{silent}, {doing} {beat.where}"
+
+
+def _extremes(beats: Sequence[Heartbeat]) -> tuple[dict[str, int], dict[str, int]]:
+    """(most, least) collectives begun by any member, by group."""
+    most: dict[str, int] = {}
+    least: dict[str, int] = {}
+    for beat in beats:
+        for group, count in beat.collectives.items():
+            most[group], least[group] = max(count, most.get(group, count)), min(count, least.get(group, count))
+    return most, least
+
+
+def _ranks(beats: Iterable[Heartbeat]) -> tuple[int, ...]:
+    return tuple(beat.rank for beat in beats)
+
+
+def _describe(frame: FrameType | None) -> str:
+    if frame is None:
+        return "no Python line"
+    return f"{'/'.join(frame.f_code.co_filename.split('/')[-2:])}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def _waits(frame: FrameType | None) -> bool:
+    path = frame.f_code.co_filename if frame else ""
+    return "torch/distributed/" in path or path.endswith("p2p_communication.py")

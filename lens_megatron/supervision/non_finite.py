@@ -1,0 +1,84 @@
+"""Updates skipped because loss or gradient was not finite: the batch goes to disk, and too many in a row end the run.
+
+    run.directory/non_finite/step_000012_update_0_rank_00003.jsonl    a line on the update, then one per sample
+
+`policy.update` decides, from the loss summed and the gradient norm reduced over all ranks, so every rank skips alike.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from lens_megatron.types import Sample, UpdateStats
+
+KEPT = 10
+"""Batches kept per rank; the first ones, which are nearest to the cause."""
+
+
+class NonFiniteError(RuntimeError):
+    """`train.max_skipped_updates` updates in a row were skipped."""
+
+
+def dump(
+    folder: Path,
+    name: str,
+    stats: UpdateStats,
+    samples: Sequence[Sample],
+    old: Sequence[Tensor | None],
+    reference: Sequence[Tensor | None],
+) -> None:
+    """Writes this rank's samples to `folder`/`name`.jsonl, unless there are KEPT files or no room."""
+    lines = [_sample_line(*row) for row in zip(samples, old, reference, strict=True)]
+    head = {"loss": stats.loss, "grad_norm": stats.grad_norm, "lr": stats.learning_rate, "samples": len(lines)}
+    head["samples_not_finite"] = [i for i, line in enumerate(lines) if not line["finite"]]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        rank = name.rsplit("_", 1)[-1]
+        if len(list(folder.glob(f"*_{rank}.jsonl"))) < KEPT:
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (head, *lines)))
+    except OSError as error:
+        print(f"{folder}: the batch of a skipped update cannot be written: {error}", file=sys.stderr, flush=True)
+
+
+def _sample_line(sample: Sample, old: Tensor | None, reference: Tensor | None) -> dict:
+    rollout = sample.rollout
+    line = {
+        "prompt": sample.prompt,
+        "generation_prompt": sample.generation_prompt,
+        "response": rollout.token_ids,
+        "engine_log_probs": rollout.log_probs,
+        "old_log_probs": None if old is None else old.tolist(),
+        "reference_log_probs": None if reference is None else reference.tolist(),
+        "reward": rollout.reward,
+        "advantage": sample.advantage,
+        "weight": sample.weight,
+        "origin": rollout.origin,
+        "weight_version": rollout.weight_version,
+    }
+    numbers = [sample.advantage, sample.weight, rollout.reward]
+    for name in ("engine_log_probs", "old_log_probs", "reference_log_probs"):
+        numbers += line[name] or ()
+    return {"finite": all(map(math.isfinite, numbers)), **line}
+
+
+def in_a_row(before: int, updates: Sequence[UpdateStats]) -> int:
+    """Updates skipped without one in between that was made, `before` of them in earlier steps."""
+    for stats in updates:
+        before = before + 1 if stats.skipped else 0
+    return before
+
+
+def check(skipped: int, limit: int, step: int, folder: Path) -> None:
+    """Raises NonFiniteError at the limit; 0: no limit."""
+    if limit and skipped >= limit:
+        raise NonFiniteError(
+            f"loss or gradient was not finite in {skipped} updates in a row, the last at step {step} "
+            f"(train.max_skipped_updates={limit}); the weights are those before them. Look at the batches in {folder}: "
+            "samples_not_finite lists the samples that came with a number that is not finite. If it is none, start a "
+            "new run from the last checkpoint's hf/ folder with a lower optimizer.lr or algorithm.kl_coef; "
+            "train.max_skipped_updates=0 goes on regardless"
+        )

@@ -1,0 +1,185 @@
+"""Ends a run in which a phase outlasts its deadline, after saying who is late, where, and what everyone was doing.
+
+    clock.moment --thread of every rank--> heartbeat --TCPStore--> the first rank past its deadline raises the alarm
+    alarm --> every rank answers and prints its stacks --> the first one names the late ranks --> all exit with HANG
+
+The thread needs nothing of the main thread, which may hang in a collective. It uses a connection to the store of its
+own, because a store's client serves one caller at a time. Where the thread itself cannot run, the dead-man timer ends
+the process; the others then name it as silent.
+"""
+
+import faulthandler
+import os
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.distributed import Store
+
+from lens_megatron.clock import Clock, Moment
+from lens_megatron.exit_codes import HANG
+from lens_megatron.supervision import heartbeat
+from lens_megatron.supervision.deadman import Deadman
+from lens_megatron.supervision.heartbeat import Heartbeat
+
+MAX_TICK_S = 5.0
+FILE_SECONDS = 5.0
+"""How long a report may take to reach the run folder, whose file system may be what hangs."""
+
+
+@contextmanager
+def watch(clock: Clock, folder: Path, timeout_minutes: float) -> Iterator[None]:
+    """Within the block, no phase of `clock` may last longer than `timeout_minutes`; 0: any may.
+
+    Needs torch.distributed. Reports go to stderr and to `folder`/watchdog/.
+    """
+    if not timeout_minutes:
+        yield
+        return
+    watchdog = Watchdog(clock, folder / "watchdog", timeout_minutes * 60)
+    watchdog.start()
+    try:
+        yield
+    finally:
+        watchdog.stop()
+
+
+class Watchdog:
+    """One rank's. `timeout_s` is the deadline of every phase, in seconds."""
+
+    def __init__(self, clock: Clock, folder: Path, timeout_s: float):
+        self.clock, self.folder, self.timeout_s = clock, folder, timeout_s
+        self.attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        # Keys of its own for every attempt: torchrun keeps one store for all, and an old alarm would end the new one.
+        self.prefix = f"watchdog/{self.attempt}"
+        self.alarm, self.report = f"{self.prefix}/alarm", f"{self.prefix}/report"
+        self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.store: Store = torch.distributed.distributed_c10d._get_default_store().clone()
+        self.tick = min(MAX_TICK_S, timeout_s / 10)
+        self.grace = 3 * self.tick + 1.0
+        """Seconds that the others have to see the alarm and answer."""
+        self._stopping = threading.Event()
+        self._deadman = Deadman(HANG)
+        self._thread = threading.Thread(target=self._guarded, name="watchdog", daemon=True)
+
+    def start(self) -> None:
+        self._deadman.arm(self.timeout_s + 2 * self.tick + 1.0)  # the thread may never come to its first round
+        self._beat(self.clock.moment)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._thread.join(self.grace)
+        self._deadman.close()
+
+    def _guarded(self) -> None:
+        try:
+            self._run()
+        except Exception:  # whatever it is, a broken watchdog must not end a healthy run
+            _say(f"watchdog: rank {self.rank} is unwatched from here:\n{traceback.format_exc()}")
+            self._deadman.disarm()
+
+    def _run(self) -> None:
+        while not self._stopping.wait(self.tick):
+            moment = self.clock.moment
+            remaining = moment.since + self.timeout_s - time.monotonic()
+            self._deadman.arm(max(remaining, 0.0) + 2 * self.tick + 1.0)
+            if remaining <= 0 or self._beat(moment):
+                self._end(moment)
+
+    def _beat(self, moment: Moment) -> bool:
+        """Tells where this rank stands. True when another rank has raised the alarm."""
+        try:
+            self._tell(moment, answered=False)
+            return self.store.check([self.alarm])
+        except RuntimeError:
+            return False  # the store's host is gone: torchrun sees that, and the deadline holds all the same
+
+    def _end(self, moment: Moment) -> None:
+        """Does not return, whatever fails on the way."""
+        try:
+            self._deadman.arm(4 * self.grace + FILE_SECONDS)
+            stacks = f"watchdog: stacks of rank {self.rank}, step {moment.step}, {moment.phase}:\n{_stacks()}\n"
+            _say(stacks)
+            self._write(stacks, self._ask_the_others(moment))
+        finally:
+            os._exit(HANG)
+
+    def _ask_the_others(self, moment: Moment) -> str:
+        """The report, on the rank that raised the alarm; nothing on the others."""
+        try:
+            first = self.store.add(self.alarm, 1) == 1
+            self._tell(moment, answered=True)
+            return self._make_report() if first else self._await_report()
+        except RuntimeError as error:
+            _say(f"watchdog: rank {self.rank} cannot reach the others: {error}\n")
+            return ""
+
+    def _tell(self, moment: Moment, *, answered: bool) -> None:
+        self.store.set(self._key(self.rank), heartbeat.take(self.rank, moment, answered=answered).to_json())
+
+    def _key(self, rank: int) -> str:
+        return f"{self.prefix}/heartbeat/{rank}"
+
+    def _make_report(self) -> str:
+        """Of the rank that raised the alarm: one reader, so the work does not grow with the square of the ranks."""
+        beats: list[Heartbeat | None] = [None] * self.world_size
+        until = time.monotonic() + self.grace
+        while True:
+            for rank, beat in enumerate(beats):
+                if not (beat and beat.answered) and self.store.check([self._key(rank)]):
+                    beats[rank] = Heartbeat.from_json(self.store.get(self._key(rank)))
+            if all(beat and beat.answered for beat in beats) or time.monotonic() > until:
+                break
+            time.sleep(self.tick / 2)
+        head = (
+            f"watchdog: a phase lasted longer than run.phase_timeout_minutes ({self.timeout_s / 60:g}); every rank "
+            f"ends with exit code {HANG}\nwatchdog: "
+        )
+        _say(f"{head}{heartbeat.report(beats)}\nwatchdog: all ranks and stacks: {self.folder}\n")
+        self.store.set(self.report, "said")
+        return head + heartbeat.report(beats, limit=None)
+
+    def _await_report(self) -> str:
+        """Waits, so that the first to leave does not make torchrun kill the others before they have spoken."""
+        until = time.monotonic() + 2 * self.grace
+        try:
+            while not self.store.check([self.report]) and time.monotonic() < until:
+                time.sleep(self.tick / 2)
+        except RuntimeError:
+            pass  # the store's host has ended, so it has spoken
+        return ""
+
+    def _write(self, stacks: str, report: str) -> None:
+        writer = threading.Thread(target=self._write_files, args=(stacks, report), daemon=True)
+        writer.start()
+        writer.join(FILE_SECONDS)
+
+    def _write_files(self, stacks: str, report: str) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / f"attempt_{self.attempt}_rank_{self.rank:05d}.txt").write_text(stacks)
+            if report:
+                (self.folder / f"attempt_{self.attempt}_report.txt").write_text(report + "\n")
+        except OSError as error:
+            _say(f"watchdog: rank {self.rank} cannot write to {self.folder}: {error}\n")
+
+
+def _stacks() -> str:
+    """All threads. By faulthandler, which reads no source files: their file system may be what hangs."""
+    with tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read()
+
+
+def _say(text: str) -> None:
+    """One write, so that the ranks' texts do not mix."""
+    sys.__stderr__.write(text)
+    sys.__stderr__.flush()

@@ -1,0 +1,237 @@
+"""Runs that are killed in the middle of sampling, restarted, or fed numbers that are not finite."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from records import PROMPT, group, rollout, sample
+from safetensors.torch import load_file
+from toy_runs import ROOT, Toy, command, environment
+
+from lens_megatron import config, run_folder
+from lens_megatron.metrics import read_metrics
+from lens_megatron.prompts import PromptStream
+from lens_megatron.rollout import replay, unfinished
+from lens_megatron.rollout.unfinished import UnfinishedGroups
+from lens_megatron.supervision import non_finite
+from lens_megatron.types import Group, Prompt, UpdateStats
+
+
+def exported(run: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"iter_{step:07d}" / "hf" / "model.safetensors")
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_killed_in_the_middle_of_sampling_and_restarted_equals_straight(toy: Toy, ranks: int, tmp_path: Path):
+    sections = {
+        "reward": {"grader": "graders:murderous_score"},
+        "rollout": {"max_running_sequences": 4},
+        "train": {"steps": 3, "save_interval": 1},
+    }
+    outputs = []
+    for name in ("straight", "killed"):
+        folder = tmp_path / name
+        tree = toy.tree(folder / "run", **sections, run={"if_exists": "restart"})
+        arguments = command(tree, folder, ranks)
+        if name == "killed":
+            (folder / "armed").touch()
+            arguments[3:3] = ["--max-restarts", "1"]
+        elif ranks == 1:
+            arguments = [arguments[0], *arguments[arguments.index(str(ROOT / "pretrain_lens.py")) :]]
+        result = subprocess.run(
+            arguments, env=environment() | {"MURDER": str(folder)}, capture_output=True, text=True, timeout=300
+        )
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+        outputs.append(result.stdout)
+        assert not list((folder / "run" / "unfinished").iterdir())
+    assert not (tmp_path / "killed" / "armed").exists(), "nobody was killed"
+    assert "1 steps done" in outputs[1] and "kept from the interrupted attempt" in outputs[1], outputs[1]
+    assert "kept from" not in outputs[0]
+    straight, killed = (exported(tmp_path / name / "run", 3) for name in ("straight", "killed"))
+    assert straight.keys() == killed.keys() and all(torch.equal(straight[n], killed[n]) for n in straight)
+    rows = [read_metrics(tmp_path / name / "run") for name in ("straight", "killed")]
+    for column in ("step", "actor/loss", "critic/rewards/mean", "perf/generated_tokens"):
+        assert [row[column] for row in rows[0][1:]] == [row[column] for row in rows[1][1:]], column
+
+
+def test_ranks_that_torchrun_restarts_find_one_another():
+    arguments = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = str(ROOT / "tests" / "trainer" / "restart_worker.py")
+    result = subprocess.run(
+        [*arguments, "--max-restarts", "1", script], env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "exitcode: -9" in result.stderr, "nobody was killed"
+
+
+def test_updates_that_are_not_finite_are_skipped_by_all_dumped_and_stop_the_run(toy: Toy, tmp_path: Path):
+    # Only the second rank has rescued samples, whose imitation term overflows; the first rank's own numbers are finite.
+    (tmp_path / "saved").mkdir()
+    outcomes = [("1100", ""), ("0000", "1000")] * 2
+    asked = [replace(PROMPT, index=index) for index in range(4)]
+    groups = [replay.to_json(group(*outcome, prompt=prompt)) for outcome, prompt in zip(outcomes, asked, strict=True)]
+    for step in (1, 2):
+        replay.replay_path(str(tmp_path / "saved"), step).write_text("\n".join(groups) + "\n")
+    tree = toy.tree(
+        tmp_path / "run",
+        debug={"load_rollouts": str(tmp_path / "saved")},
+        algorithm={"imitation_coef": 3e38},
+        train={"steps": 9, "max_skipped_updates": 2},
+    )
+    result = subprocess.run(command(tree, tmp_path, 2), env=environment(), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1 and "exitcode  : 70" in result.stderr, result.stderr[-6000:]
+    assert "error: loss or gradient was not finite in 2 updates in a row, the last at step 2 (train.max_skipped_up" in (
+        result.stdout
+    )
+    rows = read_metrics(tmp_path / "run")
+    assert [row["actor/skipped_updates"] for row in rows[1:]] == [1.0, 1.0]
+    assert [row["training/weight_version"] for row in rows[1:]] == [0, 0]
+    for step in (1, 2):
+        for rank in range(2):
+            path = tmp_path / "run" / "non_finite" / f"step_{step:06d}_update_0_rank_{rank:05d}.jsonl"
+            head, *samples = map(json.loads, path.read_text().splitlines())
+            assert not math.isfinite(head["loss"] + head["grad_norm"]) and head["samples"] == len(samples) == 8
+            assert {s["origin"] for s in samples} == ({"native"} if rank == 0 else {"native", "rescued"})
+            assert all(len(s["response"]) == len(s["reference_log_probs"]) for s in samples)
+
+
+def test_a_dump_names_the_samples_that_came_not_finite_and_keeps_the_first_ones(tmp_path: Path):
+    rows = [sample(rollout(True)), sample(rollout(True), advantage=math.nan), sample(rollout(False))]
+    stats = UpdateStats(*[0.0] * 8, grad_norm=math.inf, learning_rate=1.0, ratio_min=1.0, ratio_max=1.0, skipped=True)
+    old = [None, None, torch.tensor([-1.0, -math.inf])]
+    for step in range(20):
+        non_finite.dump(tmp_path, f"step_{step:06d}_update_0_rank_00000", stats, rows, old, [None] * 3)
+    non_finite.dump(tmp_path, "step_000019_update_0_rank_00001", stats, rows, old, [None] * 3)
+    assert len(list(tmp_path.iterdir())) == non_finite.KEPT + 1
+    head, *samples = map(json.loads, (tmp_path / "step_000000_update_0_rank_00000.jsonl").read_text().splitlines())
+    assert head["samples_not_finite"] == [1, 2] and samples[2]["old_log_probs"] == [-1.0, -math.inf]
+    assert samples[0]["prompt"] == [1, 10, 11, 12, 13, 2] and samples[0]["response"] == [5, 6]
+
+
+def test_skipped_updates_are_counted_in_a_row_only(tmp_path: Path):
+    class Update:
+        def __init__(self, skipped: bool):
+            self.skipped = skipped
+
+    made, lost = Update(False), Update(True)
+    assert non_finite.in_a_row(2, [lost]) == 3 and non_finite.in_a_row(2, [made, lost]) == 1
+    assert non_finite.in_a_row(2, [lost, made]) == 0 and non_finite.in_a_row(2, []) == 2
+    non_finite.check(2, 3, 7, tmp_path)
+    non_finite.check(99, 0, 7, tmp_path)
+    with pytest.raises(non_finite.NonFiniteError, match="3 updates in a row, the last at step 7 .*updates=3"):
+        non_finite.check(3, 3, 7, tmp_path)
+
+
+def prompts(count: int) -> list[Prompt]:
+    return [Prompt(i, (1, i, 2), (False, True, False), "7", "p", "toy") for i in range(count)]
+
+
+def test_a_step_has_the_same_prompts_whoever_asks_and_however_many_ranks_share_them():
+    before, after = (PromptStream(prompts(10), prompts_per_step=4, seed=3) for _ in range(2))
+    order = [before.take(step) for step in range(6)]
+    assert [after.take(step) for step in (4, 5)] == order[4:], "a restart at step 4 sees other prompts"
+    for dp_size, model_size in ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2)):
+        shares = {}
+        for dp_rank in range(dp_size):
+            for model_rank in range(model_size):
+                # As step.sample_groups deals them, and as train.build_run numbers the shares.
+                shares[dp_rank + dp_size * model_rank] = order[5][dp_rank::dp_size][model_rank::model_size]
+        world = dp_size * model_size
+        assert shares == {share: order[5][share::world] for share in range(world)}
+
+
+def of(prompt: Prompt, native: str = "1100", version: int = 0) -> Group:
+    made = group(native, prompt=prompt)
+    versioned = tuple(
+        type(r)(r.token_ids, r.log_probs, r.finished, r.origin, version, r.reward, r.status) for r in made.native
+    )
+    return Group(prompt, versioned)
+
+
+def test_kept_groups_are_those_of_the_step_the_weights_and_the_prompt(tmp_path: Path):
+    asked = prompts(4)
+    first = UnfinishedGroups(tmp_path, 0, 1)
+    first.append(3, of(asked[0]))
+    first.append(3, of(asked[2], version=1))
+    first.append(4, of(asked[1]))
+    assert first.read(3, asked, version=0) == {}, "groups of this attempt are not an earlier one's"
+    second = UnfinishedGroups(tmp_path, 0, 1)
+    assert second.read(3, asked, version=0) == {0: of(asked[0])}
+    assert second.read(3, asked, version=1) == {2: of(asked[2], version=1)}
+    assert second.read(4, asked, version=0) == {1: of(asked[1])}
+    assert second.read(5, asked, version=0) == {}
+    changed = Prompt(0, (1, 99, 2), (False, True, False), "7", "p", "toy")
+    assert second.read(3, [changed], version=0) == {}, "another prompt in the same row of the dataset"
+    second.remove(3)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000004_00000_of_00001.jsonl"]
+
+
+def test_a_torn_line_is_ignored_and_written_after(tmp_path: Path):
+    asked = prompts(3)
+    UnfinishedGroups(tmp_path, 0, 1).append(1, of(asked[0]))
+    UnfinishedGroups(tmp_path, 0, 1).append(1, of(asked[1]))
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-1])
+    again = UnfinishedGroups(tmp_path, 0, 1)
+    assert list(again.read(1, asked, version=0)) == [0]
+    again.append(1, of(asked[2]))
+    assert list(UnfinishedGroups(tmp_path, 0, 1).read(1, asked, version=0)) == [0, 2]
+
+
+@pytest.mark.parametrize("shares", [1, 2, 3, 4])
+def test_another_number_of_ranks_finds_every_kept_group(tmp_path: Path, shares: int):
+    asked = prompts(12)
+    for share in range(2):
+        old = UnfinishedGroups(tmp_path, share, 2)
+        for prompt in asked[share::2][:4]:
+            old.append(1, of(prompt))
+    new = [UnfinishedGroups(tmp_path, share, shares) for share in range(shares)]
+    found = [store.read(1, asked[store.share :: shares], version=0) for store in new]
+    assert sum(map(len, found)) == 8
+    for store, groups in zip(new, found, strict=True):
+        assert all(g.prompt is asked[store.share :: shares][place] or g.prompt == asked[store.share :: shares][place]
+                   for place, g in groups.items())  # fmt: skip
+        store.remove(1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_rank_reads_only_its_own_file_when_the_number_of_ranks_is_the_same(tmp_path: Path, monkeypatch):
+    for share in range(2):
+        UnfinishedGroups(tmp_path, share, 2).append(1, of(prompts(2)[share]))
+    read = []
+    monkeypatch.setattr(unfinished, "_read", lambda path: read.append(path.name) or [])
+    UnfinishedGroups(tmp_path, 1, 2).read(1, prompts(2), version=0)
+    assert read == ["step_000001_00001_of_00002.jsonl"]
+
+
+def test_a_full_disk_loses_kept_groups_but_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "file").touch()
+    store = UnfinishedGroups(tmp_path / "file" / "folder", 0, 1)
+    store.append(1, of(prompts(1)[0]))
+    store.append(1, of(prompts(1)[0]))
+    assert capsys.readouterr().err.count("are not kept for a restart") == 1
+
+
+@pytest.mark.parametrize("wanted", ["restart", "fail", "resume"])
+def test_a_restart_by_torchrun_goes_on_with_what_this_launch_began(toy: Toy, wanted: str, tmp_path: Path, monkeypatch):
+    made = config.from_tree(toy.tree(tmp_path / "run", run={"if_exists": wanted}))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert run_folder.restarted(made).run.if_exists == wanted, "nothing was begun"
+    (tmp_path / "run").mkdir()
+    recorded = tmp_path / "run" / "config.yaml"
+    recorded.touch()
+    assert run_folder.restarted(made).run.if_exists == "resume"
+    older = psutil.Process(os.getppid()).create_time() - 60
+    os.utime(recorded, (older, older))
+    assert run_folder.restarted(made).run.if_exists == wanted, "the folder is an earlier launch's"
+    os.utime(recorded, (time.time(), time.time()))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert run_folder.restarted(made).run.if_exists == wanted

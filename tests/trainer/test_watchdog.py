@@ -1,0 +1,123 @@
+"""Real hangs of one rank of two: everyone prints its stacks, the late one is named, all exit with the same code.
+
+What is not covered: NCCL, and a frozen host of the store (then the dead-man timer ends every rank, unnamed).
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from toy_runs import ROOT, Toy, command, environment
+from watchdog_worker import LATE
+
+from lens_megatron.clock import Clock
+from lens_megatron.exit_codes import HANG
+from lens_megatron.supervision.heartbeat import Heartbeat, late_ranks, report
+from lens_megatron.supervision.watchdog import watch
+
+
+def run(folder: Path, how: str) -> tuple[list[int], list[str]]:
+    """Exit codes and standard error of both ranks."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    script = str(ROOT / "tests" / "trainer" / "watchdog_worker.py")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, str(rank), "2", port, str(folder), how],
+            env=environment(),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    if how == "frozen":  # as torchrun would
+        processes[0].wait(120)
+        processes[LATE].kill()
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    return [process.returncode for process in processes], errors
+
+
+@pytest.mark.parametrize(
+    ("how", "late"),
+    [
+        ("late", f"late: rank {LATE} in update_actor of step 7 (others of its group have begun a collective"),
+        ("earlier", f"late: rank {LATE} in gen of step 7 (in an earlier phase"),
+        ("locked", f"late: rank {LATE} in update_actor of step 7 (did not answer"),
+    ],
+)
+def test_a_hang_is_named_and_ends_every_rank(how: str, late: str, tmp_path: Path):
+    codes, errors = run(tmp_path, how)
+    assert codes == [HANG, HANG], errors
+    text = "".join(errors)
+    assert text.count(late) == 1 and "run.phase_timeout_minutes (0.05)" in text, text
+    for rank, error in enumerate(errors):
+        assert "watchdog_worker.py" in error and "in main" in error, "no stack of the main thread"
+        assert "Thread 0x" in error and (rank == LATE or "in all_reduce" in error)
+    files = {path.name for path in (tmp_path / "watchdog").iterdir()}
+    assert {"attempt_0_report.txt", "attempt_0_rank_00000.txt"} <= files
+    assert late in (tmp_path / "watchdog" / "attempt_0_report.txt").read_text()
+    if how != "locked":
+        assert f"attempt_0_rank_{LATE:05d}.txt" in files
+
+
+@pytest.mark.slow
+def test_a_frozen_rank_is_named_by_the_others(tmp_path: Path):
+    codes, errors = run(tmp_path, "frozen")
+    assert codes == [HANG, -signal.SIGKILL], errors
+    assert f"late: rank {LATE} in update_actor of step 7 (did not answer" in errors[0], errors[0]
+
+
+def test_zero_minutes_switch_it_off(tmp_path: Path):
+    with watch(Clock(), tmp_path, 0):
+        assert "watchdog" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_phases_within_their_deadline_go_on_for_longer_than_it(tmp_path: Path):
+    codes, errors = run(tmp_path, "fine")
+    assert codes == [0, 0], errors
+    assert not (tmp_path / "watchdog").exists()
+
+
+BEAT = Heartbeat(0, 7, "update_actor", 60.0, 14, {"0": 5}, "x.py:1 in f", waiting=True, answered=True)
+
+
+def beats(*changes: dict) -> list[Heartbeat]:
+    return [replace(BEAT, rank=rank, **change) for rank, change in enumerate(changes)]
+
+
+def test_which_rank_is_late():
+    assert late_ranks([BEAT, None]).ranks == (1,)
+    assert late_ranks(beats({}, {}, {"answered": False, "changes": 15})).ranks == (2,)
+    assert late_ranks(beats({}, {"changes": 13}, {"changes": 13, "waiting": False})).ranks == (1, 2)
+    # TP pairs (0, 1), (2, 3), DP pairs (0, 2), (1, 3). Rank 3 sleeps; 2 waits for it, 0 waits for 2, 1 for 3.
+    groups = [{"tp01": 4, "dp02": 9}, {"tp01": 4, "dp13": 9}, {"tp23": 4, "dp02": 8}, {"tp23": 3, "dp13": 8}]
+    assert late_ranks(beats(*({"collectives": group} for group in groups))).ranks == (3,)
+    assert late_ranks(beats({}, {"waiting": False}, {})).ranks == (1,)
+    assert late_ranks(beats({}, {})).ranks == (0, 1)
+
+
+def test_a_report_of_a_thousand_ranks_is_short():
+    text = report(beats({}, *[{"changes": 13, "phase": "gen"}] * 40, *[{}] * 959))
+    assert len(text.splitlines()) == 34 and text.startswith("late: rank 1, 2, ") and "and 968 more" in text
+    assert "in gen of step 7" in text.splitlines()[0]
+    assert len(report(beats(*[{}] * 1000), limit=None).splitlines()) == 1001
+
+
+@pytest.mark.slow
+def test_a_rank_of_the_program_that_hangs_while_writing(toy: Toy, tmp_path: Path):
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    os.mkfifo(saved / ".step_000002.00001")  # nobody reads it: opening it for writing never returns
+    tree = toy.tree(tmp_path / "run", run={"phase_timeout_minutes": 0.25}, debug={"save_rollouts": str(saved)})
+    result = subprocess.run(command(tree, tmp_path, 2), env=environment(), capture_output=True, text=True, timeout=300)
+    assert "late: rank 1 in write_rollouts of step 2" in result.stderr, result.stderr[-6000:]
+    assert result.returncode == 1 and "exitcode  : 75" in result.stderr
+    assert "write_part" in (tmp_path / "run" / "watchdog" / "attempt_0_rank_00001.txt").read_text()
+    os.remove(saved / ".step_000002.00001")

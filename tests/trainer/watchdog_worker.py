@@ -1,0 +1,54 @@
+"""One rank of a world that hangs on purpose. Arguments: rank, world size, port, folder, how.
+
+how: `late` one rank sleeps before a collective; `earlier` it never leaves the phase before; `locked` it holds Python's
+lock in C code; `frozen` it is stopped by a signal; `fine` nobody hangs, and several deadlines pass.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from lens_megatron.clock import Clock
+from lens_megatron.supervision.watchdog import watch
+
+TIMEOUT_S = 3.0
+LATE = 1
+
+
+def hold_lock(seconds: int) -> None:
+    ctypes.PyDLL(None).sleep(seconds)  # PyDLL, unlike CDLL, keeps the lock
+
+
+def main() -> None:
+    rank, world_size, port, folder, how = sys.argv[1:]
+    os.environ.update(RANK=rank, WORLD_SIZE=world_size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    torch.distributed.init_process_group("gloo")
+    clock = Clock()
+    clock.step = 7
+    with watch(clock, Path(folder), TIMEOUT_S / 60):
+        with clock("gen"):
+            if how == "earlier" and int(rank) == LATE:
+                time.sleep(60)
+        for _ in range(5):
+            with clock("update_actor"):
+                torch.distributed.all_reduce(torch.ones(1))
+                time.sleep(TIMEOUT_S / 2 * (how == "fine"))
+        with clock("update_actor"):
+            if how == "late" and int(rank) == LATE:
+                time.sleep(60)
+            time.sleep(TIMEOUT_S / 4 * (how in ("locked", "frozen")))  # a heartbeat from this phase
+            if how == "locked" and int(rank) == LATE:
+                hold_lock(60)
+            if how == "frozen" and int(rank) == LATE:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            torch.distributed.all_reduce(torch.ones(1))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
