@@ -236,14 +236,14 @@ def _loop(run: Run, done: int, stop: StopRequest, saver: CheckpointWriter) -> No
         last = step == config.train.steps
         interval = config.train.eval_interval
         evaluated = _evaluate(run) if last or (interval and step % interval == 0) else {}
+        logged = _step_metrics(run, result) | evaluated
+        if writer:
+            writer.write(step, logged)  # before the save: a checkpoint whose row is missing would leave a gap for good
+            metrics.say(metrics.console_line(step, config.train.steps, logged))
         with run.clock("save_checkpoint"):
             saver.poll()
             if stopping or last or step % config.train.save_interval == 0:
                 saver.save(step, metrics.best_model_metric(evaluated, config.train.metric_for_best_model))
-        logged = _step_metrics(run, result) | evaluated
-        if writer:
-            writer.write(step, logged)
-            metrics.say(metrics.console_line(step, config.train.steps, logged))
         if stopping and not last:
             if run.is_main:
                 metrics.say(f"stopped as asked after step {step}; the same command goes on from here")

@@ -193,7 +193,7 @@ class CheckpointWriter:
 
 
 def superfluous(states: Sequence[tuple[Path, TrainingState]], keep_last: int, keep_best: int) -> list[Path]:
-    """Of checkpoints, oldest first: those neither among the newest nor among the best. Of equal ones the newer is better."""
+    """Of checkpoints, oldest first: those neither among the newest nor among the best. Newer beats equal."""
     kept = {path for path, _ in states[-keep_last:]}
     scored = [(state.metric, state.step, path) for path, state in states if state.metric is not None]
     kept |= {path for *_, path in sorted(scored, reverse=True)[:keep_best]}

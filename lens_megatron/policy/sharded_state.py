@@ -38,12 +38,22 @@ class LocalPiece:
 
 
 @dataclass(frozen=True, slots=True)
+class _Box:
+    """A box of a parameter, cut along its first axis."""
+
+    piece: Piece
+    begin: int
+    """Its first element in the flattened parameter."""
+    replica: tuple[int, ...]
+    """Which copy this is, along pipeline, tensor and data parallelism; all 0: the one that counts."""
+
+
+@dataclass(frozen=True, slots=True)
 class _State:
-    """The optimizer's tensors for elements [start, stop) of a flattened parameter."""
+    """The optimizer's tensors for the elements of a flattened parameter from `start` on."""
 
     parameter: Tensor
     start: int
-    stop: int
     tensors: dict[str, Tensor]
     optimizer: MegatronOptimizer
 
@@ -73,7 +83,8 @@ def local_pieces(policy: Policy) -> list[LocalPiece]:
             shares = tensor.untyped_storage().data_ptr() == state.parameter.untyped_storage().data_ptr()
             if kind in _NOT_SHARDED or (kind == "main" and shares):
                 continue
-            pieces += _cut(boxes[id(state.parameter)], kind, tensor.detach().view(-1), state.start)
+            instance = getattr(state.optimizer, "distributed_optimizer_instance_id", None)
+            pieces += _cut(boxes[id(state.parameter)], kind, tensor.detach().view(-1), state.start, instance)
     return pieces
 
 
@@ -154,8 +165,8 @@ def restore_generators(states: dict[str, Tensor]) -> None:
     torch.set_rng_state(states["rng/torch"])
 
 
-def _boxes(policy: Policy) -> Iterator[tuple[Tensor, list[tuple[Piece, int, bool]]]]:
-    """Per parameter or buffer: its boxes, with the first element of each in the flattened parameter.
+def _boxes(policy: Policy) -> Iterator[tuple[Tensor, list[_Box]]]:
+    """Per parameter or buffer: its boxes.
 
     Sharded objects are left out: they are Transformer Engine's FP8 scales, pickled, and nothing here trains in FP8.
     """
@@ -167,7 +178,7 @@ def _boxes(policy: Policy) -> Iterator[tuple[Tensor, list[tuple[Piece, int, bool
                 yield entry.data, [_box(part, entry.data) for part in parts]
 
 
-def _box(part: ShardedTensor, whole: Tensor) -> tuple[Piece, int, bool]:
+def _box(part: ShardedTensor, whole: Tensor) -> _Box:
     if not (part.data.is_contiguous() and whole.is_contiguous()):
         raise ShardError(f"{part.key} is not laid out in one run, so it cannot be saved; unset moe_grouped_gemm")
     shape = (1,) * part.prepend_axis_num + tuple(part.local_shape)
@@ -180,16 +191,21 @@ def _box(part: ShardedTensor, whole: Tensor) -> tuple[Piece, int, bool]:
         part.data.numel(),
         part.allow_shape_mismatch,
     )
-    return piece, part.data.storage_offset() - whole.storage_offset(), is_main_replica(part.replica_id)
+    return _Box(piece, part.data.storage_offset() - whole.storage_offset(), part.replica_id)
 
 
-def _cut(parts: list[tuple[Piece, int, bool]], kind: str, flat: Tensor, start: int) -> Iterator[LocalPiece]:
-    """`flat` holds elements from `start` on of a parameter that consists of `parts`."""
-    for box, begin, main in parts:
-        low, high = max(start, begin), min(start + len(flat), begin + box.stop)
+def _cut(boxes: list[_Box], kind: str, flat: Tensor, start: int, instance: int | None = None) -> Iterator[LocalPiece]:
+    """`flat` holds elements from `start` on of a parameter that consists of `boxes`.
+
+    `instance`: copy of the distributed optimizer, whose runs are not copied among its data-parallel ranks.
+    """
+    for box in boxes:
+        low, high = max(start, box.begin), min(start + len(flat), box.begin + box.piece.stop)
+        replica = box.replica if instance is None else (*box.replica[:2], instance)
         if low < high:
-            piece = replace(box, key=f"{kind}/{box.key}", start=low - begin, stop=high - begin)
-            yield LocalPiece(piece, flat[low - start : high - start], main)
+            key = f"{kind}/{box.piece.key}"
+            piece = replace(box.piece, key=key, start=low - box.begin, stop=high - box.begin)
+            yield LocalPiece(piece, flat[low - start : high - start], is_main_replica(replica))
 
 
 def _optimizers(policy: Policy) -> list[MegatronOptimizer]:
@@ -204,10 +220,10 @@ def _optimizer_states(policy: Policy) -> Iterator[_State]:
                 run = optimizer._get_model_param_range_map(parameter)["param"]
                 tensors = dict(optimizer._get_main_param_and_optimizer_states(parameter))
                 tensors["main"] = tensors.pop("param")
-                yield _State(parameter, run.start, run.end, tensors, optimizer)
+                yield _State(parameter, run.start, tensors, optimizer)
             continue
         mains = {id(p.main_param): p for m in policy.models() for p in m.parameters() if hasattr(p, "main_param")}
         for group in optimizer.optimizer.param_groups:
             for main in group["params"]:
                 tensors = {"main": main, **optimizer.optimizer.state[main]}
-                yield _State(mains.get(id(main), main), 0, main.numel(), tensors, optimizer)
+                yield _State(mains.get(id(main), main), 0, tensors, optimizer)

@@ -132,8 +132,11 @@ class ShardReader:
         return iter(self._by_key)
 
     def other(self, file: str, name: str) -> Tensor:
-        """A tensor that is no piece, by its name in `file`."""
-        return self._handle(file).get_tensor(name)
+        """A copy of a tensor that is no piece, by its name in `file`.
+
+        A copy, because what safetensors gives is the mapped file: a bus error once somebody truncates it.
+        """
+        return self._handle(file).get_tensor(name).clone()
 
     def other_names(self, file: str) -> list[str]:
         handle = self._handle(file)
@@ -141,7 +144,10 @@ class ShardReader:
         return sorted(set(handle.keys()) - pieces)
 
     def read(self, wanted: Piece) -> Tensor:
-        """[stop - start] elements of `wanted`, in the stored type. Raises ShardError when they are not there."""
+        """[stop - start] elements of `wanted`, in the stored type, to be copied before the reader is closed.
+
+        Raises ShardError when they are not there.
+        """
         stored = self._by_key.get(wanted.key)
         if stored is None:
             raise ShardError(f"there is no tensor {wanted.key}")

@@ -1,6 +1,7 @@
 """A toy policy that trains on fixed samples under any layout, and one rank of test_checkpoint.py's world of two.
 
     checkpoint_policy.py RANK PORT FOLDER   visits LAYOUTS in turn
+    checkpoint_policy.py half PORT FOLDER   saves, then writes half of a second save and waits to be killed
 
 Results are written as safetensors and JSON into FOLDER.
 """
@@ -8,6 +9,7 @@ Results are written as safetensors and JSON into FOLDER.
 import json
 import os
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from safetensors.torch import save_file
 from lens_megatron import pack
 from lens_megatron.algorithms.objectives import OBJECTIVES
 from lens_megatron.config import from_tree
-from lens_megatron.policy import checkpoint, platform
+from lens_megatron.policy import checkpoint, platform, shards
 from lens_megatron.policy.checkpoint import CheckpointWriter
 from lens_megatron.policy.hf_weights import export_weights
 from lens_megatron.policy.model import Policy, build_policy
@@ -46,7 +48,7 @@ def config(folder: Path, layout: dict, dtype: str = "float32"):
             "rollout": {"max_response_length": 8},
             "lens": {"enabled": False},
             "algorithm": {"kl_coef": 0.0},
-            "optimizer": {"lr": 1e-2, "lr_warmup_steps": 3},
+            "optimizer": {"lr": 1e-2, "lr_decay_style": "linear"},
             "megatron": layout,
         }
     )
@@ -100,14 +102,38 @@ def visit(name: str, source: Path, previous: Path, root: Path, device: torch.dev
 
 
 def run_rank(rank: int, port: str, root: Path) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
     device, previous = platform.install(), root / "one"
-    for name in LAYOUTS:
+    for number, name in enumerate(LAYOUTS):
+        os.environ["MASTER_PORT"] = str(int(port) + number)  # a rank could still find the store of the world before
         platform.init_process_group(device)
         visit(name, root / "one", previous, root, device)
         previous = root / name
         shut_down()
 
 
+def save_half(port: str, root: Path) -> None:
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    device, built = platform.install(), config(root, {})
+    platform.init_process_group(device)
+    policy = build_policy(built, build_mesh(built.megatron, 0, device))
+    saver = writer(policy, root / "half", root, background=True)
+    saver.save(1)
+    saver.poll(wait=True)
+    train_step(policy, built.algorithm)
+
+    def write_half(tensors: dict, path: Path, metadata: dict) -> None:
+        save_file(tensors, path, metadata=metadata)
+        os.truncate(path, path.stat().st_size // 2)
+        print("half written", flush=True)
+        time.sleep(600)
+
+    shards.save_file = write_half
+    saver.save(2)
+
+
 if __name__ == "__main__":
-    run_rank(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+    if sys.argv[1] == "half":
+        save_half(sys.argv[2], Path(sys.argv[3]))
+    else:
+        run_rank(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
