@@ -92,13 +92,13 @@ def visit(name: str, source: Path, previous: Path, root: Path, device: torch.dev
         before = exported(policy)
         loss = train_step(policy, built.algorithm)
         saver.save(2)
-    after = exported(policy)
+    after, lr = exported(policy), policy.optimizer.param_groups[0]["lr"]
     checkpoint.resume(policy, previous)
     handed_on = exported(policy)
     if mesh.rank == 0:
         for when, weights in {"before": before, "after": after, "handed_on": handed_on}.items():
             save_file(weights, root / f"{name}.{when}.safetensors")
-        (root / f"{name}.json").write_text(json.dumps({"loss": loss, "lr": policy.optimizer.param_groups[0]["lr"]}))
+        (root / f"{name}.json").write_text(json.dumps({"loss": loss, "lr": lr}))
 
 
 def run_rank(rank: int, port: str, root: Path) -> None:
