@@ -188,7 +188,9 @@ class CheckpointWriter:
         _flush(partial)
         partial.rename(self.folder / TRACKER)
         _flush(self.folder)
-        for path in superfluous(list(_readable_states(self.folder)), self.keep_last, self.keep_best):
+        # Later steps are damaged ones that were passed over: counted, they would crowd out the one just written.
+        past = [(path, old) for path, old in _readable_states(self.folder) if old.step <= state.step]
+        for path in superfluous(past, self.keep_last, self.keep_best):
             _delete(path)
 
 

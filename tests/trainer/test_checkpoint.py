@@ -346,6 +346,16 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_line(message, root, mesh, tm
         assert checkpoint.steps_saved(tmp_path) == 0
 
 
+def test_a_damaged_checkpoint_does_not_crowd_out_the_one_written_after_it(root, mesh, tmp_path):
+    policy = saved(root, mesh, tmp_path, 1, 5)
+    os.truncate(tmp_path / "iter_0000005" / "rank_00000.safetensors", 1000)
+    assert checkpoint.resume(policy, tmp_path).step == 1
+    with writer(policy, tmp_path, root, keep_last=1) as saver:
+        saver.save(3)
+    assert names(tmp_path) == ["iter_0000003", "iter_0000005"]
+    assert checkpoint.resume(policy, tmp_path).step == 3
+
+
 def test_another_models_checkpoint_is_refused(root, mesh, tmp_path, capsys):
     saved(root, mesh, tmp_path, 1)
     other = saved_model("qwen2", False, tmp_path / "other" / "model")
