@@ -172,7 +172,15 @@ class TrainConfig(Section):
     eval_temperature: float = Field(1.0, ge=0)
     """0: greedy."""
     save_interval: int = Field(20, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
+    """Steps between checkpoints; the last step is always saved."""
+    async_save: bool = True
+    """Write checkpoints in the background, from a copy in host memory."""
+    save_total_limit: int = Field(2, ge=1)
+    """Newest checkpoints to keep."""
+    save_best_limit: int = Field(0, ge=0)
+    """Best checkpoints to keep besides; only steps with both a save and an evaluation take part."""
+    metric_for_best_model: str | None = None
+    """E.g. `val-core/math500/acc/mean@1`; the mean of all `val-core/` accuracies when empty. Higher is better."""
     max_skipped_updates: int = Field(3, ge=0)
     """Updates in a row skipped for a loss or gradient that is not finite, before training stops. 0: never stop."""
 
@@ -233,6 +241,8 @@ class Config(Section):
                 f"rollout.prompts_per_step ({prompts}) is not divisible by train.updates_per_batch ({updates}); "
                 "choose a divisor"
             )
+        if self.train.save_best_limit and not self.data.eval:
+            raise ValueError("train.save_best_limit compares evaluations; set data.eval or unset it")
         if self.debug.rollout_only and self.debug.load_rollouts:
             raise ValueError("debug.rollout_only and debug.load_rollouts exclude each other; unset one")
         if self.optimizer.min_lr > self.optimizer.lr:

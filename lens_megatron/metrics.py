@@ -57,6 +57,16 @@ class Tally:
         return metrics
 
 
+def accuracy_name(source: str, samples: int) -> str:
+    return f"val-core/{source}/acc/mean@{samples}"
+
+
+def best_model_metric(evaluated: Metrics, name: str | None) -> float | None:
+    """What checkpoints compete by: the metric `name`, or the mean of all accuracies; None without an evaluation."""
+    scores = [value for key, value in evaluated.items() if key.startswith("val-core/") and name in (None, key)]
+    return sum(scores) / len(scores) if scores else None
+
+
 def tally_step(result: StepResult) -> Tally:
     """What this data-parallel rank's groups, samples and rollouts say."""
     tally = Tally()

@@ -17,7 +17,7 @@ from lens_megatron.clock import Clock
 from lens_megatron.config import Config, ConfigError
 from lens_megatron.evaluate import evaluate
 from lens_megatron.policy import checkpoint, platform
-from lens_megatron.policy.checkpoint import CheckpointError
+from lens_megatron.policy.checkpoint import CheckpointError, CheckpointWriter
 from lens_megatron.policy.hf_weights import ModelError, export_weights, read_hf_config
 from lens_megatron.policy.model import DTYPES, build_policy, check_layout
 from lens_megatron.policy.parallel import build_mesh, shut_down
@@ -74,7 +74,7 @@ def train(config: Config) -> None:
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     config.check_world(world_size)
     resuming = run_folder.check(config)
-    if resuming and _steps_saved(config) >= config.train.steps:
+    if resuming and checkpoint.steps_saved(run_folder.checkpoints(config)) >= config.train.steps:
         if rank == 0:
             metrics.say(f"{config.run.directory} has done its {config.train.steps} steps already; raise train.steps")
             metrics.say("to go on, or set run.if_exists=restart to start over.")
@@ -82,8 +82,9 @@ def train(config: Config) -> None:
         return
     run = build_run(config, resuming=resuming)
     try:
-        with watch(run.clock, Path(config.run.directory), config.run.phase_timeout_minutes):
-            _loop(run, _resume(run) if resuming else 0, stop)
+        directory, deadline = Path(config.run.directory), config.run.phase_timeout_minutes
+        with watch(run.clock, directory, deadline), _saver(run) as saver:
+            _loop(run, _resume(run) if resuming else 0, stop, saver)
     finally:
         run.close()
     if run.is_main:
@@ -169,7 +170,12 @@ def _load_data(config: Config, tokenizer: Tokenizer) -> tuple[PromptStream, tupl
             f"{config.rollout.prompts_per_step}; lower it or give more data"
         )
     stream = PromptStream(training.prompts, config.rollout.prompts_per_step, config.run.seed, config.data.shuffle)
-    return stream, tuple(prompt for loaded in held_out for prompt in loaded.prompts)
+    eval_prompts = tuple(prompt for loaded in held_out for prompt in loaded.prompts)
+    names = sorted({metrics.accuracy_name(p.source, config.train.eval_samples) for p in eval_prompts})
+    wanted = config.train.metric_for_best_model
+    if wanted is not None and wanted not in names:
+        raise ConfigError(f"train.metric_for_best_model: no metric {wanted!r}; data.eval gives {', '.join(names)}")
+    return stream, eval_prompts
 
 
 def _prepare_folder(config: Config, rank: int, device: torch.device, resuming: bool) -> None:
@@ -203,28 +209,22 @@ def _describe(run: Run) -> None:
     )
 
 
-def _steps_saved(config: Config) -> int:
-    saved = checkpoint.published(run_folder.checkpoints(config))
-    return checkpoint.read_state(saved[-1]).step if saved else 0
-
-
 def _resume(run: Run) -> int:
     """Loads the newest checkpoint that every rank can read; returns the number of steps done."""
     folder = run_folder.checkpoints(run.config)
-    newest = checkpoint.latest_whole(folder, run.mesh.rank)
-    step = torch.tensor([checkpoint.read_state(newest).step if newest else 0], device=run.mesh.device)
-    torch.distributed.all_reduce(step, op=torch.distributed.ReduceOp.MIN)
-    if not step.item():
-        return 0
-    path = folder / f"iter_{step.item():07d}"
     with run.clock("load_checkpoint"):
-        state = checkpoint.load(run.policy, path)
+        state = checkpoint.resume(run.policy, folder)
+    if state is None:
+        return 0
     if run.is_main:
-        metrics.say(f"resumed from {path}: {state.step} steps done")
+        metrics.say(f"resumed from {folder}/iter_{state.step:07d}: {state.step} steps done")
+        moved = checkpoint.layout_change(state)
+        if moved:
+            metrics.say(f"its layout was another ({moved}): equal up to rounding, not to the bit")
     return state.step
 
 
-def _loop(run: Run, done: int, stop: StopRequest) -> None:
+def _loop(run: Run, done: int, stop: StopRequest, saver: CheckpointWriter) -> None:
     config, skipped = run.config, 0
     with run.clock("update_weights"):
         weight_sync.push(export_weights(run.policy.bridge, run.policy.chunks), run.engine, run.policy.version)
@@ -250,30 +250,35 @@ def _loop(run: Run, done: int, stop: StopRequest) -> None:
         last = step == config.train.steps
         interval = config.train.eval_interval
         evaluated = _evaluate(run) if last or (interval and step % interval == 0) else {}
-        if stopping or last or step % config.train.save_interval == 0:
-            with run.clock("save_checkpoint"):
-                _save(run, step)
         logged = _step_metrics(run, result) | evaluated
         if writer:
-            writer.write(step, logged)
+            writer.write(step, logged)  # before the save: a checkpoint whose row is missing would leave a gap for good
             metrics.say(metrics.console_line(step, config.train.steps, logged))
+        with run.clock("save_checkpoint"):
+            saver.poll()
+            if stopping or last or step % config.train.save_interval == 0:
+                saver.save(step, metrics.best_model_metric(evaluated, config.train.metric_for_best_model))
         skipped = non_finite.in_a_row(skipped, result.updates)
         non_finite.check(skipped, config.train.max_skipped_updates, step, Path(config.run.directory) / "non_finite")
         if stopping and not last:
             if run.is_main:
                 metrics.say(f"stopped as asked after step {step}; the same command goes on from here")
             break
+    with run.clock("save_checkpoint"):
+        saver.poll(wait=True)
     if writer:
         writer.close()
 
 
-def _save(run: Run, step: int) -> None:
-    checkpoint.save(
+def _saver(run: Run) -> CheckpointWriter:
+    options = run.config.train
+    return CheckpointWriter(
         run.policy,
         run_folder.checkpoints(run.config),
-        step,
         model_path=run.config.model.path,
-        keep=run.config.train.keep_checkpoints,
+        keep_last=options.save_total_limit,
+        keep_best=options.save_best_limit,
+        background=options.async_save,
     )
 
 
@@ -285,7 +290,7 @@ def _evaluate(run: Run) -> metrics.Metrics:
     samples = run.config.train.eval_samples
     found = {}
     for result in results:
-        found[f"val-core/{result.source}/acc/mean@{samples}"] = result.mean
+        found[metrics.accuracy_name(result.source, samples)] = result.mean
         found[f"val-aux/{result.source}/acc/standard_error"] = result.standard_error
         if run.is_main:
             metrics.say(

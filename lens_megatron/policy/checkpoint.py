@@ -1,30 +1,49 @@
-"""Checkpoints that are whole or not there, exact to the bit on the same layout.
+"""Checkpoints that are whole or not there, exact to the bit on the same layout, readable under any other.
 
-    checkpoints/iter_0000020/rank_00000.safetensors   weights, optimizer state, generators of one rank
-                             state.json               step, schedule, layout
+    checkpoints/iter_0000020/rank_00000.safetensors   this rank's pieces of weights and optimizer; its generators
+                             index.json               file sizes, and where each piece stands in its global tensor
+                             state.json               step, schedule, layout, metric
                              hf/                      the policy as a Hugging Face directory
     checkpoints/latest_checkpointed_iteration.txt     written last
 
-Everything is written to a hidden folder, flushed, and renamed once every rank is done. safetensors and JSON only.
+A save copies everything to host memory; a thread writes the copies to a hidden folder, and when those of all ranks
+are done, rank 0 renames it. The threads agree over a group of their own, so training goes on meanwhile. Megatron's own
+torch_dist format is not used because its metadata is a pickle; ours is safetensors and JSON, cut by Megatron's
+`sharded_state_dict`.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
+from typing import Self
 
 import torch
-from megatron.core.optimizer import ChainedOptimizer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed import ReduceOp
 
-from lens_megatron.policy.hf_weights import export_weights
+from lens_megatron.policy import hf_export, shards
+from lens_megatron.policy.hf_export import StagedExport
 from lens_megatron.policy.model import Policy
+from lens_megatron.policy.sharded_state import (
+    generator_states,
+    layout,
+    local_pieces,
+    optimizer_steps,
+    restore,
+    restore_generators,
+)
+from lens_megatron.policy.shards import Piece, ShardError, ShardReader
 
 TRACKER = "latest_checkpointed_iteration.txt"
+_PATIENCE = timedelta(hours=6)
+"""How long one rank's writer waits for the slowest; a rank that dies ends the wait at once."""
+_FAILURES = (OSError, ValueError, KeyError, TypeError, SafetensorError)
 
 
 class CheckpointError(RuntimeError):
@@ -39,34 +58,148 @@ class TrainingState:
     """Steps done."""
     version: int
     scheduler_steps: int
-    world_size: int
-    tensor_model_parallel_size: int
-    pipeline_model_parallel_size: int
+    optimizer_steps: int
+    layout: dict[str, int]
+    metric: float | None = None
+    """What `keep_best` compares, higher is better; None where nothing was evaluated."""
 
 
-def save(policy: Policy, folder: Path, step: int, *, model_path: str, keep: int) -> Path:
-    """Writes and publishes the checkpoint of `step`; deletes all but the newest `keep`. A collective.
+@dataclass(frozen=True, slots=True)
+class _Staged:
+    """Copies in host memory: the next optimizer step must not reach what is being written."""
 
-    Raises CheckpointError on every rank when any rank could not write (disk full, not writable); nothing is published.
+    state: TrainingState
+    pieces: list[tuple[Piece, Tensor]]
+    generators: dict[str, Tensor]
+    export: StagedExport
+
+
+class CheckpointWriter:
+    """Saves into `folder`; at most one save is being written at a time. Building one is a collective.
+
+    Args:
+        keep_last, keep_best: newest checkpoints to keep, and best ones by their metric besides.
+        background: write in a thread while training goes on.
+
+    Raises:
+        CheckpointError: an optimizer or a module whose state cannot be saved.
     """
-    final, temporary = folder / f"iter_{step:07d}", folder / f".writing_iter_{step:07d}"
-    main = policy.mesh.rank == 0
-    if main:
-        shutil.rmtree(temporary, ignore_errors=True)
-    _agree(policy, _attempt(lambda: temporary.mkdir(parents=True, exist_ok=True)), temporary)
-    failure = _attempt(lambda: _write_rank(policy, temporary))
-    failure = _save_hf(policy, temporary / "hf", model_path) or failure
-    if main and not failure:
-        failure = _attempt(lambda: _write_json(temporary / "state.json", asdict(_state(policy, step))))
-    _agree(policy, failure, temporary)
-    if main:
-        failure = _attempt(lambda: _publish(temporary, final, folder / TRACKER, step))
-    _agree(policy, failure, temporary)
-    if main:
-        for old in published(folder)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
-    torch.distributed.barrier()
-    return final
+
+    def __init__(
+        self, policy: Policy, folder: Path, *, model_path: str, keep_last: int, keep_best: int, background: bool
+    ):
+        self.policy, self.folder, self.model_path, self.background = policy, folder, model_path, background
+        self.keep_last, self.keep_best = keep_last, keep_best
+        self._thread: threading.Thread | None = None
+        self._failure: str | None = None
+        self._group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
+        problem = _attempt(lambda: local_pieces(policy))
+        if problem is not None:
+            raise CheckpointError(f"this policy could not be saved: {problem}")
+        if policy.mesh.rank == 0:
+            for leftover in [*folder.glob(".writing_*"), *folder.glob(".deleting_*")]:
+                shutil.rmtree(leftover, ignore_errors=True)
+        torch.distributed.barrier()
+
+    def save(self, step: int, metric: float | None = None) -> None:
+        """Copies the state after `step` and has it written. Raises CheckpointError, on every rank, as `poll` does."""
+        self.poll(wait=True)
+        staged = self._stage(step, metric)
+        self._thread = threading.Thread(target=self._write, args=(staged,), name="checkpoint writer")
+        self._thread.start()
+        self.poll(wait=not self.background)
+
+    def poll(self, *, wait: bool = False) -> None:
+        """Takes note of a save that has been published, or could not be. A collective while one is being written.
+
+        Raises CheckpointError on every rank when any rank could not write: then nothing was published.
+        """
+        if self._thread is None:
+            return
+        if wait:
+            self._thread.join()
+        done = torch.tensor([not self._thread.is_alive()], dtype=torch.int32, device=self.policy.mesh.device)
+        torch.distributed.all_reduce(done, op=ReduceOp.MIN)
+        if not done.item():
+            return
+        self._thread.join()
+        self._thread = None
+        if self._failure is not None:
+            raise CheckpointError(
+                f"checkpoint not written to {self.folder}: {self._failure}; the checkpoints before it are untouched. "
+                "Free space or permissions, then start the same command again"
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Waits for a save in flight, whatever ended the training. Not a collective of the training's ranks."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            if self._failure is not None:
+                print(f"checkpoint not written to {self.folder}: {self._failure}", flush=True)
+
+    def _stage(self, step: int, metric: float | None) -> _Staged:
+        policy = self.policy
+        export = hf_export.stage(policy, self.model_path)
+        pieces = [(p.piece, p.tensor.to("cpu", copy=True)) for p in local_pieces(policy) if p.is_main_replica]
+        steps = optimizer_steps(policy)
+        state = TrainingState(step, policy.version, policy.scheduler.num_steps, steps, layout(), metric)
+        return _Staged(state, pieces, generator_states(policy), export)
+
+    def _write(self, staged: _Staged) -> None:
+        """The thread. It raises nothing: every rank must reach the agreements, or the others would wait."""
+        step, main = staged.state.step, self.policy.mesh.rank == 0
+        temporary = self.folder / f".writing_iter_{step:07d}"
+        try:
+            self._failure = self._agree(
+                _attempt(lambda: _write_rank(temporary, self.policy.mesh.rank, staged), Exception)
+            )
+            if self._failure is None:
+                self._failure = self._agree(
+                    _attempt(lambda: self._publish(temporary, staged.state), Exception) if main else None
+                )
+        except RuntimeError as error:  # gloo's, when a rank dies
+            self._failure = f"another rank was lost: {error}"
+        if main and self._failure is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _agree(self, failure: str | None) -> str | None:
+        """The failure of this rank or of another, None when all ranks succeeded."""
+        failed = torch.tensor([failure is not None], dtype=torch.int32)
+        torch.distributed.all_reduce(failed, op=ReduceOp.MAX, group=self._group)
+        if failure is not None and self.policy.mesh.rank != 0:
+            print(f"rank {self.policy.mesh.rank} could not write its checkpoint: {failure}", flush=True)
+        return failure or ("another rank failed" if failed.item() else None)
+
+    def _publish(self, temporary: Path, state: TrainingState) -> None:
+        files = [f"rank_{rank:05d}.safetensors" for rank in range(state.layout["world_size"])]
+        _write_json(temporary / shards.INDEX, shards.make_index(temporary, files), indent=None)
+        _write_json(temporary / "state.json", asdict(state))
+        _flush(temporary)
+        final = self.folder / f"iter_{state.step:07d}"
+        _delete(final)
+        temporary.rename(final)
+        _flush(self.folder)
+        partial = self.folder / f".{TRACKER}"
+        partial.write_text(f"{state.step}\n")
+        _flush(partial)
+        partial.rename(self.folder / TRACKER)
+        _flush(self.folder)
+        # Later steps are damaged ones that were passed over: counted, they would crowd out the one just written.
+        past = [(path, old) for path, old in _readable_states(self.folder) if old.step <= state.step]
+        for path in superfluous(past, self.keep_last, self.keep_best):
+            _delete(path)
+
+
+def superfluous(states: Sequence[tuple[Path, TrainingState]], keep_last: int, keep_best: int) -> list[Path]:
+    """Of checkpoints, oldest first: those neither among the newest nor among the best. Newer beats equal."""
+    kept = {path for path, _ in states[-keep_last:]}
+    scored = [(state.metric, state.step, path) for path, state in states if state.metric is not None]
+    kept |= {path for *_, path in sorted(scored, reverse=True)[:keep_best]}
+    return [path for path, _ in states if path not in kept]
 
 
 def published(folder: Path) -> list[Path]:
@@ -74,151 +207,97 @@ def published(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("iter_*") if (path / "state.json").is_file())
 
 
-def latest_whole(folder: Path, rank: int) -> Path | None:
-    """The newest checkpoint whose files this rank can read to the end; None when there is none."""
-    for path in reversed(published(folder)):
-        try:
-            read_state(path)
-            with safe_open(path / f"rank_{rank:05d}.safetensors", "pt") as file:
-                file.keys()
-            return path
-        except (OSError, ValueError, TypeError, SafetensorError) as error:
-            print(f"checkpoint {path} cannot be read ({error}); trying the one before it", flush=True)
-    return None
-
-
 def read_state(path: Path) -> TrainingState:
     return TrainingState(**json.loads((path / "state.json").read_text()))
 
 
-def load(policy: Policy, path: Path) -> TrainingState:
-    """Restores weights, optimizer, schedule, generators. Raises CheckpointError for another layout or other tensors."""
-    state = read_state(path)
-    now = _state(policy, state.step)
-    layout = ("world_size", "tensor_model_parallel_size", "pipeline_model_parallel_size")
-    for name in layout:
-        if getattr(state, name) != getattr(now, name):
-            raise CheckpointError(
-                f"checkpoint {path} was written with {name}={getattr(state, name)}, this run has {getattr(now, name)}; "
-                "resume with the same layout, or start a new run from its hf/ folder"
-            )
-    _materialise_optimizer(policy)
-    with safe_open(path / f"rank_{policy.mesh.rank:05d}.safetensors", "pt") as file, torch.no_grad():
-        targets = dict(_tensors(policy))
-        missing = sorted(set(targets) ^ set(file.keys()))
-        if missing:
-            raise CheckpointError(f"checkpoint {path}: tensors differ from this run's: {', '.join(missing[:5])}")
-        for name, target in targets.items():
-            target.copy_(file.get_tensor(name))
-        torch.set_rng_state(targets["rng.torch"])
-    policy.version = state.version
-    policy.scheduler.num_steps = 0
-    policy.scheduler.step(increment=state.scheduler_steps)
-    return state
+def steps_saved(folder: Path) -> int:
+    """Steps done by the newest checkpoint whose files are all there and whole; 0 when there is none."""
+    for path in reversed(published(folder)):
+        try:
+            shards.check_sizes(path)
+            return read_state(path).step
+        except _FAILURES:
+            continue
+    return 0
 
 
-def _state(policy: Policy, step: int) -> TrainingState:
+def resume(policy: Policy, folder: Path) -> TrainingState | None:
+    """Loads the newest checkpoint that all ranks can read, with a line for each that was passed over. A collective.
+
+    Weights, optimizer and schedule load under any layout; the generators' states only under the one that wrote them.
+    Returns None when there is no checkpoint. Raises CheckpointError when there are some and none can be read.
+    """
     mesh = policy.mesh
-    return TrainingState(step, policy.version, policy.scheduler.num_steps, mesh.world_size, mesh.tp_size, mesh.pp_size)
+    paths = published(folder)
+    for path in reversed(paths):
+        result: list = []
+        failure = _attempt(lambda path=path, result=result: result.append(_load(policy, path)))
+        if failure is not None:
+            print(f"checkpoint {path} cannot be used: {failure}; trying the one before it", flush=True)
+        failed = torch.tensor([failure is not None], dtype=torch.int32, device=mesh.device)
+        torch.distributed.all_reduce(failed, op=ReduceOp.MAX)
+        if failed.item():
+            continue
+        state, generators = result[0]
+        if generators:
+            restore_generators(generators)
+        policy.version = state.version
+        policy.scheduler.num_steps = 0
+        policy.scheduler.step(increment=state.scheduler_steps)
+        return state
+    if paths:
+        raise CheckpointError(
+            f"none of the {len(paths)} checkpoints in {folder} can be used, see above; restore one, start a new run "
+            "from an hf/ folder, or set run.if_exists=restart to delete this run"
+        )
+    return None
 
 
-def _tensors(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor that training changes, by a name that is the same in every process of this rank."""
-    for chunk, model in enumerate(policy.models()):
-        for name, parameter in model.named_parameters():
-            yield f"model.{chunk}.{name}", parameter.data
-    for number, optimizer in enumerate(_torch_optimizers(policy)):
-        for g, group in enumerate(optimizer.param_groups):
-            for p, parameter in enumerate(group["params"]):
-                yield f"optimizer.{number}.{g}.{p}.main", parameter.data
-                for key, value in sorted(optimizer.state[parameter].items()):
-                    if isinstance(value, Tensor):
-                        yield f"optimizer.{number}.{g}.{p}.{key}", value
-    yield "rng.torch", torch.get_rng_state()
+def layout_change(state: TrainingState) -> str:
+    """E.g. "world_size 1 -> 2"; empty when `state` was saved on the layout of now."""
+    old = state.layout
+    return ", ".join(f"{name} {old.get(name)} -> {size}" for name, size in layout().items() if old.get(name) != size)
 
 
-def _torch_optimizers(policy: Policy) -> list[torch.optim.Optimizer]:
-    megatron = policy.optimizer
-    chain = megatron.chained_optimizers if isinstance(megatron, ChainedOptimizer) else [megatron]
-    return [optimizer.optimizer for optimizer in chain if optimizer.optimizer is not None]
+def _load(policy: Policy, path: Path) -> tuple[TrainingState, dict[str, Tensor]]:
+    state, mesh = read_state(path), policy.mesh
+    shards.check_sizes(path, mesh.rank, mesh.world_size)
+    with ShardReader(path) as reader:
+        restore(policy, reader, state.optimizer_steps)
+        if state.layout != layout():
+            return state, {}
+        own = f"rank_{mesh.rank:05d}.safetensors"
+        return state, {name: reader.other(own, name) for name in reader.other_names(own)}
 
 
-def _materialise_optimizer(policy: Policy) -> None:
-    """Adam makes its state at the first step; a fresh one needs the tensors before they can be filled."""
-    for optimizer in _torch_optimizers(policy):
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if not optimizer.state[parameter]:
-                    optimizer.state[parameter] = {
-                        "step": torch.zeros((), dtype=torch.float32),
-                        "exp_avg": torch.zeros_like(parameter.data),
-                        "exp_avg_sq": torch.zeros_like(parameter.data),
-                    }
+def _readable_states(folder: Path) -> Iterator[tuple[Path, TrainingState]]:
+    for path in published(folder):
+        try:
+            yield path, read_state(path)
+        except _FAILURES:
+            continue  # not ours to delete: the user may want to mend it
 
 
-def _write_rank(policy: Policy, folder: Path) -> None:
-    path = folder / f"rank_{policy.mesh.rank:05d}.safetensors"
-    _materialise_optimizer(policy)
-    save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in _tensors(policy)}, path)
-    _flush(path)
+def _write_rank(folder: Path, rank: int, staged: _Staged) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"rank_{rank:05d}.safetensors"
+    shards.write_file(path, staged.pieces, staged.generators)
+    for written in [path, *hf_export.write(staged.export, folder / "hf"), folder / "hf"]:
+        _flush(written)
 
 
-def _save_hf(policy: Policy, folder: Path, model_path: str) -> str | None:
-    """Streams the policy into safetensors shards of at most 4 GB; rank 0 writes. Returns what went wrong."""
-    main = policy.mesh.rank == 0
-    limit, shard, size, shards, failure = 4 << 30, {}, 0, [], None
-
-    def flush_shard() -> str | None:
-        nonlocal shard, size
-        if not shard:
-            return None
-        shards.append(list(shard))
-        path = folder / f"model-{len(shards):05d}.safetensors"
-        result = _attempt(lambda: (save_file(shard, path, metadata={"format": "pt"}), _flush(path)))
-        shard, size = {}, 0
-        return result
-
-    if main:
-        failure = _attempt(lambda: folder.mkdir(exist_ok=True))
-    for name, tensor in export_weights(policy.bridge, policy.chunks):
-        if main and not failure:
-            shard[name] = tensor.cpu().clone().contiguous()
-            size += tensor.numel() * tensor.element_size()
-            failure = flush_shard() if size >= limit else None
-    if main and not failure:
-        failure = flush_shard() or _attempt(lambda: _finish_hf(folder, shards, model_path))
-    return failure
+def _delete(path: Path) -> None:
+    """By renaming first: a folder that is killed half deleted must not look like a checkpoint."""
+    if path.exists():
+        hidden = path.with_name(f".deleting_{path.name}")
+        shutil.rmtree(hidden, ignore_errors=True)
+        path.rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _finish_hf(folder: Path, shards: list[list[str]], model_path: str) -> None:
-    """Final file names, index, and the small files of the original directory."""
-    index = {}
-    for number, names in enumerate(shards, start=1):
-        single = len(shards) == 1
-        name = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"model-{number:05d}.safetensors").rename(folder / name)
-        index |= dict.fromkeys(names, name)
-    if len(shards) > 1:
-        _write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
-    for path in Path(model_path).iterdir():
-        small = path.suffix in (".json", ".txt", ".model", ".jinja") and "index.json" not in path.name
-        if path.is_file() and small:
-            shutil.copyfile(path, folder / path.name)
-
-
-def _publish(temporary: Path, final: Path, tracker: Path, step: int) -> None:
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
-    _flush(final.parent)
-    partial = tracker.with_name(f".{tracker.name}")
-    partial.write_text(f"{step}\n")
-    _flush(partial)
-    partial.rename(tracker)
-    _flush(tracker.parent)
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n")
+def _write_json(path: Path, content: dict, indent: int | None = 1) -> None:
+    path.write_text(json.dumps(content, indent=indent) + "\n")
     _flush(path)
 
 
@@ -230,23 +309,10 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _attempt(action) -> str | None:
-    """Runs `action`; returns the message of an input/output failure instead of raising, so that ranks can agree."""
+def _attempt(action: Callable[[], object], failures: tuple | type = _FAILURES) -> str | None:
+    """Runs `action`; returns the message of a failure instead of raising, so that ranks can agree."""
     try:
         action()
-    except (OSError, SafetensorError) as error:
-        return f"{type(error).__name__}: {error}"
+    except failures as error:
+        return str(error) if isinstance(error, ShardError) else f"{type(error).__name__}: {error}"
     return None
-
-
-def _agree(policy: Policy, failure: str | None, temporary: Path) -> None:
-    """Raises on every rank if any rank failed, and removes the half-written folder."""
-    failed = torch.tensor([failure is not None], dtype=torch.int32, device=policy.mesh.device)
-    torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX)
-    if failed.item():
-        if policy.mesh.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"checkpoint not written to {temporary.parent}: {failure or 'another rank failed'}; "
-            "the checkpoints before it are untouched. Free space or permissions, then start the same command again"
-        )

@@ -155,6 +155,7 @@ def test_a_value_out_of_range_or_of_the_wrong_type(base, override, message):
             ["debug.rollout_only=true", "debug.load_rollouts=a"],
             "debug.rollout_only and debug.load_rollouts exclude each other; unset one",
         ),
+        (["train.save_best_limit=1"], "train.save_best_limit compares evaluations; set data.eval or unset it"),
     ],
 )
 def test_options_that_exclude_each_other(base, overrides, message):

@@ -36,6 +36,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
             "error: rollout.prompts_per_step: 0: Input should be greater than or equal to 1",
         ),
         ("rollout.prompts_per_step=5000", "data.train has 24 usable prompts, rollout.prompts_per_step asks for 5000"),
+        ("train.metric_for_best_model=acc", "error: train.metric_for_best_model: no metric 'acc'; data.eval gives "),
         ("train.updates_per_batch=3", "rollout.prompts_per_step (4) is not divisible by train.updates_per_batch (3)"),
         (
             "megatron.tensor_model_parallel_size=2",

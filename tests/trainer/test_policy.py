@@ -26,7 +26,7 @@ from lens_megatron import pack
 from lens_megatron.algorithms.objectives import OBJECTIVES
 from lens_megatron.config import AlgorithmConfig, ConfigError, from_tree
 from lens_megatron.pack import make_sequences
-from lens_megatron.policy import checkpoint, platform
+from lens_megatron.policy import platform
 from lens_megatron.policy.forward import model_output, prompt_scores, response_log_probs
 from lens_megatron.policy.hf_weights import ModelError, export_weights, read_hf_config
 from lens_megatron.policy.model import Policy, build_policy, reference_weights
@@ -331,36 +331,6 @@ def test_sampling_follows_the_softmax(mesh: Mesh, tmp_path: Path):
     chi_square = ((observed - expected) ** 2 / expected).sum()
     degrees = len(expected) - 1
     assert chi_square < degrees + 4 * (2 * degrees) ** 0.5
-
-
-def test_a_full_disk_leaves_the_checkpoint_before_it(mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    saved_model("qwen3", True, tmp_path / "model")
-    policy = policy_of(tmp_path / "model", mesh)
-    folder = tmp_path / "checkpoints"
-    checkpoint.save(policy, folder, 1, model_path=str(tmp_path / "model"), keep=2)
-
-    def full(*args: object, **kwargs: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(checkpoint.CheckpointError, match="No space left on device"):
-        checkpoint.save(policy, folder, 2, model_path=str(tmp_path / "model"), keep=2)
-    assert [p.name for p in folder.iterdir() if p.is_dir()] == ["iter_0000001"]
-    assert (folder / checkpoint.TRACKER).read_text() == "1\n"
-    assert checkpoint.load(policy, checkpoint.latest_whole(folder, 0)).step == 1
-
-
-def test_a_damaged_checkpoint_is_passed_over_with_a_line(mesh: Mesh, tmp_path: Path, capsys: pytest.CaptureFixture):
-    saved_model("qwen3", True, tmp_path / "model")
-    policy = policy_of(tmp_path / "model", mesh)
-    folder = tmp_path / "checkpoints"
-    for step in (1, 2, 3):
-        checkpoint.save(policy, folder, step, model_path=str(tmp_path / "model"), keep=2)
-    assert [p.name for p in checkpoint.published(folder)] == ["iter_0000002", "iter_0000003"]
-    shard = folder / "iter_0000003" / "rank_00000.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-100])
-    assert checkpoint.latest_whole(folder, 0) == folder / "iter_0000002"
-    assert "iter_0000003 cannot be read" in capsys.readouterr().out
 
 
 def test_model_directories_that_cannot_be_used(tmp_path: Path):

@@ -4,16 +4,29 @@ What is not covered: that training improves anything (the demo shows that), and 
 """
 
 import os
+import random
 import signal
 import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from toy_runs import ROOT, Toy, checkpoint_tensors, command, environment, launch, rollout_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+MOVES = {
+    "tp2_to_one": ({"tensor_model_parallel_size": 2}, 2, {}, 1),
+    "pp2_to_tp2": ({"pipeline_model_parallel_size": 2}, 2, {"tensor_model_parallel_size": 2}, 2),
+    "one_to_dp2": ({}, 1, {"use_distributed_optimizer": True}, 2),
+    "dp2_to_tp2pp2": (
+        {"use_distributed_optimizer": True},
+        2,
+        {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+        4,
+    ),
+}
 LAYOUTS = {"tp2": (2, 1, 2), "pp2": (1, 2, 2), "dp2": (1, 1, 2), "tp2pp2": (2, 2, 4)}
 
 
@@ -76,7 +89,7 @@ def test_exported_policy_answers_in_transformers(straight):
     path = folder / "run" / "checkpoints" / "iter_0000004" / "hf"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     trained = checkpoint_tensors(folder / "run", 4, 1)
-    assert torch.equal(model.model.norm.weight, trained["0/model.0.decoder.final_layernorm.weight"]), (
+    assert torch.equal(model.model.norm.weight, trained["0/model/decoder.final_layernorm.weight[0]"]), (
         "the export is not the checkpoint's policy"
     )
     inputs = tokenizer("Tom has 3 nuts.", return_tensors="pt")
@@ -101,6 +114,57 @@ def test_killed_and_resumed_equals_straight_bit_for_bit(toy: Toy, straight, tmp_
     for name in ("actor/loss", "training/weight_version", "actor/lr", "critic/rewards/mean"):
         assert [row[name] for row in resumed[1:]] == [row[name] for row in rows[1:]], name
     assert resumed[4]["val-core/eval/acc/mean@1"] == rows[4]["val-core/eval/acc/mean@1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("move", MOVES)
+def test_a_run_goes_on_under_another_layout(toy: Toy, straight, move: str, tmp_path: Path):
+    folder, expected = straight
+    first, ranks, second, more_ranks = MOVES[move]
+    sections = {"debug": {"load_rollouts": str(folder / "replay")}}
+    launch(toy.tree(tmp_path / "run", megatron=first, train={"steps": 2}, **sections), tmp_path, ranks)
+    tree = toy.tree(tmp_path / "run", megatron=second, train={"steps": 4}, **sections)
+    rows = launch(tree, tmp_path, more_ranks)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    for row, reference in zip(rows[1:], expected[1:], strict=True):
+        assert row["actor/loss"] == pytest.approx(reference["actor/loss"], rel=1e-4, abs=1e-7)
+        assert row["actor/lr"] == reference["actor/lr"]
+    assert rows[3]["actor/grad_norm"] == pytest.approx(expected[3]["actor/grad_norm"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_twenty_kills_lose_no_checkpoint_and_change_nothing(toy: Toy, tmp_path: Path):
+    """kill -9 of a random rank at a random moment; torchrun starts all ranks again, from the last checkpoint."""
+    steps, kills, chance = 150, 20, random.Random(0)
+    train = {"steps": steps, "save_interval": 1, "save_total_limit": steps}
+    launch(toy.tree(tmp_path / "straight", train=train), tmp_path / "a", 2)
+    arguments = command(toy.tree(tmp_path / "run", train=train), tmp_path / "b", 2)
+    arguments.insert(arguments.index("--standalone"), f"--max-restarts={kills}")
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(arguments, env=environment(), stdout=log, stderr=log)
+    saved, killed = set(), 0
+    for _ in range(kills):
+        count = len(saved)
+        while process.poll() is None and len(saved) < count + 1:
+            now = {path.name for path in (tmp_path / "run" / "checkpoints").glob("iter_*")}
+            assert saved <= now, f"lost {saved - now}"
+            saved = now
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 1.5))
+        victims = ranks_of(process.pid)
+        if victims:
+            os.kill(chance.choice(victims), signal.SIGKILL)
+            killed += 1
+    assert process.wait(1200) == 0, (tmp_path / "log").read_text()[-5000:]
+    assert killed == kills, "done too early to prove anything"
+    expected, found = (checkpoint_tensors(tmp_path / name, steps, 2) for name in ("straight", "run"))
+    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """Process ids of torchrun's workers, those of their own helpers left out."""
+    workers = psutil.Process(launcher).children()
+    return [w.pid for w in workers if any("pretrain_lens.py" in argument for argument in w.cmdline())]
 
 
 def test_sigterm_finishes_the_step_saves_and_exits_0(toy: Toy, tmp_path: Path):

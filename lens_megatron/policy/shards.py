@@ -1,0 +1,210 @@
+"""Global tensors in pieces: safetensors files of pieces, their index, and any other cut of them read back.
+
+    rank_00000.safetensors   pieces of one rank; its header's metadata says where each stands in its global tensor
+    index.json               file sizes, and every piece by the key of its global tensor
+
+A piece is a run of elements of a box: tensor and pipeline parallelism cut a global tensor into boxes, the distributed
+optimizer cuts the flattened box into runs. Nothing here knows Megatron or needs pickle.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+INDEX = "index.json"
+
+
+class ShardError(ValueError):
+    """Files of pieces that do not fit together, or not the tensors asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Elements [start, stop) of the flattened box at `offset` of shape `shape` in the global tensor `key`.
+
+    Example: rows 64..128 of a [128, 16] weight, second half of them: Piece("model/w", (128, 16), (64, 0), (64, 16),
+    512, 1024).
+    """
+
+    key: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    padded: bool = False
+    """The global tensor's end is padding, of a length that depends on the layout; missing elements read as 0."""
+
+    @property
+    def name(self) -> str:
+        """Name of its tensor in a file, unique within the file of a rank."""
+        return f"{self.key}[{','.join(map(str, self.offset))}]"
+
+    @property
+    def box(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return self.offset, self.shape
+
+    @property
+    def is_whole_box(self) -> bool:
+        return (self.start, self.stop) == (0, math.prod(self.shape))
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    file: str
+    piece: Piece
+
+
+def write_file(path: Path, pieces: Iterable[tuple[Piece, Tensor]], others: Mapping[str, Tensor]) -> None:
+    """Writes 1-D pieces (a whole box in its shape) and `others`, which no index will name. Raises SafetensorError."""
+    pieces = list(pieces)
+    tensors = {p.name: t.view(p.shape) if p.is_whole_box else t for p, t in pieces}
+    if len(tensors) != len(pieces):
+        raise ShardError(f"{path}: two pieces have one name")
+    metadata = {"pieces": json.dumps([asdict(piece) for piece, _ in pieces])}
+    save_file({**others, **tensors}, path, metadata=metadata)
+
+
+def make_index(folder: Path, files: Iterable[str]) -> dict[str, Any]:
+    """Reads the headers of `files` into the content of index.json.
+
+    Raises ShardError when a file is missing, or the pieces of a tensor do not add up to it.
+    """
+    sizes, found = {}, []
+    for name in files:
+        path = folder / name
+        if not path.is_file():
+            raise ShardError(f"{path} is missing; is the folder on a file system that all nodes share?")
+        sizes[name] = path.stat().st_size
+        with safe_open(path, "pt") as file:
+            found += [_Stored(name, _piece(record)) for record in json.loads(file.metadata()["pieces"])]
+    counts: dict[str, int] = {}
+    for stored in found:
+        counts[stored.piece.key] = counts.get(stored.piece.key, 0) + stored.piece.stop - stored.piece.start
+    for stored in found:
+        whole, count = math.prod(stored.piece.global_shape), counts[stored.piece.key]
+        if count != whole:
+            raise ShardError(f"the pieces of {stored.piece.key} hold {count} elements, the tensor has {whole}")
+    return {"files": sizes, "pieces": [{"file": stored.file, **asdict(stored.piece)} for stored in found]}
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / INDEX).read_text())
+
+
+def check_sizes(folder: Path, part: int = 0, parts: int = 1) -> None:
+    """Raises ShardError for a missing, truncated or overlong file; looks at every `parts`-th, from `part` on."""
+    for name, size in sorted(read_index(folder)["files"].items())[part::parts]:
+        path = folder / name
+        actual = path.stat().st_size if path.is_file() else None
+        if actual != size:
+            raise ShardError(f"{name} has {actual} bytes instead of {size}" if actual else f"{name} is missing")
+
+
+class ShardReader:
+    """Reads any piece of the tensors of a folder, however they were cut. Use as a context manager."""
+
+    def __init__(self, folder: Path):
+        self.folder, self._files, self._open = folder, ExitStack(), {}
+        self._by_key: dict[str, list[_Stored]] = {}
+        for record in read_index(folder)["pieces"]:
+            stored = _Stored(record.pop("file"), _piece(record))
+            self._by_key.setdefault(stored.piece.key, []).append(stored)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._files.close()
+        self._open.clear()
+
+    def keys(self) -> Iterator[str]:
+        return iter(self._by_key)
+
+    def other(self, file: str, name: str) -> Tensor:
+        """A copy of a tensor that is no piece, by its name in `file`.
+
+        A copy, because what safetensors gives is the mapped file: a bus error once somebody truncates it.
+        """
+        return self._handle(file).get_tensor(name).clone()
+
+    def other_names(self, file: str) -> list[str]:
+        handle = self._handle(file)
+        pieces = {_piece(record).name for record in json.loads(handle.metadata()["pieces"])}
+        return sorted(set(handle.keys()) - pieces)
+
+    def read(self, wanted: Piece) -> Tensor:
+        """[stop - start] elements of `wanted`, in the stored type, to be copied before the reader is closed.
+
+        Raises ShardError when they are not there.
+        """
+        stored = self._by_key.get(wanted.key)
+        if stored is None:
+            raise ShardError(f"there is no tensor {wanted.key}")
+        there = stored[0].piece.global_shape
+        if there != wanted.global_shape and not (wanted.padded and there[1:] == wanted.global_shape[1:]):
+            raise ShardError(f"{wanted.key} has shape {list(there)} there and {list(wanted.global_shape)} here")
+        same = [s for s in stored if s.piece.box == wanted.box]
+        if same:
+            return self._join(same, wanted.start, wanted.stop)
+        return self._cut_from_boxes(stored, wanted)
+
+    def _join(self, stored: Iterable[_Stored], start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of one box from its runs."""
+        parts, position = [], start
+        for s in sorted(stored, key=lambda s: s.piece.start):
+            first, last = max(s.piece.start, position), min(s.piece.stop, stop)
+            if first == position and first < last:
+                run = self._handle(s.file).get_tensor(s.piece.name).view(-1)
+                parts.append(run[first - s.piece.start : last - s.piece.start])
+                position = last
+        if position != stop:
+            raise ShardError(f"{s.piece.key}: elements {position} to {stop} of a box are in no file")
+        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0)
+
+    def _cut_from_boxes(self, stored: list[_Stored], wanted: Piece) -> Tensor:
+        """The wanted box, filled from every stored box that overlaps it, then its run."""
+        boxes: dict[tuple, list[_Stored]] = {}
+        for s in stored:
+            boxes.setdefault(s.piece.box, []).append(s)
+        result, filled = None, 0
+        for (offset, shape), runs in boxes.items():
+            low = [max(a, b) for a, b in zip(offset, wanted.offset, strict=True)]
+            high = [min(a + n, b + m) for a, n, b, m in zip(offset, shape, *wanted.box, strict=True)]
+            if any(a >= b for a, b in zip(low, high, strict=True)):
+                continue
+            box = self._join(runs, 0, math.prod(shape)).view(shape)
+            if result is None:
+                result = torch.zeros(wanted.shape, dtype=box.dtype)
+            result[_slices(low, high, wanted.offset)] = box[_slices(low, high, offset)]
+            filled += math.prod(b - a for a, b in zip(low, high, strict=True))
+        missing = math.prod(wanted.shape) - filled
+        if missing and not wanted.padded:
+            raise ShardError(f"{wanted.key}: {missing} of {math.prod(wanted.shape)} elements of a box are in no file")
+        if result is None:
+            return torch.zeros(wanted.stop - wanted.start)
+        return result.view(-1)[wanted.start : wanted.stop]
+
+    def _handle(self, name: str) -> Any:
+        if name not in self._open:
+            self._open[name] = self._files.enter_context(safe_open(self.folder / name, "pt"))
+        return self._open[name]
+
+
+def _slices(low: list[int], high: list[int], offset: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset, strict=True))
+
+
+def _piece(record: Mapping[str, Any]) -> Piece:
+    values = {field.name: record[field.name] for field in fields(Piece)}
+    return Piece(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
