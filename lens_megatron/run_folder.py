@@ -16,7 +16,7 @@ from lens_megatron.tokenizer import Tokenizer
 from lens_megatron.types import Sample, StepResult, TrainingGroup
 
 MAY_CHANGE = ("run.", "debug.", "train.steps", "train.eval_interval", "train.save_interval", "train.keep_checkpoints",
-              "reward.workers_per_rank")  # fmt: skip
+              "reward.workers_per_rank", "cluster")  # fmt: skip
 """Options that a resumed run may set differently: none of them changes what a step computes."""
 PACKAGES = ("torch", "megatron-core", "mbridge", "transformers", "triton", "math-verify", "vllm", "transformer-engine")
 

@@ -16,12 +16,12 @@ OWNERS = {
     "mbridge": "lens_megatron/policy/",
     "vllm": "lens_megatron/rollout/",
     "math_verify": "lens_megatron/reward/",
-    "yaml": ("lens_megatron/config.py", "lens_megatron/run_folder.py"),
+    "yaml": ("lens_megatron/config_files.py", "lens_megatron/run_folder.py"),
     "matplotlib": "lens_megatron/report.py",
 }
-LAYERS = ["types", "config", "seeds", "clock", "tokenizer", "algorithms", "interference", "purify", "samples", "pack",
-          "reward", "datasets", "prompts", "rollout", "weight_sync", "policy", "run", "update_batch", "step",
-          "evaluate", "run_folder", "metrics", "report", "train"]  # fmt: skip
+LAYERS = ["types", "config_files", "config", "planning", "plan", "seeds", "clock", "tokenizer", "algorithms",
+          "interference", "purify", "samples", "pack", "reward", "datasets", "prompts", "rollout", "weight_sync",
+          "policy", "run", "update_batch", "step", "evaluate", "run_folder", "metrics", "report", "train", "doctor"]  # fmt: skip
 """Lowest first: a module imports from its own layer and from layers before it."""
 
 
