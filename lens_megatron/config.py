@@ -274,6 +274,10 @@ class Config(Section):
         """Raises ConfigError unless `world_size` processes can carry the layout and the batch."""
         if missing := self.not_yet_honoured():
             raise ConfigError("\n".join(missing))
+        self.check_layout(world_size)
+
+    def check_layout(self, world_size: int) -> None:
+        """The same for a layout that is only planned."""
         tp, pp = self.megatron.tensor_model_parallel_size, self.megatron.pipeline_model_parallel_size
         cp = self.megatron.context_parallel_size
         if world_size % (tp * pp * cp):

@@ -21,7 +21,8 @@ OWNERS = {
 }
 LAYERS = ["types", "config_files", "config", "planning", "plan", "seeds", "clock", "tokenizer", "algorithms",
           "interference", "purify", "samples", "pack", "reward", "datasets", "prompts", "rollout", "weight_sync",
-          "policy", "run", "update_batch", "step", "evaluate", "run_folder", "metrics", "report", "train", "doctor"]  # fmt: skip
+          "policy", "run", "update_batch", "step", "evaluate", "run_folder", "metrics", "report", "train",
+          "diagnosis", "doctor"]  # fmt: skip
 """Lowest first: a module imports from its own layer and from layers before it."""
 
 

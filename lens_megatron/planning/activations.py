@@ -115,7 +115,7 @@ class _Sizes:
         return 4 * self.length * self.head_dim * self.element
 
     def values_within_mixed(self) -> int:
-        """Values are a view of the projection's output, which therefore stays; the norm of keys may count it already."""
+        """Values are a view of the projection's output, which stays for it; the norm of keys may count it already."""
         counted = self.qk_norm and (self.spec is not LayerSpec.LOCAL_CPU or self.element == FLOAT32)
         return 0 if counted else self.query + 2 * self.key
 

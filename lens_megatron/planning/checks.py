@@ -133,14 +133,16 @@ def _remedy(name: str, shape: ModelShape, layout: Layout, work: Workload, cluste
     if layout.recompute != "full":
         changes.append((f"megatron.transformer={recompute}", replace(layout, recompute="full"), work))
     changes += [
-        (f"{text} with the distributed optimizer, full recomputation and train.micro_batch_size=1", cut, small)
+        (f"{text}, the distributed optimizer, full recomputation and train.micro_batch_size=1", cut, small)
         for text, cut in _finer_cuts(shape, full, work, cluster)
     ]
     for text, cut, workload in changes:
         if all(p.total <= cluster.memory_bytes for p in memory.phases(shape, cut, workload, cluster)):
-            return f"with {text} it fits" if "with the" not in text else f"it fits at {text}"
-    return "no layout on this cluster makes it fit; take more GPUs, a shorter rollout.max_response_length or an engine " \
-           "that is cut (rollout.engine=vllm)"  # fmt: skip
+            return f"it fits with {text}"
+    return (
+        "no layout on this cluster makes it fit; take more GPUs, a shorter rollout.max_response_length, or an engine "
+        "that is cut (rollout.engine=vllm)"
+    )
 
 
 def _finer_cuts(shape: ModelShape, layout: Layout, work: Workload, cluster: Cluster) -> Iterator[tuple[str, Layout]]:

@@ -120,8 +120,8 @@ def _rollout(
     cache_s = sequences * mean * context * kv * passes / bandwidth
     launch_s = steps * shape.num_hidden_layers * assumed.local_layer_s if layout.engine == "local" else 0.0
     how = (
-        f"{sequences:.0f} sequences per engine, {batch:.0f} at once, {steps:.0f} decoding steps: weights {weights_s:.0f} s"
-        f", cache {cache_s:.0f} s" + (f", launching {launch_s:.0f} s" if launch_s else "")
+        f"{sequences:.0f} sequences per engine, {batch:.0f} at once, {steps:.0f} decoding steps: weights "
+        f"{weights_s:.0f} s, cache {cache_s:.0f} s" + (f", launching {launch_s:.0f} s" if launch_s else "")
     )
     return PhaseTime("rollout", weights_s + cache_s + launch_s, how)
 
@@ -151,9 +151,10 @@ def _update(shape: ModelShape, layout: Layout, work: Workload, cluster: Cluster,
     idle = bubble(layout.pp, work.micro_batches(layout.dp))
     compute = flops * padding / (_peak(layout, cluster) * assumed.update_mfu) / (1 - idle)
     reduce = work.updates * _reduce_seconds(shape, layout, cluster, assumed)
+    twice = ", layers computed twice" if layout.recompute == "full" else ""
     how = (
         f"{work.micro_batches(layout.dp)} micro-batches per rank and update; padding x{padding:.2f}, bubble {idle:.1%}"
-        f"{', layers computed twice' if layout.recompute == 'full' else ''}; {reduce:.1f} s gradients over DP{layout.dp}"
+        f"{twice}; {reduce:.1f} s gradients over DP{layout.dp}"
     )
     return PhaseTime("update", compute + reduce, how)
 

@@ -34,7 +34,8 @@ def _head(plan: Plan) -> list[str]:
         f", on {plan.cluster.name}",
         f"layout   {', '.join(cuts)}; {layout.spec} layers, recompute {layout.recompute}",
         f"step     {work.prompts} prompts x {work.rollouts_per_prompt} rollouts, up to {work.prompt_tokens} + "
-        f"{work.response_tokens} tokens; {work.sequences} sequence(s) per micro-batch; {'LENS' if work.lens else 'GRPO'}",
+        f"{work.response_tokens} tokens; {work.sequences} sequence(s) per micro-batch; "
+        f"{'LENS' if work.lens else 'no purification'}",
         f"engine   {engine}, {plan.running} sequences of full length at once",
     ]
 
@@ -75,12 +76,12 @@ def _times(plan: Plan) -> list[str]:
 def _notes(plan: Plan) -> list[str]:
     assumed = plan.assumed
     lines = [
-        f"assumed: MFU {assumed.update_mfu:.0%} in the update, {assumed.forward_mfu:.0%} without gradients; decoding at "
-        f"{assumed.memory_efficiency:.0%} of the memory bandwidth; links at {assumed.link_efficiency:.0%};",
-        f"  mean lengths {assumed.mean_length_share:.0%} of the limits; {assumed.hard_share:.0%} of the prompts hard and "
-        f"{assumed.rescued_share:.0%} of the rollouts rescued (LENS).",
-        "  Memory of the local layers is checked against CPU allocations (benchmarks/plan_error.py); Transformer Engine's,",
-        "  the engines' and all seconds have not been measured on a GPU.",
+        f"assumed: MFU {assumed.update_mfu:.0%} in the update, {assumed.forward_mfu:.0%} without gradients; "
+        f"decoding at {assumed.memory_efficiency:.0%} of the memory bandwidth; links at {assumed.link_efficiency:.0%};",
+        f"  mean lengths {assumed.mean_length_share:.0%} of the limits; {assumed.hard_share:.0%} of the prompts hard "
+        f"and {assumed.rescued_share:.0%} of the rollouts rescued (LENS).",
+        "Memory of the local layers agrees with CPU allocations (benchmarks/plan_error.py). Transformer Engine's,",
+        "the engines, the assumed CUDA part and all seconds have not been measured on a GPU.",
     ]
     lines += [f"NOT YET RUNNABLE: {missing}" for missing in plan.not_yet]
     return lines
