@@ -22,7 +22,9 @@ class MicroBatchBytes:
     kept: int
     """From the forward to the backward pass, by this stage's layers."""
     layer: int
-    """Kept by one layer where nothing is recomputed: what recomputation brings back, one layer at a time."""
+    """What recomputation brings back, one layer at a time."""
+    kept_above: int
+    """How far that takes what is kept above `kept`: the layer's MLP is done when its attention is recomputed alone."""
     forward_peak: int
     """Highest sum of temporaries inside a layer in a pass without gradients, its input included."""
     backward_peak: int
@@ -46,7 +48,8 @@ def micro_batch_bytes(shape: ModelShape, layout: Layout, sequences: int, length:
     else:
         kept = layers * layer
     recomputed = {"full": layer, "selective": sizes.core_attention(), "none": 0}[layout.recompute]
-    return MicroBatchBytes(kept, recomputed, sizes.forward_peak(), sizes.backward_peak(), sizes.buffer())
+    above = max(0, recomputed - sizes.mlp()) if layout.recompute == "selective" else recomputed
+    return MicroBatchBytes(kept, recomputed, above, sizes.forward_peak(), sizes.backward_peak(), sizes.buffer())
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,9 +166,14 @@ class _Sizes:
         return int(2 * hidden + max(attention, mlp))
 
     def backward_peak(self) -> int:
+        """The MLP's backward comes first; when attention's begins, what the MLP kept is free again.
+
+        Softmax's backward holds the gradients of its float32 output and input, and no longer the rounded probabilities.
+        """
         hidden = 2 * self.tokens * self.hidden * FLOAT32
         mlp = self.tokens * 3 * self.intermediate * self.element
-        attention = 3 * self.tokens * self.query * self.element
+        attention = 3 * self.tokens * self.query * self.element - self.mlp()
         if self.spec is not LayerSpec.TRANSFORMER_ENGINE:
-            attention += self.scores * 2 * FLOAT32
+            rounded = self.element if self.element < FLOAT32 else 0
+            attention += self.scores * (2 * FLOAT32 - rounded)
         return int(hidden + max(attention, mlp))

@@ -18,7 +18,7 @@ WEIGHT_BLOCK_ELEMENTS = 1 << 22
 
 
 STATISTICS_ELEMENTS = 1 << 20
-"""Of lens_kernels._rows: logits that the plain PyTorch path works on at a time, in up to four float32 tensors."""
+"""Of lens_kernels._rows: logits that the plain PyTorch path works on at a time, in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +95,12 @@ def update_peaks(
     in_flight = min(layout.pp - stage, micro_batches) * micro.kept
     hidden = sequences * length * shape.hidden_size * layout.element_bytes
     inside_layer = in_flight + micro.buffer + hidden + micro.layer + micro.backward_peak
-    saved = in_flight + micro.layer
+    saved = in_flight + micro.kept_above
     if stage < layout.pp - 1:
         return Peaks(saved, inside_layer, 0)
     kept_by_head = _final_norm(shape, layout, sequences * length)
     head = _head_update(shape, layout, sequences * length, responses)
-    saved = in_flight + max(micro.layer, kept_by_head + _head_kept(shape, layout, sequences * length))
+    saved = in_flight + max(micro.kept_above, kept_by_head + _head_kept(shape, layout, sequences * length))
     at_head = in_flight + micro.buffer + kept_by_head + hidden
     if at_head + head > inside_layer:
         return Peaks(saved, at_head, head)
@@ -234,7 +234,9 @@ def _logits_chunk(shape: ModelShape, layout: Layout, responses: int) -> int:
     logits = rows * vocabulary * FLOAT32
     if layout.spec is not LayerSpec.LOCAL_CPU:
         return logits + rows * shape.hidden_size * layout.element_bytes
-    statistics = 4 * max(1, STATISTICS_ELEMENTS // vocabulary) * vocabulary * FLOAT32
+    step = max(1, STATISTICS_ELEMENTS // vocabulary)
+    # Three tensors of a step, and one more of the step before it where it takes several.
+    statistics = (3 if rows <= step else 4) * min(rows, step) * vocabulary * FLOAT32
     blocks = 0
     if layout.element_bytes < FLOAT32:  # the block at hand and the one before it
         blocks = min(2 * WEIGHT_BLOCK_ELEMENTS, vocabulary * shape.hidden_size) * FLOAT32

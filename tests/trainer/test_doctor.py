@@ -145,5 +145,6 @@ def test_bandwidth_of_one_gpu_is_not_checked():
     assert bus_gb_s(4_000_000_000, ranks=8, seconds=0.07) == pytest.approx(100)
 
 
+@pytest.mark.slow
 def test_bandwidth_is_measured_between_processes():
     assert machine.measure_bandwidth(ranks=2) > 0
