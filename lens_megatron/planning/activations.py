@@ -163,17 +163,18 @@ class _Sizes:
             softmax = 2 * FLOAT32 if self.element == FLOAT32 else 2 * FLOAT32 + 2 * self.element
             attention = qkv + expanded + self.scores * softmax + self.length * self.length
         mlp = self.tokens * 5 * self.intermediate * self.element
-        return int(2 * hidden + max(attention, mlp))
+        normed = self.tokens * self.hidden * FLOAT32
+        return int(2 * hidden + normed + max(attention, mlp))
 
     def backward_peak(self) -> int:
         """The MLP's backward comes first; when attention's begins, what the MLP kept is free again.
 
-        Softmax's backward holds the gradients of its float32 output and input, and no longer the rounded probabilities.
+        In bfloat16 softmax's backward holds the gradients of its float32 output and input, and no longer the rounded
+        probabilities; in float32 a third tensor of that size is there, as measured.
         """
         hidden = 2 * self.tokens * self.hidden * FLOAT32
         mlp = self.tokens * 3 * self.intermediate * self.element
         attention = 3 * self.tokens * self.query * self.element - self.mlp()
         if self.spec is not LayerSpec.TRANSFORMER_ENGINE:
-            rounded = self.element if self.element < FLOAT32 else 0
-            attention += self.scores * (2 * FLOAT32 - rounded)
+            attention += self.scores * (3 * FLOAT32 if self.element == FLOAT32 else 2 * FLOAT32 - self.element)
         return int(hidden + max(attention, mlp))

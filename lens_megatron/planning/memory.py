@@ -234,9 +234,9 @@ def _logits_chunk(shape: ModelShape, layout: Layout, responses: int) -> int:
     logits = rows * vocabulary * FLOAT32
     if layout.spec is not LayerSpec.LOCAL_CPU:
         return logits + rows * shape.hidden_size * layout.element_bytes
-    step = max(1, STATISTICS_ELEMENTS // vocabulary)
-    # Three tensors of a step, and one more of the step before it where it takes several.
-    statistics = (3 if rows <= step else 4) * min(rows, step) * vocabulary * FLOAT32
+    step = min(rows, max(1, STATISTICS_ELEMENTS // vocabulary))
+    # Three tensors of a step; in the second step two of the first are still there.
+    statistics = max(3 * step, 2 * step + 2 * min(step, rows - step)) * vocabulary * FLOAT32
     blocks = 0
     if layout.element_bytes < FLOAT32:  # the block at hand and the one before it
         blocks = min(2 * WEIGHT_BLOCK_ELEMENTS, vocabulary * shape.hidden_size) * FLOAT32
