@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from toy_runs import ROOT
+from toy_runs import ROOT, launch
 
 from lens_megatron import config as configuration
 from lens_megatron import plan as program
@@ -251,3 +251,20 @@ def test_the_same_words_as_the_trainer():
 def test_memory_of_another_gpu_and_of_no_option():
     assert cluster_of(config(cluster={"gpu_memory_gib": 40}).cluster).memory_bytes == 40 * GIB
     assert cluster_of(config(cluster={"gpu": "H200-141GB"}).cluster).memory_bytes == int(139.8 * GIB)
+
+
+@pytest.mark.slow
+def test_a_real_run_syncs_and_saves_what_was_planned_and_may_change_its_cluster(toy, tmp_path):
+    tree = toy.tree(
+        tmp_path / "run",
+        model={"path": str(toy.model), "dtype": "bfloat16"},
+        megatron={"use_distributed_optimizer": True},
+        cluster={"gpus_per_node": 2},
+    )
+    planned = make_plan(from_tree(tree))
+    rows = launch(tree, tmp_path / "first", 2)
+    assert rows[-1]["perf/weight_sync_bytes"] == planned.sync.bytes_per_engine
+    files = (tmp_path / "run" / "checkpoints" / "iter_0000002").rglob("*.safetensors")
+    assert sum(file.stat().st_size for file in files) == pytest.approx(planned.checkpoint_bytes, rel=0.05)  # headers
+    tree |= {"cluster": {"gpus_per_node": 1}, "train": {**tree["train"], "steps": 3}}
+    assert launch(tree, tmp_path / "second", 2)[-1]["step"] == 3
