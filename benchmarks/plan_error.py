@@ -55,6 +55,9 @@ class Case:
     tp: int = 1
     pp: int = 1
     dp: int = 1
+    cp: int = 1
+    vp: int | None = None
+    sequence_parallel: bool = False
     distributed_optimizer: bool = False
     recompute: str = "none"
     sequences: int = 1
@@ -63,29 +66,25 @@ class Case:
 
     @property
     def ranks(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.dp * self.cp
 
 
 CASES = (
-    *(Case(f"{model}/{dtype}/{recompute}", model, dtype, recompute=recompute)
-      for model in ("qwen2", "qwen3", "llama")
-      for dtype in ("bfloat16", "float32") for recompute in ("none", "selective", "full")),
-    Case("qwen3/bfloat16/4x192", "qwen3", sequences=4, length=192),
-    Case("qwen3/bfloat16/1x1024", "qwen3", length=1024),
-    Case("qwen3/bfloat16/1x1024/full", "qwen3", length=1024, recompute="full"),
-    *(Case(f"small_head/{dtype}/{recompute}", "small_head", dtype, recompute=recompute, length=768)
-      for dtype in ("bfloat16", "float32") for recompute in ("none", "selective", "full")),
-    Case("held_out/bfloat16/2x448/selective", "held_out", recompute="selective", sequences=2, length=448),
-    Case("held_out/bfloat16/2x448/full", "held_out", recompute="full", sequences=2, length=448),
-    Case("held_out/float32/2x448/none", "held_out", "float32", sequences=2, length=448),
-    Case("held_out/bfloat16/tp2", "held_out", tp=2, length=448),
+    *(Case(f"qwen2/bfloat16/{recompute}", "qwen2", recompute=recompute) for recompute in ("none", "selective", "full")),
+    Case("qwen3/bfloat16/none", "qwen3"),
+    Case("qwen3/float32/selective", "qwen3", "float32", recompute="selective"),
+    Case("llama/bfloat16/4x192", "llama", sequences=4, length=192),
+    Case("small_head/bfloat16/1x768", "small_head", length=768),
     Case("qwen2/bfloat16/dp2", "qwen2", dp=2, distributed_optimizer=True),
-    Case("llama/bfloat16/dp4/full", "llama", dp=4, distributed_optimizer=True, recompute="full"),
-    Case("llama/bfloat16/tp2", "llama", tp=2),
-    Case("qwen3/bfloat16/tp2/full", "qwen3", tp=2, recompute="full"),
-    Case("qwen3/bfloat16/pp2", "qwen3", pp=2, micro_batches=4),
-    Case("llama/bfloat16/tp2pp2/full", "llama", tp=2, pp=2, micro_batches=4, recompute="full"),
-)  # fmt: skip
+    Case("llama/bfloat16/tp2sp", "llama", tp=2, sequence_parallel=True),
+    Case("qwen3/bfloat16/cp2", "qwen3", cp=2, distributed_optimizer=True),
+    Case("llama/bfloat16/pp2", "llama", pp=2, micro_batches=4),
+    Case("llama/bfloat16/pp2vp2", "llama", pp=2, vp=2, micro_batches=4),
+    Case("held_out/bfloat16/2x448/selective", "held_out", recompute="selective", sequences=2, length=448),
+    Case("held_out/float32/3x300", "held_out", "float32", sequences=3, length=300),
+    Case("held_out/bfloat16/tp2sp/full", "held_out", tp=2, sequence_parallel=True, recompute="full", length=448),
+    Case("held_out/bfloat16/cp2/2x448", "held_out", cp=2, sequences=2, length=448),
+)
 
 
 # ---- measuring ----------------------------------------------------------------------------------------------------
@@ -176,22 +175,17 @@ def config_tree(case: Case, folder: Path) -> dict:
         "data": {"train": "unused", "max_prompt_length": PROMPT},
         "rollout": {"max_response_length": case.length - PROMPT, "rollouts_per_prompt": case.sequences,
                     "prompts_per_step": case.dp * case.micro_batches},
-        "train": {"micro_batch_size": case.sequences},
+        "train": {"max_tokens_per_micro_batch": case.sequences * case.length},
         "megatron": {
             "tensor_model_parallel_size": case.tp,
             "pipeline_model_parallel_size": case.pp,
+            "virtual_pipeline_model_parallel_size": case.vp,
+            "context_parallel_size": case.cp,
+            "sequence_parallel": case.sequence_parallel,
             "use_distributed_optimizer": case.distributed_optimizer,
             "transformer": {"none": {}, "full": FULL, "selective": SELECTIVE}[case.recompute],
         },
     }  # fmt: skip
-
-
-def _let_recomputation_run_on_cpu() -> None:
-    """Inside torch.autograd.backward the platform's mode is off, so a recomputed layer would ask for a CUDA mask."""
-    from megatron.core.fusions import fused_softmax
-
-    if not torch.cuda.is_available():
-        fused_softmax.get_default_causal_mask = lambda size: torch.ones(size, size).triu(1).bool()
 
 
 def measure(case: Case, folder: Path) -> dict:
@@ -209,12 +203,12 @@ def measure(case: Case, folder: Path) -> dict:
     from lens_megatron.types import LossScale
 
     device = platform.install()
-    _let_recomputation_run_on_cpu()
     platform.init_process_group(device)
     config = from_tree(config_tree(case, folder))
     mesh = build_mesh(config.megatron, 0, device)
     policy = build_policy(config, mesh)
     vocabulary = policy.vocab_size
+    torch.manual_seed(0)  # context-parallel ranks work on the same samples
     ids = torch.randint(1, vocabulary, (case.sequences * case.micro_batches, case.length)).tolist()
     samples = [_sample(tuple(row), prompt=PROMPT) for row in ids]
     count = pack.count(samples)
@@ -223,7 +217,8 @@ def measure(case: Case, folder: Path) -> dict:
         samples, old_log_probs=[None] * len(samples),
         reference_log_probs=[torch.zeros(case.length - PROMPT)] * len(samples),
         scale=scale, algorithm=config.algorithm, max_response_length=case.length - PROMPT,
-        micro_batch_size=case.sequences, device=device,
+        parts=[range(i, i + case.sequences) for i in range(0, len(samples), case.sequences)], device=device,
+        layout=policy.layout,
     )  # fmt: skip
 
     def one_update() -> None:
@@ -244,7 +239,7 @@ def measure(case: Case, folder: Path) -> dict:
     buffer = storage_bytes(parallel_state.get_global_memory_buffer().buffer.values())
     pairs = [(s.prompt, s.rollout.token_ids) for s in samples]
     with LiveBytes(known) as scoring:
-        response_log_probs(policy, pairs, rows=case.sequences, temperature=1.0)
+        response_log_probs(policy, pairs, max_tokens=case.sequences * case.length, temperature=1.0)
     return {
         "weights": storage_bytes(parameters),
         "gradients": storage_bytes(gradients),
@@ -277,6 +272,7 @@ def _optimizer_tensors(optimizer) -> Iterable[Tensor]:
 def predict(case: Case, folder: Path, stage: int) -> dict:
     from lens_megatron.config import from_tree
     from lens_megatron.planning import memory
+    from lens_megatron.planning.activations import Packed
     from lens_megatron.planning.layout import LayerSpec, layout_of
     from lens_megatron.planning.model_shape import read_shape
 
@@ -284,8 +280,9 @@ def predict(case: Case, folder: Path, stage: int) -> dict:
     layout, shape = layout_of(config, case.ranks, LayerSpec.LOCAL_CPU), read_shape(config.model.path)
     state = memory.state_bytes(shape, layout, stage)
     rows = case.sequences * (case.length - PROMPT)
-    update = memory.update_peaks(shape, layout, case.sequences, case.length, rows, case.micro_batches, stage)
-    forward = memory.forward_peaks(shape, layout, case.sequences, case.length, rows, stage)
+    packed = Packed(case.sequences * case.length, case.length)
+    update = memory.update_peaks(shape, layout, packed, rows, case.micro_batches, stage)
+    forward = memory.forward_peaks(shape, layout, packed, rows, stage)
     return {
         "weights": state.weights,
         "gradients": state.gradients,
@@ -322,7 +319,7 @@ def run_case(case: Case) -> dict:
         rows = []
         for rank in range(case.ranks):
             measured = json.loads((folder / f"rank_{rank}.json").read_text())
-            predicted = predict(case, folder, stage := rank // (case.tp * case.dp))
+            predicted = predict(case, folder, stage := rank // (case.tp * case.cp * case.dp))
             rows.append({"rank": rank, "stage": stage, "measured": measured, "predicted": predicted})
     return {"case": asdict(case), "parameters": parameters, **worst_rank(rows)}
 

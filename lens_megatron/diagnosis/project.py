@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from lens_megatron.config import Config
 from lens_megatron.datasets import DataError
@@ -41,7 +41,7 @@ def model(config: Config, shape: ModelShape) -> Check:
         stored = stored_parameters(Path(config.model.path))
     except ModelError as error:
         return Check("model", Status.FAIL, str(error), "download the model there, or set model.path")
-    except Exception as error:  # third-party readers raise anything at all on a damaged file
+    except (OSError, SafetensorError) as error:
         return Check("model", Status.FAIL, f"{config.model.path} cannot be read: {error}", "download it again")
     found = f"{shape.model_type}, {stored:,} parameters in {config.model.path}"
     tied = shape.vocab_size * shape.hidden_size  # some save a tied head as a second tensor

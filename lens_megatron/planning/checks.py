@@ -38,6 +38,22 @@ def _model_mistakes(config: Config, shape: ModelShape) -> Iterator[str]:
             f"megatron.pipeline_model_parallel_size ({pp}) does not divide the model's num_hidden_layers "
             f"({shape.num_hidden_layers}); choose a divisor"
         )
+    vp = config.megatron.virtual_pipeline_model_parallel_size
+    if vp and pp == 1:
+        yield (
+            f"megatron.virtual_pipeline_model_parallel_size ({vp}) interleaves the stages of a pipeline, but "
+            f"megatron.pipeline_model_parallel_size is 1; raise that to 2 or more, or leave this empty"
+        )
+    if vp and shape.num_hidden_layers % (pp * vp):
+        yield (
+            f"megatron.pipeline_model_parallel_size ({pp}) x megatron.virtual_pipeline_model_parallel_size ({vp}) = "
+            f"{pp * vp} does not divide the model's num_hidden_layers ({shape.num_hidden_layers}); choose divisors"
+        )
+    if config.megatron.sequence_parallel and tp == 1:
+        yield (
+            "megatron.sequence_parallel divides rows among tensor-parallel ranks, but "
+            "megatron.tensor_model_parallel_size is 1; raise that to 2 or more, or set sequence_parallel to false"
+        )
     length = config.data.max_prompt_length + config.rollout.max_response_length
     if length > shape.max_position_embeddings:
         yield (
@@ -115,7 +131,7 @@ def _too_much(phase: PhaseBytes, shape: ModelShape, layout: Layout, work: Worklo
 def _remedy(name: str, shape: ModelShape, layout: Layout, work: Workload, cluster: Cluster) -> str:
     """The first single change, or layout with everything cheap switched on, with which all phases fit."""
     changes: list[tuple[str, Layout, Workload]] = []
-    if layout.dp > 1 and not layout.distributed_optimizer:
+    if layout.dp * layout.cp > 1 and not layout.distributed_optimizer:
         changes.append(("megatron.use_distributed_optimizer=true", replace(layout, distributed_optimizer=True), work))
     running = min(work.running, memory.sequences_per_engine(layout, work))
     while name == "rollout" and layout.engine == "local" and running > 8:
@@ -125,15 +141,18 @@ def _remedy(name: str, shape: ModelShape, layout: Layout, work: Workload, cluste
     while name == "rollout" and layout.engine == "vllm" and share > 0.2:
         share = round(share - 0.05, 2)
         changes.append((f"vllm.gpu_memory_utilization={share}", replace(layout, engine_share=share), work))
-    if work.sequences > 1:
-        changes.append(("train.micro_batch_size=1", layout, replace(work, sequences=1)))
+    budget = f"train.max_tokens_per_micro_batch={work.sequence_tokens}"
+    small = replace(work, max_tokens=work.sequence_tokens)
+    if work.max_tokens > work.sequence_tokens:
+        changes.append((budget, layout, small))
+    if layout.tp > 1 and not layout.sequence_parallel:
+        changes.append(("megatron.sequence_parallel=true", replace(layout, sequence_parallel=True), work))
     full = replace(layout, recompute="full", recompute_layers=1, distributed_optimizer=True)
-    small = replace(work, sequences=1)
     recompute = "{recompute_granularity: full, recompute_method: uniform, recompute_num_layers: 1}"
     if layout.recompute != "full":
         changes.append((f"megatron.transformer={recompute}", replace(layout, recompute="full"), work))
     changes += [
-        (f"{text}, the distributed optimizer, full recomputation and train.micro_batch_size=1", cut, small)
+        (f"{text}, the distributed optimizer, full recomputation and {budget}", cut, small)
         for text, cut in _finer_cuts(shape, full, work, cluster)
     ]
     for text, cut, workload in changes:
@@ -146,14 +165,19 @@ def _remedy(name: str, shape: ModelShape, layout: Layout, work: Workload, cluste
 
 
 def _finer_cuts(shape: ModelShape, layout: Layout, work: Workload, cluster: Cluster) -> Iterator[tuple[str, Layout]]:
+    """Layouts of at least as many cuts, fewest first; of as many, the fewest pipeline stages, then context ranks."""
     sizes = (1, 2, 4, 8, 16)
-    pairs = sorted(((tp, pp) for tp in sizes for pp in sizes), key=lambda pair: (pair[0] * pair[1], pair[1]))
-    for tp, pp in pairs:
-        cuts = tp * pp
+    triples = [(tp, pp, cp) for tp in sizes for pp in sizes for cp in sizes]
+    for tp, pp, cp in sorted(triples, key=lambda t: (t[0] * t[1] * t[2], t[1], t[2])):
+        cuts = tp * pp * cp
         whole = not (shape.num_key_value_heads % tp or shape.num_attention_heads % tp or shape.intermediate_size % tp)
-        fits_world = tp <= cluster.gpus_per_node and not cluster.gpus % cuts and not shape.num_hidden_layers % pp
-        if cuts < layout.tp * layout.pp or not (whole and fits_world):
+        staged = not shape.num_hidden_layers % (pp * layout.vp) and (pp > 1 or layout.vp == 1)
+        fits_world = tp <= cluster.gpus_per_node and not cluster.gpus % cuts
+        coarser = cuts < layout.tp * layout.pp * layout.cp or (layout.sequence_parallel and tp == 1)
+        if coarser or not (whole and staged and fits_world):
             continue
         if work.prompts % (cluster.gpus // cuts * work.updates) == 0:
             text = f"megatron.tensor_model_parallel_size={tp} megatron.pipeline_model_parallel_size={pp}"
-            yield text, replace(layout, tp=tp, pp=pp, sequence_parallel=layout.sequence_parallel and tp > 1)
+            text += f" megatron.context_parallel_size={cp}" * (cp != layout.cp)
+            text += " megatron.sequence_parallel=true" * (tp > 1 and not layout.sequence_parallel)
+            yield text, replace(layout, tp=tp, pp=pp, cp=cp, sequence_parallel=tp > 1)

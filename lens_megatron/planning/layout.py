@@ -17,9 +17,9 @@ class LayerSpec(StrEnum):
     TRANSFORMER_ENGINE = "transformer_engine"
     """Where Transformer Engine and a GPU are: flash attention, norms fused into the linear layers."""
     LOCAL = "local"
-    """A GPU without it: attention keeps its [heads, S, S] probabilities."""
+    """A GPU without it: lens_megatron.policy.layers, flash attention too; under context parallelism it gathers keys."""
     LOCAL_CPU = "local_cpu"
-    """The same on a CPU, where the norms compute in float32 copies."""
+    """The same on a CPU: PyTorch's fused attention, one sequence at a time; the norms compute in float32 copies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,9 @@ class Layout:
     world: int
     tp: int
     pp: int
+    vp: int
+    """Model chunks per pipeline stage."""
+    cp: int
     sequence_parallel: bool
     distributed_optimizer: bool
     element_bytes: int
@@ -52,11 +55,27 @@ class Layout:
 
     @property
     def dp(self) -> int:
-        return self.world // (self.tp * self.pp)
+        return self.world // (self.tp * self.pp * self.cp)
+
+    @property
+    def optimizer_shards(self) -> int:
+        """The distributed optimizer cuts over data- and context-parallel ranks alike."""
+        return self.dp * self.cp if self.distributed_optimizer else 1
 
     @property
     def chunk_rows(self) -> int:
         return CHUNK_ROWS_CPU if self.spec is LayerSpec.LOCAL_CPU else CHUNK_ROWS
+
+    def chunks_in_flight(self, stage: int, micro_batches: int) -> int:
+        """Model chunks' micro-batches whose activations a rank of `stage` holds at most: warm-up + 1.
+
+        Of megatron.core.pipeline_parallel.schedules.get_pp_rank_microbatches. Interleaved, a stage warms up with
+        2 (p - 1 - stage) + (v - 1) p of them, and takes micro-batches in multiples of p.
+        """
+        if self.vp == 1:
+            return min(self.pp - stage, micro_batches)
+        warm_up = 2 * (self.pp - 1 - stage) + (self.vp - 1) * self.pp
+        return min(warm_up + 1, -(-micro_batches // self.pp) * self.pp * self.vp)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +86,8 @@ class Workload:
     rollouts_per_prompt: int
     prompt_tokens: int
     response_tokens: int
-    sequences: int
-    """Per micro-batch."""
+    max_tokens: int
+    """Prompt and response tokens packed into one micro-batch, at most; a longer sample goes alone."""
     updates: int
     running: int
     """Sequences that one engine decodes at once, at most."""
@@ -85,23 +104,31 @@ class Workload:
     def rollouts(self) -> int:
         return self.prompts * self.rollouts_per_prompt
 
-    def micro_batches(self, dp: int) -> int:
-        """Of one data-parallel rank in one update. Example: 1024 rollouts, dp 4, 2 sequences: 128."""
-        return -(-self.rollouts // (dp * self.updates * self.sequences))
+    def sequences(self, length: float) -> int:
+        """That one micro-batch holds of this length. Example: 9 of 512 tokens, 1 of 4608, in 4608."""
+        return max(1, int(self.max_tokens // length))
+
+    def most_tokens(self, length: int, sequences: int) -> int:
+        """The fullest micro-batch of `sequences` up to `length` long: shorter ones fill the budget better than long."""
+        return min(max(self.max_tokens, length), sequences * length)
+
+    def micro_batches(self, dp: int, length: float) -> int:
+        """Of one data-parallel rank in one update. Example: 1024 rollouts of 4608 tokens, dp 4, budget 9216: 128."""
+        return -(-self.rollouts // (dp * self.updates * self.sequences(length)))
 
 
 def layout_of(config: Config, world: int, spec: LayerSpec) -> Layout:
     """`world` processes, one GPU each. Options of `megatron.transformer` and `megatron.ddp` that matter are read."""
     megatron, transformer = config.megatron, config.megatron.transformer
     tp = megatron.tensor_model_parallel_size
-    te = spec is LayerSpec.TRANSFORMER_ENGINE
     vllm = config.rollout.engine == "vllm"
     return Layout(
         world=world,
         tp=tp,
         pp=megatron.pipeline_model_parallel_size,
-        # mbridge switches it on with Transformer Engine; the local norms cannot do it.
-        sequence_parallel=tp > 1 and bool(transformer.get("sequence_parallel", te)),
+        vp=megatron.virtual_pipeline_model_parallel_size or 1,
+        cp=megatron.context_parallel_size,
+        sequence_parallel=megatron.sequence_parallel,
         distributed_optimizer=megatron.use_distributed_optimizer,
         element_bytes=ELEMENT_BYTES[config.model.dtype],
         gradient_bytes=4 if megatron.ddp.get("grad_reduce_in_fp32", True) else ELEMENT_BYTES[config.model.dtype],
@@ -128,7 +155,7 @@ def workload_of(config: Config) -> Workload:
         rollouts_per_prompt=rollout.rollouts_per_prompt,
         prompt_tokens=config.data.max_prompt_length,
         response_tokens=rollout.max_response_length,
-        sequences=config.train.micro_batch_size,
+        max_tokens=config.train.max_tokens_per_micro_batch,
         updates=config.train.updates_per_batch,
         running=running,
         lens=config.lens.enabled,

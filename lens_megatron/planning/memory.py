@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from lens_megatron.planning.activations import FLOAT32, micro_batch_bytes
+from lens_megatron.planning.activations import FLOAT32, Packed, micro_batch_bytes
 from lens_megatron.planning.hardware import GIB, Cluster
 from lens_megatron.planning.layout import LayerSpec, Layout, Workload
 from lens_megatron.planning.model_shape import ModelShape
@@ -69,53 +69,52 @@ def state_bytes(shape: ModelShape, layout: Layout, stage: int) -> State:
     """Weights, gradient buffer and Adam's state of one rank.
 
     Adam keeps two float32 moments, and in bfloat16 a float32 copy of the weights; the distributed optimizer cuts them
-    by dp, not the gradient buffer. Example, Qwen2.5-7B, bf16, TP2, DP4, distributed: 7.6 + 15.2 + 11.4 GB.
+    by dp x cp, not the gradient buffer. Example, Qwen2.5-7B, bf16, TP2, DP4, distributed: 7.6 + 15.2 + 11.4 GB.
     """
     parameters = shape.stage_parameters(layout.tp, layout.pp, stage)
     per_parameter = 2 * FLOAT32 + (FLOAT32 if layout.element_bytes < FLOAT32 else 0)
-    shards = layout.dp if layout.distributed_optimizer else 1
     weights = parameters * layout.element_bytes
     return State(
         weights=weights,
         gradients=parameters * layout.gradient_bytes,
-        optimizer=parameters * per_parameter // shards,
+        optimizer=parameters * per_parameter // layout.optimizer_shards,
         reference_on_host=weights if layout.reference else 0,
     )
 
 
 def update_peaks(
-    shape: ModelShape, layout: Layout, sequences: int, length: int, responses: int, micro_batches: int, stage: int
+    shape: ModelShape, layout: Layout, micro_batch: Packed, responses: int, micro_batches: int, stage: int
 ) -> Peaks:
     """Of forward and backward over all micro-batches. `responses`: rows of the micro-batch that reach the head.
 
     Two moments compete: the head's forward, when everything is kept and the head's gradients exist, and the first
-    backward through a layer. One more micro-batch is in flight for every stage that follows (1F1B).
+    backward through a layer. Pipelines hold several micro-batches at once: `Layout.chunks_in_flight`.
     """
-    micro = micro_batch_bytes(shape, layout, sequences, length)
-    in_flight = min(layout.pp - stage, micro_batches) * micro.kept
-    hidden = sequences * length * shape.hidden_size * layout.element_bytes
-    inside_layer = in_flight + micro.buffer + hidden + micro.layer + micro.backward_peak
-    saved = in_flight + micro.kept_above
+    micro = micro_batch_bytes(shape, layout, micro_batch)
+    rows = micro_batch.rows(layout)
+    kept = layout.chunks_in_flight(stage, micro_batches) * micro.kept
+    in_flight = kept + (layout.chunks_in_flight(stage, micro_batches) * micro.sent if layout.pp > 1 else 0)
+    inside_layer = in_flight + micro.buffer + micro.hidden + micro.layer + micro.backward_peak
+    saved = kept + micro.kept_above
     if stage < layout.pp - 1:
         return Peaks(saved, inside_layer, 0)
-    kept_by_head = _final_norm(shape, layout, sequences * length)
-    head = _head_update(shape, layout, sequences * length, responses)
-    saved = in_flight + max(micro.kept_above, kept_by_head + _head_kept(shape, layout, sequences * length))
-    at_head = in_flight + micro.buffer + kept_by_head + hidden
+    kept_by_head = _final_norm(shape, layout, rows)
+    head = _head_update(shape, layout, rows, -(-responses // layout.cp))
+    saved = kept + max(micro.kept_above, kept_by_head + _head_kept(shape, layout, rows))
+    at_head = in_flight + micro.buffer + kept_by_head + micro.hidden
     if at_head + head > inside_layer:
         return Peaks(saved, at_head, head)
     return Peaks(saved, inside_layer, 0)
 
 
-def forward_peaks(shape: ModelShape, layout: Layout, sequences: int, length: int, responses: int, stage: int) -> Peaks:
+def forward_peaks(shape: ModelShape, layout: Layout, micro_batch: Packed, responses: int, stage: int) -> Peaks:
     """Of a pass without gradients: one layer at a time, then the head."""
-    micro = micro_batch_bytes(shape, layout, sequences, length)
-    hidden = sequences * length * shape.hidden_size * layout.element_bytes
+    micro = micro_batch_bytes(shape, layout, micro_batch)
     if stage < layout.pp - 1:
         return Peaks(0, micro.forward_peak + micro.buffer, 0)
-    head = _logits_chunk(shape, layout, responses)
-    if 2 * hidden + head > micro.forward_peak:
-        return Peaks(0, 2 * hidden + micro.buffer, head)
+    head = _logits_chunk(shape, layout, -(-responses // layout.cp)) + _gathered(shape, layout, micro_batch.rows(layout))
+    if 2 * micro.hidden + head > micro.forward_peak:
+        return Peaks(0, 2 * micro.hidden + micro.buffer, head)
     return Peaks(0, micro.forward_peak + micro.buffer, 0)
 
 
@@ -161,32 +160,31 @@ def _forward_phase(
     phase: str, shape: ModelShape, layout: Layout, work: Workload, length: int, responses: int
 ) -> PhaseBytes:
     uses_reference = work.lens if phase == "scores" else work.kl
+    rows = work.prompts if phase == "scores" else work.rollouts
+    packed = _fullest(layout, work, length, rows)
     candidates = []
     for stage in range(layout.pp):
-        peaks = forward_peaks(shape, layout, work.sequences, length, work.sequences * responses, stage)
-        reference = state_bytes(shape, layout, stage).weights if uses_reference else 0
-        candidates.append(
-            _base(
-                phase, shape, layout, stage, activations=peaks.activations, head=peaks.head, reference=reference
-            )
-        )  # fmt: skip
+        peaks = forward_peaks(shape, layout, packed, packed.tokens * responses // length, stage)
+        more = {"activations": peaks.activations, "head": peaks.head}
+        if uses_reference:
+            more["reference"] = state_bytes(shape, layout, stage).weights
+        candidates.append(_base(phase, shape, layout, stage, **more))
     return max(candidates, key=lambda candidate: candidate.total)
 
 
 def _update_phase(shape: ModelShape, layout: Layout, work: Workload) -> PhaseBytes:
+    length = work.sequence_tokens
+    packed = _fullest(layout, work, length, work.rollouts // work.updates)
+    responses, micro_batches = packed.tokens * work.response_tokens // length, work.micro_batches(layout.dp, length)
     candidates = []
     for stage in range(layout.pp):
-        peaks = update_peaks(
-            shape,
-            layout,
-            work.sequences,
-            work.sequence_tokens,
-            work.sequences * work.response_tokens,
-            work.micro_batches(layout.dp),
-            stage,
-        )
+        peaks = update_peaks(shape, layout, packed, responses, micro_batches, stage)
         candidates.append(_base("update", shape, layout, stage, activations=peaks.activations, head=peaks.head))
     return max(candidates, key=lambda candidate: candidate.total)
+
+
+def _fullest(layout: Layout, work: Workload, length: int, rows: int) -> Packed:
+    return Packed(work.most_tokens(length, -(-rows // layout.dp)), length)
 
 
 def _rollout(shape: ModelShape, layout: Layout, work: Workload, cluster: Cluster, stage: int) -> PhaseBytes:
@@ -207,25 +205,31 @@ def _rollout(shape: ModelShape, layout: Layout, work: Workload, cluster: Cluster
     return _base("rollout", shape, layout, stage, engine=weights, kv_cache=cache, workspace=workspace)
 
 
-def _final_norm(shape: ModelShape, layout: Layout, tokens: int) -> int:
+def _final_norm(shape: ModelShape, layout: Layout, rows: int) -> int:
+    rows //= layout.tp if layout.sequence_parallel else 1
     if layout.spec is LayerSpec.LOCAL_CPU:
-        return tokens * (2 * shape.hidden_size + 1) * FLOAT32
-    return tokens * (shape.hidden_size * layout.element_bytes + FLOAT32)
+        return rows * (2 * shape.hidden_size + 1) * FLOAT32
+    return rows * (shape.hidden_size * layout.element_bytes + FLOAT32)
 
 
-def _head_kept(shape: ModelShape, layout: Layout, tokens: int) -> int:
+def _head_kept(shape: ModelShape, layout: Layout, rows: int) -> int:
     """linear_policy_loss forms its gradients in the forward pass and keeps them, in float32, for the backward."""
     vocabulary = shape.padded_vocab_size(layout.tp) // layout.tp
-    return (tokens + vocabulary) * shape.hidden_size * FLOAT32
+    return (rows + vocabulary) * shape.hidden_size * FLOAT32
 
 
-def _head_update(shape: ModelShape, layout: Layout, tokens: int, responses: int) -> int:
-    rows = min(layout.chunk_rows, responses)
-    chunk = _logits_chunk(shape, layout, responses) + rows * shape.hidden_size * FLOAT32
-    backward = tokens * shape.hidden_size * (FLOAT32 + layout.element_bytes)
+def _head_update(shape: ModelShape, layout: Layout, rows: int, responses: int) -> int:
+    chunk_rows = min(layout.chunk_rows, responses)
+    chunk = _logits_chunk(shape, layout, responses) + chunk_rows * shape.hidden_size * FLOAT32
+    backward = rows * shape.hidden_size * (FLOAT32 + layout.element_bytes)
     if not layout.fused_head_gradient:
         backward += shape.padded_vocab_size(layout.tp) // layout.tp * shape.hidden_size * layout.element_bytes
-    return _head_kept(shape, layout, tokens) + max(chunk, backward)
+    return _head_kept(shape, layout, rows) + max(chunk + _gathered(shape, layout, rows), backward)
+
+
+def _gathered(shape: ModelShape, layout: Layout, rows: int) -> int:
+    """Under sequence parallelism the head gathers the hidden states of the whole group."""
+    return rows * shape.hidden_size * layout.element_bytes if layout.sequence_parallel else 0
 
 
 def _logits_chunk(shape: ModelShape, layout: Layout, responses: int) -> int:

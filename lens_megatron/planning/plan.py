@@ -78,8 +78,7 @@ def make_plan(
 def checkpoint_bytes(shape: ModelShape, layout: Layout) -> int:
     """Of one checkpoint as `policy.checkpoint` writes it: every rank its weights, the optimizer's float32 copy and two
     moments of its share, and once the whole model as a Hugging Face directory."""
-    shards = layout.dp if layout.distributed_optimizer else 1
     parameters = sum(shape.stage_parameters(layout.tp, layout.pp, stage) for stage in range(layout.pp))
-    replicas = layout.tp * layout.dp
-    ranks = parameters * replicas * layout.element_bytes + parameters * replicas * 3 * FLOAT32 // shards
-    return ranks + shape.parameters * layout.element_bytes
+    replicas = layout.tp * layout.cp * layout.dp
+    state = 3 * FLOAT32 * parameters * replicas // layout.optimizer_shards
+    return replicas * parameters * layout.element_bytes + state + shape.parameters * layout.element_bytes

@@ -50,17 +50,9 @@ class WeightSync:
     seconds: float
 
 
-def padding_factor(sequences: int) -> float:
-    """Padded / real tokens of micro-batches of `sequences` lengths drawn uniformly: 1, 4/3, 3/2, 8/5, ... -> 2.
-
-    The mean of the longest of B draws from [0, L] is L B / (B + 1); the mean of all is L / 2.
-    """
-    return 2 * sequences / (sequences + 1)
-
-
-def bubble(stages: int, micro_batches: int) -> float:
-    """Share of the time that a pipeline stage waits: (p - 1) / (m + p - 1)."""
-    return (stages - 1) / (micro_batches + stages - 1)
+def bubble(stages: int, micro_batches: int, chunks: int = 1) -> float:
+    """Share of the time that a pipeline stage waits: (p - 1) / (v m + p - 1), v the model chunks per stage."""
+    return (stages - 1) / (chunks * micro_batches + stages - 1)
 
 
 def step_times(
@@ -83,7 +75,8 @@ def weight_sync(shape: ModelShape, layout: Layout, cluster: Cluster, assumed: As
     """Every weight is gathered whole on every rank of a model-parallel group, which then loads its engine."""
     size = shape.parameters * layout.element_bytes
     received = size - size // (layout.tp * layout.pp)
-    one_node = layout.tp * layout.pp <= cluster.gpus_per_node
+    # Megatron numbers ranks tp, cp, dp, pp: the stages of one pipeline are the farthest apart.
+    one_node = cluster.nodes == 1 or (layout.pp == 1 and layout.tp <= cluster.gpus_per_node)
     link = cluster.gpu.link_gb_s if one_node else cluster.slowest_link_gb_s
     loading = size / layout.engine_tp / (cluster.gpu.memory_gb_s * GIGA * assumed.memory_efficiency)
     return WeightSync(size, received, received / (link * GIGA * assumed.link_efficiency) + 2 * loading)
@@ -92,7 +85,7 @@ def weight_sync(shape: ModelShape, layout: Layout, cluster: Cluster, assumed: As
 def _scores(shape: ModelShape, layout: Layout, work: Workload, cluster: Cluster, assumed: Assumptions) -> PhaseTime:
     length = work.prompt_tokens * assumed.mean_length_share
     flops = 2 * work.prompts * _sequence_flops(shape, length, length)
-    seconds = _forward_seconds(flops, work, layout, cluster, assumed, work.prompts)
+    seconds = _forward_seconds(flops, work, layout, cluster, assumed, work.prompts, length)
     swap = _swap_seconds(shape, layout, assumed)
     return PhaseTime(
         "scores", seconds + swap, f"policy and reference over {work.prompts} prompts; {swap:.1f} s reference swapped in"
@@ -133,7 +126,7 @@ def _log_probs(shape: ModelShape, layout: Layout, work: Workload, cluster: Clust
     length = response + work.prompt_tokens * assumed.mean_length_share
     flops = passes * work.rollouts * _sequence_flops(shape, length, response)
     swap = _swap_seconds(shape, layout, assumed) * work.kl
-    seconds = _forward_seconds(flops, work, layout, cluster, assumed, work.rollouts) if passes else 0.0
+    seconds = _forward_seconds(flops, work, layout, cluster, assumed, work.rollouts, length) if passes else 0.0
     parts = [f"old for {old:.0%} of the rollouts"] * bool(old) + [
         f"reference for all; {swap:.1f} s swapped in"
     ] * work.kl
@@ -147,14 +140,14 @@ def _update(shape: ModelShape, layout: Layout, work: Workload, cluster: Cluster,
     factor = 4 if layout.recompute == "full" else 3
     head = work.rollouts * response * 2 * shape.vocab_size * shape.hidden_size
     flops = work.rollouts * _sequence_flops(shape, length, response) * factor - (factor - 3) * head
-    padding = padding_factor(work.sequences)
-    idle = bubble(layout.pp, work.micro_batches(layout.dp))
-    compute = flops * padding / (_peak(layout, cluster) * assumed.update_mfu) / (1 - idle)
+    micro_batches = work.micro_batches(layout.dp, length)
+    idle = bubble(layout.pp, micro_batches, layout.vp)
+    compute = flops / (_peak(layout, cluster) * assumed.update_mfu) / (1 - idle)
     reduce = work.updates * _reduce_seconds(shape, layout, cluster, assumed)
     twice = ", layers computed twice" if layout.recompute == "full" else ""
     how = (
-        f"{work.micro_batches(layout.dp)} micro-batches per rank and update; padding x{padding:.2f}, bubble {idle:.1%}"
-        f"{twice}; {reduce:.1f} s gradients over DP{layout.dp}"
+        f"{micro_batches} micro-batches per rank and update; bubble {idle:.1%}{twice}; "
+        f"{reduce:.1f} s gradients over {layout.dp * layout.cp} ranks"
     )
     return PhaseTime("update", compute + reduce, how)
 
@@ -164,7 +157,8 @@ def _reduce_seconds(shape: ModelShape, layout: Layout, cluster: Cluster, assumed
     parameters = shape.stage_parameters(layout.tp, layout.pp, 0)
     moved = layout.gradient_bytes * (1 if layout.distributed_optimizer else 2)
     moved += layout.element_bytes if layout.distributed_optimizer else 0
-    share = (layout.dp - 1) / layout.dp
+    ranks = layout.dp * layout.cp
+    share = (ranks - 1) / ranks
     return parameters * moved * share / (cluster.slowest_link_gb_s * GIGA * assumed.link_efficiency)
 
 
@@ -174,11 +168,11 @@ def _sequence_flops(shape: ModelShape, tokens: float, heads: float) -> float:
 
 
 def _forward_seconds(
-    flops: float, work: Workload, layout: Layout, cluster: Cluster, assumed: Assumptions, rows: int
+    flops: float, work: Workload, layout: Layout, cluster: Cluster, assumed: Assumptions, rows: int, length: float
 ) -> float:
-    micro_batches = -(-rows // (layout.dp * work.sequences))
-    seconds = flops * padding_factor(work.sequences) / (_peak(layout, cluster) * assumed.forward_mfu)
-    return seconds / (1 - bubble(layout.pp, micro_batches))
+    micro_batches = -(-rows // (layout.dp * work.sequences(length)))
+    seconds = flops / (_peak(layout, cluster) * assumed.forward_mfu)
+    return seconds / (1 - bubble(layout.pp, micro_batches, layout.vp))
 
 
 def _peak(layout: Layout, cluster: Cluster) -> float:

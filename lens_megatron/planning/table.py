@@ -26,7 +26,11 @@ def render(plan: Plan) -> str:
 
 def _head(plan: Plan) -> list[str]:
     layout, work, shape = plan.layout, plan.work, plan.shape
-    cuts = [f"TP{layout.tp}" + " with sequence parallelism" * layout.sequence_parallel, f"PP{layout.pp}"]
+    cuts = [
+        f"TP{layout.tp}" + " with sequence parallelism" * layout.sequence_parallel,
+        f"PP{layout.pp}" + f" of {layout.vp} interleaved chunks" * (layout.vp > 1),
+    ]
+    cuts += [f"CP{layout.cp}"] * (layout.cp > 1)
     cuts += [f"DP{layout.dp}" + " with the distributed optimizer" * layout.distributed_optimizer]
     engine = f"{layout.engine}, {layout.world // layout.engine_tp} engines of {layout.engine_tp} GPU(s)"
     return [
@@ -34,7 +38,7 @@ def _head(plan: Plan) -> list[str]:
         f", on {plan.cluster.name}",
         f"layout   {', '.join(cuts)}; {layout.spec} layers, recompute {layout.recompute}",
         f"step     {work.prompts} prompts x {work.rollouts_per_prompt} rollouts, up to {work.prompt_tokens} + "
-        f"{work.response_tokens} tokens; {work.sequences} sequence(s) per micro-batch; "
+        f"{work.response_tokens} tokens; {work.max_tokens} tokens per micro-batch; "
         f"{'LENS' if work.lens else 'no purification'}",
         f"engine   {engine}, {plan.running} sequences of full length at once",
     ]

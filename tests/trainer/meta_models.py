@@ -31,10 +31,14 @@ def parameters(shape: ModelShape, layout: MegatronConfig, world: int, stage: int
     assert mesh.pp_rank == stage
     hf_config = AutoConfig.for_model(shape.model_type, **{name: getattr(shape, name) for name in FIELDS})
     hf_config.rope_theta = hf_config.rope_parameters["rope_theta"]
-    bridge = build_bridge(hf_config, torch.bfloat16, mesh.tp_size)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = bridge._model_provider([])(pre_process=stage == 0, post_process=mesh.is_last_stage)
-    count = sum(parameter.numel() for parameter in model.parameters())
+    bridge = build_bridge(hf_config, torch.bfloat16, mesh.tp_size, layout.sequence_parallel)
+    chunks = range(mesh.vp_size) if mesh.vp_size > 1 else [None]
+    count = 0
+    for chunk in chunks:
+        first, last = stage == 0 and not chunk, mesh.is_last_stage and chunk in (None, mesh.vp_size - 1)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model = bridge._model_provider([])(pre_process=first, post_process=last, vp_stage=chunk)
+        count += sum(parameter.numel() for parameter in model.parameters())
     shut_down()
     return count
 

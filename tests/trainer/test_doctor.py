@@ -79,6 +79,20 @@ def test_a_weight_file_of_another_model(toy, tmp_path):
     assert project.stored_parameters(toy.model) == read_shape(str(toy.model)).parameters
 
 
+@pytest.mark.parametrize(("file", "found"), [("config.json", "hidden_size"), ("model.safetensors", "cannot be read")])
+def test_a_damaged_model(toy, tmp_path, file, found):
+    copy = tmp_path / "model"
+    copy.mkdir()
+    for other in toy.model.iterdir():
+        (copy / other.name).write_bytes(other.read_bytes())
+    config, shape = from_tree(tree(toy, tmp_path, model={"path": str(copy)})), read_shape(str(copy))
+    hf = json.loads((copy / "config.json").read_text())
+    damaged = json.dumps(hf | {"hidden_size": "wide"}) if file == "config.json" else "not weights"
+    (copy / file).write_text(damaged)
+    check = project.model(config, shape)
+    assert check.status is Status.FAIL and found in check.found
+
+
 def test_grading_of_rows_whose_answers_cannot_be_graded(toy, tmp_path):
     config = from_tree(tree(toy, tmp_path))
     prompts = [SimpleNamespace(index=i, answer=answer) for i, answer in enumerate(["4", "\\frac{", "x ("])]

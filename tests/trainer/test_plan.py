@@ -9,12 +9,12 @@ from lens_megatron import config as configuration
 from lens_megatron import plan as program
 from lens_megatron.config import ConfigError, from_tree
 from lens_megatron.planning import memory
-from lens_megatron.planning.activations import micro_batch_bytes
+from lens_megatron.planning.activations import Packed, micro_batch_bytes
 from lens_megatron.planning.hardware import GIB, cluster_of
 from lens_megatron.planning.layout import LayerSpec, layout_of, workload_of
 from lens_megatron.planning.model_shape import SHAPES, ModelShape, from_hf, read_shape
 from lens_megatron.planning.plan import checkpoint_bytes, make_plan
-from lens_megatron.planning.step_time import Assumptions, bubble, padding_factor, step_times, weight_sync
+from lens_megatron.planning.step_time import Assumptions, bubble, step_times, weight_sync
 
 QWEN_7B = str(ROOT / "configs" / "a800x8" / "lens_qwen2.5-7b.yaml")
 TINY = ModelShape(
@@ -87,31 +87,59 @@ def test_state_of_a_rank():
     assert memory.state_bytes(TINY, whole, 0).optimizer == 8 * n  # no second copy of float32 weights
 
 
+# One sequence of 6 tokens. On a CPU a norm keeps two float32 copies and one bf16: 8 x (4 + 4 + 2) + 4 = 84 bytes a row.
+# Attention: q 8, k 4, and the projection's output 16 that v is a view of, bf16; cosines and sines 4 x 2; its output
+# twice, 8 each; 4 heads' sums in float32. The MLP: gate and up 32, and three of 16.
+ROW_OF_ATTENTION = 2 * (8 + 4 + 16 + 4 * 2 + 2 * 8) + 4 * 4
+ROW_OF_A_LAYER = 2 * 84 + ROW_OF_ATTENTION + 2 * 5 * 16
+SIX = Packed(6, 6)
+
+
 def test_what_a_layer_keeps_on_a_cpu():
-    # 1 x 6 tokens. A norm keeps two float32 copies and one bf16: 8 x (4 + 4 + 2) + 4 = 84 bytes a token; there are two.
-    # q, repeated k and v, output: 8 each, bf16; rotary tables 4 x 6 x 2 x 2; probabilities 4 heads x 36 x (4 + 2);
-    # mask 36. Gate and up 32, and three of 16, bf16.
-    attention = 6 * 4 * 8 * 2 + 96 + 144 * 6 + 36
-    layer = 2 * 6 * 84 + attention + 6 * 5 * 16 * 2
-    assert micro_batch_bytes(TINY, layout(), 1, 6).kept == 4 * layer
+    assert micro_batch_bytes(TINY, layout(), SIX).kept == 4 * 6 * ROW_OF_A_LAYER
+    assert micro_batch_bytes(TINY, layout(), Packed(18, 6)).kept == 3 * 4 * 6 * ROW_OF_A_LAYER  # no padding, no matrix
     full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    recomputed = micro_batch_bytes(TINY, layout(transformer=full), 1, 6)
-    assert (recomputed.kept, recomputed.layer) == (4 * 6 * 8 * 2, layer)  # one input per layer; one layer at a time
-    selective = micro_batch_bytes(TINY, layout(transformer={"recompute_granularity": "selective"}), 1, 6)
-    # Kept of attention: q 8, k 4, the projection's output 16 that v is a view of, attention's output 8; tables.
-    assert selective.kept == 4 * (layer - attention + 6 * 36 * 2 + 96) and selective.layer == attention
+    recomputed = micro_batch_bytes(TINY, layout(transformer=full), SIX)
+    assert (recomputed.kept, recomputed.layer) == (4 * 6 * 8 * 2, 6 * ROW_OF_A_LAYER)  # inputs; one layer at a time
+    selective = micro_batch_bytes(TINY, layout(transformer={"recompute_granularity": "selective"}), SIX)
+    # Made again: both outputs and the sums; kept meanwhile: the output that the projection wants.
+    again = 6 * (2 * 2 * 8 + 4 * 4)
+    assert selective.layer == again and selective.kept == 4 * (6 * (ROW_OF_A_LAYER + 2 * 8) - again)
+
+
+def test_sequence_parallelism_cuts_the_norms_and_keeps_a_buffer():
+    plain = layout(world=2, tensor_model_parallel_size=2)
+    cut = layout(world=2, tensor_model_parallel_size=2, sequence_parallel=True)
+    # TP2 halves all but norms, and of attention all but cosines and sines.
+    row = ROW_OF_ATTENTION // 2 + 2 * 4 + 2 * 5 * 8
+    assert micro_batch_bytes(TINY, plain, SIX).kept == 4 * 6 * (row + 2 * 84)
+    assert micro_batch_bytes(TINY, cut, SIX).kept == 4 * 6 * (row + 84)
+    assert (micro_batch_bytes(TINY, plain, SIX).buffer, micro_batch_bytes(TINY, cut, SIX).buffer) == (0, 6 * 8 * 2)
+
+
+def test_context_parallelism_cuts_rows_and_gathers_keys():
+    # CP2, a sequence of 8: 4 rows here. Of attention: q 8, cosines and sines, both outputs and the sums of 4 rows, k
+    # and v of all 8; masks of two runs of 2 queries, which see 4 + 6 keys.
+    cut = layout(world=2, context_parallel_size=2, use_distributed_optimizer=True)
+    assert cut.dp == 1 and cut.optimizer_shards == 2
+    attention = 4 * (2 * (8 + 8 + 2 * 8) + 4 * 4) + 8 * 2 * (4 + 4) + 2 * 10 * 2
+    assert micro_batch_bytes(TINY, cut, Packed(8, 8)).kept == 4 * (4 * (2 * 84 + 2 * 5 * 16) + attention)
+    n = TINY.stage_parameters(1, 1, 0)
+    assert memory.state_bytes(TINY, cut, 0).optimizer == 6 * n
+    # On a GPU each run of queries has its keys for itself: 2 + 8 or 4 + 6 rows of k and v; one output.
+    gpu = layout(LayerSpec.LOCAL, world=2, context_parallel_size=2)
+    attention = 4 * (2 * (8 + 8 + 8) + 4 * 4) + 10 * 2 * (4 + 4)
+    assert micro_batch_bytes(TINY, gpu, Packed(8, 8)).kept == 4 * (4 * (2 * 36 + 2 * 5 * 16) + attention)
 
 
 def test_what_a_layer_keeps_with_transformer_engine():
-    # No [heads, S, S]: a norm's input and output, bf16, and 4 bytes; q, k, projection 8 + 4 + 16; output 8; lse 4 x 4.
-    norm, length = 8 * 2 * 2 + 4, 6
-    layer = length * (2 * norm + 2 * (8 + 4 + 16 + 8) + 16 + 2 * 5 * 16) + 96
+    # A norm's input and output, bf16, and 4 bytes; q, k, projection 8 + 4 + 16; output 8; sums 4 x 4.
+    norm, attention = 8 * 2 * 2 + 4, 2 * (8 + 4 + 16 + 4 * 2 + 8) + 16
     te = LayerSpec.TRANSFORMER_ENGINE
-    assert micro_batch_bytes(TINY, layout(te), 1, length).kept == 4 * layer
-    cut = layout(te, world=2, tensor_model_parallel_size=2)
-    assert cut.sequence_parallel  # the norms' inputs are cut too
-    halves = length * (2 * (norm - 4) // 2 + 8 + 36 + 8 + 80) + 96
-    assert micro_batch_bytes(TINY, cut, 1, length).kept == 4 * halves
+    for spec in (te, LayerSpec.LOCAL):
+        assert micro_batch_bytes(TINY, layout(spec), SIX).kept == 4 * 6 * (2 * norm + attention + 2 * 5 * 16)
+    ring = layout(te, world=2, context_parallel_size=2)  # keys go round: none but this rank's are kept
+    assert micro_batch_bytes(TINY, ring, Packed(12, 12)).kept == 4 * 6 * (2 * norm + attention + 2 * 5 * 16)
 
 
 def test_the_head_never_holds_all_logits():
@@ -119,20 +147,45 @@ def test_the_head_never_holds_all_logits():
     te = layout(LayerSpec.TRANSFORMER_ENGINE, world=2, tensor_model_parallel_size=2)
     # Scoring: 2048 rows of 152064 / 2 float32 logits, and their hidden states in bf16.
     chunk = 2048 * 76032 * 4 + 2048 * 3584 * 2
-    assert memory.forward_peaks(shape, te, 1, 4608, 4096, stage=0).head == chunk
-    longer = memory.forward_peaks(shape, te, 4, 4608, 4 * 4096, stage=0)
+    assert memory.forward_peaks(shape, te, Packed(4608, 4608), 4096, stage=0).head == chunk
+    longer = memory.forward_peaks(shape, te, Packed(4 * 4608, 4608), 4 * 4096, stage=0)
     assert longer.head in (0, chunk)
     # Updating: the float32 gradients of weight and hidden states besides, and the chunk's.
-    updating = memory.update_peaks(shape, te, 1, 4608, 4096, 1, stage=0)
+    updating = memory.update_peaks(shape, te, Packed(4608, 4608), 4096, 1, stage=0)
     assert updating.head == chunk + (76032 + 4608) * 3584 * 4 + 2048 * 3584 * 4
+    # Sequence parallelism gathers the hidden states of all 4608 rows.
+    gathers = dataclasses.replace(te, sequence_parallel=True)
+    assert memory.update_peaks(shape, gathers, Packed(4608, 4608), 4096, 1, 0).head == updating.head + 4608 * 3584 * 2
 
 
 def test_earlier_pipeline_stages_hold_more_micro_batches():
     cut = layout(world=4, pipeline_model_parallel_size=4)
-    kept = micro_batch_bytes(TINY, cut, 1, 6).kept
-    peaks = [memory.update_peaks(TINY, cut, 1, 6, 4, 8, stage).saved for stage in range(4)]
+    kept = micro_batch_bytes(TINY, cut, SIX).kept
+    peaks = [memory.update_peaks(TINY, cut, SIX, 4, 8, stage).saved for stage in range(4)]
     assert [peak - kept * (4 - stage) for stage, peak in enumerate(peaks[:3])] == [0, 0, 0]
-    assert memory.update_peaks(TINY, cut, 1, 6, 4, 2, 0).saved == 2 * kept  # two micro-batches are all there are
+    assert memory.update_peaks(TINY, cut, SIX, 4, 2, 0).saved == 2 * kept  # two micro-batches are all there are
+
+
+def test_interleaved_stages_hold_more_but_smaller_chunks():
+    # Two stages of two chunks, one layer each. Warm-up: 2 x (2 - 1 - stage) + (2 - 1) x 2 = 4 and 2; one more in 1F1B.
+    cut = layout(world=2, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
+    assert [cut.chunks_in_flight(stage, 8) for stage in (0, 1)] == [5, 3]
+    assert cut.chunks_in_flight(0, 1) == 4  # rounded up to two micro-batches of two chunks
+    assert micro_batch_bytes(TINY, cut, SIX).kept == 6 * ROW_OF_A_LAYER
+    assert memory.update_peaks(TINY, cut, SIX, 4, 8, 0).saved == 5 * 6 * ROW_OF_A_LAYER
+    assert bubble(2, 8, chunks=2) == pytest.approx(1 / 17)
+    deeper = layout(world=4, pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=3)
+    assert [deeper.chunks_in_flight(stage, 99) for stage in range(4)] == [15, 13, 11, 9]
+
+
+def test_micro_batches_are_filled_with_what_is_longest_or_fills_best():
+    work = workload_of(config(train={"max_tokens_per_micro_batch": 10_000}, data={"max_prompt_length": 512},
+                              rollout={"max_response_length": 4096}))  # fmt: skip
+    assert (work.sequences(512), work.sequences(4608), work.sequences(20_000)) == (19, 2, 1)
+    # Two of 4608 fill it less than shorter ones do; 3 of 512 are all there are; a long one goes alone.
+    assert work.most_tokens(4608, 100) == 10_000 and work.most_tokens(512, 3) == 1536
+    assert work.most_tokens(20_000, 100) == 20_000
+    assert work.micro_batches(4, 4608) == 128 * 8 // 4 // 2
 
 
 def test_rollout_of_the_embedded_engine():
@@ -154,8 +207,7 @@ def test_checkpoint_is_what_every_rank_writes():
 # ---- time ---------------------------------------------------------------------------------------------------------
 
 
-def test_padding_bubble_and_sync():
-    assert [padding_factor(n) for n in (1, 2, 4)] == [1, pytest.approx(4 / 3), 1.6]
+def test_bubble_and_sync():
     assert bubble(1, 8) == 0 and bubble(4, 13) == pytest.approx(3 / 16)
     plan = make_plan(configuration.load(QWEN_7B))
     assert plan.sync.bytes_per_engine == 7_615_616_512 * 2
@@ -168,7 +220,7 @@ def test_seconds_of_update_and_rollout():
     settings = config(
         cluster={"gpus_per_node": 1}, rollout={"prompts_per_step": 4, "rollouts_per_prompt": 2, "engine": "vllm",
         "max_response_length": 1000}, data={"max_prompt_length": 200}, lens={"enabled": False},
-        train={"micro_batch_size": 1}, algorithm={"advantage": "grpo", "kl_coef": 0}
+        train={"max_tokens_per_micro_batch": 1200}, algorithm={"advantage": "grpo", "kl_coef": 0}
     )  # fmt: skip
     shape, cluster = SHAPES["Qwen2.5-7B"], cluster_of(settings.cluster)
     made = layout_of(settings, 1, LayerSpec.TRANSFORMER_ENGINE)
@@ -218,7 +270,10 @@ def test_what_cannot_be_trained_yet_is_said(capsys):
         (["rollout.engine=vllm", "vllm.gpu_memory_utilization=0.2"], "leave -1.3 GiB of vllm.gpu_memory_utiliz"),
         (["rollout.engine=vllm", "vllm.tensor_parallel_size=3"], "vllm.tensor_parallel_size (3) does not divide th"),
         (["rollout.engine=vllm", "vllm.gpu_memory_utilization=0.6"], "it fits with vllm.gpu_memory_utilization=0.5"),
-        (["train.micro_batch_size=16"], "update: needs"),
+        (["train.max_tokens_per_micro_batch=40000"], "update: needs"),
+        (["megatron.virtual_pipeline_model_parallel_size=2"], "interleaves the stages of a pipeline, but"),
+        (["megatron.sequence_parallel=true", "megatron.tensor_model_parallel_size=1"], "or set sequence_parallel to f"),
+        (["megatron.context_parallel_size=3"], "megatron.context_parallel_size (3) = 6; start torchrun with a mult"),
         (["model.path=models/unknown"], "model.path models/unknown: no config.json there"),
         (["lens.tua=1"], "unknown option lens.tua; did you mean lens.tau?"),
     ],
@@ -228,10 +283,10 @@ def test_what_is_refused_names_both_values_and_a_remedy(capsys, overrides, messa
 
 
 def test_a_remedy_is_one():
-    tight = ["train.micro_batch_size=16", "rollout.max_running_sequences=32"]
+    tight = ["train.max_tokens_per_micro_batch=40000", "rollout.max_running_sequences=32"]
     (mistake,) = [m for m in make_plan(configuration.load(QWEN_7B, tight)).mistakes if m.startswith("update")]
-    assert mistake.endswith("it fits with train.micro_batch_size=1")
-    assert not make_plan(configuration.load(QWEN_7B, [*tight, "train.micro_batch_size=1"])).mistakes
+    assert mistake.endswith("it fits with train.max_tokens_per_micro_batch=4608")
+    assert not make_plan(configuration.load(QWEN_7B, [*tight, "train.max_tokens_per_micro_batch=4608"])).mistakes
 
 
 def test_the_same_words_as_the_trainer():
@@ -240,7 +295,9 @@ def test_the_same_words_as_the_trainer():
 
     for overrides in (
         ["megatron.tensor_model_parallel_size=8"], ["megatron.pipeline_model_parallel_size=8"],
-        ["rollout.max_response_length=140000"],
+        ["rollout.max_response_length=140000"], ["megatron.virtual_pipeline_model_parallel_size=2"],
+        ["megatron.virtual_pipeline_model_parallel_size=3", "megatron.pipeline_model_parallel_size=2"],
+        ["megatron.tensor_model_parallel_size=1"],
     ):  # fmt: skip
         settings = configuration.load(QWEN_7B, overrides)
         with pytest.raises(ConfigError) as caught:
