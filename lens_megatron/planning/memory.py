@@ -85,7 +85,8 @@ def state_bytes(shape: ModelShape, layout: Layout, stage: int) -> State:
 def update_peaks(
     shape: ModelShape, layout: Layout, micro_batch: Packed, responses: int, micro_batches: int, stage: int
 ) -> Peaks:
-    """Of forward and backward over all micro-batches. `responses`: rows of the micro-batch that reach the head.
+    """Of forward and backward over all micro-batches. `responses`: tokens of the micro-batch that reach the head; of a
+    context-parallel rank's rows all may be such, since prompts lie in the first one's chunk.
 
     Two moments compete: the head's forward, when everything is kept and the head's gradients exist, and the first
     backward through a layer. Pipelines hold several micro-batches at once: `Layout.chunks_in_flight`.
@@ -99,7 +100,7 @@ def update_peaks(
     if stage < layout.pp - 1:
         return Peaks(saved, inside_layer, 0)
     kept_by_head = _final_norm(shape, layout, rows)
-    head = _head_update(shape, layout, rows, -(-responses // layout.cp))
+    head = _head_update(shape, layout, rows, min(rows, responses))
     saved = kept + max(micro.kept_above, kept_by_head + _head_kept(shape, layout, rows))
     at_head = in_flight + micro.buffer + kept_by_head + micro.hidden
     if at_head + head > inside_layer:
@@ -109,10 +110,10 @@ def update_peaks(
 
 def forward_peaks(shape: ModelShape, layout: Layout, micro_batch: Packed, responses: int, stage: int) -> Peaks:
     """Of a pass without gradients: one layer at a time, then the head."""
-    micro = micro_batch_bytes(shape, layout, micro_batch)
+    micro, rows = micro_batch_bytes(shape, layout, micro_batch), micro_batch.rows(layout)
     if stage < layout.pp - 1:
         return Peaks(0, micro.forward_peak + micro.buffer, 0)
-    head = _logits_chunk(shape, layout, -(-responses // layout.cp)) + _gathered(shape, layout, micro_batch.rows(layout))
+    head = _logits_chunk(shape, layout, min(rows, responses)) + _gathered(shape, layout, rows)
     if 2 * micro.hidden + head > micro.forward_peak:
         return Peaks(0, 2 * micro.hidden + micro.buffer, head)
     return Peaks(0, micro.forward_peak + micro.buffer, 0)
