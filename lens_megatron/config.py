@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -21,11 +20,11 @@ from pydantic import (
     model_validator,
 )
 
+from lens_megatron.config_files import ConfigError, apply_override, read_tree
+
+__all__ = ["Config", "ConfigError", "from_tree", "load"]
+
 BOXED_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-
-
-class ConfigError(ValueError):
-    """A mistake in the user's configuration; the message names the option, the value and the remedy."""
 
 
 class Section(BaseModel):
@@ -79,7 +78,8 @@ class DataConfig(Section):
 
 
 class RolloutConfig(Section):
-    engine: Literal["local"] = "local"
+    engine: Literal["local", "vllm"] = "local"
+    """local: transformers, a whole model in every process. vllm: colocated in the trainer's processes."""
     prompts_per_step: int = Field(128, ge=1)
     rollouts_per_prompt: int = Field(8, ge=1)
     max_response_length: int = Field(1024, ge=1)
@@ -204,6 +204,31 @@ class MegatronConfig(Section):
     """Fields of megatron.core.optimizer.OptimizerConfig."""
 
 
+class VllmConfig(Section):
+    """vLLM's engine options under their own names; any other than these is passed through as it is."""
+
+    model_config = ConfigDict(extra="allow")
+
+    tensor_parallel_size: int = Field(1, ge=1)
+    gpu_memory_utilization: float = Field(0.6, gt=0, le=1)
+    """Share of the GPU that weights, KV cache and workspace of the engine may take, as vLLM counts it."""
+
+
+class ClusterConfig(Section):
+    """The machines that `lens_megatron.plan` reckons with. Training takes what torchrun gives it."""
+
+    gpu: Literal["A800-80GB", "A100-80GB", "H800-80GB", "H100-80GB", "H200-141GB"] = "A800-80GB"
+    """Names memory, arithmetic, memory bandwidth and links: lens_megatron/planning/hardware.py."""
+    nodes: int = Field(1, ge=1)
+    gpus_per_node: int = Field(8, ge=1)
+    gpu_memory_gib: float | None = Field(None, gt=0)
+    """What torch reports as the GPU's total memory; the table's when empty."""
+    host_memory_gib: float = Field(1024, gt=0)
+    """Of one node; the reference policy is kept there."""
+    network_gb_s: float = Field(100, gt=0)
+    """Gigabytes per second that leave a node in one direction: 4 x 200 Gb/s are 100."""
+
+
 class DebugConfig(Section):
     save_rollouts: str | None = None
     """Folder to write each step's graded groups to, for `load_rollouts`."""
@@ -224,6 +249,8 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     megatron: MegatronConfig = MegatronConfig()
+    vllm: VllmConfig = VllmConfig()
+    cluster: ClusterConfig = ClusterConfig()
     debug: DebugConfig = DebugConfig()
 
     @model_validator(mode="after")
@@ -251,8 +278,20 @@ class Config(Section):
             )
         return self
 
+    def not_yet_honoured(self) -> list[str]:
+        """What this configuration asks for and the trainer does not do yet. It can be planned, not trained."""
+        if self.rollout.engine == "vllm":
+            return ["rollout.engine=vllm is not built yet; train with rollout.engine=local"]
+        return []
+
     def check_world(self, world_size: int) -> None:
         """Raises ConfigError unless `world_size` processes can carry the layout and the batch."""
+        if missing := self.not_yet_honoured():
+            raise ConfigError("\n".join(missing))
+        self.check_layout(world_size)
+
+    def check_layout(self, world_size: int) -> None:
+        """The same for a layout that is only planned."""
         tp, pp = self.megatron.tensor_model_parallel_size, self.megatron.pipeline_model_parallel_size
         cp = self.megatron.context_parallel_size
         if world_size % (tp * pp * cp):
@@ -270,23 +309,14 @@ class Config(Section):
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads `path` (YAML), applies `a.b=value` overrides (values are YAML) and validates.
+    """Reads `path` (YAML) over the files it names as `base`, applies `a.b=value` overrides and validates.
 
     Raises:
         ConfigError: missing file, bad YAML, unknown option (with the nearest valid one), wrong type or bound.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise ConfigError(f"no configuration file at {path}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    tree = _parse_yaml(text, f"{path}: cannot be read as YAML")
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected sections such as `model:` and `data:`, got {type(tree).__name__}")
+    tree = read_tree(Path(path))
     for override in overrides:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     return from_tree(tree)
 
 
@@ -318,32 +348,6 @@ def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str =
         elif a != b:
             names.append(name)
     return names
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    name, separator, text = override.partition("=")
-    *sections, option = (part.strip() for part in name.split("."))
-    if not separator or not option or not all(sections):
-        raise ConfigError(f"override {override!r}: expected section.option=value")
-    value = _parse_yaml(text, f"override {override!r}: the value is not YAML")
-    node = tree
-    for section in sections:
-        child = {} if node.get(section) is None else node[section]
-        if not isinstance(child, dict):
-            raise ConfigError(f"override {override!r}: {section!r} is an option, not a section")
-        node[section] = dict(child)  # a copy: YAML aliases make one mapping stand in several places
-        node = node[section]
-    node[option] = value
-
-
-def _parse_yaml(text: str, mistake: str) -> Any:
-    """PyYAML lets errors of its scalar types through: `2024-99-99` is a ValueError, `!!bool x` a KeyError."""
-    try:
-        return yaml.safe_load(text)
-    except RecursionError:
-        raise ConfigError(f"{mistake}: nested too deeply") from None
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
-        raise ConfigError(f"{mistake}: {error}") from error
 
 
 _SHORT = reprlib.Repr()

@@ -16,13 +16,13 @@ OWNERS = {
     "mbridge": "lens_megatron/policy/",
     "vllm": "lens_megatron/rollout/",
     "math_verify": "lens_megatron/reward/",
-    "yaml": ("lens_megatron/config.py", "lens_megatron/run_folder.py"),
+    "yaml": ("lens_megatron/config_files.py", "lens_megatron/run_folder.py"),
     "matplotlib": "lens_megatron/report.py",
 }
-LAYERS = ["types", "config", "seeds", "exit_codes", "clock", "supervision", "tokenizer", "algorithms",
-          "interference", "purify", "samples", "pack", "reward", "datasets", "prompts", "rollout",
-          "weight_sync", "policy", "run", "update_batch", "step", "evaluate", "run_folder", "metrics",
-          "report", "train"]  # fmt: skip
+LAYERS = ["types", "config_files", "config", "planning", "plan", "seeds", "exit_codes", "clock", "supervision",
+          "tokenizer", "algorithms", "interference", "purify", "samples", "schedule", "pack", "reward", "datasets",
+          "prompts", "rollout", "weight_sync", "policy", "run", "update_batch", "step", "evaluate", "run_folder",
+          "metrics", "report", "train", "diagnosis", "doctor"]  # fmt: skip
 """Lowest first: a module imports from its own layer and from layers before it."""
 
 

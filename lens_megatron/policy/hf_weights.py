@@ -5,11 +5,11 @@ without Transformer Engine, rotary scaling of Llama 3, transformers 5's rope par
 """
 
 import importlib.util
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from mbridge.core.bridge import _MODEL_REGISTRY, Bridge
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from torch import Tensor
@@ -42,7 +42,7 @@ def read_hf_config(path: str) -> PretrainedConfig:
         raise ModelError(f"model.path {path}: no config.json there; give a Hugging Face model directory")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ModelError(f"model.path {path}: config.json cannot be read: {error}") from error
     if config.model_type not in FAMILIES:
         raise ModelError(f"model.path {path}: model type {config.model_type!r}; supported: {', '.join(FAMILIES)}")

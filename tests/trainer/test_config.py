@@ -182,7 +182,7 @@ def test_every_mistake_is_listed(base):
         (
             "zzz",
             "unknown option zzz; the file has: run, model, data, rollout, reward, lens, algorithm, optimizer, train, "
-            "megatron, debug",
+            "megatron, vllm, cluster, debug",
         ),
         ("model.qqq", "unknown option model.qqq; model has: path, reference_path, dtype"),
     ],
@@ -393,3 +393,49 @@ def test_deep_trees(section, depth):
     for _ in range(depth):
         deep = {"transformer": deep}
     config_or_mistake(from_tree, {**REQUIRED, section: deep})
+
+
+# ---- base files ---------------------------------------------------------------------------------------------------
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_a_file_stands_over_its_bases_and_a_later_base_over_an_earlier(tmp_path):
+    write(tmp_path / "base" / "a.yaml", BASE + "train: {steps: 1, save_interval: 2}\nlens: {tau: 0.1}\n")
+    write(tmp_path / "base" / "b.yaml", "base: a.yaml\ntrain: {steps: 3}\ndata: {eval: [x, y]}\n")
+    config = load(
+        write(tmp_path / "c.yaml", "base: [base/a.yaml, base/b.yaml]\nlens:\ndata: {eval: [z]}\n"),
+        ["train.eval_interval=9"],
+    )
+    train = config.train
+    assert (train.steps, train.save_interval, train.eval_interval) == (3, 2, 9)
+    assert config.lens.tau == 0.1  # an empty section takes nothing away
+    assert config.data.eval == ("z",) and config.data.train == "t.jsonl"
+
+
+def test_mistakes_in_base_files_are_named(tmp_path):
+    a = write(tmp_path / "a.yaml", "base: b.yaml\n" + BASE)
+    b = write(tmp_path / "b.yaml", "base: a.yaml\n")
+    assert error(load, a) == (
+        f"{a}: base: the files name each other in a circle: {a} -> {b} -> {a}; remove one of them"
+    )
+    write(b, "lens: {tua: 0.1}\n")
+    assert error(load, a) == "unknown option lens.tua; did you mean lens.tau?"
+    b.unlink()
+    assert error(load, a) == f"{a}: base: no configuration file at {b}"
+    write(a, "base: {x: 1}\n" + BASE)
+    assert error(load, a) == f"{a}: base: expected a file name or a list of file names relative to this file"
+
+
+def test_vllm_options_pass_through_and_training_with_vllm_is_refused(base):
+    config = load(base, ["rollout.engine=vllm", "vllm.max_num_seqs=64"])
+    assert config.vllm.model_dump() == {
+        "tensor_parallel_size": 1, "gpu_memory_utilization": 0.6, "max_num_seqs": 64
+    }  # fmt: skip
+    message = "rollout.engine=vllm is not built yet; train with rollout.engine=local"
+    assert error(config.check_world, 1) == message
+    load(base).check_world(1)

@@ -342,6 +342,10 @@ def test_model_directories_that_cannot_be_used(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"model_type": ')
     with pytest.raises(ModelError, match="cannot be read"):
         read_hf_config(str(tmp_path))
+    # huggingface_hub's validation raises a class of its own, which is no ValueError.
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "wide"}')
+    with pytest.raises(ModelError, match="cannot be read: .*hidden_size"):
+        read_hf_config(str(tmp_path))
     saved_model("qwen3", True, tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="no \\*.safetensors"):

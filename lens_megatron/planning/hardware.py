@@ -1,0 +1,65 @@
+"""Published figures of GPUs: what one has and how fast it is."""
+
+from dataclasses import dataclass
+
+from lens_megatron.config import ClusterConfig
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """Figures of NVIDIA's data sheets for the SXM form; `memory_gib` is what torch reports, less than the name says."""
+
+    memory_gib: float
+    bfloat16_tflops: float
+    """Dense tensor-core arithmetic."""
+    memory_gb_s: float
+    link_gb_s: float
+    """NVLink, all links, one direction."""
+
+
+GPUS = {
+    "A800-80GB": Gpu(79.3, 312, 2039, 200),
+    "A100-80GB": Gpu(79.3, 312, 2039, 300),
+    "H800-80GB": Gpu(79.1, 989, 3352, 200),
+    "H100-80GB": Gpu(79.1, 989, 3352, 450),
+    "H200-141GB": Gpu(139.8, 989, 4800, 450),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    name: str
+    gpu: Gpu
+    nodes: int
+    gpus_per_node: int
+    memory_bytes: int
+    """Of one GPU."""
+    host_bytes: int
+    """Of one node."""
+    network_gb_s: float
+    """Per node, one direction."""
+
+    @property
+    def gpus(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def slowest_link_gb_s(self) -> float:
+        """Between two GPUs of a group that spans the cluster: NVLink in one node, else a GPU's share of the network."""
+        return self.gpu.link_gb_s if self.nodes == 1 else self.network_gb_s / self.gpus_per_node
+
+
+def cluster_of(config: ClusterConfig) -> Cluster:
+    gpu = GPUS[config.gpu]
+    memory = config.gpu_memory_gib or gpu.memory_gib
+    return Cluster(
+        name=f"{config.nodes} x {config.gpus_per_node} {config.gpu}",
+        gpu=gpu,
+        nodes=config.nodes,
+        gpus_per_node=config.gpus_per_node,
+        memory_bytes=int(memory * GIB),
+        host_bytes=int(config.host_memory_gib * GIB),
+        network_gb_s=config.network_gb_s,
+    )

@@ -1,0 +1,84 @@
+"""Configuration -> `Plan`: everything that can be said before a GPU is taken."""
+
+from dataclasses import dataclass
+
+from lens_megatron.config import Config
+from lens_megatron.planning import checks, memory
+from lens_megatron.planning.activations import FLOAT32
+from lens_megatron.planning.hardware import Cluster, cluster_of
+from lens_megatron.planning.layout import LayerSpec, Layout, Workload, layout_of, workload_of
+from lens_megatron.planning.memory import PhaseBytes
+from lens_megatron.planning.model_shape import ModelShape, read_shape
+from lens_megatron.planning.step_time import Assumptions, PhaseTime, WeightSync, step_times, weight_sync
+
+
+class LayoutError(ValueError):
+    """This configuration cannot run on its cluster; the message says why, one reason per line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    shape: ModelShape
+    layout: Layout
+    work: Workload
+    cluster: Cluster
+    assumed: Assumptions
+    phases: tuple[PhaseBytes, ...]
+    times: tuple[PhaseTime, ...]
+    sync: WeightSync
+    running: int
+    """Sequences of full length that one engine decodes at once."""
+    host_bytes: int
+    """Of one node, for the reference policy."""
+    checkpoint_bytes: int
+    steps: int
+    keep: int
+    """Checkpoints kept."""
+    mistakes: tuple[str, ...]
+    """Why it does not fit; empty if it does."""
+    not_yet: tuple[str, ...]
+    """What the configuration asks for and the trainer cannot do yet."""
+
+
+def make_plan(
+    config: Config, spec: LayerSpec = LayerSpec.TRANSFORMER_ENGINE, assumed: Assumptions | None = None
+) -> Plan:
+    """Plans `config` on `config.cluster`.
+
+    Raises:
+        ConfigError: the model's shape is not known. LayoutError: the model or batch cannot be cut as asked.
+    """
+    assumed = assumed or Assumptions()
+    shape, cluster = read_shape(config.model.path), cluster_of(config.cluster)
+    if mistakes := checks.layout_mistakes(config, shape, cluster):
+        raise LayoutError("\n".join(mistakes))
+    layout, work = layout_of(config, cluster.gpus, spec), workload_of(config)
+    phases = memory.phases(shape, layout, work, cluster)
+    running = checks.running_sequences(phases, shape, layout, work)
+    states = [memory.state_bytes(shape, layout, stage) for stage in range(layout.pp)]
+    return Plan(
+        shape=shape,
+        layout=layout,
+        work=work,
+        cluster=cluster,
+        assumed=assumed,
+        phases=tuple(phases),
+        times=tuple(step_times(shape, layout, work, cluster, assumed, running)),
+        sync=weight_sync(shape, layout, cluster, assumed),
+        running=running,
+        host_bytes=cluster.gpus_per_node * max(state.reference_on_host for state in states),
+        checkpoint_bytes=checkpoint_bytes(shape, layout),
+        steps=config.train.steps,
+        keep=config.train.keep_checkpoints,
+        mistakes=tuple(checks.memory_mistakes(phases, shape, layout, work, cluster)),
+        not_yet=tuple(config.not_yet_honoured()),
+    )
+
+
+def checkpoint_bytes(shape: ModelShape, layout: Layout) -> int:
+    """Of one checkpoint as `policy.checkpoint` writes it: every rank its weights, the optimizer's float32 copy and two
+    moments of its share, and once the whole model as a Hugging Face directory."""
+    parameters = sum(shape.stage_parameters(layout.tp, layout.pp, stage) for stage in range(layout.pp))
+    replicas = layout.tp * layout.cp * layout.dp
+    state = 3 * FLOAT32 * parameters * replicas // layout.optimizer_shards
+    return replicas * parameters * layout.element_bytes + state + shape.parameters * layout.element_bytes

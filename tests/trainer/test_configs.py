@@ -1,0 +1,120 @@
+"""Every configuration in the tree loads, holds the paper's hyper-parameters, fits its cluster, and builds exactly."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from toy_runs import ROOT, environment
+
+from lens_megatron import config as configuration
+from lens_megatron.config import Config, ConfigError, differing_keys
+from lens_megatron.config_files import merge, read_tree
+from lens_megatron.planning.layout import LayerSpec
+from lens_megatron.planning.model_shape import read_shape
+from lens_megatron.planning.plan import make_plan
+
+PATHS = sorted(path for folder in ("a800x8", "a800x64") for path in (ROOT / "configs" / folder).glob("*.yaml"))
+LENS = [path for path in PATHS if path.name.startswith("lens_")]
+PUBLISHED = {
+    "Llama-3.2-3B-Instruct": 3_212_749_824,
+    "Qwen2.5-3B": 3_085_938_688,
+    "Qwen2.5-7B": 7_615_616_512,
+    "Qwen2.5-32B": 32_763_876_352,
+    "Qwen3-4B-Base": 4_022_468_096,
+    "Qwen3-8B-Base": 8_190_735_360,
+}
+"""Parameters, as the model cards and weight files have them; a tied head counts once."""
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def test_there_is_a_lens_and_a_grpo_file_for_every_model_and_machine():
+    small = {"llama3.2-3b-instruct", "qwen2.5-3b", "qwen2.5-7b", "qwen3-4b-base", "qwen3-8b-base"}
+    wanted = {("a800x8", name) for name in small} | {("a800x64", "qwen2.5-7b"), ("a800x64", "qwen2.5-32b")}
+    for method in ("lens", "grpo"):
+        found = {(p.parent.name, p.stem.partition("_")[2]) for p in PATHS if p.name.startswith(method)}
+        assert found == wanted
+
+
+@pytest.mark.parametrize("path", PATHS, ids=relative)
+def test_it_holds_the_papers_hyper_parameters(path):
+    config: Config = configuration.load(path)
+    rollout, algorithm = config.rollout, config.algorithm
+    assert (rollout.prompts_per_step, rollout.rollouts_per_prompt, rollout.temperature) == (128, 8, 1.0)
+    assert (config.data.max_prompt_length, rollout.max_response_length) == (512, 4096)
+    assert (config.optimizer.lr, algorithm.kl_coef, algorithm.entropy_coef) == (1e-6, 1e-3, 0.0)
+    assert (algorithm.clip_low, algorithm.clip_high, config.train.updates_per_batch) == (0.2, 0.2, 1)
+    lens = path.name.startswith("lens_")
+    assert config.lens.enabled is lens and algorithm.advantage == ("crpo" if lens else "grpo")
+    assert config.lens.tau == 0.5 and 0.01 <= config.lens.deletion_ratio <= 0.05
+    assert config.run.directory == f"runs/{path.stem}_{path.parent.name}"
+
+
+@pytest.mark.parametrize("path", LENS, ids=relative)
+def test_its_grpo_baseline_differs_in_nothing_else(path):
+    baseline = configuration.load(path.with_name(path.name.replace("lens_", "grpo_")))
+    assert differing_keys(configuration.load(path).model_dump(), baseline.model_dump()) == [
+        "algorithm.advantage", "lens.enabled", "run.directory"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", [LayerSpec.TRANSFORMER_ENGINE, LayerSpec.LOCAL])
+@pytest.mark.parametrize("path", PATHS, ids=relative)
+def test_it_fits_its_cluster_with_and_without_transformer_engine(path, spec):
+    plan = make_plan(configuration.load(path), spec)
+    assert not plan.mistakes
+    assert plan.shape.parameters == PUBLISHED[Path(configuration.load(path).model.path).name]
+    assert plan.running >= 16
+
+
+def test_only_what_needs_vllm_is_refused_by_training_and_the_readme_says_so():
+    readme = (ROOT / "configs" / "README.md").read_text()
+    for path in PATHS:
+        config = configuration.load(path)
+        world = config.cluster.nodes * config.cluster.gpus_per_node
+        needs_vllm = "32b" in path.name
+        row = next(line for line in readme.splitlines()
+                   if f"{path.parent.name}/{{lens,grpo}}_{path.stem.partition('_')[2]}.yaml" in line)  # fmt: skip
+        assert ("no: needs `rollout.engine: vllm`" in row) == needs_vllm
+        if needs_vllm:
+            with pytest.raises(ConfigError, match="rollout.engine=vllm is not built yet"):
+                config.check_world(world)
+        else:
+            config.check_world(world)
+
+
+def test_no_option_is_said_twice():
+    for path in LENS:
+        tree = yaml.safe_load(path.read_text())
+        bases = tree.pop("base")
+        below: dict = {}
+        for base in bases:
+            below = merge(below, read_tree(path.parent / base))
+        assert merge(below, tree) != below
+        for section, options in tree.items():
+            for option, value in options.items():
+                assert below.get(section, {}).get(option) != value, (
+                    f"{relative(path)}: {section}.{option} is the base's"
+                )
+
+
+def test_its_model_builds_without_memory_at_the_exact_parameter_count():
+    worker = Path(__file__).with_name("meta_models.py")
+    result = subprocess.run(
+        [sys.executable, str(worker), *map(str, LENS)], env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    rows = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("[")]
+    whole = {Path(name).name: count for name, stage, count in rows if stage is None}
+    assert whole == PUBLISHED
+    stages = [row for row in rows if row[1] is not None]
+    assert len(stages) == len(LENS) + 1  # two pipeline stages at 32B
+    for path, stage, count in stages:
+        config = configuration.load(path)
+        tp, pp = config.megatron.tensor_model_parallel_size, config.megatron.pipeline_model_parallel_size
+        assert read_shape(config.model.path).stage_parameters(tp, pp, stage) == count
