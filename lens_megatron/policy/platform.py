@@ -5,6 +5,7 @@ On a machine without CUDA `install()` answers those with their CPU meaning. Wher
 """
 
 import os
+from contextlib import nullcontext
 from datetime import timedelta
 
 import torch
@@ -30,6 +31,19 @@ class _CudaMeansCpu(TorchFunctionMode):
         return result
 
 
+class _Stream:
+    """Stands for a CUDA stream and for an event on one, where operations are done when they return."""
+
+    def wait_stream(self, other: "_Stream") -> None:
+        pass
+
+    def record_event(self) -> "_Stream":
+        return self
+
+    def synchronize(self) -> None:
+        pass
+
+
 def _is_cuda(device: object) -> bool:
     return isinstance(device, str | torch.device) and str(device).startswith("cuda")
 
@@ -52,6 +66,9 @@ def _replace_cuda_functions() -> None:
     cpu = torch.device("cpu")
     torch.cuda.current_device = lambda: cpu
     torch.cuda.synchronize = lambda *args, **kwargs: None
+    torch.cuda.Stream, stream = _Stream, _Stream()
+    torch.cuda.current_stream = lambda *args, **kwargs: stream
+    torch.cuda.stream = lambda stream: nullcontext()
     torch.cuda.manual_seed = torch.manual_seed
     torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     torch.cuda.FloatTensor = torch.FloatTensor
