@@ -160,8 +160,8 @@ def _check_experts(config: Config, hf_config: Any) -> None:
         )
     if etp > tp or (ep == 1 and etp != tp):
         raise ConfigError(
-            f"megatron.expert_tensor_parallel_size ({etp}) may be at most tensor_model_parallel_size ({tp}), and differ "
-            f"from it only if experts are divided too, in groups of ranks of their own; set it to {tp}, or raise "
+            f"megatron.expert_tensor_parallel_size ({etp}) may be at most tensor_model_parallel_size ({tp}), and "
+            f"differ from it only if experts are divided too, in groups of ranks of their own; set it to {tp}, or raise "
             f"expert_model_parallel_size ({ep})"
         )
     if hf_config.moe_intermediate_size % etp:
@@ -200,6 +200,12 @@ def _pinned_copy(parameter: Tensor) -> Tensor:
 
 
 def _set_passthrough(bridge: Bridge, options: dict[str, Any]) -> None:
+    balancing = options.get("moe_router_load_balancing_type", "none")
+    if balancing not in ("none", "aux_loss"):
+        raise ConfigError(
+            f"megatron.transformer.moe_router_load_balancing_type={balancing}: give none, or aux_loss, whose gradient "
+            f"alone is known to be scaled as the policy's is"
+        )
     try:
         bridge.set_extra_args(**options)
     except (TypeError, ValueError, AssertionError) as error:

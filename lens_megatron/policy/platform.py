@@ -81,6 +81,16 @@ def _replace_cuda_functions() -> None:
     tensor_parallel_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     tensor_parallel_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
+    from megatron.core.transformer.moe import token_dispatcher
+
+    token_dispatcher.maybe_move_tensor_to_cpu = _as_if_moved
+
+
+def _as_if_moved(value: object, as_numpy: bool = False, record_stream: bool = False) -> object:
+    """What the dispatcher of tokens to experts makes of a count on a GPU; one on a CPU it would leave a tensor, which
+    gloo does not take for a list of sizes."""
+    return value.numpy() if as_numpy and isinstance(value, torch.Tensor) else value
+
 
 def init_process_group(device: torch.device, timeout_minutes: float = 30) -> None:
     """Joins torchrun's world (or makes a world of one) over NCCL and gloo, or gloo alone on CPU."""

@@ -20,6 +20,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from lens_megatron import pack
@@ -55,9 +57,18 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+
+
+def mixture(tied: bool, **options) -> Qwen3MoeForCausalLM:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "head_dim": 32}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **experts, tie_word_embeddings=tied, **options))
+
+
 FAMILIES = {
     "qwen2": lambda tied: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=tied)),
     "qwen3": lambda tied: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=tied)),
+    "qwen3_moe": lambda tied: mixture(tied, norm_topk_prob=True),
+    "qwen3_moe_with_a_dense_layer": lambda tied: mixture(tied, norm_topk_prob=False, mlp_only_layers=[1]),
     "llama": lambda tied: LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=LLAMA3, tie_word_embeddings=tied)),
     "llama_linear_rope": lambda tied: LlamaForCausalLM(
         LlamaConfig(
@@ -243,7 +254,7 @@ def test_scores_are_exactly_0_at_equal_weights_and_the_log_ratio_else(mesh: Mesh
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe", "llama"])
 def test_engine_log_probs_are_the_trainers_after_a_sync(family: str, mesh: Mesh, tmp_path: Path):
     saved_model(family, True, tmp_path / "a")
     saved_model(family, True, tmp_path / "b", seed=1)
