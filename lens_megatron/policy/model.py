@@ -161,8 +161,8 @@ def _check_experts(config: Config, hf_config: Any) -> None:
     if etp > tp or (ep == 1 and etp != tp):
         raise ConfigError(
             f"megatron.expert_tensor_parallel_size ({etp}) may be at most tensor_model_parallel_size ({tp}), and "
-            f"differ from it only if experts are divided too, in groups of ranks of their own; set it to {tp}, or raise "
-            f"expert_model_parallel_size ({ep})"
+            f"differ from it only if experts are divided too, in groups of ranks of their own; set it to {tp}, "
+            f"or raise expert_model_parallel_size ({ep})"
         )
     if hf_config.moe_intermediate_size % etp:
         raise ConfigError(
