@@ -156,12 +156,13 @@ class _GroupedNames:
 
     def __init__(self, model: torch.nn.Module):
         self.decoder, self._model = model.decoder, model
+        self._state = {_grouped_name(name): value for name, value in model.state_dict().items()}
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         return ((_grouped_name(name), parameter) for name, parameter in self._model.named_parameters())
 
     def state_dict(self) -> dict[str, Any]:
-        return {_grouped_name(name): value for name, value in self._model.state_dict().items()}
+        return self._state  # mbridge asks once per tensor
 
 
 def _grouped_name(name: str) -> str:
