@@ -5,6 +5,7 @@ under Megatron's own names. Cross-checks that need more than one option are in `
 """
 
 import difflib
+import math
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -195,6 +196,10 @@ class MegatronConfig(Section):
     context_parallel_size: int = Field(1, ge=1)
     sequence_parallel: bool = False
     """Divide the rows of norms and residuals among tensor-parallel ranks."""
+    expert_model_parallel_size: int = Field(1, ge=1)
+    """Divide experts among this many ranks of a stage: tensor-, context- and data-parallel ones alike."""
+    expert_tensor_parallel_size: int | None = Field(None, ge=1)
+    """Cut each expert's matrices among this many ranks; default: tensor_model_parallel_size."""
     use_distributed_optimizer: bool = False
     transformer: dict[str, Any] = {}
     """Fields of megatron.core.transformer.TransformerConfig."""
@@ -299,6 +304,14 @@ class Config(Section):
                 f"world size {world_size} is not divisible by megatron.tensor_model_parallel_size ({tp}) x "
                 f"megatron.pipeline_model_parallel_size ({pp}) x megatron.context_parallel_size ({cp}) = "
                 f"{tp * pp * cp}; start torchrun with a multiple of {tp * pp * cp} processes or change the layout"
+            )
+        ep, etp = self.megatron.expert_model_parallel_size, self.megatron.expert_tensor_parallel_size or tp
+        if world_size % (ep * etp * pp):
+            raise ConfigError(
+                f"world size {world_size} is not divisible by megatron.expert_model_parallel_size ({ep}) x "
+                f"expert_tensor_parallel_size ({etp}; by default tensor_model_parallel_size) x "
+                f"pipeline_model_parallel_size ({pp}) = {ep * etp * pp}; start torchrun with a multiple of "
+                f"{math.lcm(ep * etp * pp, tp * pp * cp)} processes or change the layout"
             )
         dp, updates = world_size // (tp * pp * cp), self.train.updates_per_batch
         if self.rollout.prompts_per_step % (dp * updates):

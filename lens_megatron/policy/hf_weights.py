@@ -1,23 +1,27 @@
 """Hugging Face directory <-> Megatron shards, through mbridge.
 
 `build_bridge` wraps mbridge's bridge of the model family with what its version lacks: the local layer spec of a machine
-without Transformer Engine, rotary scaling of Llama 3, transformers 5's rope parameters, per-instance name tables.
+without Transformer Engine, rotary scaling of Llama 3, transformers 5's rope parameters, per-instance name tables,
+experts that are modules of their own.
 """
 
 import importlib.util
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from mbridge.core.bridge import _MODEL_REGISTRY, Bridge
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from lens_megatron.policy.layers import use_own_layers
 
-FAMILIES = ("llama", "qwen2", "qwen3")
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What Megatron-Core's RotaryEmbedding hard-codes for scaled rope."""
 
@@ -84,8 +88,27 @@ def build_bridge(
             "gradient_accumulation_fusion": False,
             "use_cpu_initialization": not torch.cuda.is_available(),
         }
+    if hf_config.model_type == "qwen3_moe":
+        extra |= _expert_options(hf_config, local)
     bridge.set_extra_args(**extra)
     return bridge
+
+
+def _expert_options(hf_config: PretrainedConfig, local: bool) -> dict[str, Any]:
+    """What mbridge's Qwen3-MoE bridge leaves out, or takes for granted: as transformers computes it."""
+    sparse = [
+        i not in hf_config.mlp_only_layers and (i + 1) % hf_config.decoder_sparse_step == 0
+        for i in range(hf_config.num_hidden_layers)
+    ]
+    balanced = hf_config.output_router_logits  # where transformers adds the loss too; off in published models
+    return {
+        "moe_layer_freq": [int(layer) for layer in sparse],
+        "moe_grouped_gemm": not local,
+        "moe_router_dtype": "fp32",
+        "moe_router_pre_softmax": not hf_config.norm_topk_prob,
+        "moe_router_load_balancing_type": "aux_loss" if balanced else "none",
+        "moe_aux_loss_coeff": hf_config.router_aux_loss_coef if balanced else 0.0,
+    }
 
 
 def transformer_engine_available() -> bool:
@@ -101,7 +124,8 @@ class _LensBridge:
     def _adjust_mapping_for_shared_weights(self) -> None:
         self._DIRECT_MAPPING = dict(self._DIRECT_MAPPING)  # mbridge would write into the class, for every later model
         self._OTHER_MAPPING = {**self._OTHER_MAPPING, **_LOCAL_NORMS}
-        self._MLP_MAPPING = {**self._MLP_MAPPING, **_LOCAL_NORMS}
+        dense = Bridge._MLP_MAPPING  # which the bridges of models with experts leave out
+        self._MLP_MAPPING = {**dense, **self._MLP_MAPPING, **_LOCAL_NORMS}
         if self.hf_config.tie_word_embeddings:
             self._DIRECT_MAPPING["output_layer.weight"] = "model.embed_tokens.weight"
 
@@ -126,22 +150,42 @@ class _LensBridge:
         return arguments
 
 
+class _GroupedNames:
+    """A model, for mbridge to read, whose experts are called as Transformer Engine calls those of one grouped product:
+    `experts.linear_fc1.weight3`, not `experts.local_experts.3.linear_fc1.weight`."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.decoder, self._model = model.decoder, model
+        self._state = {_grouped_name(name): value for name, value in model.state_dict().items()}
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        return ((_grouped_name(name), parameter) for name, parameter in self._model.named_parameters())
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._state  # mbridge asks once per tensor
+
+
+def _grouped_name(name: str) -> str:
+    return re.sub(r"\.local_experts\.(\d+)\.(linear_fc\d\.weight)$", r".\2\1", name)
+
+
 def import_weights(bridge: Bridge, chunks: list[torch.nn.Module], path: str) -> None:
     """Loads a Hugging Face directory into this rank's shards. Raises ModelError when a tensor is missing."""
     try:
         with torch.no_grad():
-            bridge.load_weights(chunks, path)
+            bridge.load_weights([_GroupedNames(model) for model in unwrap_model(chunks)], path)
     except (KeyError, OSError, RuntimeError, AssertionError) as error:
         raise ModelError(f"{path}: the weights do not fit its config.json: {error}") from error
 
 
 def export_weights(bridge: Bridge, chunks: list[torch.nn.Module]) -> Iterator[tuple[str, Tensor]]:
-    """Streams every weight once, whole, under its Hugging Face name, to every rank of the model-parallel group.
+    """Streams every weight once, whole, under its Hugging Face name, to every rank.
 
-    A collective: all ranks of the group must exhaust it. A tied head is sent as the embedding alone.
+    A collective over the ranks that share a copy of the model, which are all of them if experts are divided: they must
+    exhaust it. A tied head is sent as the embedding alone.
     """
     seen = set()
-    stream = bridge.export_weights(chunks)
+    stream = bridge.export_weights([_GroupedNames(model) for model in unwrap_model(chunks)])
     while True:
         with torch.no_grad():  # else the gathers would enter the graph of the next backward pass
             item = next(stream, None)

@@ -1,6 +1,8 @@
-"""Layers where Transformer Engine is absent: an RMSNorm for sequence parallelism, and attention over packed sequences.
+"""Layers where Transformer Engine is absent: an RMSNorm for sequence parallelism, attention over packed sequences, and
+a router to experts.
 
-Megatron-Core's own local layers refuse both, and context parallelism with them.
+Megatron-Core's own local layers refuse the first two, and context parallelism with them; its router calls Transformer
+Engine whether it is there or not.
 """
 
 from dataclasses import dataclass
@@ -11,9 +13,11 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 from lens_megatron.types import SequenceBatch
 
@@ -126,6 +130,15 @@ class PackedAttention(MegatronModule):
         )
 
 
+class Router(TopKRouter):
+    """Megatron's, whose logits take a plain matrix product, in float32 or, if configured, float64."""
+
+    def gating(self, input: Tensor) -> Tensor:
+        """[S, B, D] -> [S, B, experts]"""
+        dtype = torch.float64 if self.config.moe_router_dtype == "fp64" else torch.float32
+        return linear(input.to(dtype), self.weight.to(dtype))
+
+
 def use_own_layers(spec: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
     """Megatron's local layer spec with these layers in place of its own."""
     for layer in spec.layer_specs:
@@ -134,5 +147,7 @@ def use_own_layers(spec: TransformerBlockSubmodules) -> TransformerBlockSubmodul
         attention.core_attention = PackedAttention
         if attention.q_layernorm is not IdentityOp:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
+        if layer.submodules.mlp.module is MoELayer:
+            layer.submodules.mlp.submodules.router = Router
     spec.layer_norm = RMSNorm
     return spec

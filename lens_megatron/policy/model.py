@@ -123,12 +123,51 @@ def check_layout(config: Config, hf_config: Any) -> None:
             "megatron.sequence_parallel divides rows among tensor-parallel ranks, but "
             "megatron.tensor_model_parallel_size is 1; raise that to 2 or more, or set sequence_parallel to false"
         )
+    _check_experts(config, hf_config)
     length = config.data.max_prompt_length + config.rollout.max_response_length
     if length > hf_config.max_position_embeddings:
         raise ConfigError(
             f"data.max_prompt_length ({config.data.max_prompt_length}) + rollout.max_response_length "
             f"({config.rollout.max_response_length}) = {length} exceeds the model's max_position_embeddings "
             f"({hf_config.max_position_embeddings}); lower one of them"
+        )
+
+
+def _check_experts(config: Config, hf_config: Any) -> None:
+    ours = config.megatron
+    tp, ep, etp = (
+        ours.tensor_model_parallel_size,
+        ours.expert_model_parallel_size,
+        ours.expert_tensor_parallel_size or ours.tensor_model_parallel_size,
+    )
+    experts = getattr(hf_config, "num_experts", 0)
+    if not experts:
+        if ep > 1 or etp != tp:
+            raise ConfigError(
+                f"megatron.expert_model_parallel_size ({ep}) and expert_tensor_parallel_size ({etp}) divide experts, "
+                f"but a {hf_config.model_type} model has none; leave both at their defaults"
+            )
+        return
+    if experts % ep:
+        raise ConfigError(
+            f"megatron.expert_model_parallel_size ({ep}) does not divide the model's num_experts ({experts}); "
+            f"choose a divisor of {experts}"
+        )
+    if tp > 1 and not ours.sequence_parallel:
+        raise ConfigError(
+            f"megatron.tensor_model_parallel_size ({tp}) would give every tensor-parallel rank all rows to send to the "
+            f"experts, which Megatron refuses; set megatron.sequence_parallel to true"
+        )
+    if etp > tp or (ep == 1 and etp != tp):
+        raise ConfigError(
+            f"megatron.expert_tensor_parallel_size ({etp}) may be at most tensor_model_parallel_size ({tp}), and "
+            f"differ from it only if experts are divided too, in groups of ranks of their own; set it to {tp}, "
+            f"or raise expert_model_parallel_size ({ep})"
+        )
+    if hf_config.moe_intermediate_size % etp:
+        raise ConfigError(
+            f"megatron.expert_tensor_parallel_size ({etp}) does not divide the model's moe_intermediate_size "
+            f"({hf_config.moe_intermediate_size}); choose a divisor"
         )
 
 
@@ -161,6 +200,12 @@ def _pinned_copy(parameter: Tensor) -> Tensor:
 
 
 def _set_passthrough(bridge: Bridge, options: dict[str, Any]) -> None:
+    balancing = options.get("moe_router_load_balancing_type", "none")
+    if balancing not in ("none", "aux_loss"):
+        raise ConfigError(
+            f"megatron.transformer.moe_router_load_balancing_type={balancing}: give none, or aux_loss, whose gradient "
+            f"alone is known to be scaled as the policy's is"
+        )
     try:
         bridge.set_extra_args(**options)
     except (TypeError, ValueError, AssertionError) as error:

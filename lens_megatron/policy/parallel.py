@@ -60,6 +60,8 @@ def build_mesh(layout: MegatronConfig, seed: int, device: torch.device, timeout_
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
         context_parallel_size=layout.context_parallel_size,
         distributed_timeout_minutes=math.ceil(timeout_minutes),
+        expert_model_parallel_size=layout.expert_model_parallel_size,
+        expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)

@@ -5,10 +5,12 @@ On a machine without CUDA `install()` answers those with their CPU meaning. Wher
 """
 
 import os
+from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 
 import torch
-from torch.distributed import PrefixStore
+from torch.distributed import PrefixStore, ProcessGroup
 from torch.distributed.rendezvous import rendezvous
 from torch.overrides import TorchFunctionMode
 
@@ -30,6 +32,19 @@ class _CudaMeansCpu(TorchFunctionMode):
         if function is torch.Tensor.type and len(args) == 1 and not kwargs:
             return result.replace("torch.", "torch.cuda.", 1)
         return result
+
+
+class _Stream:
+    """Stands for a CUDA stream and for an event on one, where operations are done when they return."""
+
+    def wait_stream(self, other: "_Stream") -> None:
+        pass
+
+    def record_event(self) -> "_Stream":
+        return self
+
+    def synchronize(self) -> None:
+        pass
 
 
 def _is_cuda(device: object) -> bool:
@@ -54,6 +69,9 @@ def _replace_cuda_functions() -> None:
     cpu = torch.device("cpu")
     torch.cuda.current_device = lambda: cpu
     torch.cuda.synchronize = lambda *args, **kwargs: None
+    torch.cuda.Stream, stream = _Stream, _Stream()
+    torch.cuda.current_stream = lambda *args, **kwargs: stream
+    torch.cuda.stream = lambda stream: nullcontext()
     torch.cuda.manual_seed = torch.manual_seed
     torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     torch.cuda.FloatTensor = torch.FloatTensor
@@ -61,10 +79,60 @@ def _replace_cuda_functions() -> None:
     torch.cuda.LongTensor = torch.LongTensor
     torch.cuda.DoubleTensor = torch.DoubleTensor
 
+    from megatron.core.tensor_parallel import mappings
     from megatron.core.tensor_parallel import random as tensor_parallel_random
 
     tensor_parallel_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     tensor_parallel_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+    from megatron.core.transformer.moe import token_dispatcher
+
+    mappings._gather_along_first_dim = _gather_unequal(mappings._gather_along_first_dim)
+    mappings._reduce_scatter_along_first_dim = _scatter_unequal(mappings._reduce_scatter_along_first_dim)
+    token_dispatcher.maybe_move_tensor_to_cpu = _as_if_moved
+
+
+def _gather_unequal(gather: Callable) -> Callable:
+    """`gather` of the ranks' rows, where they may hold different numbers of them: gloo gathers equal sizes only."""
+
+    def replacement(
+        rows: torch.Tensor,
+        group: ProcessGroup,
+        output_split_sizes: list[int] | None = None,
+        use_global_buffer: bool = False,
+    ) -> torch.Tensor:
+        if output_split_sizes is None:
+            return gather(rows, group, None, use_global_buffer)
+        padded = rows.new_zeros(max(output_split_sizes), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = gather(padded, group).unflatten(0, (len(output_split_sizes), len(padded)))
+        return torch.cat([part[:size] for part, size in zip(parts, output_split_sizes, strict=True)])
+
+    return replacement
+
+
+def _scatter_unequal(reduce_scatter: Callable) -> Callable:
+    """`reduce_scatter` likewise: sums everything on every rank."""
+
+    def replacement(
+        rows: torch.Tensor,
+        group: ProcessGroup,
+        input_split_sizes: list[int] | None = None,
+        use_global_buffer: bool = False,
+    ) -> torch.Tensor:
+        if input_split_sizes is None:
+            return reduce_scatter(rows, group, None, use_global_buffer)
+        total = rows.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total.split(input_split_sizes)[group.rank()]
+
+    return replacement
+
+
+def _as_if_moved(value: object, as_numpy: bool = False, record_stream: bool = False) -> object:
+    """What the dispatcher of tokens to experts makes of a count on a GPU; one on a CPU it would leave a tensor, which
+    gloo does not take for a list of sizes."""
+    return value.numpy() if as_numpy and isinstance(value, torch.Tensor) else value
 
 
 def init_process_group(device: torch.device, timeout_minutes: float = 30) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from lens_kernels import PolicyLoss
@@ -37,7 +38,8 @@ def update(
         chunk.train()
         chunk.zero_grad_buffer()
     policy.optimizer.zero_grad()
-    vectors = _forward_backward(policy, batches, objective, algorithm, temperature)
+    with _router_losses_averaged(policy, batches):
+        vectors = _forward_backward(policy, batches, objective, algorithm, temperature)
     sums, extremes = _reduce(policy, vectors)
     learning_rate = get_canonical_lr_for_logging(policy.optimizer.param_groups)
     policy.optimizer.prepare_grads()
@@ -78,6 +80,31 @@ def _forward_backward(
         micro_batch_size=1,
         forward_only=False,
     )
+
+
+@contextmanager
+def _router_losses_averaged(policy: Policy, batches: Sequence[MicroBatch]) -> Iterator[None]:
+    """Within the block, routers' own losses (load balance, size of logits) weigh as their means over the update's rows.
+
+    Megatron multiplies them by the rows a rank's router sees, and expects all gradients to be divided by the number of
+    tokens in the end; here the policy's loss comes divided, so theirs must. Rows of padding count: routers see them.
+    """
+    config, mesh = policy.bridge.config, policy.mesh
+    names = [name for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff") if getattr(config, name)]
+    if not names:
+        yield
+        return
+    rows = torch.tensor(sum(batch.sequences.input_ids.numel() for batch in batches), device=mesh.device)
+    torch.distributed.all_reduce(rows, group=mesh.dp_cp_group)
+    kept = {name: getattr(config, name) for name in names}
+    try:
+        for name, coefficient in kept.items():
+            # A micro-batch's loss comes in as many parts, each multiplied by so much fewer rows.
+            setattr(config, name, coefficient * mesh.tp_size * mesh.cp_size / int(rows))
+        yield
+    finally:
+        for name, coefficient in kept.items():
+            setattr(config, name, coefficient)
 
 
 def _sums(result: PolicyLoss, terms: TokenTerms) -> Tensor:

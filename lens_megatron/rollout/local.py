@@ -25,7 +25,7 @@ class _Sequence:
 
 
 class LocalEngine:
-    """Implements `RolloutEngine` for Qwen2, Qwen3 and Llama models. Weights come by `load_weights` only."""
+    """Implements `RolloutEngine` for Qwen2, Qwen3, Qwen3-MoE and Llama models. Weights come by `load_weights` only."""
 
     def __init__(
         self,
@@ -182,7 +182,7 @@ class LocalEngine:
             raise RuntimeError(f"cannot load weights with {len(self.waiting) + len(self.running)} requests in flight")
         self.version = None  # until every tensor is there the model is a mixture
         self._reset()
-        parameters = dict(self.model.named_parameters())
+        parameters = _checkpoint_weights(self.model)
         missing, problems = set(parameters), []
         for name, tensor in weights:
             target = parameters.get(name)
@@ -212,6 +212,22 @@ class LocalEngine:
         self.waiting.clear()
         self.running.clear()
         self._reset()
+
+
+def _checkpoint_weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The model's weights by the names they have in checkpoints, to write to. There every expert has its own matrices;
+    transformers keeps a layer's together: `gate_up_proj` [experts, 2 I, D], `down_proj` [experts, D, I]."""
+    weights = {}
+    for name, parameter in model.named_parameters():
+        layer, together, matrix = name.rpartition(".experts.")
+        if not together:
+            weights[name] = parameter
+            continue
+        names = ("gate_proj", "up_proj") if matrix == "gate_up_proj" else (matrix,)
+        for expert, own in enumerate(parameter):
+            parts = zip(names, own.chunk(len(names)), strict=True)
+            weights |= {f"{layer}.experts.{expert}.{part}.weight": tensor for part, tensor in parts}
+    return weights
 
 
 def _join(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """One batch of samples through the trainer under several layouts: `torchrun layout_run.py MODEL OUT JSON`.
 
-JSON maps a name to [objective's ratio, tokens per micro-batch, options of `megatron:`]. Every rank saves what must not
-depend on them: scores, log-probabilities, statistics of two updates, and the weights after them.
+JSON maps a name to options of `megatron:`, `max_tokens` per micro-batch, `ratio` of the objective, and `all_on_one`:
+whether the first data-parallel rank has all samples. Every rank saves what must not depend on them: scores,
+log-probabilities, statistics of two updates, and the weights after them.
 """
 
 import json
@@ -22,7 +23,7 @@ from lens_megatron.policy.hf_weights import export_weights
 from lens_megatron.policy.model import Policy, build_policy, reference_weights
 from lens_megatron.policy.parallel import build_mesh, shut_down
 from lens_megatron.policy.update import update
-from lens_megatron.types import LossScale, Origin, Sample, UpdateStats
+from lens_megatron.types import Origin, Sample, UpdateStats
 
 TEMPERATURE = 0.9
 LENGTHS = [(5, 9), (3, 30), (12, 4), (7, 7), (2, 1), (20, 17), (6, 12), (9, 25)]
@@ -47,10 +48,13 @@ def samples() -> list[Sample]:
     return made
 
 
-def run(policy: Policy, config: Config, max_tokens: int) -> dict[str, torch.Tensor]:
-    """The first half of the samples trains first; of each half every data-parallel rank has its share."""
+def run(policy: Policy, config: Config, max_tokens: int, all_on_one: bool) -> dict[str, torch.Tensor]:
+    """Scores and log-probabilities, then two updates on all samples, of which every data-parallel rank has a share."""
     mesh, everything = policy.mesh, samples()
-    mine = everything[mesh.dp_rank :: mesh.dp_size]
+    share = range(len(everything))[mesh.dp_rank :: mesh.dp_size]
+    if all_on_one:
+        share = range(0 if mesh.dp_rank else len(everything))
+    mine = [everything[i] for i in share]
     pairs = [(s.prompt, s.rollout.token_ids) for s in mine]
     scores = prompt_scores(policy, [s.prompt for s in mine], max_tokens=max_tokens)
     old = response_log_probs(policy, pairs, max_tokens=max_tokens, temperature=TEMPERATURE)
@@ -58,9 +62,9 @@ def run(policy: Policy, config: Config, max_tokens: int) -> dict[str, torch.Tens
         reference = response_log_probs(policy, pairs, max_tokens=max_tokens, temperature=TEMPERATURE)
     found = {}
     for name, values in (("scores", scores), ("old", old), ("reference", reference)):
-        found |= {f"{name}.{mesh.dp_rank + i * mesh.dp_size}": value for i, value in enumerate(values)}
+        found |= {f"{name}.{i}": value for i, value in zip(share, values, strict=True)}
     for number in range(2):
-        stats = train(policy, config, mine, old, reference, max_tokens, everything)
+        stats = train(policy, config, share, old, reference, max_tokens)
         found |= {f"update{number}.{name}": torch.tensor(float(value)) for name, value in asdict(stats).items()}
     return found | {f"weight.{name}": value.clone() for name, value in export_weights(policy.bridge, policy.chunks)}
 
@@ -68,17 +72,16 @@ def run(policy: Policy, config: Config, max_tokens: int) -> dict[str, torch.Tens
 def train(
     policy: Policy,
     config: Config,
-    mine: list[Sample],
+    share: range,
     old: list[torch.Tensor],
     reference: list[torch.Tensor],
     max_tokens: int,
-    everything: list[Sample],
 ) -> UpdateStats:
-    scale: LossScale = pack.count(everything)
-    share = policy.mesh.dp_rank, len(everything), policy.mesh.dp_size
+    everything = samples()
+    mine, scale = [everything[i] for i in share], pack.count(everything)
     batches = pack.pack(
         mine,
-        old_log_probs=[None if i % 3 == 1 else x + 0.1 for i, x in zip(range(*share), old, strict=True)],
+        old_log_probs=[None if i % 3 == 1 else x + 0.1 for i, x in zip(share, old, strict=True)],
         reference_log_probs=reference,
         scale=scale,
         algorithm=config.algorithm,
@@ -93,11 +96,11 @@ def train(
 
 def main(model: str, out: Path, cases: dict) -> None:
     device = platform.install()
-    for name, (ratio, max_tokens, options) in cases.items():
+    for name, case in cases.items():
         platform.init_process_group(device)
-        config = configuration(model, ratio, options)
+        config = configuration(model, case.get("ratio", "token"), case["megatron"])
         mesh = build_mesh(config.megatron, config.run.seed, device)
-        found = run(build_policy(config, mesh), config, max_tokens)
+        found = run(build_policy(config, mesh), config, case["max_tokens"], case.get("all_on_one", False))
         torch.save(found, out / f"{name} rank {mesh.rank}.pt")
         parallel_state.destroy_model_parallel()
     shut_down()

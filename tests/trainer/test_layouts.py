@@ -6,69 +6,105 @@ largest entry (measured: 5e-6). Not covered: bfloat16, Transformer Engine, GPUs.
 
 import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from toy_runs import ROOT, environment, torchrun
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 ALONE = 10**6  # tokens: one micro-batch for all
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
 VPP, SP = "virtual_pipeline_model_parallel_size", "sequence_parallel"
-FULL_RECOMPUTATION = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-LAYOUTS = {
+EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+ROUTERS_LOSS = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.5}
+Found = dict[str, dict[str, torch.Tensor]]
+
+
+def case(max_tokens: int = 40, ratio: str = "token", all_on_one: bool = False, **megatron: object) -> dict:
+    return {"max_tokens": max_tokens, "ratio": ratio, "all_on_one": all_on_one, "megatron": megatron}
+
+
+DENSE = {
     1: {
-        "alone": ("token", ALONE, {}),
-        "alone, sequences": ("sequence_geometric", ALONE, {}),
-        "micro-batches": ("token", 40, {}),
-        "selective recomputation": ("token", 40, {"transformer": {"recompute_granularity": "selective"}}),
-        "full recomputation": ("token", 40, {"transformer": FULL_RECOMPUTATION}),
+        "alone": case(ALONE),
+        "alone, sequences": case(ALONE, "sequence_geometric"),
+        "micro-batches": case(),
+        "selective recomputation": case(transformer={"recompute_granularity": "selective"}),
+        "full recomputation": case(transformer=FULL),
     },
     2: {
-        "DP2": ("token", 40, {}),
-        "DP2, distributed optimizer": ("token", ALONE, {"use_distributed_optimizer": True}),
-        "TP2": ("token", 40, {TP: 2}),
-        "TP2, SP": ("token", ALONE, {TP: 2, SP: True}),
-        "TP2, SP, full recomputation": ("token", 40, {TP: 2, SP: True, "transformer": FULL_RECOMPUTATION}),
-        "PP2": ("token", 40, {PP: 2}),
-        "PP2, VPP2": ("token", 40, {PP: 2, VPP: 2}),
-        "CP2": ("token", 40, {CP: 2}),
-        "CP2, sequences": ("sequence_geometric", 40, {CP: 2}),
+        "DP2": case(),
+        "DP2, a rank without samples": case(all_on_one=True),
+        "DP2, distributed optimizer": case(ALONE, use_distributed_optimizer=True),
+        "TP2": case(**{TP: 2}),
+        "TP2, SP": case(ALONE, **{TP: 2, SP: True}),
+        "TP2, SP, full recomputation": case(**{TP: 2, SP: True}, transformer=FULL),
+        "PP2": case(**{PP: 2}),
+        "PP2, VPP2": case(**{PP: 2, VPP: 2}),
+        "CP2": case(**{CP: 2}),
+        "CP2, sequences": case(40, "sequence_geometric", **{CP: 2}),
     },
     4: {
-        "TP2 x PP2, SP": ("token", 40, {TP: 2, SP: True, PP: 2}),
-        "TP2 x CP2, SP": ("token", 40, {TP: 2, SP: True, CP: 2}),
-        "CP2 x DP2": ("token", 40, {CP: 2}),
-        "CP2 x PP2": ("token", 40, {CP: 2, PP: 2}),
+        "TP2 x PP2, SP": case(**{TP: 2, SP: True, PP: 2}),
+        "TP2 x CP2, SP": case(**{TP: 2, SP: True, CP: 2}),
+        "CP2 x DP2": case(**{CP: 2}),
+        "CP2 x PP2": case(**{CP: 2, PP: 2}),
     },
 }
+EXPERTS = {
+    1: {"alone": case(ALONE), "alone, routers' loss": case(1, transformer=ROUTERS_LOSS)},
+    2: {
+        "EP2": case(**{EP: 2}),
+        "EP2, distributed optimizer": case(**{EP: 2}, use_distributed_optimizer=True),
+        "EP2, a rank without samples": case(all_on_one=True, **{EP: 2}),
+        "EP2 in TP2, SP": case(**{EP: 2, ETP: 1, TP: 2, SP: True}),
+        "EP2 in CP2": case(**{EP: 2, CP: 2}),
+        "TP2, SP, experts whole": case(**{TP: 2, SP: True}),
+        "EP2, routers' loss": case(1, **{EP: 2}, transformer=ROUTERS_LOSS),
+    },
+    4: {
+        "EP2 x TP2, SP": case(**{EP: 2, TP: 2, SP: True}),
+        "EP2 x PP2": case(**{EP: 2, PP: 2}),
+        "EP2 x DP2": case(**{EP: 2}),
+    },
+}
+SIZES = {
+    "vocab_size": 131,
+    "max_position_embeddings": 1024,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "head_dim": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("models")
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "head_dim": 32}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+def saved(folder: Path, build: Callable[[], torch.nn.Module]) -> str:
+    """Path of a policy, beside which is its reference, with other weights."""
     for role in ("", "_reference"):
         torch.manual_seed(len(role))
-        network = Qwen3ForCausalLM(Qwen3Config(vocab_size=131, max_position_embeddings=1024, **sizes, **heads))
+        network = build()
         for parameter in network.parameters():
             parameter.data = torch.randn_like(parameter) * 0.15 if parameter.dim() > 1 else torch.rand_like(parameter)
         network.save_pretrained(folder / f"model{role}")
     return str(folder / "model")
 
 
-@pytest.fixture(scope="module")
-def found(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
-    """Results by layout. One start of the ranks for all layouts of a size: that is what takes the time."""
-    folder = tmp_path_factory.mktemp("results")
+def results(model: str, folder: Path, layouts: dict[int, dict[str, dict]]) -> Found:
+    """By layout. One start of the ranks for all layouts of a size: that is what takes the time."""
     program = str(ROOT / "tests" / "trainer" / "layout_run.py")
-    for ranks, layouts in LAYOUTS.items():
-        command = [*torchrun(ranks), program, model, str(folder), json.dumps(layouts)]
-        result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    for ranks, cases in layouts.items():
+        command = [*torchrun(ranks), program, model, str(folder), json.dumps(cases)]
+        result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
         assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
-    return {name: read(folder, name, ranks) for ranks, layouts in LAYOUTS.items() for name in layouts}
+    return {name: read(folder, name, ranks) for ranks, cases in layouts.items() for name in cases}
 
 
 def read(folder: Path, name: str, ranks: int) -> dict[str, torch.Tensor]:
@@ -79,18 +115,52 @@ def read(folder: Path, name: str, ranks: int) -> dict[str, torch.Tensor]:
     return merged
 
 
-@pytest.mark.parametrize("name", [name for layouts in LAYOUTS.values() for name in layouts])
-def test_same_under(name: str, found: dict[str, dict[str, torch.Tensor]]):
-    expected = found["alone, sequences" if name.endswith("sequences") else "alone"]
-    assert found[name].keys() == expected.keys()
-    for key, value in expected.items():
-        error = (found[name][key] - value).abs().max() / value.abs().max().clamp(min=1e-6) if value.numel() else 0.0
-        assert error < 1e-4, f"{key} is off by {error:.1e}: {found[name][key].flatten()[:3]}, {value.flatten()[:3]}"
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    folder = tmp_path_factory.mktemp("dense")
+    return results(saved(folder, lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES))), folder, DENSE)
 
 
-def test_the_comparison_sees_training(found: dict[str, dict[str, torch.Tensor]]):
-    """Both updates happened and changed the weights; nothing is trivially zero; the objectives differ."""
-    token, sequences = found["alone"], found["alone, sequences"]
-    assert token["update0.grad_norm"] > 0.1 and token["update0.loss"] != token["update1.loss"]
-    assert token["update0.kl"] > 0 and token["update1.clip_fraction"] > 0 and token["scores.2"].max() > 0.1
-    assert token["update1.loss"] != sequences["update1.loss"]
+@pytest.fixture(scope="module")
+def expert_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("expert_model")
+    return saved(folder, lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **MOE)))
+
+
+@pytest.fixture(scope="module")
+def experts(expert_model: str, tmp_path_factory: pytest.TempPathFactory) -> Found:
+    return results(expert_model, tmp_path_factory.mktemp("experts"), EXPERTS)
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        error = (found[name] - value).abs().max() / value.abs().max().clamp(min=1e-6) if value.numel() else 0.0
+        assert error < 1e-4, f"{name} is off by {error:.1e}: {found[name].flatten()[:3]} for {value.flatten()[:3]}"
+
+
+@pytest.mark.parametrize("name", [name for cases in DENSE.values() for name in cases])
+def test_same_under(name: str, dense: Found):
+    assert_same(dense[name], dense["alone, sequences" if name.endswith("sequences") else "alone"])
+
+
+@pytest.mark.parametrize("name", [name for cases in EXPERTS.values() for name in cases])
+def test_experts_same_under(name: str, experts: Found):
+    assert_same(experts[name], experts["alone, routers' loss" if name.endswith("routers' loss") else "alone"])
+
+
+def test_the_comparison_sees_training(dense: Found, experts: Found):
+    """Both updates happened and changed the weights; nothing is trivially zero; objectives and losses differ."""
+    for found in (dense["alone"], experts["alone"]):
+        assert found["update0.grad_norm"] > 0.1 and found["update0.loss"] != found["update1.loss"]
+        assert found["update0.kl"] > 0 and found["update1.clip_fraction"] > 0 and found["scores.2"].max() > 0.1
+    assert dense["alone"]["update1.loss"] != dense["alone, sequences"]["update1.loss"]
+    with_router = experts["alone, routers' loss"]["update0.grad_norm"]
+    assert abs(with_router / experts["alone"]["update0.grad_norm"] - 1) > 1e-3
+
+
+def test_the_comparison_sees_every_expert_and_router_train(expert_model: str, experts: Found):
+    before = load_file(Path(expert_model) / "model.safetensors")
+    names = [name for name in before if ".mlp.experts." in name or ".mlp.gate." in name]
+    assert len(names) == 4 * (3 * 4 + 1)
+    assert all((experts["alone"][f"weight.{name}"] - before[name]).abs().max() > 1e-5 for name in names)

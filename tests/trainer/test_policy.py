@@ -20,6 +20,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from lens_megatron import pack
@@ -55,9 +57,18 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+
+
+def mixture(tied: bool, **options) -> Qwen3MoeForCausalLM:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "head_dim": 32}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **experts, tie_word_embeddings=tied, **options))
+
+
 FAMILIES = {
     "qwen2": lambda tied: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=tied)),
     "qwen3": lambda tied: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=tied)),
+    "qwen3_moe": lambda tied: mixture(tied, norm_topk_prob=True),
+    "qwen3_moe_with_a_dense_layer": lambda tied: mixture(tied, norm_topk_prob=False, mlp_only_layers=[1]),
     "llama": lambda tied: LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=LLAMA3, tie_word_embeddings=tied)),
     "llama_linear_rope": lambda tied: LlamaForCausalLM(
         LlamaConfig(
@@ -219,10 +230,11 @@ def test_no_pass_holds_all_logits_and_unmoved_weights_give_ratio_1(options: dict
     assert plain.elements > logits, "the meter does not see logits"
 
 
-def test_scores_are_exactly_0_at_equal_weights_and_the_log_ratio_else(mesh: Mesh, tmp_path: Path):
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])
+def test_scores_are_exactly_0_at_equal_weights_and_the_log_ratio_else(family: str, mesh: Mesh, tmp_path: Path):
     policy_model, reference = (
-        saved_model("qwen2", False, tmp_path / "a"),
-        saved_model("qwen2", False, tmp_path / "b", seed=1),
+        saved_model(family, False, tmp_path / "a"),
+        saved_model(family, False, tmp_path / "b", seed=1),
     )
     prompts = [(1, 5, 9, 3, 7), (2, 8, 100)]
     same = prompt_scores(policy_of(tmp_path / "a", mesh), prompts, max_tokens=24)
@@ -238,12 +250,13 @@ def test_scores_are_exactly_0_at_equal_weights_and_the_log_ratio_else(mesh: Mesh
     before = dict(export_weights(policy.bridge, policy.chunks))
     with reference_weights(policy):
         within = {name: tensor.clone() for name, tensor in export_weights(policy.bridge, policy.chunks)}
-    assert torch.equal(within["lm_head.weight"], reference.lm_head.weight)
+    for name, tensor in load_file(tmp_path / "b" / "model.safetensors").items():
+        assert torch.equal(within[name], tensor), name
     after = dict(export_weights(policy.bridge, policy.chunks))
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe", "llama"])
 def test_engine_log_probs_are_the_trainers_after_a_sync(family: str, mesh: Mesh, tmp_path: Path):
     saved_model(family, True, tmp_path / "a")
     saved_model(family, True, tmp_path / "b", seed=1)
