@@ -1,32 +1,40 @@
-"""Samples of a step -> reference and old log-probabilities -> packed micro-batches -> optimizer steps."""
+"""Samples of a step -> balanced shares -> reference and old log-probabilities -> packed micro-batches -> updates."""
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-from lens_megatron import pack
+from lens_megatron import exchange, pack
 from lens_megatron.algorithms.objectives import OBJECTIVES
 from lens_megatron.policy.forward import plan_micro_batches, response_log_probs
 from lens_megatron.policy.model import reference_weights
 from lens_megatron.policy.update import update
 from lens_megatron.run import Run
-from lens_megatron.types import LossScale, Origin, Sample, UpdateStats
+from lens_megatron.types import LossScale, Origin, Packing, Sample, UpdateStats
 
 
-def train_on(run: Run, samples: Sequence[Sample]) -> tuple[UpdateStats, ...]:
-    """`train.updates_per_batch` optimizer steps, each on an equal share of this rank's prompts. A collective."""
+def train_on(run: Run, samples: Sequence[Sample]) -> tuple[tuple[UpdateStats, ...], tuple[Packing, ...]]:
+    """`train.updates_per_batch` optimizer steps, each on an equal share of the prompts. A collective.
+
+    The samples of each step first move to the data-parallel ranks that train on them, so that all phases are balanced.
+    """
     if run.config.debug.rollout_only:
-        return ()
+        return (), ()
+    with run.clock("exchange"):
+        parts = split_by_prompt(samples, run.config.train.updates_per_batch)
+        shares = [_deal(run, [samples[i] for i in part]) for part in parts]
+    mine = [sample for share in shares for sample in share.samples]
     with run.clock("old_log_prob"):
-        old = old_log_probs(run, samples)
+        old = old_log_probs(run, mine)
     with run.clock("ref"):
-        reference = reference_log_probs(run, samples)
+        reference = reference_log_probs(run, mine)
     with run.clock("update_actor"):
-        return tuple(
-            _update_on(run, [samples[i] for i in part], [old[i] for i in part], [reference[i] for i in part])
-            for part in split_by_prompt(samples, run.config.train.updates_per_batch)
-        )
+        bounds = pairwise(accumulate((len(share.samples) for share in shares), initial=0))
+        done = [_update_on(run, mine[a:b], old[a:b], reference[a:b]) for a, b in bounds]
+    packings = [Packing(*rows, share.imbalance) for (_, rows), share in zip(done, shares, strict=True)]
+    return tuple(stats for stats, _ in done), tuple(packings)
 
 
 def old_log_probs(run: Run, samples: Sequence[Sample]) -> list[Tensor | None]:
@@ -64,7 +72,8 @@ def split_by_prompt(samples: Sequence[Sample], parts: int) -> list[list[int]]:
 
 def _update_on(
     run: Run, samples: list[Sample], old: list[Tensor | None], reference: list[Tensor | None]
-) -> UpdateStats:
+) -> tuple[UpdateStats, tuple[int, int]]:
+    """Also returns the rows of this rank's micro-batches, and how many of them are padding."""
     config = run.config
     scale = _global_scale(run, pack.count(samples))
     lengths = [len(sample.prompt) + len(sample.rollout.token_ids) for sample in samples]
@@ -80,7 +89,13 @@ def _update_on(
         layout=run.policy.layout,
     )
     objective = OBJECTIVES[config.algorithm.ratio]
-    return update(run.policy, batches, scale, objective, config.algorithm, config.rollout.temperature)
+    stats = update(run.policy, batches, scale, objective, config.algorithm, config.rollout.temperature)
+    rows = sum(batch.sequences.bounds[-1] for batch in batches)
+    return stats, (rows, rows - sum(lengths))
+
+
+def _deal(run: Run, samples: Sequence[Sample]) -> exchange.Share:
+    return exchange.deal(samples, run.mesh.dp_group, run.policy.bridge.config.hidden_size, run.mesh.device)
 
 
 def _log_probs(run: Run, pairs: list) -> list[Tensor]:

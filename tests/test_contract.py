@@ -20,8 +20,8 @@ OWNERS = {
     "matplotlib": "lens_megatron/report.py",
 }
 LAYERS = ["types", "config", "seeds", "clock", "tokenizer", "algorithms", "interference", "purify", "samples", "pack",
-          "reward", "datasets", "prompts", "rollout", "weight_sync", "policy", "run", "update_batch", "step",
-          "evaluate", "run_folder", "metrics", "report", "train"]  # fmt: skip
+          "schedule", "exchange", "reward", "datasets", "prompts", "rollout", "weight_sync", "policy", "run",
+          "update_batch", "step", "evaluate", "run_folder", "metrics", "report", "train"]  # fmt: skip
 """Lowest first: a module imports from its own layer and from layers before it."""
 
 
