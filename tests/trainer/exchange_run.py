@@ -1,4 +1,4 @@
-"""Three ranks that sampled 0, 1 and 8 samples exchange them; fails if one is not as it was: `torchrun exchange_run.py`."""
+"""Three ranks that sampled 0, 1 and 8 samples exchange them; fails if one has changed: `torchrun exchange_run.py`."""
 
 import torch
 from records import rollout
