@@ -106,11 +106,28 @@ def summarise(measured: Sequence[dict]) -> dict:
             sides[name]["peak_extra_mib"] = round(max(m["peak_extra_bytes"][name] for m in measured) / 2**20, 1)
     kept = ("name", "kind", "limit", "budget", "lengths", "forward_flops", "first_loss_and_gradient_norm", "wrong")
     found = {key: main[key] for key in kept} | {"sides": sides, "roof_gflops": spread((r / 1e9 for r in roofs), 1)}
+    found["times_faster_than"] = compare(main["rounds"])
     if "idle_share" in main:
+        found["idle_share_of_equal_steps"] = round(main["idle_share_of_equal_steps"], 4)
         found["idle_share_by_rank"] = [
             {phase: spread(row[phase] for row in m["idle_share"]) for phase in PHASES} for m in measured
         ]
     return found
+
+
+def compare(rounds: dict[str, list[dict]]) -> dict[str, dict]:
+    """Ours beside each peer, round by round: seconds of theirs / of ours, on the wall clock and of CPU."""
+    others = [name for name in rounds if name != "ours" and "ours" in rounds]
+    return {
+        name: {
+            clock: spread(
+                sum(theirs[clock].values()) / sum(ours[clock].values())
+                for theirs, ours in zip(rounds[name], rounds["ours"], strict=True)
+            )
+            for clock in ("seconds", "cpu_seconds")
+        }
+        for name in others
+    }
 
 
 def measure(spec: dict, ranks: int = 1) -> list[dict]:

@@ -44,12 +44,14 @@ class StageProbe:
     def __init__(self):
         self.busy: dict[str, float] = {}
         self.whole: dict[str, float] = {}
+        self.steps: dict[str, int] = {}
+        """Forward steps of this stage: micro-batches x model chunks."""
         self.phase = ""
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         kept = schedules.forward_step, schedules.backward_step, forward.get_forward_backward_func
-        schedules.forward_step = self._timed(schedules.forward_step, lambda: self.busy)
+        schedules.forward_step = self._timed(self._counted(schedules.forward_step), lambda: self.busy)
         schedules.backward_step = self._timed(schedules.backward_step, lambda: self.busy)
         forward.get_forward_backward_func = lambda: self._run("ref", kept[2]())
         update.get_forward_backward_func = lambda: self._run("update_actor", kept[2]())
@@ -62,6 +64,13 @@ class StageProbe:
     def idle_share(self) -> dict[str, float]:
         """Per phase: share of the pipelined run in which this stage computed nothing."""
         return {phase: 1 - self.busy.get(phase, 0.0) / whole for phase, whole in self.whole.items()}
+
+    def _counted(self, function: Callable) -> Callable:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.steps[self.phase] = self.steps.get(self.phase, 0) + 1
+            return function(*args, **kwargs)
+
+        return counted
 
     def _run(self, phase: str, function: Callable) -> Callable:
         def run(*args: Any, **kwargs: Any) -> Any:

@@ -79,7 +79,10 @@ class Ours:
 
 
 class Theirs:
-    """A peer, outside the mode that makes CUDA calls mean CPU: it would pay for that without need."""
+    """A peer, whose steps run outside the mode that makes CUDA calls mean CPU: it would pay for that without need.
+
+    Not its construction: transformers loads weights by a mode of its own, and without it some stay uninitialised.
+    """
 
     imbalance = 1.0
 
@@ -88,8 +91,7 @@ class Theirs:
 
         config = configuration(spec, spec["cases"][0]["budget"])
         cut = "in order" if side.endswith("in order") else "by length"
-        with self._plain():
-            self.peer = Peer(config, DTYPES[spec["dtype"]], device, cut, liger="Liger" in side)
+        self.peer = Peer(config, DTYPES[spec["dtype"]], device, cut, liger="Liger" in side)
 
     def step(self, samples: list[Sample]) -> tuple[float, float]:
         with self._plain():
@@ -159,6 +161,8 @@ def measure_apart(
             with probe.attached():
                 sides["ours"].step(made)
             found["idle_share"].append(probe.idle_share())
+            stages, steps = sides["ours"].run.mesh.pp_size, probe.steps["update_actor"]
+            found["idle_share_of_equal_steps"] = (stages - 1) / (steps + stages - 1)
     return found
 
 
