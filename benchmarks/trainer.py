@@ -106,6 +106,8 @@ def summarise(measured: Sequence[dict]) -> dict:
             sides[name]["peak_extra_mib"] = round(max(m["peak_extra_bytes"][name] for m in measured) / 2**20, 1)
     kept = ("name", "kind", "limit", "budget", "lengths", "forward_flops", "first_loss_and_gradient_norm", "wrong")
     found = {key: main[key] for key in kept} | {"sides": sides, "roof_gflops": spread((r / 1e9 for r in roofs), 1)}
+    if "peak_bytes" in main:
+        found["peak_mib_in_all"] = round(max(m["peak_bytes"] for m in measured) / 2**20, 1)
     found["times_faster_than"] = compare(main["rounds"])
     if "idle_share" in main:
         found["idle_share_of_equal_steps"] = round(main["idle_share_of_equal_steps"], 4)

@@ -154,6 +154,8 @@ def measure_apart(
     if spec.get("memory"):
         steps: dict[str, Callable] = {name: lambda side=sides[name]: side.step(made) for name in names}
         found["peak_extra_bytes"] = {name: peak_extra_bytes(step, device) for name, step in steps.items()}
+        if device.type == "cuda" and len(sides) == 1:
+            found["peak_bytes"] = torch.cuda.max_memory_allocated()
     if "ours" in names and sides["ours"].run.mesh.pp_size > 1:
         found["idle_share"] = []
         for _ in range(spec["rounds"]):
