@@ -78,8 +78,11 @@ def _integers(sample: Sample) -> list[int]:
 
 
 def _numbers(sample: Sample) -> list[float]:
-    """Python's floats are float64: nothing is rounded."""
-    return [*sample.rollout.log_probs, sample.rollout.reward, sample.advantage, sample.weight]
+    """Python's floats are float64: nothing is rounded. Raises ValueError where the receiver would read wrong numbers."""
+    rollout = sample.rollout
+    if len(rollout.log_probs) != len(rollout.token_ids):
+        raise ValueError(f"rollout: got {len(rollout.log_probs)} log_probs for {len(rollout.token_ids)} token_ids")
+    return [*rollout.log_probs, rollout.reward, sample.advantage, sample.weight]
 
 
 def _read(lengths: Sequence[Sequence[int]], integers: list[int], numbers: list[float]) -> list[Sample]:
