@@ -78,7 +78,7 @@ def _integers(sample: Sample) -> list[int]:
 
 
 def _numbers(sample: Sample) -> list[float]:
-    """Python's floats are float64: nothing is rounded. Raises ValueError where the receiver would read wrong numbers."""
+    """Python's floats are float64: nothing is rounded. Raises ValueError where they would be read wrong."""
     rollout = sample.rollout
     if len(rollout.log_probs) != len(rollout.token_ids):
         raise ValueError(f"rollout: got {len(rollout.log_probs)} log_probs for {len(rollout.token_ids)} token_ids")
