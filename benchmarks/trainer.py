@@ -40,7 +40,7 @@ def case(name: str, kind: str, samples: int, limit: int, budget: int) -> Case:
 CPU_BATCHES = [case("constant 256", "constant", 24, 256, 2048), case("long tail to 256", "tail", 64, 256, 2048)]
 CPU_MICRO_BATCHES = [case(f"{n} micro-batches", "constant", 32, 128, 4096 // n) for n in (1, 2, 4, 8, 16)]
 CPU_LENGTHS = [case(f"{n} tokens", "constant", 4096 // n, n, 4096) for n in (64, 128, 256, 512, 1024, 2048)]
-CPU_PIPELINE = [case("long tail, 8 samples", "tail", 64, 256, 800)]
+CPU_PIPELINE = [case("long tail, budget 800", "tail", 64, 256, 800)]
 LAYOUTS = {
     "DP2": {},
     "TP2": {"tensor_model_parallel_size": 2},
