@@ -33,6 +33,9 @@ class Tally:
     def total(self, name: str, value: float) -> None:
         self.sums[name], self.counts[name] = value, -1.0
 
+    def share(self, name: str, part: float, whole: float) -> None:
+        self.sums[name], self.counts[name] = part, whole
+
     def spread(self, name: str, values: list[float]) -> None:
         """name/mean, name/max, name/min."""
         self.mean(f"{name}/mean", values)
@@ -82,6 +85,9 @@ def tally_step(result: StepResult) -> Tally:
         tally.mean(f"reward/{status}_rate", [float(r.status is status) for r in native + rescue])
     tally.total("perf/total_num_tokens", sum(len(s.prompt) + len(s.rollout.token_ids) for s in result.samples))
     tally.total("perf/generated_tokens", sum(len(r.token_ids) for r in native + rescue))
+    packings = result.packings
+    tally.share("perf/padding_waste", sum(p.padding for p in packings), sum(p.rows for p in packings))
+    tally.mean("perf/imbalance", [p.imbalance for p in packings])
     _tally_lens(tally, result, rescue)
     return tally
 
@@ -147,15 +153,20 @@ def update_metrics(updates: tuple[UpdateStats, ...], kl_coef: float) -> Metrics:
 
 
 def time_metrics(seconds: dict[str, float], metrics: Metrics, world_size: int) -> Metrics:
-    """timing_s/*, perf/*; memory is this process's peak."""
-    total = seconds.get("step", 0.0)
+    """timing_s/*, perf/*; memory is this process's peak.
+
+    Tokens are those of the samples, prompts included: per second of the step and rank (verl's `perf/throughput`), and
+    of all ranks per second of the updates alone.
+    """
+    total, update = seconds.get("step", 0.0), seconds.get("update_actor", 0.0)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     timing = {f"timing_s/{phase}": value for phase, value in seconds.items()}
-    throughput = metrics.get("perf/total_num_tokens", 0.0) / total / world_size if total else 0.0
+    tokens = metrics.get("perf/total_num_tokens", 0.0)
     gpu = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
     return timing | {
         "perf/time_per_step": total,
-        "perf/throughput": throughput,
+        "perf/throughput": tokens / total / world_size if total else 0.0,
+        "perf/update_tokens_per_s": tokens / update if update else 0.0,
         "perf/cpu_memory_used_gb": peak,
         "perf/max_memory_allocated_gb": gpu,
     }

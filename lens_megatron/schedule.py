@@ -1,4 +1,4 @@
-"""Which samples go into which micro-batch: balanced by their cost, within a budget of tokens. Pure."""
+"""Which samples go to which rank and micro-batch: balanced by their cost, within a budget of tokens. Pure."""
 
 import heapq
 from collections.abc import Sequence
@@ -10,6 +10,29 @@ def cost(length: int, hidden_size: int) -> int:
     Per token a layer's matrices take about 24 h^2 multiply-adds (SwiGLU, no grouping), attention h per token before it.
     """
     return length * (24 * hidden_size + length)
+
+
+def deal(lengths: Sequence[int], ranks: int, hidden_size: int) -> list[list[int]]:
+    """Indices of the samples of each data-parallel rank, in rising order; some have none if samples are few.
+
+    Costliest sample first, each to the rank with the least to do, then the fewest tokens, then the lowest number: at
+    most 4/3 of the best possible maximum (Graham 1969, "Bounds on multiprocessing timing anomalies"). Every rank that
+    knows all lengths comes to the same answer.
+    """
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    heap = [(0, 0, rank) for rank in range(ranks)]  # (cost so far, tokens so far, rank)
+    for index in _longest_first(lengths):
+        spent, tokens, rank = heap[0]
+        shares[rank].append(index)
+        heapq.heapreplace(heap, (spent + cost(lengths[index], hidden_size), tokens + lengths[index], rank))
+    return [sorted(share) for share in shares]
+
+
+def imbalance(lengths: Sequence[int], shares: Sequence[Sequence[int]], hidden_size: int) -> float:
+    """Cost of the costliest share, divided by the mean: 1 is perfect, and what waits is the excess. 1 of nothing."""
+    costs = [sum(cost(lengths[i], hidden_size) for i in share) for share in shares]
+    total = sum(costs)
+    return max(costs) * len(costs) / total if total else 1.0
 
 
 def fewest(lengths: Sequence[int], max_tokens: int) -> int:
@@ -33,9 +56,13 @@ def cut(lengths: Sequence[int], max_tokens: int, count: int, hidden_size: int) -
     needed = fewest(lengths, max_tokens)
     if count < needed:
         raise ValueError(f"count: got {count} micro-batches, need {needed} for a budget of {max_tokens} tokens")
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    order = _longest_first(lengths)
     parts = _cheapest_first(lengths, order, max_tokens, count, hidden_size) or _first_fit(lengths, order, max_tokens)
     return [sorted(part) for part in parts] + [[] for _ in range(count - len(parts))]
+
+
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
 
 
 def _cheapest_first(

@@ -21,10 +21,10 @@ def run_step(run: Run, step: int) -> StepResult:
     seeds = [derive(run.config.run.seed, "merge", step, group.prompt.index) for group in groups]
     merged = [purify.merge(g, run.config.lens, seed=s) for g, s in zip(groups, seeds, strict=True)]
     rows = samples.to_samples(merged, run.config.algorithm)
-    updates = update_batch.train_on(run, rows, step)
+    updates, packings = update_batch.train_on(run, rows, step)
     with run.clock("update_weights"):
         sync = weight_sync.push(export_weights(run.policy.bridge, run.policy.chunks), run.engine, run.policy.version)
-    return StepResult(step, tuple(merged), tuple(rows), updates, sync)
+    return StepResult(step, tuple(merged), tuple(rows), updates, packings, sync)
 
 
 def sample_groups(run: Run, prompts: Sequence[Prompt], step: int) -> list[Group]:

@@ -236,6 +236,18 @@ class UpdateStats:
 
 
 @dataclass(frozen=True, slots=True)
+class Packing:
+    """How the samples of one optimizer step were dealt out and packed."""
+
+    rows: int
+    """Rows of this data-parallel rank's micro-batches, padding included."""
+    padding: int
+    """Those of them that hold no token of a sample."""
+    imbalance: float
+    """Cost of the costliest data-parallel rank / mean; the same on every rank."""
+
+
+@dataclass(frozen=True, slots=True)
 class SyncStats:
     """What one transfer of weights to the engine took."""
 
@@ -254,4 +266,6 @@ class StepResult:
     """The rollouts of `groups` in order, with advantage and weight."""
     updates: tuple[UpdateStats, ...]
     """One per optimizer step; empty with `debug.rollout_only`."""
+    packings: tuple[Packing, ...]
+    """One per optimizer step, of the samples that this rank trained on: not those of `groups`, which it sampled."""
     sync: SyncStats

@@ -1,38 +1,49 @@
-"""Samples of a step -> reference and old log-probabilities -> packed micro-batches -> optimizer steps."""
+"""Samples of a step -> balanced shares -> reference and old log-probabilities -> packed micro-batches -> updates."""
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lens_megatron import pack
+from lens_megatron import exchange, pack
 from lens_megatron.algorithms.objectives import OBJECTIVES
 from lens_megatron.policy.forward import plan_micro_batches, response_log_probs
 from lens_megatron.policy.model import reference_weights
 from lens_megatron.policy.update import update
 from lens_megatron.run import Run
 from lens_megatron.supervision import non_finite
-from lens_megatron.types import LossScale, Origin, Sample, UpdateStats
+from lens_megatron.types import LossScale, Origin, Packing, Sample, UpdateStats
 
 
-def train_on(run: Run, samples: Sequence[Sample], step: int) -> tuple[UpdateStats, ...]:
-    """`train.updates_per_batch` optimizer steps, each on an equal share of this rank's prompts. A collective."""
+def train_on(run: Run, samples: Sequence[Sample], step: int) -> tuple[tuple[UpdateStats, ...], tuple[Packing, ...]]:
+    """`train.updates_per_batch` optimizer steps, each on an equal share of the prompts. A collective.
+
+    The samples of each step first move to the data-parallel ranks that train on them, so that all phases are balanced.
+    """
     if run.config.debug.rollout_only:
-        return ()
+        return (), ()
+    with run.clock("exchange"):
+        parts = split_by_prompt(samples, run.config.train.updates_per_batch)
+        shares = [_deal(run, [samples[i] for i in part]) for part in parts]
+    mine = [sample for share in shares for sample in share.samples]
     with run.clock("old_log_prob"):
-        old = old_log_probs(run, samples)
+        old = old_log_probs(run, mine)
     with run.clock("ref"):
-        reference = reference_log_probs(run, samples)
-    updates = []
+        reference = reference_log_probs(run, mine)
+    updates, packings = [], []
     with run.clock("update_actor"):
-        for number, part in enumerate(split_by_prompt(samples, run.config.train.updates_per_batch)):
-            rows = [samples[i] for i in part], [old[i] for i in part], [reference[i] for i in part]
-            updates.append(_update_on(run, *rows))
-            if updates[-1].skipped and run.mesh.model_rank == 0:
+        bounds = pairwise(accumulate((len(share.samples) for share in shares), initial=0))
+        for number, (start, stop) in enumerate(bounds):
+            rows = mine[start:stop], old[start:stop], reference[start:stop]
+            stats, counts = _update_on(run, *rows)
+            updates.append(stats)
+            packings.append(Packing(*counts, shares[number].imbalance))
+            if stats.skipped and run.mesh.model_rank == 0:
                 name = f"step_{step:06d}_update_{number}_rank_{run.mesh.rank:05d}"
-                non_finite.dump(Path(run.config.run.directory) / "non_finite", name, updates[-1], *rows)
-    return tuple(updates)
+                non_finite.dump(Path(run.config.run.directory) / "non_finite", name, stats, *rows)
+    return tuple(updates), tuple(packings)
 
 
 def old_log_probs(run: Run, samples: Sequence[Sample]) -> list[Tensor | None]:
@@ -70,7 +81,8 @@ def split_by_prompt(samples: Sequence[Sample], parts: int) -> list[list[int]]:
 
 def _update_on(
     run: Run, samples: list[Sample], old: list[Tensor | None], reference: list[Tensor | None]
-) -> UpdateStats:
+) -> tuple[UpdateStats, tuple[int, int]]:
+    """Also returns the rows of this rank's micro-batches, and how many of them are padding."""
     config = run.config
     scale = _global_scale(run, pack.count(samples))
     lengths = [len(sample.prompt) + len(sample.rollout.token_ids) for sample in samples]
@@ -86,7 +98,13 @@ def _update_on(
         layout=run.policy.layout,
     )
     objective = OBJECTIVES[config.algorithm.ratio]
-    return update(run.policy, batches, scale, objective, config.algorithm, config.rollout.temperature)
+    stats = update(run.policy, batches, scale, objective, config.algorithm, config.rollout.temperature)
+    rows = sum(batch.sequences.bounds[-1] for batch in batches)
+    return stats, (rows, rows - sum(lengths))
+
+
+def _deal(run: Run, samples: Sequence[Sample]) -> exchange.Share:
+    return exchange.deal(samples, run.mesh.dp_group, run.policy.bridge.config.hidden_size, run.mesh.device)
 
 
 def _log_probs(run: Run, pairs: list) -> list[Tensor]:

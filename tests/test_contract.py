@@ -20,9 +20,9 @@ OWNERS = {
     "matplotlib": "lens_megatron/report.py",
 }
 LAYERS = ["types", "config_files", "config", "planning", "plan", "seeds", "exit_codes", "clock", "supervision",
-          "tokenizer", "algorithms", "interference", "purify", "samples", "schedule", "pack", "reward", "datasets",
-          "prompts", "rollout", "weight_sync", "policy", "run", "update_batch", "step", "evaluate", "run_folder",
-          "metrics", "report", "train", "diagnosis", "doctor"]  # fmt: skip
+          "tokenizer", "algorithms", "interference", "purify", "samples", "schedule", "pack", "exchange", "reward",
+          "datasets", "prompts", "rollout", "weight_sync", "policy", "run", "update_batch", "step", "evaluate",
+          "run_folder", "metrics", "report", "train", "diagnosis", "doctor"]  # fmt: skip
 """Lowest first: a module imports from its own layer and from layers before it."""
 
 

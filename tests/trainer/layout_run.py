@@ -1,8 +1,8 @@
 """One batch of samples through the trainer under several layouts: `torchrun layout_run.py MODEL OUT JSON`.
 
-JSON maps a name to options of `megatron:`, `max_tokens` per micro-batch, `ratio` of the objective, and `all_on_one`:
-whether the first data-parallel rank has all samples. Every rank saves what must not depend on them: scores,
-log-probabilities, statistics of two updates, and the weights after them.
+JSON maps a name to options of `megatron:`, `max_tokens` per micro-batch, `ratio` of the objective, and the `share` of
+samples that each data-parallel rank has. Every rank saves what must not depend on them: scores, log-probabilities,
+statistics of two updates, and the weights after them.
 """
 
 import json
@@ -14,7 +14,7 @@ import torch
 from megatron.core import parallel_state
 from records import rollout
 
-from lens_megatron import pack
+from lens_megatron import exchange, pack
 from lens_megatron.algorithms.objectives import OBJECTIVES
 from lens_megatron.config import Config, from_tree
 from lens_megatron.policy import platform
@@ -48,12 +48,24 @@ def samples() -> list[Sample]:
     return made
 
 
-def run(policy: Policy, config: Config, max_tokens: int, all_on_one: bool) -> dict[str, torch.Tensor]:
-    """Scores and log-probabilities, then two updates on all samples, of which every data-parallel rank has a share."""
+def share_of(policy: Policy, kind: str) -> list[int]:
+    """Numbers of the samples that this data-parallel rank trains on."""
     mesh, everything = policy.mesh, samples()
-    share = range(len(everything))[mesh.dp_rank :: mesh.dp_size]
-    if all_on_one:
-        share = range(0 if mesh.dp_rank else len(everything))
+    if kind == "even":
+        return list(range(len(everything)))[mesh.dp_rank :: mesh.dp_size]
+    if kind == "all on one":
+        return [] if mesh.dp_rank else list(range(len(everything)))
+    ordered = everything[::-1] if kind == "dealt in reverse" else everything
+    sampled = ordered if mesh.dp_size == 1 else ordered[:1] if mesh.dp_rank == 0 else ordered[1:]
+    mine = exchange.deal(sampled, mesh.dp_group, policy.bridge.config.hidden_size, mesh.device).samples
+    assert len(mine) > 1  # the rank that sampled one trains on more
+    return [everything.index(sample) for sample in mine]  # ValueError if a bit of one was lost on the way
+
+
+def run(policy: Policy, config: Config, max_tokens: int, kind: str) -> dict[str, torch.Tensor]:
+    """Scores and log-probabilities, then two updates on all samples, of which every data-parallel rank has a share."""
+    everything = samples()
+    share = share_of(policy, kind)
     mine = [everything[i] for i in share]
     pairs = [(s.prompt, s.rollout.token_ids) for s in mine]
     scores = prompt_scores(policy, [s.prompt for s in mine], max_tokens=max_tokens)
@@ -72,7 +84,7 @@ def run(policy: Policy, config: Config, max_tokens: int, all_on_one: bool) -> di
 def train(
     policy: Policy,
     config: Config,
-    share: range,
+    share: list[int],
     old: list[torch.Tensor],
     reference: list[torch.Tensor],
     max_tokens: int,
@@ -100,7 +112,7 @@ def main(model: str, out: Path, cases: dict) -> None:
         platform.init_process_group(device)
         config = configuration(model, case.get("ratio", "token"), case["megatron"])
         mesh = build_mesh(config.megatron, config.run.seed, device)
-        found = run(build_policy(config, mesh), config, case["max_tokens"], case.get("all_on_one", False))
+        found = run(build_policy(config, mesh), config, case["max_tokens"], case["share"])
         torch.save(found, out / f"{name} rank {mesh.rank}.pt")
         parallel_state.destroy_model_parallel()
     shut_down()

@@ -24,8 +24,8 @@ ROUTERS_LOSS = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coef
 Found = dict[str, dict[str, torch.Tensor]]
 
 
-def case(max_tokens: int = 40, ratio: str = "token", all_on_one: bool = False, **megatron: object) -> dict:
-    return {"max_tokens": max_tokens, "ratio": ratio, "all_on_one": all_on_one, "megatron": megatron}
+def case(max_tokens: int = 40, ratio: str = "token", share: str = "even", **megatron: object) -> dict:
+    return {"max_tokens": max_tokens, "ratio": ratio, "share": share, "megatron": megatron}
 
 
 DENSE = {
@@ -38,7 +38,9 @@ DENSE = {
     },
     2: {
         "DP2": case(),
-        "DP2, a rank without samples": case(all_on_one=True),
+        "DP2, a rank without samples": case(share="all on one"),
+        "DP2, dealt": case(share="dealt"),
+        "DP2, dealt in reverse": case(share="dealt in reverse"),
         "DP2, distributed optimizer": case(ALONE, use_distributed_optimizer=True),
         "TP2": case(**{TP: 2}),
         "TP2, SP": case(ALONE, **{TP: 2, SP: True}),
@@ -60,7 +62,7 @@ EXPERTS = {
     2: {
         "EP2": case(**{EP: 2}),
         "EP2, distributed optimizer": case(**{EP: 2}, use_distributed_optimizer=True),
-        "EP2, a rank without samples": case(all_on_one=True, **{EP: 2}),
+        "EP2, a rank without samples": case(share="all on one", **{EP: 2}),
         "EP2 in TP2, SP": case(**{EP: 2, ETP: 1, TP: 2, SP: True}),
         "EP2 in CP2": case(**{EP: 2, CP: 2}),
         "TP2, SP, experts whole": case(**{TP: 2, SP: True}),

@@ -1,10 +1,10 @@
-"""The cut into micro-batches: nothing lost, budgets kept, cost balanced."""
+"""Shares of ranks and the cut into micro-batches: nothing lost, budgets kept, cost balanced."""
 
 import random
 
 import pytest
 
-from lens_megatron.schedule import cost, cut, fewest
+from lens_megatron.schedule import cost, cut, deal, fewest, imbalance
 
 
 def test_worked_example():
@@ -48,3 +48,36 @@ def test_too_few_micro_batches_are_refused():
 
 def test_no_samples():
     assert fewest([], 10) == 0 and cut([], 10, 2, hidden_size=8) == [[], []]
+
+
+def test_worked_example_of_dealing():
+    """With h = 1, costs 25, 52, 81, 112, 145 for 1 to 5 tokens: 5 | 4, 4+3 | 5+2 (197 > 193), 5+2 | 4+3+1."""
+    lengths = [1, 2, 3, 4, 5]
+    assert [cost(n, 1) for n in lengths] == [25, 52, 81, 112, 145]
+    assert deal(lengths, 2, hidden_size=1) == [[1, 4], [0, 2, 3]]
+    assert imbalance(lengths, [[1, 4], [0, 2, 3]], 1) == pytest.approx(218 / (415 / 2))
+    assert deal([7, 7, 7], 2, hidden_size=1) == [[0, 2], [1]]  # ties: by index, to the lowest rank
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 16])
+def test_ranks_share_all_samples_equally(ranks: int):
+    generator = random.Random(ranks)
+    lengths = [min(4096, int(generator.lognormvariate(6.5, 0.8))) for _ in range(16 * ranks)]
+    shares = deal(lengths, ranks, hidden_size=2048)
+    assert sorted(i for share in shares for i in share) == list(range(len(lengths)))
+    assert all(share == sorted(share) for share in shares)
+    assert imbalance(lengths, shares, 2048) < 1.05
+    tokens = [sum(lengths[i] for i in share) for share in shares]
+    assert max(tokens) < 1.1 * sum(tokens) / ranks
+
+
+def test_the_order_of_samples_changes_who_has_which_but_not_how_much():
+    lengths = random.Random(0).sample(range(1, 1000), 50)
+    order = random.Random(1).sample(range(50), 50)
+    shares, others = deal(lengths, 4, 64), deal([lengths[i] for i in order], 4, 64)
+    assert [{lengths[i] for i in share} for share in shares] == [{lengths[order[i]] for i in share} for share in others]
+
+
+def test_more_ranks_than_samples():
+    assert deal([3, 9], 4, 8) == [[1], [0], [], []] and deal([], 2, 8) == [[], []]
+    assert imbalance([3, 3], [[0], [1], [], []], 8) == 2.0 and imbalance([], [[], []], 8) == 1.0

@@ -57,6 +57,24 @@ def test_saved_rollouts_train_alike_under_every_layout(toy: Toy, straight, layou
             assert row[name] == pytest.approx(reference[name], rel=1e-4, abs=1e-8), name
 
 
+@pytest.mark.slow
+def test_each_of_two_updates_per_batch_has_the_same_samples_on_two_ranks(toy: Toy, straight, tmp_path: Path):
+    """Samples move between ranks, but never from one update to the next; old log-probabilities are of all samples."""
+    folder, rows = straight[0], []
+    for ranks in (1, 2):
+        tree = toy.tree(
+            tmp_path / str(ranks) / "run",
+            debug={"load_rollouts": str(folder / "replay")},
+            train={"steps": 2, "updates_per_batch": 2, "max_tokens_per_micro_batch": 128},
+        )
+        rows.append(launch(tree, tmp_path / str(ranks), ranks)[1:])
+    for alone, shared in zip(*rows, strict=True):
+        for name in ("actor/loss", "actor/grad_norm", "actor/ppo_kl", "actor/kl_loss", "lens/abs_log_ratio_rescued"):
+            assert shared[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-7), name
+        assert alone["perf/imbalance"] == 1 <= shared["perf/imbalance"] < 1.2
+        assert alone["perf/total_num_tokens"] == shared["perf/total_num_tokens"]
+
+
 def test_ratio_is_one_on_native_rows_and_purification_happens(straight):
     folder, rows = straight
     for row in rows[1:]:

@@ -1,0 +1,203 @@
+"""The trainer's speed: tokens/s, model FLOP utilisation, memory, padding, idle stages, beside transformers + PyTorch.
+
+    python -m benchmarks.trainer cpu                      # tiny model, here; a quarter of an hour
+    python -m benchmarks.trainer gpu --shape qwen2.5-3b   # one GPU, beside transformers + Liger-Kernel
+    python -m benchmarks.trainer schedule                 # 1,000,000 samples for 1024 ranks
+
+Writes one JSON into --out and prints a table. How it is measured: TRAINER_NOTES.md.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.training import load
+from benchmarks.training.simulation import simulate
+
+ROOT = Path(__file__).resolve().parents[1]
+TRANSFORMERS = ("transformers, in order", "transformers, by length")
+LIGER = ("transformers + Liger, by length",)
+PHASES = {"ref": 1, "update_actor": 3}
+"""Forward passes' worth of FLOPs in each phase."""
+
+Case = dict[str, Any]
+
+
+def case(name: str, kind: str, samples: int, limit: int, budget: int) -> Case:
+    return {"name": name, "kind": kind, "samples": samples, "limit": limit, "budget": budget}
+
+
+CPU_BATCHES = [case("constant 256", "constant", 24, 256, 2048), case("long tail to 256", "tail", 64, 256, 2048)]
+CPU_MICRO_BATCHES = [case(f"{n} micro-batches", "constant", 32, 128, 4096 // n) for n in (1, 2, 4, 8, 16)]
+CPU_LENGTHS = [case(f"{n} tokens", "constant", 4096 // n, n, 4096) for n in (64, 128, 256, 512, 1024, 2048)]
+CPU_PIPELINE = [case("long tail, budget 800", "tail", 64, 256, 800)]
+LAYOUTS = {
+    "DP2": {},
+    "TP2": {"tensor_model_parallel_size": 2},
+    "PP2": {"pipeline_model_parallel_size": 2},
+    "PP2 VPP2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+    "CP2": {"context_parallel_size": 2},
+}
+GPU_BATCHES = [case("constant 4096", "constant", 32, 4096, 16384), case("long tail to 4096", "tail", 128, 4096, 16384)]
+
+
+def launch(spec: dict, ranks: int) -> list[dict]:
+    """Results of every rank of a worker. Raises CalledProcessError; what the worker said is on stderr."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "spec.json"
+        path.write_text(json.dumps(spec))
+        program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+        subprocess.run(
+            [*program, "-m", "benchmarks.training.worker", str(path), f"{folder}/out"],
+            env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONPATH": paths},
+            check=True,
+            cwd=ROOT,
+        )
+        return [json.loads(Path(f"{folder}/out.{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def spread(values: Iterable[float], digits: int = 4) -> dict[str, float]:
+    values = sorted(values)
+    rounded = [round(v, digits) for v in (statistics.median(values), values[0], values[-1])]
+    return dict(zip(("median", "least", "most"), rounded, strict=True))
+
+
+def summarise(measured: Sequence[dict]) -> dict:
+    """One case, of all ranks: the slowest rank's seconds of each round; utilisation per rank's roof of that round."""
+    main = measured[0]
+    ranks, forward = len(measured), main["forward_flops"]
+    roofs = [
+        statistics.mean(m["gemm_flops_per_s"][i][0] for m in measured) for i in range(len(main["gemm_flops_per_s"]))
+    ]
+    cpu_roofs = [statistics.mean(m["gemm_flops_per_s"][i][1] for m in measured) for i in range(len(roofs))]
+    sides = {}
+    for name, rounds in main["rounds"].items():
+        seconds = {
+            phase: [max(m["rounds"][name][i]["seconds"].get(phase, 0.0) for m in measured) for i in range(len(rounds))]
+            for phase in rounds[0]["seconds"]
+        }
+        whole = [sum(values) for values in zip(*seconds.values(), strict=True)]
+        cpu = [sum(sum(m["rounds"][name][i]["cpu_seconds"].values()) for m in measured) for i in range(len(rounds))]
+        sides[name] = {
+            "seconds": {phase: spread(values) for phase, values in seconds.items()},
+            "seconds_in_all": spread(whole),
+            "cpu_seconds_in_all": spread(cpu),
+            "tokens_per_s": spread((main["lengths"]["tokens"] / s for s in whole), 1),
+            "mfu": {
+                phase: spread(passes * forward / s / ranks / r for s, r in zip(seconds[phase], roofs, strict=True))
+                for phase, passes in PHASES.items()
+            },
+            "mfu_per_cpu_second": spread(4 * forward / s / r for s, r in zip(cpu, cpu_roofs, strict=True)),
+            "padding_waste": round(statistics.mean(m["padding_waste"][name] for m in measured), 4),
+            "imbalance": round(main["imbalance"][name], 4),
+        }
+        if "peak_extra_bytes" in main:
+            sides[name]["peak_extra_mib"] = round(max(m["peak_extra_bytes"][name] for m in measured) / 2**20, 1)
+    kept = ("name", "kind", "limit", "budget", "lengths", "forward_flops", "first_loss_and_gradient_norm", "wrong")
+    found = {key: main[key] for key in kept} | {"sides": sides, "roof_gflops": spread((r / 1e9 for r in roofs), 1)}
+    if "peak_bytes" in main:
+        found["peak_mib_in_all"] = round(max(m["peak_bytes"] for m in measured) / 2**20, 1)
+    found["times_faster_than"] = compare(main["rounds"])
+    if "idle_share" in main:
+        found["idle_share_of_equal_steps"] = round(main["idle_share_of_equal_steps"], 4)
+        found["idle_share_by_rank"] = [
+            {phase: spread(row[phase] for row in m["idle_share"]) for phase in PHASES} for m in measured
+        ]
+    return found
+
+
+def compare(rounds: dict[str, list[dict]]) -> dict[str, dict]:
+    """Ours beside each peer, round by round: seconds of theirs / of ours, on the wall clock and of CPU."""
+    others = [name for name in rounds if name != "ours" and "ours" in rounds]
+    return {
+        name: {
+            clock: spread(
+                sum(theirs[clock].values()) / sum(ours[clock].values())
+                for theirs, ours in zip(rounds[name], rounds["ours"], strict=True)
+            )
+            for clock in ("seconds", "cpu_seconds")
+        }
+        for name in others
+    }
+
+
+def measure(spec: dict, ranks: int = 1) -> list[dict]:
+    results = launch(spec, ranks)
+    cases = [summarise([r["cases"][i] for r in results]) for i in range(len(spec["cases"]))]
+    for found in cases:
+        for name, side in found["sides"].items():
+            phases = "  ".join(f"{p} {s['median']:.2f} s" for p, s in side["seconds"].items())
+            speed, mfu = side["tokens_per_s"]["median"], side["mfu"]["update_actor"]["median"]
+            print(f"{found['name']:24} {name:32} {speed:8.0f} tokens/s  update MFU {mfu:.2f}  {phases}", flush=True)
+        for name in found["wrong"]:
+            print(f"{found['name']:24} {name:32} WRONG: {found['first_loss_and_gradient_norm']}", flush=True)
+    return cases
+
+
+def on_cpu(models: Path, rounds: int) -> dict:
+    """Beside transformers; growth with micro-batches and length; layouts of two processes; the schedule."""
+    base = {"model": str(load.save_models(models, "cpu", torch.float32)), "shape": "cpu", "dtype": "float32"}
+    base |= {"megatron": {}, "sides": ["ours"], "rounds": rounds}
+    found: dict[str, Any] = {"schedule": simulate(1_000_000, 1024)}
+    sides = ["ours", *TRANSFORMERS]
+    found["beside_transformers"] = measure({**base, "sides": sides, "cases": CPU_BATCHES, "memory": True})
+    found["micro_batches"] = measure({**base, "cases": CPU_MICRO_BATCHES})
+    found["sequence_length"] = measure({**base, "cases": CPU_LENGTHS})
+    found["layouts"] = {
+        name: measure({**base, "megatron": layout, "cases": CPU_PIPELINE}, 2) for name, layout in LAYOUTS.items()
+    }
+    return found
+
+
+def on_gpu(models: Path, shape: str, rounds: int) -> dict:
+    """Ours, then the peer, each in a process of its own: both at once would not fit. Losses are compared afterwards."""
+    from benchmarks.training.worker import TOLERANCE
+
+    base = {"model": str(load.save_models(models, shape, torch.bfloat16)), "shape": shape, "dtype": "bfloat16"}
+    base |= {"megatron": {}, "rounds": rounds, "cases": GPU_BATCHES, "memory": True}
+    found = {side: measure({**base, "sides": [side]}) for side in ("ours", *LIGER)}
+    for ours, theirs in zip(found["ours"], found[LIGER[0]], strict=True):
+        pairs = zip(*(next(iter(c["first_loss_and_gradient_norm"].values())) for c in (ours, theirs)), strict=True)
+        if any(abs(a - b) > TOLERANCE["bfloat16"] * abs(a) for a, b in pairs):
+            theirs["wrong"], theirs["sides"] = list(LIGER), {}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("where", choices=("cpu", "gpu", "schedule"))
+    parser.add_argument("--shape", choices=sorted(set(load.SHAPES) - {"cpu"}), default="qwen2.5-1.5b")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    chosen = parser.parse_args()
+    from benchmarks.training.roof import machine
+
+    with tempfile.TemporaryDirectory() as folder:
+        if chosen.where == "schedule":
+            found = {"schedule": simulate(1_000_000, 1024)}
+        elif chosen.where == "cpu":
+            found = on_cpu(Path(folder), chosen.rounds)
+        else:
+            found = on_gpu(Path(folder), chosen.shape, chosen.rounds)
+    load_average = [round(x, 1) for x in os.getloadavg()]
+    about = {"command": " ".join(["python -m benchmarks.trainer", *sys.argv[1:]]), "machine": machine(),
+             "cores_allowed": len(os.sched_getaffinity(0)), "load_average": load_average}  # fmt: skip
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    path = chosen.out / f"trainer_{chosen.where}_{time.strftime('%Y%m%d_%H%M%S')}.json"
+    path.write_text(json.dumps(about | found, indent=1) + "\n")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

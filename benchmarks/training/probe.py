@@ -1,0 +1,118 @@
+"""What is measured of a round: seconds of phases, busy time of a pipeline stage, peak of memory."""
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import schedules
+
+from lens_megatron.clock import Clock
+from lens_megatron.policy import forward, update
+
+
+@dataclass(slots=True)
+class PhaseClock(Clock):
+    """The trainer's clock, which also counts CPU seconds, and waits for a GPU to finish before it reads."""
+
+    cpu_seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start, cpu = time.perf_counter(), time.process_time()
+        try:
+            yield
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+            self.cpu_seconds[phase] = self.cpu_seconds.get(phase, 0.0) + time.process_time() - cpu
+
+
+class StageProbe:
+    """Seconds that this rank's stage spends in its own forward and backward steps, and in whole pipelined runs.
+
+    Wraps functions of Megatron-Core's schedules by name, in this process. On a GPU each step is waited for, which takes
+    away overlap: rounds with the probe are not those whose seconds are reported.
+    """
+
+    def __init__(self):
+        self.busy: dict[str, float] = {}
+        self.whole: dict[str, float] = {}
+        self.steps: dict[str, int] = {}
+        """Forward steps of this stage: micro-batches x model chunks."""
+        self.phase = ""
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        kept = schedules.forward_step, schedules.backward_step, forward.get_forward_backward_func
+        schedules.forward_step = self._timed(self._counted(schedules.forward_step), lambda: self.busy)
+        schedules.backward_step = self._timed(schedules.backward_step, lambda: self.busy)
+        forward.get_forward_backward_func = lambda: self._run("ref", kept[2]())
+        update.get_forward_backward_func = lambda: self._run("update_actor", kept[2]())
+        try:
+            yield
+        finally:
+            schedules.forward_step, schedules.backward_step = kept[:2]
+            forward.get_forward_backward_func = update.get_forward_backward_func = kept[2]
+
+    def idle_share(self) -> dict[str, float]:
+        """Per phase: share of the pipelined run in which this stage computed nothing."""
+        return {phase: 1 - self.busy.get(phase, 0.0) / whole for phase, whole in self.whole.items()}
+
+    def _counted(self, function: Callable) -> Callable:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.steps[self.phase] = self.steps.get(self.phase, 0) + 1
+            return function(*args, **kwargs)
+
+        return counted
+
+    def _run(self, phase: str, function: Callable) -> Callable:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.phase = phase
+            return self._timed(function, lambda: self.whole)(*args, **kwargs)
+
+        return run
+
+    def _timed(self, function: Callable, into: Callable[[], dict[str, float]]) -> Callable:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            totals = into()
+            totals[self.phase] = totals.get(self.phase, 0.0) + time.perf_counter() - start
+            return result
+
+        return timed
+
+
+def peak_extra_bytes(run: Callable[[], Any], device: torch.device) -> int:
+    """The most that `run` holds beyond what was there before it.
+
+    CUDA: the caching allocator's peak. CPU: the running sum of PyTorch's own allocations as torch.profiler records
+    them, to the byte; scratch memory inside MKL is not in it.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    held = peak = 0
+    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak

@@ -1,0 +1,53 @@
+"""The schedule at scale: samples of a step to ranks and micro-batches, no training. Pure Python, one process."""
+
+import random
+import statistics
+import time
+
+from benchmarks.training.load import lengths
+from lens_megatron import schedule
+
+HIDDEN, BUDGET, ALIGNMENT = 2048, 16384, 4
+"""Qwen2.5-3B; the default token budget; what context parallelism over 2 ranks pads each sample to."""
+
+
+def simulate(samples: int, ranks: int, limit: int = 4096) -> dict:
+    """Deals `samples` of the long tail to `ranks`, and cuts every rank's share into micro-batches.
+
+    Seconds: `deal_s` is what each rank spends, for all samples; of the cut it does its own part, `cut_s_per_rank`.
+    """
+    sizes = [p + r for p, r in lengths("tail", samples, limit)]
+    start = time.perf_counter()
+    shares = schedule.deal(sizes, ranks, HIDDEN)
+    dealt = time.perf_counter()
+    counts = [schedule.fewest([sizes[i] for i in share], BUDGET) for share in shares]
+    needed, seconds, within = max(counts), [], []
+    for share in shares:
+        own = [sizes[i] for i in share]
+        begin = time.perf_counter()
+        parts = schedule.cut(own, BUDGET, needed, HIDDEN)
+        seconds.append(time.perf_counter() - begin)
+        within.append(schedule.imbalance(own, parts, HIDDEN))
+        assert sorted(i for part in parts for i in part) == list(range(len(own)))
+        assert all(len(part) < 2 or sum(own[i] for i in part) <= BUDGET for part in parts)
+    stop = time.perf_counter()
+    neighbours = [range(samples * r // ranks, samples * (r + 1) // ranks) for r in range(ranks)]
+    shuffled = random.Random(0).sample(sizes, samples)
+    padded = sum(-(-n // ALIGNMENT) * ALIGNMENT for n in sizes)
+    return {
+        "samples": samples,
+        "ranks": ranks,
+        "tokens": sum(sizes),
+        "deal_s": round(dealt - start, 3),
+        "deal_and_cut_of_all_ranks_s": round(stop - start, 3),
+        "cut_s_per_rank": round(statistics.median(seconds), 5),
+        "micro_batches_per_rank": needed,
+        "fewest_of_any_rank": min(counts),
+        "imbalance": round(schedule.imbalance(sizes, shares, HIDDEN), 6),
+        "imbalance_without_dealing": round(schedule.imbalance(shuffled, neighbours, HIDDEN), 4),
+        "imbalance_of_micro_batches_median": round(statistics.median(within), 4),
+        "padding_waste": 0.0,
+        "padding_waste_cp2": round(1 - sum(sizes) / padded, 6),
+        "padding_waste_if_padded_to_the_longest": round(1 - sum(sizes) / (max(sizes) * samples), 4),
+        "budget_left_empty": round(1 - sum(sizes) / (needed * ranks * BUDGET), 4),
+    }
