@@ -17,7 +17,7 @@ class LayerSpec(StrEnum):
     TRANSFORMER_ENGINE = "transformer_engine"
     """Where Transformer Engine and a GPU are: flash attention, norms fused into the linear layers."""
     LOCAL = "local"
-    """A GPU without it: lens_megatron.policy.layers, flash attention too; under context parallelism it gathers keys."""
+    """A GPU without it, in bfloat16: lens_megatron.policy.layers, flash attention too; CP gathers keys."""
     LOCAL_CPU = "local_cpu"
     """The same on a CPU: PyTorch's fused attention, one sequence at a time; the norms compute in float32 copies."""
 

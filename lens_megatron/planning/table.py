@@ -84,7 +84,7 @@ def _notes(plan: Plan) -> list[str]:
         f"decoding at {assumed.memory_efficiency:.0%} of the memory bandwidth; links at {assumed.link_efficiency:.0%};",
         f"  mean lengths {assumed.mean_length_share:.0%} of the limits; {assumed.hard_share:.0%} of the prompts hard "
         f"and {assumed.rescued_share:.0%} of the rollouts rescued (LENS).",
-        "Memory of the local layers agrees with CPU allocations (benchmarks/plan_error.py). Transformer Engine's,",
+        "Memory of the local layers agrees with CPU allocations (table in configs/README.md). Transformer Engine's,",
         "the engines, the assumed CUDA part and all seconds have not been measured on a GPU.",
     ]
     lines += [f"NOT YET RUNNABLE: {missing}" for missing in plan.not_yet]
