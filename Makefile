@@ -6,13 +6,21 @@ DEMO_DATA ?= $(HOME)/.cache/lens_megatron/demo
 RUN ?= runs/demo
 IF_EXISTS ?= resume
 ARGS ?=
+BENCH_ARGS ?=
+BENCH_PYTHON ?= $(BIN)/python
+OUT ?= benchmarks/results
+# No dependencies: torch, triton, transformers and einops are there, and verl's and Liger's own pins would move them.
+PEERS := liger-kernel==0.8.5 cut-cross-entropy==25.1.1 fla-core==0.6.0 flash-linear-attention==0.6.0 verl==0.9.1
 
-.PHONY: help setup demo test test-slow lint format clean
+.PHONY: help setup demo test test-slow bench bench-peers bench-gpu lint format clean
 
 help:
 	@echo "make demo            train LENS on CPU, two processes; again: resumes. IF_EXISTS=restart starts over"
 	@echo "make test            lint and all tests but the slow ones"
 	@echo "make test-slow       the slow tests"
+	@echo "make bench           the operators of lens_kernels beside their peers; BENCH_ARGS='-k policy_loss --rounds 9'"
+	@echo "make bench-peers     the libraries that make bench compares with, into $(VENV)"
+	@echo "make bench-gpu       on a GPU, under ten minutes: JSON into OUT; BENCH_PYTHON=python3 does without $(VENV)"
 	@echo "make setup           only the environment, into $(VENV)"
 	@echo "ARGS='section.option=value ...' overrides configs/demo.yaml"
 
@@ -37,6 +45,17 @@ test: setup lint
 
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu"
+
+bench: setup
+	$(BIN)/python -m pip install --quiet -e '.[bench]'
+	$(BIN)/python -m pytest benchmarks --benchmark-only --out $(OUT) $(BENCH_ARGS)
+
+bench-peers: setup
+	$(BIN)/python -m pip install --quiet --no-deps $(PEERS)
+
+# No set-up of its own: it must also run on a machine without network, in the Python that has torch and pytest-benchmark.
+bench-gpu:
+	$(BENCH_PYTHON) -m pytest benchmarks --benchmark-only --device cuda --shapes standard --budget-s 450 --out $(OUT) $(BENCH_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -29,6 +29,7 @@ setup(
     ],
     extras_require={
         "dev": ["pytest==9.2.0", "pytest-benchmark==5.3.1", "hypothesis>=6.170", "ruff==0.17.5"],
+        "bench": ["pytest==9.2.0", "pytest-benchmark==5.3.1", "matplotlib>=3.11"],
         "gpu": ["vllm", "transformer-engine[pytorch]"],
     },
 )

@@ -160,8 +160,8 @@ class OptimizerConfig(Section):
 class TrainConfig(Section):
     steps: int = Field(300, ge=0)
     """Rollout batches to train on."""
-    micro_batch_size: int = Field(8, ge=1)
-    """Sequences per forward-backward pass."""
+    max_tokens_per_micro_batch: int = Field(16384, ge=1)
+    """Prompt and response tokens that one forward-backward pass packs together; a longer sample goes alone."""
     updates_per_batch: int = Field(1, ge=1)
     """Optimizer steps per rollout batch; more than one makes the later ones off-policy."""
     eval_interval: int = Field(20, ge=0)
@@ -186,11 +186,16 @@ class MegatronConfig(Section):
 
     tensor_model_parallel_size: int = Field(1, ge=1)
     pipeline_model_parallel_size: int = Field(1, ge=1)
+    virtual_pipeline_model_parallel_size: int | None = Field(None, ge=2)
+    """Model chunks per pipeline stage (interleaved schedule)."""
+    context_parallel_size: int = Field(1, ge=1)
+    sequence_parallel: bool = False
+    """Divide the rows of norms and residuals among tensor-parallel ranks."""
     use_distributed_optimizer: bool = False
     transformer: dict[str, Any] = {}
     """Fields of megatron.core.transformer.TransformerConfig."""
     ddp: dict[str, Any] = {}
-    """Fields of megatron.core.distributed.DistributedDataParallelConfig."""
+    """Fields of megatron.core.distributed.DistributedDataParallelConfig; overlap_param_gather is refused."""
     optimizer: dict[str, Any] = {}
     """Fields of megatron.core.optimizer.OptimizerConfig."""
 
@@ -245,13 +250,14 @@ class Config(Section):
     def check_world(self, world_size: int) -> None:
         """Raises ConfigError unless `world_size` processes can carry the layout and the batch."""
         tp, pp = self.megatron.tensor_model_parallel_size, self.megatron.pipeline_model_parallel_size
-        if world_size % (tp * pp):
+        cp = self.megatron.context_parallel_size
+        if world_size % (tp * pp * cp):
             raise ConfigError(
                 f"world size {world_size} is not divisible by megatron.tensor_model_parallel_size ({tp}) x "
-                f"megatron.pipeline_model_parallel_size ({pp}) = {tp * pp}; start torchrun with a multiple of "
-                f"{tp * pp} processes or change the layout"
+                f"megatron.pipeline_model_parallel_size ({pp}) x megatron.context_parallel_size ({cp}) = "
+                f"{tp * pp * cp}; start torchrun with a multiple of {tp * pp * cp} processes or change the layout"
             )
-        dp, updates = world_size // (tp * pp), self.train.updates_per_batch
+        dp, updates = world_size // (tp * pp * cp), self.train.updates_per_batch
         if self.rollout.prompts_per_step % (dp * updates):
             raise ConfigError(
                 f"rollout.prompts_per_step ({self.rollout.prompts_per_step}) is not divisible by data-parallel size "

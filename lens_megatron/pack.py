@@ -1,14 +1,22 @@
-"""Samples with their log-probabilities -> padded micro-batches with every weight and denominator filled in. Pure."""
+"""Samples with their log-probabilities -> packed micro-batches with every weight and denominator filled in. Pure."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lens_megatron.algorithms.aggregation import AGGREGATIONS
 from lens_megatron.config import AlgorithmConfig
-from lens_megatron.types import LossScale, MicroBatch, Origin, Sample, SequenceBatch
+from lens_megatron.types import Layout, LossScale, MicroBatch, Origin, Sample, SequenceBatch, TokenTerms
+
+Pair = tuple[tuple[int, ...], tuple[int, ...]]
+"""Token ids of a prompt and of its response."""
+
+
+ONE_RANK = Layout()
 
 
 def count(samples: Sequence[Sample]) -> LossScale:
@@ -16,7 +24,7 @@ def count(samples: Sequence[Sample]) -> LossScale:
     return LossScale(
         response_tokens=sum(len(s.rollout.token_ids) for s in samples),
         sequences=len(samples),
-        rescued_sequences=sum(s.rollout.origin is Origin.RESCUED for s in samples),
+        rescued_sequences=sum(_is_rescued(s) for s in samples),
     )
 
 
@@ -28,98 +36,128 @@ def pack(
     scale: LossScale,
     algorithm: AlgorithmConfig,
     max_response_length: int,
-    micro_batch_size: int,
+    parts: Sequence[Sequence[int]],
     device: torch.device,
+    layout: Layout = ONE_RANK,
 ) -> list[MicroBatch]:
-    """Cuts `samples`, in order, into micro-batches of at most `micro_batch_size` sequences; at least one micro-batch.
+    """Makes a micro-batch of the samples of each of `parts`, which may be empty: a rank must take part in every one.
 
     Args:
+        parts: indices into `samples`, from lens_megatron.schedule.
         old_log_probs: per sample [response tokens] under the prompt that generated it; None marks it on-policy.
         reference_log_probs: per sample [response tokens] under the original prompt; None where no KL is asked for.
         scale: global counts, which make the sum of all micro-batches' losses the loss.
     """
-    rows = [
-        _row(sample, old, reference, scale, algorithm, max_response_length)
-        for sample, old, reference in zip(samples, old_log_probs, reference_log_probs, strict=True)
+    values = list(zip(samples, old_log_probs, reference_log_probs, strict=True))
+    return [
+        _micro_batch([values[i] for i in part], scale, algorithm, max_response_length, device, layout) for part in parts
     ]
-    batches = [rows[i : i + micro_batch_size] for i in range(0, len(rows), micro_batch_size)]
-    return [_stack(batch, device) for batch in batches] or [_empty(device)]
 
 
-def _row(
-    sample: Sample,
-    old: Tensor | None,
-    reference: Tensor | None,
+def make_sequences(pairs: Sequence[Pair], device: torch.device, layout: Layout = ONE_RANK) -> SequenceBatch:
+    """Lays prompts with their responses end to end, padded only as `layout` needs, and takes this rank's part."""
+    bounds, targets, own, positions, inputs, places = [0], [], [], [], [], []
+    for prompt, response in pairs:
+        tokens = torch.tensor(prompt + response, dtype=torch.int64)
+        length = -(-len(tokens) // layout.alignment) * layout.alignment
+        held = _rows_held(length, layout)
+        row_of = torch.full((length,), -1)
+        row_of[held] = bounds[-1] // layout.context_parallel_size + torch.arange(len(held))
+        inputs.append(pad(tokens, (0, length - len(tokens)))[held])
+        places.append(held)
+        predicting = row_of[len(prompt) - 1 : len(tokens) - 1]
+        mine = (predicting >= 0).nonzero()[:, 0]
+        positions.append(predicting[mine])
+        targets.append(tokens[len(prompt) :][mine])
+        own.append(mine + sum(len(earlier) for _, earlier in pairs[: len(bounds) - 1]))
+        bounds.append(bounds[-1] + length)
+    return _extend(
+        SequenceBatch(
+            torch.cat(inputs)[None].to(device),
+            torch.cat(places)[None].to(device),
+            tuple(bounds),
+            torch.cat(targets).to(device),
+            torch.cat(positions).to(device),
+            torch.cat(own).to(device) if layout.context_parallel_size > 1 else None,
+            tuple(len(response) for _, response in pairs),
+        ),
+        layout,
+    )
+
+
+def _rows_held(length: int, layout: Layout) -> Tensor:
+    """Positions of a padded sequence that this context-parallel rank holds: a chunk, and its mirror image."""
+    rank, size = layout.context_parallel_rank, layout.context_parallel_size
+    if size == 1:
+        return torch.arange(length)
+    chunks = torch.arange(length).view(2 * size, -1)
+    return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]])
+
+
+def _extend(batch: SequenceBatch, layout: Layout) -> SequenceBatch:
+    """Adds one sequence of padding if the rows do not divide among sequence-parallel ranks."""
+    missing = -batch.input_ids.shape[1] % layout.sequence_parallel_size
+    if not missing:
+        return batch
+    if missing % 2 and layout.context_parallel_size > 1:
+        missing += layout.sequence_parallel_size  # each context-parallel rank holds two chunks of equal size
+    total = batch.bounds[-1] + missing * layout.context_parallel_size
+    return replace(
+        batch,
+        input_ids=pad(batch.input_ids, (0, missing)),
+        position_ids=pad(batch.position_ids, (0, missing)),
+        bounds=(*batch.bounds, total),
+    )
+
+
+def _micro_batch(
+    values: Sequence[tuple[Sample, Tensor | None, Tensor | None]],
     scale: LossScale,
     algorithm: AlgorithmConfig,
     limit: int,
+    device: torch.device,
+    layout: Layout,
 ) -> MicroBatch:
-    """A micro-batch of one sequence, unpadded."""
-    response = sample.rollout.token_ids
-    rescued = sample.rollout.origin is Origin.RESCUED
-    tokens = torch.tensor(sample.prompt + response)
-    start, length = len(sample.prompt) - 1, len(tokens)
-    targets = torch.full((length,), -1, dtype=torch.int64)
-    targets[start:-1] = tokens[start + 1 :]
+    """Of (sample, old, reference) triples. None at all: a rank without samples still takes part in the collectives."""
+    samples = [sample for sample, _, _ in values]
+    lengths = [len(sample.rollout.token_ids) for sample in samples]
 
-    def spread(values: Tensor | float) -> Tensor:
-        row = torch.zeros(length)
-        row[start:-1] = values
-        return row[None]
+    def spread(numbers: Iterable[Tensor | float], dtype: torch.dtype = torch.float32) -> Tensor:
+        """One number, or one tensor of its tokens, per sample -> [T]."""
+        parts = [torch.as_tensor(x, dtype=dtype).expand(n) for x, n in zip(numbers, lengths, strict=True)]
+        return torch.cat([torch.empty(0, dtype=dtype), *parts]).to(device)
 
-    share = AGGREGATIONS[algorithm.aggregation](len(response), scale, limit)
-    weight, old_values = sample.weight, math.nan if old is None else old
-    if algorithm.ratio_form == "acl" and old is not None:
-        weight, old_values = 1.0, old + math.log(max(sample.weight, 1e-6))
-    imitation = algorithm.imitation_coef / (scale.rescued_sequences * len(response)) if rescued else 0.0
-    return MicroBatch(
-        sequences=SequenceBatch(tokens[None], targets[None]),
-        advantages=spread(sample.advantage),
-        policy_weights=spread(weight * share),
-        kl_weights=spread(algorithm.kl_coef * share),
-        entropy_weights=spread(algorithm.entropy_coef * share),
-        imitation_weights=spread(imitation),
-        old_log_probs=spread(old_values),
-        reference_log_probs=spread(0.0 if reference is None else reference),
-        rescued=torch.tensor([rescued]),
+    shares = [AGGREGATIONS[algorithm.aggregation](length, scale, limit) for length in lengths]
+    weighted = [_weight_and_old(sample, old, algorithm) for sample, old, _ in values]
+    terms = TokenTerms(
+        advantages=spread(sample.advantage for sample in samples),
+        policy_weights=spread(weight * share for (weight, _), share in zip(weighted, shares, strict=True)),
+        kl_weights=spread(algorithm.kl_coef * share for share in shares),
+        entropy_weights=spread(algorithm.entropy_coef * share for share in shares),
+        imitation_weights=spread(_imitation_weight(sample, scale, algorithm) for sample in samples),
+        old_log_probs=spread(old for _, old in weighted),
+        reference_log_probs=spread(0.0 if reference is None else reference for _, _, reference in values),
+        rescued=spread((_is_rescued(sample) for sample in samples), torch.bool),
+        first=spread((sum(lengths[:i]) for i in range(len(lengths))), torch.int64),
     )
+    pairs = [(sample.prompt, sample.rollout.token_ids) for sample in samples]
+    return MicroBatch(make_sequences(pairs or [((0, 0), ())], device, layout), terms)
 
 
-def _stack(rows: Sequence[MicroBatch], device: torch.device) -> MicroBatch:
-    length = max(row.sequences.input_ids.shape[1] for row in rows)
-
-    def join(tensors: list[Tensor], fill: int = 0) -> Tensor:
-        padded = [torch.nn.functional.pad(t, (0, length - t.shape[1]), value=fill) for t in tensors]
-        return torch.cat(padded).to(device)
-
-    return MicroBatch(
-        sequences=SequenceBatch(
-            join([row.sequences.input_ids for row in rows]), join([row.sequences.target_ids for row in rows], fill=-1)
-        ),
-        advantages=join([row.advantages for row in rows]),
-        policy_weights=join([row.policy_weights for row in rows]),
-        kl_weights=join([row.kl_weights for row in rows]),
-        entropy_weights=join([row.entropy_weights for row in rows]),
-        imitation_weights=join([row.imitation_weights for row in rows]),
-        old_log_probs=join([row.old_log_probs for row in rows]),
-        reference_log_probs=join([row.reference_log_probs for row in rows]),
-        rescued=torch.cat([row.rescued for row in rows]).to(device),
-    )
+def _weight_and_old(sample: Sample, old: Tensor | None, algorithm: AlgorithmConfig) -> tuple[float, Tensor | float]:
+    """w~ and log pi_old; in the acl form, w~ divides pi_old instead of multiplying the loss."""
+    if old is None:
+        return sample.weight, math.nan
+    if algorithm.ratio_form == "acl":
+        return 1.0, old + math.log(max(sample.weight, 1e-6))
+    return sample.weight, old
 
 
-def _empty(device: torch.device) -> MicroBatch:
-    """A rank without samples still takes part in the step's collectives."""
-    nothing = torch.zeros(1, 2)
-    ids = torch.zeros(1, 2, dtype=torch.int64)
-    row = MicroBatch(
-        SequenceBatch(ids, ids - 1),
-        nothing,
-        nothing,
-        nothing,
-        nothing,
-        nothing,
-        nothing,
-        nothing,
-        torch.tensor([False]),
-    )
-    return _stack([row], device)
+def _imitation_weight(sample: Sample, scale: LossScale, algorithm: AlgorithmConfig) -> float:
+    if not _is_rescued(sample):
+        return 0.0
+    return algorithm.imitation_coef / (scale.rescued_sequences * len(sample.rollout.token_ids))
+
+
+def _is_rescued(sample: Sample) -> bool:
+    return sample.rollout.origin is Origin.RESCUED

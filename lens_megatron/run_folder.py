@@ -16,8 +16,9 @@ from lens_megatron.tokenizer import Tokenizer
 from lens_megatron.types import Sample, StepResult, TrainingGroup
 
 MAY_CHANGE = ("run.", "debug.", "train.steps", "train.eval_interval", "train.save_", "train.async_save",
-              "train.metric_for_best_model", "train.micro_batch_size", "megatron.tensor_model_parallel_size",
-              "megatron.pipeline_model_parallel_size", "megatron.use_distributed_optimizer",
+              "train.metric_for_best_model", "train.max_tokens_per_micro_batch", "megatron.tensor_model_parallel_size",
+              "megatron.pipeline_model_parallel_size", "megatron.virtual_pipeline_model_parallel_size",
+              "megatron.context_parallel_size", "megatron.sequence_parallel", "megatron.use_distributed_optimizer",
               "reward.workers_per_rank")  # fmt: skip
 """Options that a resumed run may set differently: none of them changes what a step computes, but for rounding."""
 PACKAGES = ("torch", "megatron-core", "mbridge", "transformers", "triton", "math-verify", "vllm", "transformer-engine")

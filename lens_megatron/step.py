@@ -46,6 +46,7 @@ def purified_prompts(run: Run, prompts: Sequence[Prompt], step: int) -> list[Pur
     config = run.config
     if not config.lens.enabled:
         return [None] * len(prompts)
-    scores = prompt_scores(run.policy, [p.token_ids for p in prompts], rows=config.train.micro_batch_size)
+    budget = config.train.max_tokens_per_micro_batch
+    scores = prompt_scores(run.policy, [p.token_ids for p in prompts], max_tokens=budget)
     seeds = [derive(config.run.seed, "ties", step, p.index) for p in prompts]
     return interference.purify_prompts(prompts, scores, config.lens, seeds=seeds, retokenize=run.tokenizer.retokenize)

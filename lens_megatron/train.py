@@ -194,7 +194,8 @@ def _describe(run: Run) -> None:
     parameters = sum(p.numel() for chunk in run.policy.chunks for p in chunk.parameters())
     metrics.say(
         f"{'LENS' if run.config.lens.enabled else 'no purification'}, advantage {run.config.algorithm.advantage}; "
-        f"{mesh.world_size} ranks on {mesh.device.type}: TP{mesh.tp_size} PP{mesh.pp_size} DP{mesh.dp_size}; "
+        f"{mesh.world_size} ranks on {mesh.device.type}: TP{mesh.tp_size} CP{mesh.cp_size} PP{mesh.pp_size} "
+        f"DP{mesh.dp_size}; "
         f"{parameters:,} parameters on rank 0; {run.config.rollout.prompts_per_step} prompts x "
         f"{run.config.rollout.rollouts_per_prompt} rollouts per step; results in {run.config.run.directory}"
     )

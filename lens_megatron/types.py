@@ -2,13 +2,13 @@
 
 Axes, everywhere in the project:
     P  prompts of a step            G  rollouts per prompt          N  samples (sequences) of a step
-    L  tokens of one sequence       B  sequences of a micro-batch   S  padded length of a micro-batch
+    L  tokens of one sequence       B  sequences of a micro-batch   S  rows of a micro-batch, packed
     T  rows given to a kernel       V  vocabulary (or this rank's shard)                D  hidden size
 
 Sequences of token ids are plain tuples until `pack` makes tensors of them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 
 from torch import Tensor
@@ -137,20 +137,50 @@ class LossScale:
 
 
 @dataclass(frozen=True, slots=True)
-class SequenceBatch:
-    """Right-padded sequences to run through the model: prompt followed by response. Row = one sequence."""
+class Layout:
+    """How a rank's part of a packed batch is cut out of it."""
 
-    input_ids: Tensor
-    """[B, S] int64; padding is token 0, which no causal row before it can see."""
-    target_ids: Tensor
-    """[B, S] int64, the next token at every position; -1 where no log-probability is wanted."""
+    context_parallel_rank: int = 0
+    context_parallel_size: int = 1
+    sequence_parallel_size: int = 1
+    """Ranks that divide the packed rows among them; 1 without sequence parallelism."""
+
+    @property
+    def alignment(self) -> int:
+        """Each sequence is padded to a multiple of this: 2 chunks per context-parallel rank, else nothing."""
+        return 1 if self.context_parallel_size == 1 else 2 * self.context_parallel_size
 
 
 @dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """What one forward-backward pass needs. All per-token tensors are [B, S] float32 and aligned with `target_ids`."""
+class SequenceBatch:
+    """Sequences laid end to end, prompt followed by response, and those of their T response tokens asked about.
 
-    sequences: SequenceBatch
+    Under context parallelism a rank holds some of the S rows and asks about t of the T tokens; else t = T.
+    """
+
+    input_ids: Tensor
+    """[1, S] int64; padding is token 0, at the end of sequences, where no causal row looks."""
+    position_ids: Tensor
+    """[1, S] int64, from 0 in each sequence."""
+    bounds: tuple[int, ...]
+    """[B + 1] where the padded sequences begin, before they are cut for context parallelism, and the end."""
+    target_ids: Tensor
+    """[t] int64, the response tokens, sequence after sequence: the only ones whose log-probability is computed."""
+    positions: Tensor
+    """[t] int64, the row whose hidden state predicts each of them."""
+    own: Tensor | None
+    """[t] int64 under context parallelism: which of the T response tokens they are. None: all."""
+    lengths: tuple[int, ...]
+    """[B] how many of the T belong to each sequence."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTerms:
+    """What the loss of a micro-batch's T response tokens is made of, beside their log-probabilities. All [T].
+
+    float32 where nothing else is said; in the order of the micro-batch's `target_ids`.
+    """
+
     advantages: Tensor
     policy_weights: Tensor
     """w~ / denominator: the sum over all micro-batches of all ranks is the loss."""
@@ -161,12 +191,25 @@ class MicroBatch:
     """NaN: on-policy, the ratio is 1 and the old log-probability is the current one, detached."""
     reference_log_probs: Tensor
     rescued: Tensor
-    """[B] bool: rows sampled from the purified prompt."""
+    """bool: tokens sampled from the purified prompt."""
+    first: Tensor
+    """int64, which of the T is the first token of the same response: equal for the tokens of one response."""
+
+    def at(self, part: slice | Tensor) -> "TokenTerms":
+        return TokenTerms(*(getattr(self, field.name)[part] for field in fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """What one forward-backward pass needs."""
+
+    sequences: SequenceBatch
+    terms: TokenTerms
 
     @property
-    def mask(self) -> Tensor:
-        """[B, S] bool: response tokens."""
-        return self.sequences.target_ids >= 0
+    def own_terms(self) -> TokenTerms:
+        """Of the t tokens that this context-parallel rank asks about."""
+        return self.terms if self.sequences.own is None else self.terms.at(self.sequences.own)
 
 
 @dataclass(frozen=True, slots=True)

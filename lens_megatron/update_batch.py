@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lens_megatron import pack
 from lens_megatron.algorithms.objectives import OBJECTIVES
-from lens_megatron.policy.forward import response_log_probs
+from lens_megatron.policy.forward import plan_micro_batches, response_log_probs
 from lens_megatron.policy.model import reference_weights
 from lens_megatron.policy.update import update
 from lens_megatron.run import Run
@@ -67,6 +67,7 @@ def _update_on(
 ) -> UpdateStats:
     config = run.config
     scale = _global_scale(run, pack.count(samples))
+    lengths = [len(sample.prompt) + len(sample.rollout.token_ids) for sample in samples]
     batches = pack.pack(
         samples,
         old_log_probs=old,
@@ -74,8 +75,9 @@ def _update_on(
         scale=scale,
         algorithm=config.algorithm,
         max_response_length=config.rollout.max_response_length,
-        micro_batch_size=config.train.micro_batch_size,
+        parts=plan_micro_batches(run.policy, lengths, config.train.max_tokens_per_micro_batch) or [[]],
         device=run.mesh.device,
+        layout=run.policy.layout,
     )
     objective = OBJECTIVES[config.algorithm.ratio]
     return update(run.policy, batches, scale, objective, config.algorithm, config.rollout.temperature)
@@ -84,7 +86,10 @@ def _update_on(
 def _log_probs(run: Run, pairs: list) -> list[Tensor]:
     config = run.config
     return response_log_probs(
-        run.policy, pairs, rows=config.train.micro_batch_size, temperature=config.rollout.temperature
+        run.policy,
+        pairs,
+        max_tokens=config.train.max_tokens_per_micro_batch,
+        temperature=config.rollout.temperature,
     )
 
 

@@ -68,10 +68,16 @@ def _count(mask: Tensor, prompt: Tensor, prompts: int) -> Tensor:
 
 def _ceil_ratio(ratio: float, count: Tensor) -> Tensor:
     """ceil(ratio * count) of the decimal the caller wrote: 0.07 * 100 is 7, in floating point it would become 8."""
+    numerator, denominator = _as_fraction(ratio)
+    return (count * numerator + denominator - 1) // denominator
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace Fraction
+def _as_fraction(ratio: float) -> tuple[int, int]:
     exact = Fraction(repr(float(ratio))).limit_denominator(_FINEST_RATIO)
     if ratio > 0:
         exact = max(exact, Fraction(1, _FINEST_RATIO))
-    return (count * exact.numerator + exact.denominator - 1) // exact.denominator
+    return exact.numerator, exact.denominator
 
 
 def _check(scores: Tensor, cu_seqlens: Tensor, ratio: float, eligible: Tensor | None, min_score: float) -> None:

@@ -1,89 +1,99 @@
-"""Logits of a micro-batch -> its loss. Registry `OBJECTIVES`, keyed by `algorithm.ratio`; an entry is a pure function.
+"""Statistics of a micro-batch's tokens -> their losses. Registry `OBJECTIVES`, keyed by `algorithm.ratio`.
 
-The vocabulary-sized work is `lens_kernels`'; what stands here works on one number per token.
+An objective sees one log-probability and one entropy per token; the LM head and everything else of vocabulary size is
+`lens_kernels`', which differentiates whatever stands here. A new algorithm is a function of [T] tensors and an entry.
 """
 
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from lens_kernels import PolicyLoss, policy_loss, token_logprobs
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from lens_megatron.config import AlgorithmConfig
-from lens_megatron.types import MicroBatch
+from lens_megatron.types import TokenTerms
 
 LOG_RATIO_LIMIT = 20.0
+K3_LIMIT = 10.0
 
 
-class Objective(Protocol):
-    """Loss = sum over response tokens of policy_weight * clipped surrogate + kl_weight * k3 - entropy_weight * H."""
+class TokenLosses(NamedTuple):
+    """All [T] float32."""
 
-    def __call__(
-        self,
-        logits: Tensor,
-        batch: MicroBatch,
-        algorithm: AlgorithmConfig,
-        *,
-        temperature: float,
-        valid_vocab_size: int,
-        tp_group: ProcessGroup | None,
-    ) -> PolicyLoss: ...
+    losses: Tensor
+    """Their sum is the micro-batch's loss. Under autograd."""
+    ratio: Tensor
+    clipped: Tensor
+    """1.0 where a clip holds."""
+    kl: Tensor
 
 
-def token_ratio(logits, batch, algorithm, *, temperature, valid_vocab_size, tp_group) -> PolicyLoss:
-    """CRPO / GRPO with a ratio per token (LENS, eq. 7): one fused operator."""
-    shared = {"temperature": temperature, "valid_vocab_size": valid_vocab_size, "tp_group": tp_group}
-    result = policy_loss(
-        logits,
-        batch.sequences.target_ids,
-        old_logprobs=batch.old_log_probs,
-        advantages=batch.advantages,
-        reference_logprobs=batch.reference_log_probs if algorithm.kl_coef else None,
-        policy_weights=batch.policy_weights,
-        kl_weights=batch.kl_weights if algorithm.kl_coef else None,
-        entropy_weights=batch.entropy_weights if algorithm.entropy_coef else None,
-        clip_low=algorithm.clip_low,
-        clip_high=algorithm.clip_high,
-        dual_clip=algorithm.dual_clip,
-        **shared,
-    )
-    if not algorithm.imitation_coef:
-        return result
-    log_probs = token_logprobs(logits, batch.sequences.target_ids, **shared)
-    return result._replace(loss=result.loss - (batch.imitation_weights * log_probs).sum())
+LossFunction = Callable[[Tensor, Tensor, TokenTerms, AlgorithmConfig], TokenLosses]
+"""(log-probabilities [T], entropies [T], terms, algorithm) -> losses."""
 
 
-def sequence_ratio(logits, batch, algorithm, *, temperature, valid_vocab_size, tp_group) -> PolicyLoss:
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """How the head computes it: `fused` if that gives arguments, else `losses`, chunk by chunk or all at once."""
+
+    losses: LossFunction
+    whole_sequences: bool = False
+    """True: a token's loss depends on other tokens of its response, so the T tokens cannot be cut into chunks."""
+    fused: Callable[[TokenTerms, AlgorithmConfig], dict[str, Any] | None] | None = None
+    """Arguments with which the built-in loss of `lens_kernels.linear_policy_loss` is the same; None: it is not."""
+
+
+def token_ratio(log_probs: Tensor, entropy: Tensor, terms: TokenTerms, algorithm: AlgorithmConfig) -> TokenLosses:
+    """CRPO / GRPO with a ratio per token (LENS, eq. 7)."""
+    return clipped_loss(_log_ratio(log_probs, terms), log_probs, entropy, terms, algorithm)
+
+
+def crpo_arguments(terms: TokenTerms, algorithm: AlgorithmConfig) -> dict[str, Any] | None:
+    """`token_ratio` as lens_kernels' fused loss, which has no imitation term."""
+    if algorithm.imitation_coef:
+        return None
+    return {
+        "old_logprobs": terms.old_log_probs,
+        "advantages": terms.advantages,
+        "reference_logprobs": terms.reference_log_probs if algorithm.kl_coef else None,
+        "policy_weights": terms.policy_weights,
+        "kl_weights": terms.kl_weights if algorithm.kl_coef else None,
+        "entropy_weights": terms.entropy_weights if algorithm.entropy_coef else None,
+        "clip_low": algorithm.clip_low,
+        "clip_high": algorithm.clip_high,
+        "dual_clip": algorithm.dual_clip,
+    }
+
+
+def sequence_ratio(log_probs: Tensor, entropy: Tensor, terms: TokenTerms, algorithm: AlgorithmConfig) -> TokenLosses:
     """One ratio per response: the product over its tokens, or their geometric mean (GSPO's form).
 
     It becomes the token form by giving every token of a response the same log-ratio, with the gradient of the response.
     """
-    mask = batch.mask
-    log_probs, entropy = token_logprobs(
-        logits,
-        batch.sequences.target_ids,
-        temperature=temperature,
-        valid_vocab_size=valid_vocab_size,
-        tp_group=tp_group,
-        return_entropy=True,
-    )
-    old = torch.where(batch.old_log_probs.isnan(), log_probs.detach(), batch.old_log_probs)
-    summed = torch.where(mask, log_probs - old, 0).sum(1, keepdim=True)
+    log_ratio = _sum_per_response(_log_ratio(log_probs, terms), terms)
     if algorithm.ratio == "sequence_geometric":
-        summed = summed / mask.sum(1, keepdim=True).clamp(min=1)
-    ratio = summed.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp().expand_as(log_probs)
-    surrogate, clipped = clipped_surrogate(ratio, batch.advantages, algorithm)
-    shift = torch.where(mask, batch.reference_log_probs - log_probs, 0).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    kl = torch.expm1(shift) - shift
-    per_token = (
-        batch.policy_weights * surrogate
-        + batch.kl_weights * kl
-        - batch.entropy_weights * entropy
-        - batch.imitation_weights * log_probs
+        log_ratio = log_ratio / _sum_per_response(torch.ones_like(log_ratio), terms)
+    return clipped_loss(log_ratio, log_probs, entropy, terms, algorithm)
+
+
+def clipped_loss(
+    log_ratio: Tensor, log_probs: Tensor, entropy: Tensor, terms: TokenTerms, algorithm: AlgorithmConfig
+) -> TokenLosses:
+    """policy_weight * clipped surrogate + kl_weight * k3 - entropy_weight * H - imitation_weight * log p, per token."""
+    ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    surrogate, clipped = clipped_surrogate(ratio, terms.advantages, algorithm)
+    kl = torch.zeros_like(log_probs)
+    if algorithm.kl_coef:
+        shift = (terms.reference_log_probs - log_probs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        kl = (torch.expm1(shift) - shift).clamp(max=K3_LIMIT)
+    losses = (
+        terms.policy_weights * surrogate
+        + terms.kl_weights * kl
+        - terms.entropy_weights * entropy
+        - terms.imitation_weights * log_probs
     )
-    loss = torch.where(mask, per_token, 0).sum()
-    return PolicyLoss(loss, log_probs.detach(), ratio.detach(), clipped, kl.detach(), entropy.detach())
+    return TokenLosses(losses, ratio, clipped, kl)
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor]:
@@ -98,8 +108,18 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, algorithm: AlgorithmCon
     return loss, clipped.float()
 
 
+def _log_ratio(log_probs: Tensor, terms: TokenTerms) -> Tensor:
+    """log pi - log pi_old per token; exactly 0, with the gradient of log pi, where the token is on-policy."""
+    return log_probs - torch.where(terms.old_log_probs.isnan(), log_probs.detach(), terms.old_log_probs)
+
+
+def _sum_per_response(values: Tensor, terms: TokenTerms) -> Tensor:
+    """[T] -> [T], at every token the sum over the tokens of its response."""
+    return torch.zeros_like(values).index_add(0, terms.first, values)[terms.first]
+
+
 OBJECTIVES: dict[str, Objective] = {
-    "token": token_ratio,
-    "sequence": sequence_ratio,
-    "sequence_geometric": sequence_ratio,
+    "token": Objective(token_ratio, fused=crpo_arguments),
+    "sequence": Objective(sequence_ratio, whole_sequences=True),
+    "sequence_geometric": Objective(sequence_ratio, whole_sequences=True),
 }

@@ -15,6 +15,8 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
+from lens_megatron.policy.layers import use_own_layers
+
 FAMILIES = ("llama", "qwen2", "qwen3")
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What Megatron-Core's RotaryEmbedding hard-codes for scaled rope."""
@@ -63,17 +65,18 @@ def _check_rope(path: str, rope: dict) -> None:
             raise ModelError(f"model.path {path}: llama3 rope with {key}={rope.get(key)}; supported: {value}")
 
 
-def build_bridge(hf_config: PretrainedConfig, dtype: torch.dtype, tp_size: int) -> Bridge:
+def build_bridge(
+    hf_config: PretrainedConfig, dtype: torch.dtype, tp_size: int, sequence_parallel: bool = False
+) -> Bridge:
     """A bridge whose `config` (TransformerConfig) fits this machine. Needs Megatron's parallel state."""
     family = _MODEL_REGISTRY[hf_config.model_type]
     local = not transformer_engine_available()
     bridge_class = type(f"Lens{family.__name__}", (_LensBridge, family), {"local_spec": local})
     padding = tp_size if hf_config.vocab_size % tp_size else None
     bridge = bridge_class(hf_config, dtype=dtype, make_vocab_size_divisible_by=padding)
-    extra = {"calculate_per_token_loss": True}
+    extra = {"calculate_per_token_loss": True, "sequence_parallel": sequence_parallel}
     if local:
         extra |= {
-            "sequence_parallel": False,
             "masked_softmax_fusion": False,
             "bias_activation_fusion": False,
             "bias_dropout_fusion": False,
@@ -104,7 +107,8 @@ class _LensBridge:
 
     def _get_transformer_layer_spec(self, vp_stage: int | None = None):
         self.has_vp_stage = True
-        return get_gpt_decoder_block_spec(self.config, use_transformer_engine=not self.local_spec, vp_stage=vp_stage)
+        spec = get_gpt_decoder_block_spec(self.config, use_transformer_engine=not self.local_spec, vp_stage=vp_stage)
+        return use_own_layers(spec) if self.local_spec else spec
 
     def _get_gptmodel_args(self) -> dict:
         rope = dict(self.hf_config.rope_parameters)

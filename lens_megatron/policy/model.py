@@ -18,8 +18,23 @@ from torch import Tensor
 from lens_megatron.config import Config, ConfigError
 from lens_megatron.policy.hf_weights import build_bridge, import_weights, read_hf_config
 from lens_megatron.policy.parallel import Mesh
+from lens_megatron.types import Layout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class HiddenStatesModel(GPTModel):
+    """A GPTModel whose last stage returns hidden states, after the final norm; `policy.head` does what follows."""
+
+    def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        """[S, B, D]; under sequence parallelism [S/tp, B, D], this rank's part."""
+        return hidden_states
+
+    def head_weight(self) -> torch.nn.Parameter:
+        """[V/tp, D] on the last stage: the embedding's weight if they are tied, else the head's own."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
 
 
 @dataclass(slots=True)
@@ -42,7 +57,13 @@ class Policy:
         """Without padding: columns at and beyond it are not tokens."""
         return self.bridge.hf_config.vocab_size
 
-    def models(self) -> list[GPTModel]:
+    @property
+    def layout(self) -> Layout:
+        """How this rank's part of a packed batch is cut."""
+        shared = self.mesh.tp_size if self.bridge.config.sequence_parallel else 1
+        return Layout(self.mesh.cp_rank, self.mesh.cp_size, shared)
+
+    def models(self) -> list[HiddenStatesModel]:
         return unwrap_model(self.chunks)
 
 
@@ -54,14 +75,14 @@ def build_policy(config: Config, mesh: Mesh) -> Policy:
     """
     hf_config = read_hf_config(config.model.path)
     check_layout(config, hf_config)
-    bridge = build_bridge(hf_config, DTYPES[config.model.dtype], mesh.tp_size)
+    bridge = build_bridge(hf_config, DTYPES[config.model.dtype], mesh.tp_size, config.megatron.sequence_parallel)
     _set_passthrough(bridge, config.megatron.transformer)
     models = _build_models(bridge, mesh)
     needs_reference = config.algorithm.kl_coef > 0 or config.lens.enabled
     reference = None
     if needs_reference:
         import_weights(bridge, models, config.model.reference_path or config.model.path)
-        reference = {name: _pinned_copy(p) for name, p in models[0].named_parameters()}
+        reference = {name: _pinned_copy(p) for name, p in named_parameters(models)}
     if not needs_reference or config.model.reference_path:
         import_weights(bridge, models, config.model.path)
     chunks = [_wrap(model, config) for model in models]
@@ -86,6 +107,22 @@ def check_layout(config: Config, hf_config: Any) -> None:
             f"megatron.pipeline_model_parallel_size ({pp}) does not divide the model's num_hidden_layers "
             f"({hf_config.num_hidden_layers}); choose a divisor"
         )
+    vp = config.megatron.virtual_pipeline_model_parallel_size
+    if vp and pp == 1:
+        raise ConfigError(
+            f"megatron.virtual_pipeline_model_parallel_size ({vp}) interleaves the stages of a pipeline, but "
+            f"megatron.pipeline_model_parallel_size is 1; raise that to 2 or more, or leave this empty"
+        )
+    if vp and hf_config.num_hidden_layers % (pp * vp):
+        raise ConfigError(
+            f"megatron.pipeline_model_parallel_size ({pp}) x megatron.virtual_pipeline_model_parallel_size ({vp}) = "
+            f"{pp * vp} does not divide the model's num_hidden_layers ({hf_config.num_hidden_layers}); choose divisors"
+        )
+    if config.megatron.sequence_parallel and tp == 1:
+        raise ConfigError(
+            "megatron.sequence_parallel divides rows among tensor-parallel ranks, but "
+            "megatron.tensor_model_parallel_size is 1; raise that to 2 or more, or set sequence_parallel to false"
+        )
     length = config.data.max_prompt_length + config.rollout.max_response_length
     if length > hf_config.max_position_embeddings:
         raise ConfigError(
@@ -100,7 +137,7 @@ def reference_weights(policy: Policy) -> Iterator[None]:
     """Within the block the model computes with the reference policy's weights."""
     if policy.reference is None:
         raise RuntimeError("this policy was built without a reference; set algorithm.kl_coef > 0 or lens.enabled")
-    parameters = dict(policy.models()[0].named_parameters())
+    parameters = dict(named_parameters(policy.models()))
     kept = {name: parameter.data for name, parameter in parameters.items()}
     try:
         for name, parameter in parameters.items():
@@ -109,6 +146,13 @@ def reference_weights(policy: Policy) -> Iterator[None]:
     finally:
         for name, parameter in parameters.items():
             parameter.data = kept[name]
+
+
+def named_parameters(models: list[HiddenStatesModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Of all chunks of this rank's stage; names of chunks after the first tell which."""
+    for chunk, model in enumerate(models):
+        for name, parameter in model.named_parameters():
+            yield f"chunk{chunk}.{name}" if chunk else name, parameter
 
 
 def _pinned_copy(parameter: Tensor) -> Tensor:
@@ -123,10 +167,21 @@ def _set_passthrough(bridge: Bridge, options: dict[str, Any]) -> None:
         raise ConfigError(f"megatron.transformer: Megatron-Core refuses {options}: {error}") from error
 
 
-def _build_models(bridge: Bridge, mesh: Mesh) -> list[GPTModel]:
-    provider = bridge._model_provider([])
-    model = provider(pre_process=mesh.pp_rank == 0, post_process=mesh.is_last_stage)
-    return [model.to(device=mesh.device, dtype=bridge.dtype)]
+def _build_models(bridge: Bridge, mesh: Mesh) -> list[HiddenStatesModel]:
+    def return_hidden_states(model: GPTModel, **_: Any) -> None:
+        model.__class__ = HiddenStatesModel  # mbridge takes no class of model; ours adds methods only
+
+    provider = bridge._model_provider([return_hidden_states])
+    stages = range(mesh.vp_size) if mesh.vp_size > 1 else [None]
+    models = [
+        provider(
+            pre_process=mesh.pp_rank == 0 and not stage,
+            post_process=mesh.is_last_stage and stage in (None, mesh.vp_size - 1),
+            vp_stage=stage,
+        )
+        for stage in stages
+    ]
+    return [model.to(device=mesh.device, dtype=bridge.dtype) for model in models]
 
 
 def _wrap(model: GPTModel, config: Config) -> DistributedDataParallel:
@@ -135,11 +190,18 @@ def _wrap(model: GPTModel, config: Config) -> DistributedDataParallel:
         "use_distributed_optimizer": config.megatron.use_distributed_optimizer,
         **config.megatron.ddp,
     }
+    if options.get("overlap_param_gather"):
+        raise ConfigError(
+            "megatron.ddp.overlap_param_gather: the engine's weights and the head are read outside the modules whose "
+            "forward would wait for the gather; leave it false"
+        )
     try:
         ddp_config = DistributedDataParallelConfig(**options)
     except TypeError as error:
         raise ConfigError(f"megatron.ddp: {error}") from error
-    return DistributedDataParallel(model.config, ddp_config, model)
+    # Later chunks of a stage in one bucket, as Megatron-LM does: their gradients become ready together.
+    later = bool(model.vp_stage)
+    return DistributedDataParallel(model.config, ddp_config, model, disable_bucketing=later)
 
 
 def _build_optimizer(config: Config, chunks: list[torch.nn.Module]) -> MegatronOptimizer:

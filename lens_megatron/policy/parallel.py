@@ -12,7 +12,7 @@ from lens_megatron.config import MegatronConfig
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """Where this rank stands. Model-parallel group: the ranks that together hold one copy of the policy."""
+    """Where this rank stands. Model-parallel group: the ranks that work on the same samples together (TP x CP x PP)."""
 
     rank: int
     world_size: int
@@ -20,6 +20,10 @@ class Mesh:
     tp_size: int
     pp_rank: int
     pp_size: int
+    vp_size: int
+    """Model chunks per pipeline stage."""
+    cp_rank: int
+    cp_size: int
     dp_rank: int
     dp_size: int
     model_rank: int
@@ -27,7 +31,9 @@ class Mesh:
     model_size: int
     tp_group: ProcessGroup
     pp_group: ProcessGroup
+    cp_group: ProcessGroup
     dp_group: ProcessGroup
+    dp_cp_group: ProcessGroup
     model_group: ProcessGroup
     device: torch.device
 
@@ -46,10 +52,12 @@ def build_mesh(layout: MegatronConfig, seed: int, device: torch.device) -> Mesh:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+        context_parallel_size=layout.context_parallel_size,
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
-    model_group = parallel_state.get_model_parallel_group()
+    model_group = _group_of_equal(parallel_state.get_data_parallel_rank(), device)
     return Mesh(
         rank=torch.distributed.get_rank(),
         world_size=torch.distributed.get_world_size(),
@@ -57,16 +65,29 @@ def build_mesh(layout: MegatronConfig, seed: int, device: torch.device) -> Mesh:
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        vp_size=layout.virtual_pipeline_model_parallel_size or 1,
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel_state.get_context_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         model_rank=torch.distributed.get_rank(model_group),
         model_size=torch.distributed.get_world_size(model_group),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        cp_group=parallel_state.get_context_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
+        dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         model_group=model_group,
         device=device,
     )
+
+
+def _group_of_equal(number: int, device: torch.device) -> ProcessGroup:
+    """The group of all ranks that pass the same number. A collective over the world."""
+    numbers = torch.empty(torch.distributed.get_world_size(), dtype=torch.int64, device=device)
+    torch.distributed.all_gather_into_tensor(numbers, torch.tensor([number], device=device))
+    groups = [(numbers == value).nonzero()[:, 0].tolist() for value in numbers.unique().tolist()]
+    return torch.distributed.new_subgroups_by_enumeration(groups)[0]
 
 
 def shut_down() -> None:

@@ -12,8 +12,9 @@ from torch import Tensor
 from lens_megatron.algorithms.objectives import Objective
 from lens_megatron.config import AlgorithmConfig
 from lens_megatron.policy.forward import model_output
+from lens_megatron.policy.head import micro_batch_loss
 from lens_megatron.policy.model import Policy
-from lens_megatron.types import LossScale, MicroBatch, UpdateStats
+from lens_megatron.types import LossScale, MicroBatch, TokenTerms, UpdateStats
 
 SUMS = 9
 """Length of the vector of sums that `_sums` makes of a micro-batch."""
@@ -61,52 +62,42 @@ def _forward_backward(
     def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module, *_: object):
         batch = next(iterator)
 
-        def loss_function(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            result = objective(
-                logits,
-                batch,
-                algorithm,
-                temperature=temperature,
-                valid_vocab_size=policy.vocab_size,
-                tp_group=policy.mesh.tp_group,
-            )
+        def loss_function(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            result = micro_batch_loss(policy, hidden, batch, objective, algorithm, temperature)
             # Megatron divides the loss in place, so the metric must not share its storage.
-            return result.loss, torch.tensor(1, dtype=torch.int), _sums(result, batch)
+            return result.loss, torch.tensor(1, dtype=torch.int), _sums(result, batch.own_terms)
 
-        return model_output(model, batch.sequences), loss_function
+        return model_output(policy, model, batch.sequences), loss_function
 
-    shape = batches[0].sequences.input_ids.shape
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=[iter(batches) for _ in policy.chunks],
         model=policy.chunks,
         num_microbatches=len(batches),
-        seq_length=shape[1],
-        micro_batch_size=shape[0],
+        seq_length=batches[0].sequences.input_ids.shape[1],
+        micro_batch_size=1,
         forward_only=False,
     )
 
 
-def _sums(result: PolicyLoss, batch: MicroBatch) -> Tensor:
+def _sums(result: PolicyLoss, terms: TokenTerms) -> Tensor:
     """[SUMS + 2] float64: sums over the micro-batch's response tokens, then max of -ratio and of ratio (native)."""
-    mask = batch.mask
-    rescued = mask & batch.rescued[:, None]
-    native = mask & ~batch.rescued[:, None]
+    rescued, native = terms.rescued, ~terms.rescued
     log_ratio = result.ratio.log()
-    kl_loss = (batch.kl_weights * result.kl)[mask].sum() if result.kl is not None else result.loss.new_zeros(())
     sums = [
         result.loss.detach(),
-        kl_loss,
-        result.kl[mask].sum() if result.kl is not None else result.loss.new_zeros(()),
-        result.entropy[mask].sum() if result.entropy is not None else result.loss.new_zeros(()),
-        -log_ratio[native].sum(),
-        result.clipped[native].sum(),
-        result.clipped[rescued].sum(),
-        log_ratio[rescued].abs().sum(),
+        (terms.kl_weights * result.kl).sum(),
+        result.kl.sum(),
+        result.entropy.sum(),
+        -(log_ratio * native).sum(),
+        (result.clipped * native).sum(),
+        (result.clipped * rescued).sum(),
+        (log_ratio * rescued).abs().sum(),
         native.sum(),
     ]
-    ratios = result.ratio[native]
-    extremes = [-ratios.min(), ratios.max()] if ratios.numel() else [ratios.new_tensor(-math.inf)] * 2
+    extremes = [torch.full_like(result.loss, -math.inf)] * 2
+    if native.numel():  # of a tensor without elements there is no maximum
+        extremes = [torch.where(native, ratio, -math.inf).max() for ratio in (-result.ratio, result.ratio)]
     return torch.stack([value.double() for value in (*sums, *extremes)])
 
 
@@ -117,8 +108,8 @@ def _reduce(policy: Policy, vectors: list[Tensor]) -> tuple[Tensor, Tensor]:
     if mesh.is_last_stage:
         stacked = torch.stack(vectors)
         sums, extremes = stacked[:, :SUMS].sum(0), stacked[:, SUMS:].amax(0)
-        torch.distributed.all_reduce(sums, group=mesh.dp_group)
-        torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MAX, group=mesh.dp_group)
+        torch.distributed.all_reduce(sums, group=mesh.dp_cp_group)
+        torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MAX, group=mesh.dp_cp_group)
     if mesh.pp_size > 1:
         torch.distributed.broadcast(sums, src=mesh.last_stage_rank, group=mesh.pp_group)
         torch.distributed.broadcast(extremes, src=mesh.last_stage_rank, group=mesh.pp_group)

@@ -70,8 +70,9 @@ def test_gradient_packed_into_the_logits(columns, with_entropy):
     assert packed[2].eq(0).all() and packed[:, -1].eq(0).all()
 
 
+@pytest.mark.parametrize("start", ["logits", "hidden states"])
 @pytest.mark.usefixtures("backend")
-def test_operators_under_torch_compile():
+def test_losses_under_torch_compile(start):
     """Whole graph, no break, and equal results; on the interpreter there is nothing to compile."""
     if os.environ["LENS_KERNELS_BACKEND"] == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("interpreted kernels cannot be traced")
@@ -81,11 +82,30 @@ def test_operators_under_torch_compile():
         loss = lens_kernels.policy_loss(logits, ids, advantages=1.0, entropy_weights=0.1, old_logprobs=None).loss
         return loss + lens_kernels.token_logprobs(logits, ids, temperature=0.7).sum()
 
+    def from_hidden_states(hidden, weight, ids):
+        before = lens_kernels.linear_token_logprobs(hidden, weight, ids)
+        loss = lens_kernels.linear_policy_loss(hidden, weight, ids, advantages=1.0).loss
+        return loss + before.sum()
+
     hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     ids = torch.tensor([0, 49, -1, 3, 3, 7])
+    step = {"logits": step, "hidden states": from_hidden_states}[start]
     expected = step(hidden, weight, ids)
     wanted = torch.autograd.grad(expected, (hidden, weight))
-    actual = torch.compile(step, fullgraph=True)(hidden, weight, ids)
+    backend = "inductor" if hidden.is_cuda else "aot_eager"  # on a CPU inductor takes a minute of C++ compilation
+    actual = torch.compile(step, fullgraph=True, backend=backend)(hidden, weight, ids)
     torch.testing.assert_close(actual, expected)
     for mine, theirs in zip(torch.autograd.grad(actual, (hidden, weight)), wanted, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_scores_and_selection_under_torch_compile():
+    def step(policy, reference, ids, bounds):
+        scores = lens_kernels.interference_scores(policy, ids, reference_logits=reference)
+        return lens_kernels.select_interference_tokens(scores, bounds, ratio=0.07)
+
+    given = torch.randn(10, 50), torch.randn(10, 50), torch.arange(10), torch.tensor([0, 4, 10])
+    for actual, expected in zip(
+        torch.compile(step, fullgraph=True, backend="aot_eager")(*given), step(*given), strict=True
+    ):
+        assert actual.equal(expected)

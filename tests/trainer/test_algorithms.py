@@ -9,16 +9,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lens_kernels import linear_policy_loss, linear_token_logprobs
 from records import PROMPT, group, rollout, sample
 
 from lens_megatron import pack, samples
 from lens_megatron.algorithms.advantages import crpo, grpo, weighted_advantages
 from lens_megatron.algorithms.aggregation import AGGREGATIONS
-from lens_megatron.algorithms.objectives import clipped_surrogate, sequence_ratio, token_ratio
+from lens_megatron.algorithms.objectives import OBJECTIVES, clipped_surrogate, sequence_ratio, token_ratio
 from lens_megatron.config import AlgorithmConfig, LensConfig
 from lens_megatron.interference import purify_prompts, select
 from lens_megatron.purify import is_hard, merge
-from lens_megatron.types import LossScale, Origin, TrainingGroup
+from lens_megatron.types import LossScale, Origin, TokenTerms, TrainingGroup
 
 ALGORITHM = AlgorithmConfig()
 LENS = LensConfig()
@@ -183,13 +184,7 @@ def test_clipped_surrogate_and_dual_clip():
     assert clipped.tolist() == [1.0, 1.0, 0.0, 1.0]
 
 
-def logits_with(log_probs: list[float]) -> torch.Tensor:
-    """[1, S, 2] logits whose token 1 has the given log-probabilities."""
-    p = torch.tensor(log_probs, dtype=torch.float64).exp()
-    return torch.stack([(1 - p).log(), p.log()], -1)[None].float()
-
-
-def rescued_batch(old: list[float], advantage: float, weight: float, algorithm: AlgorithmConfig):
+def rescued_terms(old: list[float], advantage: float, weight: float, algorithm: AlgorithmConfig) -> TokenTerms:
     row = sample(rollout(True, Origin.RESCUED, tokens=(1, 1, 1)), advantage, weight)
     row = replace(row, prompt=(1,), generation_prompt=(1,))
     return pack.pack(
@@ -199,53 +194,144 @@ def rescued_batch(old: list[float], advantage: float, weight: float, algorithm: 
         scale=LossScale(3, 1, 1),
         algorithm=algorithm,
         max_response_length=3,
-        micro_batch_size=1,
+        parts=[[0]],
         device=torch.device("cpu"),
-    )[0]
+    )[0].terms
+
+
+NEW = torch.tensor([-0.5, -2.0, -0.1])
+"""log pi of the worked example's rescued row, whose old log-probabilities are -0.6, -1.2, -0.1."""
 
 
 def test_the_rescued_row_of_the_worked_example():
     # rho = [1.105171, .449329, 1], A = .904534, w~ = .75 -> loss -.577658
     algorithm = AlgorithmConfig(aggregation="seq-mean-token-mean", kl_coef=0.0)
-    batch = rescued_batch([-0.6, -1.2, -0.1], 0.904534, 0.75, algorithm)
-    logits = logits_with([-0.5, -2.0, -0.1, -1.0])
-    result = token_ratio(logits, batch, algorithm, temperature=1.0, valid_vocab_size=2, tp_group=None)
-    assert float(result.loss) == pytest.approx(-0.577658, abs=1e-6)
-    assert result.ratio[0, :3].tolist() == pytest.approx([1.105171, 0.449329, 1.0], abs=1e-6)
+    terms = rescued_terms([-0.6, -1.2, -0.1], 0.904534, 0.75, algorithm)
+    result = token_ratio(NEW, torch.zeros(3), terms, algorithm)
+    assert float(result.losses.sum()) == pytest.approx(-0.577658, abs=1e-6)
+    assert result.ratio.tolist() == pytest.approx([1.105171, 0.449329, 1.0], abs=1e-6)
 
 
 @pytest.mark.parametrize(("form", "ratio"), [("sequence", 0.496585), ("sequence_geometric", 0.791890)])
 def test_sequence_ratios_of_the_worked_example(form, ratio):
     algorithm = AlgorithmConfig(aggregation="seq-mean-token-mean", kl_coef=0.0, ratio=form)
-    batch = rescued_batch([-0.6, -1.2, -0.1], 0.904534, 0.75, algorithm)
-    logits = logits_with([-0.5, -2.0, -0.1, -1.0]).requires_grad_()
-    result = sequence_ratio(logits, batch, algorithm, temperature=1.0, valid_vocab_size=2, tp_group=None)
-    assert result.ratio[0, 0] == pytest.approx(ratio, abs=1e-6)
-    assert float(result.loss) == pytest.approx(-0.75 * 0.904534 * ratio, abs=1e-6)
-    result.loss.backward()
-    # d loss / d logp_t = -w A ratio / |y| (geometric) or that times |y| (product); through log-softmax of two columns
+    terms = rescued_terms([-0.6, -1.2, -0.1], 0.904534, 0.75, algorithm)
+    log_probs = NEW.clone().requires_grad_()
+    result = sequence_ratio(log_probs, torch.zeros(3), terms, algorithm)
+    assert result.ratio.tolist() == pytest.approx([ratio] * 3, abs=1e-6)
+    assert result.losses.sum().item() == pytest.approx(-0.75 * 0.904534 * ratio, abs=1e-6)
+    result.losses.sum().backward()
+    # d loss / d logp_t = -w A ratio / |y| (geometric) or that times |y| (product)
     per_token = -0.75 * 0.904534 * ratio / (3 if form == "sequence_geometric" else 1)
-    assert logits.grad[0, 0, 1] == pytest.approx(per_token * (1 - math.exp(-0.5)), abs=1e-6)
+    assert log_probs.grad.tolist() == pytest.approx([per_token] * 3, abs=1e-6)
+
+
+def test_a_sequence_ratio_keeps_responses_apart():
+    algorithm = AlgorithmConfig(kl_coef=0.0, ratio="sequence")
+    rows = [sample(rollout(True, Origin.RESCUED, tokens=(5,) * n)) for n in (2, 1, 3)]
+    (batch,) = packed(rows, [torch.full((n,), -1.0) for n in (2, 1, 3)], algorithm)
+    log_probs = torch.tensor([-1.1, -1.2, -0.9, -1.0, -1.1, -0.8])
+    result = sequence_ratio(log_probs, torch.zeros(6), batch.terms, algorithm)
+    expected = [math.exp(x) for x in (-0.3, -0.3, 0.1, 0.1, 0.1, 0.1)]
+    assert result.ratio.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("form", ["sequence", "sequence_geometric"])
+def test_sequence_objectives_are_gspos_formula_written_out(form):
+    # Ratios within the clip, beyond it on the side that holds and on the other, an on-policy response, dual clip.
+    algorithm = AlgorithmConfig(ratio=form, kl_coef=0.3, entropy_coef=0.2, imitation_coef=0.1, dual_clip=1.5)
+    lengths, advantages, weights = (2, 3, 1, 2, 2), (1.2, 0.7, -0.8, -0.9, 2.0), (1.0, 0.5, 1.0, 0.75, 1.0)
+    origins = [Origin.NATIVE, Origin.RESCUED, Origin.NATIVE, Origin.NATIVE, Origin.NATIVE]
+    rows = [
+        sample(rollout(True, origin, (5,) * n), a, w)
+        for origin, n, a, w in zip(origins, lengths, advantages, weights, strict=True)
+    ]
+    shifts = (0.05, 0.4, 0.9, -0.6, None)
+    new = torch.linspace(-2.0, -0.5, 10)
+    old = [None if x is None else part - x for part, x in zip(new.split(lengths), shifts, strict=True)]
+    reference = [part + 0.3 for part in new.split(lengths)]
+    (batch,) = packed(rows, old, algorithm, reference)
+    log_probs, entropy = new.clone().requires_grad_(), torch.linspace(0.1, 1.0, 10).requires_grad_()
+    found = sequence_ratio(log_probs, entropy, batch.terms, algorithm)
+    gradients = torch.autograd.grad(found.losses.sum(), (log_probs, entropy))
+
+    total = torch.zeros(())
+    parts = zip(log_probs.split(lengths), entropy.split(lengths), old, reference, rows, strict=True)
+    for p, h, q, r, row in parts:
+        difference = (p - (p.detach() if q is None else q)).sum()
+        s = (difference / len(p) if form == "sequence_geometric" else difference).exp()
+        a = row.advantage
+        gained = torch.minimum(s * a, s.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high) * a)
+        if a < 0:
+            gained = gained.clamp(min=1.5 * a)
+        kl = (r - p).exp() - (r - p) - 1
+        total = total + (-row.weight * gained * len(p) + 0.3 * kl.sum() - 0.2 * h.sum()) / 10
+        if row.rollout.origin is Origin.RESCUED:
+            total = total - 0.1 * p.mean()
+    assert found.losses.sum().item() == pytest.approx(total.item(), rel=1e-5)
+    for a, b in zip(gradients, torch.autograd.grad(total, (log_probs, entropy)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert found.clipped.tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 0, 0] and found.ratio[8:].tolist() == [1.0, 1.0]
 
 
 def test_acl_form_divides_the_old_probability_by_the_weight():
     algorithm = AlgorithmConfig(aggregation="seq-mean-token-mean", kl_coef=0.0, ratio_form="acl")
-    batch = rescued_batch([-0.6, -1.2, -0.1], 1.0, 0.75, algorithm)
-    result = token_ratio(
-        logits_with([-0.5, -2.0, -0.1, -1.0]), batch, algorithm, temperature=1.0, valid_vocab_size=2, tp_group=None
-    )
-    assert result.ratio[0, :3].tolist() == pytest.approx([1.105171 / 0.75, 0.449329 / 0.75, 1 / 0.75], abs=1e-5)
+    terms = rescued_terms([-0.6, -1.2, -0.1], 1.0, 0.75, algorithm)
+    result = token_ratio(NEW, torch.zeros(3), terms, algorithm)
+    assert result.ratio.tolist() == pytest.approx([1.105171 / 0.75, 0.449329 / 0.75, 1 / 0.75], abs=1e-5)
 
 
 def test_imitation_adds_the_mean_negative_log_likelihood_of_rescued_rows():
     algorithm = AlgorithmConfig(aggregation="seq-mean-token-mean", kl_coef=0.0, imitation_coef=0.1)
-    batch = rescued_batch([-0.6, -1.2, -0.1], 0.904534, 0.75, algorithm)
-    logits = logits_with([-0.5, -2.0, -0.1, -1.0])
-    result = token_ratio(logits, batch, algorithm, temperature=1.0, valid_vocab_size=2, tp_group=None)
-    assert float(result.loss) == pytest.approx(-0.577658 + 0.1 * 2.6 / 3, abs=1e-6)
+    terms = rescued_terms([-0.6, -1.2, -0.1], 0.904534, 0.75, algorithm)
+    result = token_ratio(NEW, torch.zeros(3), terms, algorithm)
+    assert float(result.losses.sum()) == pytest.approx(-0.577658 + 0.1 * 2.6 / 3, abs=1e-6)
+    assert OBJECTIVES["token"].fused(terms, algorithm) is None
 
 
-def test_pack_aligns_rows_and_pads_with_nothing():
+@pytest.mark.parametrize("coefficients", [{"kl_coef": 0.3, "entropy_coef": 0.2}, {"kl_coef": 0.0}])
+def test_the_fused_loss_is_the_objective_that_names_it(coefficients):
+    # Ratios inside and outside every clip, an on-policy response, k3 beyond its limit; values and gradients.
+    algorithm = AlgorithmConfig(dual_clip=1.5, **coefficients)
+    rows = [sample(rollout(True, tokens=(1, 2, 0, 1)), a, w) for a, w in ((1.2, 0.5), (-0.7, 1.0), (2.0, 1.0))]
+    old = [torch.tensor([-1.0, -2.5, -0.3, -1.1]), torch.tensor([-3.0, -0.2, -1.3, -1.8]), None]
+    reference = [torch.tensor([-1.2, -0.9, -1.4, -0.4]), torch.tensor([-1.5, -0.7, 3.0, -1.1]), torch.zeros(4) - 1]
+    (batch,) = packed(rows, old, algorithm, reference)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(12, 4, generator=generator), torch.randn(3, 4, generator=generator)
+    results = []
+    for fused in (True, False):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        if fused:
+            result = linear_policy_loss(
+                h, w, batch.sequences.target_ids, **OBJECTIVES["token"].fused(batch.terms, algorithm)
+            )
+            loss, tokens = result.loss, (result.ratio, result.clipped, result.kl)
+        else:
+            log_probs, entropy = linear_token_logprobs(h, w, batch.sequences.target_ids, return_entropy=True)
+            losses, *tokens = token_ratio(log_probs, entropy, batch.terms, algorithm)
+            loss = losses.sum()
+        loss.backward()
+        results.append([loss, *tokens, h.grad, w.grad])
+    assert 0 < results[0][2].sum() < 8
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def packed(rows, old, algorithm: AlgorithmConfig, reference=None):
+    return pack.pack(
+        rows,
+        old_log_probs=old,
+        reference_log_probs=reference or [None] * len(rows),
+        scale=pack.count(rows),
+        algorithm=algorithm,
+        max_response_length=4,
+        parts=[range(len(rows))],
+        device=torch.device("cpu"),
+    )
+
+
+def test_pack_aligns_responses_and_pads_nothing():
     rows = [sample(rollout(True, tokens=(5, 6))), sample(rollout(False, Origin.RESCUED, tokens=(7, 8, 9)))]
     (batch,) = pack.pack(
         rows,
@@ -254,15 +340,22 @@ def test_pack_aligns_rows_and_pads_with_nothing():
         scale=pack.count(rows),
         algorithm=AlgorithmConfig(kl_coef=0.5),
         max_response_length=3,
-        micro_batch_size=2,
+        parts=[[0, 1]],
         device=torch.device("cpu"),
     )
-    assert batch.sequences.input_ids.tolist() == [[*PROMPT.token_ids, 5, 6, 0], [*PROMPT.token_ids, 7, 8, 9]]
-    assert batch.sequences.target_ids.tolist() == [[-1] * 5 + [5, 6, -1, -1], [-1] * 5 + [7, 8, 9, -1]]
-    assert batch.old_log_probs[0, 5:7].isnan().all() and batch.old_log_probs[1, 5:8].tolist() == [-1.0, -2.0, -3.0]
-    assert batch.policy_weights[0, 5:8].tolist() == pytest.approx([0.2, 0.2, 0.0])
-    assert batch.kl_weights.sum().item() == pytest.approx(0.5)
-    assert batch.rescued.tolist() == [False, True]
+    sequences, terms = batch.sequences, batch.terms
+    prompt = list(PROMPT.token_ids)
+    assert sequences.input_ids.tolist() == [[*prompt, 5, 6, *prompt, 7, 8, 9]]
+    assert sequences.position_ids.tolist() == [[*range(len(prompt) + 2), *range(len(prompt) + 3)]]
+    assert sequences.bounds == (0, len(prompt) + 2, 2 * len(prompt) + 5)
+    assert sequences.target_ids.tolist() == [5, 6, 7, 8, 9] and sequences.lengths == (2, 3)
+    n = len(prompt)
+    assert sequences.positions.tolist() == [n - 1, n, 2 * n + 1, 2 * n + 2, 2 * n + 3]
+    assert terms.old_log_probs[:2].isnan().all() and terms.old_log_probs[2:].tolist() == [-1.0, -2.0, -3.0]
+    assert terms.reference_log_probs.tolist() == pytest.approx([-0.1, -0.2, -0.3, -0.4, -0.5])
+    assert terms.policy_weights.tolist() == pytest.approx([0.2] * 5)
+    assert terms.kl_weights.sum().item() == pytest.approx(0.5)
+    assert terms.rescued.tolist() == [False, False, True, True, True] and terms.first.tolist() == [0, 0, 2, 2, 2]
 
 
 def test_a_rank_without_samples_gets_one_empty_micro_batch():
@@ -273,7 +366,8 @@ def test_a_rank_without_samples_gets_one_empty_micro_batch():
         scale=LossScale(4, 1, 0),
         algorithm=ALGORITHM,
         max_response_length=3,
-        micro_batch_size=2,
+        parts=[[]],
         device=torch.device("cpu"),
     )
-    assert not batch.mask.any() and not batch.policy_weights.any()
+    assert batch.sequences.input_ids.shape == (1, 2) and batch.sequences.lengths == (0,)
+    assert batch.sequences.target_ids.shape == batch.terms.policy_weights.shape == (0,)

@@ -109,7 +109,7 @@ def test_a_saved_config_is_the_same_config(base):
         ("algorithm.dual_clip=1", "algorithm.dual_clip: 1: Input should be greater than 1"),
         ("rollout.prompts_per_step=0", "rollout.prompts_per_step: 0: Input should be greater than or equal to 1"),
         ("rollout.rollouts_per_prompt=0", "rollout.rollouts_per_prompt: 0: Input should be greater than or equal to 1"),
-        ("train.micro_batch_size=0", "train.micro_batch_size: 0: Input should be greater than or equal to 1"),
+        ("train.save_interval=0", "train.save_interval: 0: Input should be greater than or equal to 1"),
         ("train.steps=-1", "train.steps: -1: Input should be greater than or equal to 0"),
         ("run.seed=2147483648", "run.seed: 2147483648: Input should be less than 2147483648"),
         ("rollout.temperature=0", "rollout.temperature: 0: Input should be greater than 0"),
@@ -269,8 +269,8 @@ def test_check_world():
     world(prompts=6, updates=3).check_world(2)
     assert error(world(2, 3).check_world, 8) == (
         "world size 8 is not divisible by megatron.tensor_model_parallel_size (2) x "
-        "megatron.pipeline_model_parallel_size (3) = 6; start torchrun with a multiple of 6 processes or change the "
-        "layout"
+        "megatron.pipeline_model_parallel_size (3) x megatron.context_parallel_size (1) = 6; start torchrun with a "
+        "multiple of 6 processes or change the layout"
     )
     assert error(world(2, 1, prompts=12, updates=3).check_world, 6) == (
         "rollout.prompts_per_step (12) is not divisible by data-parallel size (3) x train.updates_per_batch (3); "

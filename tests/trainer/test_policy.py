@@ -11,6 +11,8 @@ import pytest
 import torch
 from records import rollout
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -22,9 +24,10 @@ from transformers import (
 
 from lens_megatron import pack
 from lens_megatron.algorithms.objectives import OBJECTIVES
-from lens_megatron.config import ConfigError, from_tree
+from lens_megatron.config import AlgorithmConfig, ConfigError, from_tree
+from lens_megatron.pack import make_sequences
 from lens_megatron.policy import platform
-from lens_megatron.policy.forward import make_sequences, prompt_scores, response_log_probs, run_forward
+from lens_megatron.policy.forward import model_output, prompt_scores, response_log_probs
 from lens_megatron.policy.hf_weights import ModelError, export_weights, read_hf_config
 from lens_megatron.policy.model import Policy, build_policy, reference_weights
 from lens_megatron.policy.parallel import Mesh, build_mesh, shut_down
@@ -104,9 +107,12 @@ def test_logits_equal_transformers_and_export_equals_import(family: str, tied: b
     model = saved_model(family, tied, tmp_path)
     policy = policy_of(tmp_path, mesh)
     batch = make_sequences([(tuple(range(3, 60)), tuple(range(60, 90)))], mesh.device)
-    (logits,) = run_forward(policy, [batch], lambda logits, index: logits)
+    (network,) = policy.models()
     with torch.no_grad():
+        hidden = model_output(policy, network, batch)
+        logits = hidden.transpose(0, 1) @ network.head_weight().T
         expected = model(batch.input_ids).logits
+    assert hidden.shape == (87, 1, 64)
     assert (logits - expected).abs().max() < 1e-4
     exported, original = dict(export_weights(policy.bridge, policy.chunks)), load_file(tmp_path / "model.safetensors")
     assert exported.keys() == original.keys()
@@ -116,8 +122,8 @@ def test_logits_equal_transformers_and_export_equals_import(family: str, tied: b
 def test_response_log_probs_whatever_the_micro_batches(mesh: Mesh, tmp_path: Path):
     model = saved_model("qwen3", True, tmp_path)
     policy = policy_of(tmp_path, mesh)
-    for rows in (1, 2, 3):
-        found = response_log_probs(policy, PAIRS, rows=rows, temperature=0.7)
+    for max_tokens in (1, 24, 1000):
+        found = response_log_probs(policy, PAIRS, max_tokens=max_tokens, temperature=0.7)
         for (prompt, response), values in zip(PAIRS, found, strict=True):
             with torch.no_grad():
                 logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / 0.7
@@ -143,7 +149,7 @@ def test_gradient_of_an_update_is_autograds_on_transformers(mesh: Mesh, tmp_path
         scale=scale,
         algorithm=algorithm,
         max_response_length=8,
-        micro_batch_size=2,
+        parts=[[0, 1], [2]],
         device=mesh.device,
     )
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -163,17 +169,67 @@ def test_gradient_of_an_update_is_autograds_on_transformers(mesh: Mesh, tmp_path
         assert torch.equal(step.sign(), -parameter.grad[clear].sign()), name
 
 
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returned, views included."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        self.elements = max(self.elements, *(x.numel() for x in tensors), 0)
+        return result
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"kl_coef": 0.1}, {"imitation_coef": 0.1}, {"ratio": "sequence"}],
+    ids=["fused", "objective", "two phases"],
+)
+def test_no_pass_holds_all_logits_and_unmoved_weights_give_ratio_1(options: dict, mesh: Mesh, tmp_path: Path):
+    # 20 responses of 30 tokens: 600 rows of 1031 columns, of which the head holds a chunk at a time.
+    columns, logits = 1031, 600 * 1031
+    config = Qwen3Config(**{**SIZES, "vocab_size": columns, "hidden_size": 32}, head_dim=16)
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path)
+    policy, algorithm = policy_of(tmp_path, mesh, algorithm=options), AlgorithmConfig(**options)
+    pairs = [((1, 2, i), tuple(range(30))) for i in range(20)]
+    rows = [Sample(prompt, prompt, replace(rollout(True), token_ids=tokens), 1.0, 1.0) for prompt, tokens in pairs]
+    with LargestTensor() as forward:
+        old = response_log_probs(policy, pairs, max_tokens=1000, temperature=0.7)
+        prompt_scores(policy, [prompt + tokens for prompt, tokens in pairs], max_tokens=1000)
+    batches = pack.pack(
+        rows,
+        old_log_probs=old,
+        reference_log_probs=old,
+        scale=pack.count(rows),
+        algorithm=algorithm,
+        max_response_length=30,
+        parts=[range(20)],
+        device=mesh.device,
+    )
+    with LargestTensor() as backward:
+        stats = update(policy, batches, pack.count(rows), OBJECTIVES[algorithm.ratio], algorithm, temperature=0.7)
+    assert stats.ratio_min == stats.ratio_max == 1.0 and stats.kl == 0.0 and stats.grad_norm > 0
+    assert forward.elements < logits / 2 and backward.elements < logits / 2
+    with LargestTensor() as plain:
+        (network,) = policy.models()
+        network.output_layer(model_output(policy, network, batches[0].sequences), weight=network.head_weight())
+    assert plain.elements > logits, "the meter does not see logits"
+
+
 def test_scores_are_exactly_0_at_equal_weights_and_the_log_ratio_else(mesh: Mesh, tmp_path: Path):
     policy_model, reference = (
         saved_model("qwen2", False, tmp_path / "a"),
         saved_model("qwen2", False, tmp_path / "b", seed=1),
     )
     prompts = [(1, 5, 9, 3, 7), (2, 8, 100)]
-    same = prompt_scores(policy_of(tmp_path / "a", mesh), prompts, rows=2)
+    same = prompt_scores(policy_of(tmp_path / "a", mesh), prompts, max_tokens=24)
     assert all(not scores.any() for scores in same)
     sections = {"model": {"path": str(tmp_path / "a"), "reference_path": str(tmp_path / "b")}}
     policy = policy_of(tmp_path / "a", mesh, **sections)
-    for prompt, scores in zip(prompts, prompt_scores(policy, prompts, rows=2), strict=True):
+    for prompt, scores in zip(prompts, prompt_scores(policy, prompts, max_tokens=24), strict=True):
         ids = torch.tensor([prompt])
         with torch.no_grad():
             a, b = (m(ids).logits[0, :-1].log_softmax(-1) for m in (policy_model, reference))
@@ -201,7 +257,7 @@ def test_engine_log_probs_are_the_trainers_after_a_sync(family: str, mesh: Mesh,
         completions = sorted(drain(engine), key=lambda c: c.request_id)
         pairs = [(PAIRS[c.request_id % 3][0], c.token_ids) for c in completions]
         for completion, expected in zip(
-            completions, response_log_probs(policy, pairs, rows=4, temperature=0.8), strict=True
+            completions, response_log_probs(policy, pairs, max_tokens=64, temperature=0.8), strict=True
         ):
             assert (torch.tensor(completion.log_probs) - expected).abs().max() < 1e-4
             assert completion.weight_version == version
@@ -298,6 +354,7 @@ def test_layouts_and_lengths_the_model_does_not_allow(mesh: Mesh, tmp_path: Path
         ({"tensor_model_parallel_size": 3}, r"tensor_model_parallel_size \(3\) does not divide .* \(4\)"),
         ({"pipeline_model_parallel_size": 4}, r"pipeline_model_parallel_size \(4\) does not divide .* \(2\)"),
         ({"transformer": {"no_such_option": 1}}, "megatron.transformer: Megatron-Core refuses"),
+        ({"ddp": {"overlap_param_gather": True}}, "megatron.ddp.overlap_param_gather"),
         ({"optimizer": {"no_such_option": 1}}, "megatron.optimizer: .*no_such_option"),
     ):
         with pytest.raises(ConfigError, match=message):

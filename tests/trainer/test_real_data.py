@@ -37,7 +37,7 @@ def test_gsm8k_with_the_qwen2_tokenizer(toy: Toy, tmp_path: Path):
         data={"train": str(DATA / "train" / "gsm8k_5000.jsonl"), "max_prompt_length": 200, "instruction": "Box it."},
         rollout={"prompts_per_step": 2, "rollouts_per_prompt": 4, "max_response_length": 8},
         reward={"grader": "math_verify"},
-        train={"steps": 3, "micro_batch_size": 2},
+        train={"steps": 3, "max_tokens_per_micro_batch": 1024},
     )
     rows = launch(tree, tmp_path, 2)
     assert [row["step"] for row in rows[-3:]] == [1, 2, 3]

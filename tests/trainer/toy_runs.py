@@ -35,7 +35,7 @@ class Toy:
             "lens": {"min_score": 0.0, "tau": 1.0},
             "algorithm": {"kl_coef": 0.01},
             "optimizer": {"lr": 1e-3},
-            "train": {"steps": 2, "micro_batch_size": 4, "save_interval": 2, "eval_interval": 0},
+            "train": {"steps": 2, "max_tokens_per_micro_batch": 256, "save_interval": 2, "eval_interval": 0},
         }
         for name, options in sections.items():
             tree[name] = {**tree.get(name, {}), **options}
@@ -47,8 +47,11 @@ def command(tree: dict, folder: Path, ranks: int) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [*launcher, str(ROOT / "pretrain_lens.py"), "--config", str(path)]
+    return [*torchrun(ranks), str(ROOT / "pretrain_lens.py"), "--config", str(path)]
+
+
+def torchrun(ranks: int) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
 
 
 def environment() -> dict[str, str]:

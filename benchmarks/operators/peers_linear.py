@@ -1,0 +1,173 @@
+"""The operators that start from hidden states, and their peers. All N = B * S rows take part."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.operators.inputs import KL_WEIGHT, LinearInputs
+from benchmarks.operators.peers import TRITON, Peer, compiled, import_alone, loss_of_logprobs, ours
+
+LIGER = {"distribution": "liger-kernel"}
+LIGER_GRPO = {"module": "liger_kernel.chunked_loss.grpo_loss", **LIGER}
+LIGER_FLCE = {"module": "liger_kernel.ops.fused_linear_cross_entropy", "needs_cuda": TRITON, **LIGER}
+LIGER_SCALED = {"module": "liger_kernel.ops.fused_linear_scaled_cross_entropy", **LIGER}
+CCE = {"module": "cut_cross_entropy", "distribution": "cut-cross-entropy", "needs_cuda": TRITON}
+FLA = {
+    "module": "fla.modules.fused_linear_cross_entropy",
+    "distribution": "flash-linear-attention",
+    "needs_cuda": TRITON,
+}
+VERL = {"module": "verl.utils.kernel.linear_cross_entropy", "distribution": "verl", "needs_cuda": TRITON}
+ROUNDED = "logits rounded to the operands' dtype"
+SCALAR_ONLY = "unsupported: only the mean cross entropy, no weight per token"
+
+
+def logprobs_of(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    """[B, S, H], [V, H], [B, S] -> [B, S] float32: what trainers write in plain PyTorch."""
+    return torch.log_softmax((hidden @ weight.T).float(), -1).gather(-1, ids[..., None])[..., 0]
+
+
+def loss_of(hidden: Tensor, weight: Tensor, ids: Tensor, reference_logprobs: Tensor, advantages: Tensor) -> Tensor:
+    return loss_of_logprobs(logprobs_of(hidden, weight, ids), reference_logprobs, advantages)
+
+
+def cross_entropy_of(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    return F.cross_entropy((hidden @ weight.T).flatten(0, 1).float(), ids.flatten())
+
+
+def _float32_logprobs(x: LinearInputs) -> Tensor:
+    logits = torch.mm(x.hidden.flatten(0, 1), x.weight.T, out_dtype=torch.float32)
+    return torch.log_softmax(logits, -1).gather(-1, x.ids.view(-1, 1)).view(x.ids.shape)
+
+
+def _cce_logprobs(x: LinearInputs) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return -linear_cross_entropy(x.hidden, x.weight, x.ids, reduction="none", filter_eps=None)
+
+
+def _cce_cross_entropy(x: LinearInputs) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(x.hidden, x.weight, x.ids, filter_eps=None)
+
+
+def _verl_logprobs(x: LinearInputs) -> Tensor:
+    verl = import_alone(VERL["module"])
+    logprobs, _ = verl.linear_cross_entropy(x.hidden.flatten(0, 1), x.weight, x.ids.flatten(), 1.0, "none", None)
+    return logprobs.view(x.ids.shape)
+
+
+def _liger_scaled_logprobs(x: LinearInputs) -> Tensor:
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
+
+    nll = LigerFusedLinearScaledCrossEntropyFunction.apply(x.hidden.flatten(0, 1), x.weight, x.ids.flatten(), 1.0)
+    return -nll.view(x.ids.shape)
+
+
+def _liger_grpo(x: LinearInputs) -> Tensor:
+    from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOLoss
+
+    # bnpo is the mean over tokens; a chunk is one sequence, Liger's default.
+    loss = LigerFusedLinearGRPOLoss(beta=KL_WEIGHT, loss_type="bnpo", compiled=x.hidden.is_cuda)
+    mask = torch.ones_like(x.reference_logprobs)
+    reference = x.reference_logprobs
+    return loss(x.hidden, x.weight, x.ids, mask, x.advantages, ref_per_token_logps=reference)[0]
+
+
+def _liger_cross_entropy(x: LinearInputs) -> Tensor:
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    return LigerFusedLinearCrossEntropyFunction.apply(x.hidden.flatten(0, 1), x.weight, x.ids.flatten())[0]
+
+
+def _fla_cross_entropy(x: LinearInputs) -> Tensor:
+    from fla.modules.fused_linear_cross_entropy import fused_linear_cross_entropy_loss
+
+    return fused_linear_cross_entropy_loss(x.hidden.flatten(0, 1), x.ids.flatten(), x.weight)
+
+
+def _our_loss(function, x: LinearInputs) -> Tensor:
+    weight = 1 / x.ids.numel()
+    return function(
+        x.hidden,
+        x.weight,
+        x.ids,
+        advantages=x.advantages[:, None],
+        reference_logprobs=x.reference_logprobs,
+        policy_weights=weight,
+        kl_weights=KL_WEIGHT * weight,
+    ).loss
+
+
+def _our_cross_entropy(function, x: LinearInputs) -> Tensor:
+    weight = 1 / x.ids.numel()
+    return function(x.hidden, x.weight, x.ids, objective=lambda logprobs, entropy, part: -weight * logprobs).loss
+
+
+def _on_top(logprobs_of_peer):
+    """The policy loss in plain PyTorch on top of a peer's differentiable log-probabilities."""
+    return lambda x: loss_of_logprobs(logprobs_of_peer(x), x.reference_logprobs, x.advantages)
+
+
+LINEAR_TOKEN_LOGPROBS = (
+    ours("linear_token_logprobs", lambda function, x: function(x.hidden, x.weight, x.ids)),
+    Peer(name="PyTorch eager", forward=lambda x: logprobs_of(x.hidden, x.weight, x.ids), note=ROUNDED),
+    Peer(
+        name="PyTorch eager, float32 logits",
+        forward=_float32_logprobs,
+        needs_cuda="torch.mm(out_dtype=) has no CPU form",
+        note="torch.mm(out_dtype=float32): logits never rounded, as ours",
+    ),
+    Peer(name="torch.compile", forward=lambda x: compiled(logprobs_of)(x.hidden, x.weight, x.ids), note=ROUNDED),
+    Peer(name="Liger scaled cross entropy", forward=_liger_scaled_logprobs, **LIGER_SCALED),
+    Peer(name="cut-cross-entropy", forward=_cce_logprobs, **CCE),
+    Peer(name="verl linear_cross_entropy", forward=_verl_logprobs, note="entropy too", **VERL),
+)
+LINEAR_POLICY_LOSS = (
+    ours("linear_policy_loss", _our_loss),
+    Peer(
+        name="PyTorch eager",
+        forward=lambda x: loss_of(x.hidden, x.weight, x.ids, x.reference_logprobs, x.advantages),
+        note=ROUNDED,
+    ),
+    Peer(
+        name="torch.compile",
+        forward=lambda x: compiled(loss_of)(x.hidden, x.weight, x.ids, x.reference_logprobs, x.advantages),
+        note=ROUNDED,
+    ),
+    Peer(name="Liger fused linear GRPO", forward=_liger_grpo, note=ROUNDED, **LIGER_GRPO),
+    Peer(name="Liger scaled cross entropy + loss", forward=_on_top(_liger_scaled_logprobs), **LIGER_SCALED),
+    Peer(name="cut-cross-entropy + loss", forward=_on_top(_cce_logprobs), note="no gradient filtering", **CCE),
+    Peer(name="verl linear_cross_entropy + loss", forward=_on_top(_verl_logprobs), **VERL),
+    Peer(name="Liger fused linear cross entropy", forward=_liger_cross_entropy, missing=SCALAR_ONLY, **LIGER_FLCE),
+    Peer(name="fla fused linear cross entropy", forward=_fla_cross_entropy, missing=SCALAR_ONLY, **FLA),
+)
+LINEAR_CROSS_ENTROPY = (
+    ours("linear_policy_loss", _our_cross_entropy),
+    Peer(name="PyTorch eager", forward=lambda x: cross_entropy_of(x.hidden, x.weight, x.ids), note=ROUNDED),
+    Peer(name="torch.compile", forward=lambda x: compiled(cross_entropy_of)(x.hidden, x.weight, x.ids), note=ROUNDED),
+    Peer(
+        name="Liger fused linear cross entropy",
+        forward=_liger_cross_entropy,
+        note=f"{ROUNDED}, weight gradient summed in that dtype",
+        **LIGER_FLCE,
+    ),
+    Peer(name="fla fused linear cross entropy", forward=_fla_cross_entropy, note=ROUNDED, **FLA),
+    Peer(name="cut-cross-entropy", forward=_cce_cross_entropy, note="no gradient filtering", **CCE),
+)
+
+
+def true_logprobs(x: LinearInputs) -> Tensor:
+    logits = x.hidden.double() @ x.weight.double().T
+    return torch.log_softmax(logits, -1).gather(-1, x.ids[..., None])[..., 0]
+
+
+def true_loss(x: LinearInputs) -> Tensor:
+    return loss_of_logprobs(true_logprobs(x), x.reference_logprobs.double(), x.advantages.double())
+
+
+def true_cross_entropy(x: LinearInputs) -> Tensor:
+    return -true_logprobs(x).mean()

@@ -1,0 +1,196 @@
+"""The operators that start from logits, and their peers. B sequences of S rows; a sequence's last row has no target."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benchmarks.operators.inputs import KL_WEIGHT, LogitsInputs
+from benchmarks.operators.peers import TRITON, Peer, compiled, loss_of_logprobs, ours
+
+LIGER = {"distribution": "liger-kernel", "needs_cuda": TRITON}
+FLA = {"distribution": "flash-linear-attention", "needs_cuda": TRITON}
+LIGER_GRPO, LIGER_CE = "liger_kernel.ops.grpo_loss", "liger_kernel.ops.cross_entropy"
+FLA_GRPO, FLA_CE = "fla.modules.grpo", "fla.modules.fused_cross_entropy"
+
+
+def logprobs_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """[B, S, V], [B, S - 1] -> [B, S - 1] float32: what trainers write in plain PyTorch."""
+    return torch.log_softmax(logits[:, :-1].float(), -1).gather(-1, targets[..., None])[..., 0]
+
+
+def weighted_logprobs_of(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    return (logprobs_of(logits, targets) * weights).sum()
+
+
+def loss_of(logits: Tensor, targets: Tensor, reference_logprobs: Tensor, advantages: Tensor) -> Tensor:
+    return loss_of_logprobs(logprobs_of(logits, targets), reference_logprobs, advantages)
+
+
+def scores_of(logits: Tensor, reference_logits: Tensor, targets: Tensor) -> Tensor:
+    return (logprobs_of(logits, targets) - logprobs_of(reference_logits, targets)).abs()
+
+
+def _liger_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
+    from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
+
+    return fused_selective_log_softmax(logits, targets, temperature=1.0)
+
+
+def _liger_cross_entropy(inputs: LogitsInputs) -> Tensor:
+    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
+
+    rows, columns = inputs.ids.numel(), inputs.logits.shape[-1]
+    arguments = (None, -1, 0.0, 0.0, "none")  # class weights, ignored id, z-loss, smoothing, reduction
+    nll = LigerCrossEntropyFunction.apply(inputs.logits.view(rows, columns), inputs.ids.view(-1), *arguments)[0]
+    return (-nll.view(inputs.ids.shape)[:, :-1] * inputs.weights).sum()
+
+
+def _fla_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
+    from fla.modules.fused_cross_entropy import cross_entropy_loss
+
+    flat = logits.view(ids.numel(), logits.shape[-1])
+    nll, _ = cross_entropy_loss(flat, ids.view(-1), ignore_index=-1, inplace_backward=True)
+    return -nll.view(ids.shape)[:, :-1]
+
+
+def _liger_loss(inputs: LogitsInputs) -> Tensor:
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+    per_token, _, _ = triton_grpo_loss(
+        inputs.logits,
+        None,
+        inputs.target_reference_logprobs,
+        inputs.targets,
+        inputs.advantages,
+        temperature=1.0,
+        beta=KL_WEIGHT,
+        eps_low=0.2,
+        eps_high=0.2,
+        inplace=True,
+        reduce=False,
+    )
+    return per_token.mean()
+
+
+def _fla_loss(inputs: LogitsInputs) -> Tensor:
+    from fla.modules.grpo import fused_grpo_loss
+
+    reference = inputs.target_reference_logprobs
+    return fused_grpo_loss(
+        inputs.logits, reference, inputs.targets, inputs.advantages, beta=KL_WEIGHT, inplace=True
+    ).mean()
+
+
+def _our_loss(function, inputs: LogitsInputs) -> Tensor:
+    weight = 1 / inputs.targets.numel()
+    return function(
+        inputs.logits,
+        inputs.ids,
+        old_logprobs=None,
+        advantages=inputs.advantages[:, None],
+        reference_logprobs=inputs.reference_logprobs,
+        policy_weights=weight,
+        kl_weights=KL_WEIGHT * weight,
+        inplace_backward=True,
+    ).loss
+
+
+TOKEN_LOGPROBS = (
+    ours("token_logprobs", lambda function, x: function(x.logits, x.ids)[:, :-1]),
+    Peer(name="PyTorch eager", forward=lambda x: logprobs_of(x.logits, x.targets)),
+    Peer(name="torch.compile", forward=lambda x: compiled(logprobs_of)(x.logits, x.targets)),
+    Peer(
+        name="Liger selective log-softmax",
+        forward=lambda x: _liger_logprobs(x.logits, x.targets),
+        module=LIGER_GRPO,
+        **LIGER,
+    ),
+    Peer(name="fla cross entropy", forward=lambda x: _fla_logprobs(x.logits, x.ids), module=FLA_CE, **FLA),
+)
+TOKEN_LOGPROBS_BACKWARD = (
+    ours(
+        "token_logprobs",
+        lambda function, x: (function(x.logits, x.ids, inplace_backward=True)[:, :-1] * x.weights).sum(),
+        inplace=True,
+    ),
+    Peer(name="PyTorch eager", forward=lambda x: weighted_logprobs_of(x.logits, x.targets, x.weights)),
+    Peer(
+        name="torch.compile",
+        forward=lambda x: compiled(weighted_logprobs_of)(x.logits, x.targets, x.weights),
+    ),
+    Peer(name="Liger cross entropy", forward=_liger_cross_entropy, module=LIGER_CE, inplace=True, **LIGER),
+    Peer(
+        name="fla cross entropy",
+        forward=lambda x: (_fla_logprobs(x.logits, x.ids) * x.weights).sum(),
+        module=FLA_CE,
+        inplace=True,
+        **FLA,
+    ),
+)
+POLICY_LOSS = (
+    ours("policy_loss", _our_loss, inplace=True),
+    Peer(
+        name="PyTorch eager",
+        forward=lambda x: loss_of(x.logits, x.targets, x.target_reference_logprobs, x.advantages),
+        note="no entropy",
+    ),
+    Peer(
+        name="torch.compile",
+        forward=lambda x: compiled(loss_of)(x.logits, x.targets, x.target_reference_logprobs, x.advantages),
+        note="no entropy",
+    ),
+    Peer(
+        name="Liger triton_grpo_loss",
+        forward=_liger_loss,
+        module="liger_kernel.transformers.grpo_loss",
+        inplace=True,
+        note="no entropy",
+        **LIGER,
+    ),
+    Peer(
+        name="fla fused_grpo_loss",
+        forward=_fla_loss,
+        module=FLA_GRPO,
+        inplace=True,
+        note="no entropy, on-policy only",
+        **FLA,
+    ),
+)
+INTERFERENCE_SCORES = (
+    ours(
+        "interference_scores",
+        lambda function, x: function(x.logits, x.ids, reference_logits=x.reference_logits)[:, :-1],
+    ),
+    Peer(name="PyTorch eager", forward=lambda x: scores_of(x.logits, x.reference_logits, x.targets)),
+    Peer(name="torch.compile", forward=lambda x: compiled(scores_of)(x.logits, x.reference_logits, x.targets)),
+    Peer(
+        name="Liger selective log-softmax, twice",
+        forward=lambda x: (_liger_logprobs(x.logits, x.targets) - _liger_logprobs(x.reference_logits, x.targets)).abs(),
+        module=LIGER_GRPO,
+        **LIGER,
+    ),
+    Peer(
+        name="fla cross entropy, twice",
+        forward=lambda x: (_fla_logprobs(x.logits, x.ids) - _fla_logprobs(x.reference_logits, x.ids)).abs(),
+        module=FLA_CE,
+        **FLA,
+    ),
+)
+
+
+def true_logprobs(x: LogitsInputs, logits: Tensor | None = None) -> Tensor:
+    logits = x.logits if logits is None else logits
+    return torch.log_softmax(logits[:, :-1].double(), -1).gather(-1, x.targets[..., None])[..., 0]
+
+
+def true_weighted_logprobs(x: LogitsInputs) -> Tensor:
+    return (true_logprobs(x) * x.weights).sum()
+
+
+def true_loss(x: LogitsInputs) -> Tensor:
+    return loss_of_logprobs(true_logprobs(x), x.target_reference_logprobs.double(), x.advantages.double())
+
+
+def true_scores(x: LogitsInputs) -> Tensor:
+    return (true_logprobs(x) - true_logprobs(x, x.reference_logits)).abs()

@@ -1,0 +1,97 @@
+"""The results file: what ran where, then one entry per case. Rewritten after each, so that a stopped run keeps it."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+SCHEMA = 1
+FOLDER = Path(__file__).resolve().parents[1] / "results"
+DISTRIBUTIONS = (
+    "torch",
+    "triton",
+    "lens-kernels",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "flash-linear-attention",
+    "verl",
+)
+SETTINGS = ("LENS_KERNELS_BACKEND", "OMP_NUM_THREADS", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
+
+
+def environment(device: torch.device, module: str = "pytest") -> dict:
+    """What a reader needs to run it again. No path of this machine's in it."""
+    found = {"python": platform.python_version()}
+    for name in DISTRIBUTIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python -m", module, *sys.argv[1:]]),
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": None if changes is None else bool(changes),
+        "device": describe(device),
+        "versions": found,
+        "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ},
+    }
+
+
+def describe(device: torch.device) -> dict:
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        return {
+            "type": "cuda",
+            "name": card.name,
+            "memory_bytes": card.total_memory,
+            "multiprocessors": card.multi_processor_count,
+            "cuda": torch.version.cuda,
+        }
+    return {
+        "type": "cpu",
+        "name": _processor(),
+        "threads": torch.get_num_threads(),
+        "cores_allowed": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=FOLDER, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None  # a copy of the files without their history
+    return done.stdout.strip()
+
+
+def results_path(folder: Path, device: torch.device, name: str = "operators") -> Path:
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d_%H%M%S")
+    return folder / f"{name}_{device.type}_{stamp}.json"
+
+
+def write(path: Path, surroundings: dict, cases: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps({"schema": SCHEMA, "environment": surroundings, "cases": cases}, indent=1) + "\n")
+    part.replace(path)

@@ -1,0 +1,72 @@
+"""Which shapes are measured, in sets from the shortest to the longest run.
+
+V is that of one rank: under tensor parallelism of 8 an eighth, without the collectives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    rows: int
+    """T, sequences * sequence."""
+    sequence: int
+    """Rows per sequence."""
+    vocab: int = 0
+    """V, columns on this device."""
+    hidden: int = 0
+    """H; 0 where the operator starts from logits."""
+    tensor_parallel: int = 1
+    """How many ranks the vocabulary is meant to be cut into; only labels the row."""
+
+    def __str__(self) -> str:
+        parts = [("T", self.rows), ("V", self.vocab), ("H", self.hidden)]
+        name = "-".join(f"{letter}{size}" for letter, size in parts if size)
+        return name if self.tensor_parallel == 1 else f"{name}-TP{self.tensor_parallel}"
+
+
+LLAMA3, QWEN_SMALL, QWEN_7B = 128256, 151936, 152064  # vocabularies of the LENS paper's models
+
+
+def _logits(rows: int, vocab: int, tensor_parallel: int = 1) -> Shape:
+    return Shape(rows=rows, sequence=2048, vocab=vocab // tensor_parallel, tensor_parallel=tensor_parallel)
+
+
+def _linear(rows: int, vocab: int, hidden: int, tensor_parallel: int = 1) -> Shape:
+    vocab //= tensor_parallel
+    return Shape(rows=rows, sequence=2048, vocab=vocab, hidden=hidden, tensor_parallel=tensor_parallel)
+
+
+LOGITS = {
+    "tiny": [Shape(rows=20, sequence=10, vocab=520)],
+    "cpu": [Shape(rows=1024, sequence=256, vocab=32000), Shape(rows=256, sequence=128, vocab=QWEN_SMALL)],
+    "quick": [_logits(8192, LLAMA3), _logits(65536, QWEN_7B, 8)],
+    "standard": [_logits(8192, LLAMA3), _logits(8192, QWEN_7B), _logits(65536, QWEN_7B, 8)],
+    "full": [
+        *(_logits(8192, vocab) for vocab in (LLAMA3, QWEN_SMALL, QWEN_7B)),
+        *(_logits(rows, QWEN_7B) for rows in (32768, 65536)),
+        *(_logits(65536, vocab, 8) for vocab in (LLAMA3, QWEN_SMALL, QWEN_7B)),
+    ],
+}
+LINEAR = {
+    "tiny": [Shape(rows=20, sequence=10, vocab=520, hidden=64)],
+    "cpu": [
+        Shape(rows=2048, sequence=512, vocab=32000, hidden=256),
+        Shape(rows=512, sequence=256, vocab=QWEN_SMALL, hidden=256),
+    ],
+    "quick": [_linear(8192, LLAMA3, 4096), _linear(32768, QWEN_7B, 3584, 8)],
+    "standard": [_linear(8192, LLAMA3, 4096), _linear(8192, QWEN_SMALL, 2048), _linear(32768, QWEN_7B, 3584, 8)],
+    "full": [
+        *(_linear(8192, LLAMA3, hidden) for hidden in (2048, 3072, 4096)),
+        *(_linear(8192, QWEN_SMALL, hidden) for hidden in (2048, 4096)),
+        *(_linear(rows, QWEN_7B, 3584) for rows in (8192, 32768)),
+        _linear(65536, QWEN_7B, 3584, 8),
+    ],
+}
+CHECKED = {
+    "logits": Shape(rows=260, sequence=130, vocab=4104),
+    "linear": Shape(rows=260, sequence=130, vocab=4104, hidden=256),
+}
+"""Where ours is compared with float64 before anything is timed: irregular, and small enough for float64."""

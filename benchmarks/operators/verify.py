@@ -1,0 +1,96 @@
+"""No wrong answer is timed: ours must agree with float64, and every peer with ours on the very tensors that are timed.
+
+Compared are the value (whole) and the gradients (rows spread over each, the last included: an overflowing index shows
+there). Bounds follow from the dtype. Peers that round logits to bfloat16 are off by up to half a unit in the last place
+of a logit, 0.06 at 16, and by 3 % of a probability; that is their known behaviour, which the results state as
+`difference`, and not an error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor
+
+from benchmarks.operators.catalog import Operator, evaluate
+from benchmarks.operators.inputs import Inputs, LinearInputs
+from benchmarks.operators.peers import Peer
+from benchmarks.operators.shapes import CHECKED
+
+SAMPLED_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """From ours (for ours: from float64)."""
+
+    value: float
+    """Largest difference, by the larger of 1 and the largest value."""
+    gradient: float
+    """Norm of the difference by the norm, the worst of the gradients; 0 without a backward."""
+
+    def exceeds(self, bound: Difference) -> bool:
+        # Written so that NaN exceeds.
+        return not (self.value <= bound.value and self.gradient <= bound.gradient)
+
+    def __str__(self) -> str:
+        return " ".join(f"{name} {size:.2g}" for name, size in asdict(self).items())
+
+
+FLOAT32 = Difference(value=1e-4, gradient=1e-4)
+BFLOAT16_LOGITS = Difference(value=1e-3, gradient=1e-2)
+BFLOAT16_LINEAR = Difference(value=1e-2, gradient=5e-2)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What is kept of a peer's result, in float32."""
+
+    value: Tensor
+    gradients: tuple[Tensor, ...]
+    """Up to SAMPLED_ROWS rows of each."""
+
+
+def bound(operator: Operator, dtype: torch.dtype) -> Difference:
+    if dtype == torch.float32:
+        return FLOAT32
+    return BFLOAT16_LINEAR if operator.linear else BFLOAT16_LOGITS
+
+
+def answer(operator: Operator, peer: Peer, inputs: Inputs) -> Answer:
+    return _sampled(*operator.call(peer, inputs))
+
+
+def _sampled(value: Tensor, gradients: tuple[Tensor, ...]) -> Answer:
+    return Answer(value.float().clone(), tuple(_rows(x).float() for x in gradients))
+
+
+def _rows(x: Tensor) -> Tensor:
+    x = x.flatten(0, -2)
+    return x[torch.linspace(0, len(x) - 1, min(len(x), SAMPLED_ROWS), device=x.device).round().long()]
+
+
+def difference(got: Answer, want: Answer) -> Difference:
+    if got.value.shape != want.value.shape:
+        raise ValueError(f"value: got shape {tuple(got.value.shape)}, need {tuple(want.value.shape)}")
+    value = (got.value - want.value).abs().max() / want.value.abs().max().clamp(min=1)
+    off = [(a - b).norm() / b.norm() for a, b in zip(got.gradients, want.gradients, strict=True)]
+    return Difference(value=value.item(), gradient=max((x.item() for x in off), default=0.0))
+
+
+def check_ours(operator: Operator, dtype: torch.dtype, device: torch.device) -> Difference:
+    """Ours from float64, on a small irregular shape; AssertionError where it is off."""
+    inputs = operator.inputs(CHECKED["linear" if operator.linear else "logits"], dtype, device)
+    want = _sampled(*evaluate(operator.truth, inputs, operator.backward))
+    off = difference(answer(operator, operator.peers[0], _copy(inputs)), want)
+    if off.exceeds(bound(operator, dtype)):
+        raise AssertionError(f"{operator.name} of lens_kernels is off from float64: {off}; nothing is timed")
+    return off
+
+
+def _copy(inputs: Inputs) -> Inputs:
+    """On copies of the leaves, since an in-place backward overwrites them."""
+    names = ("hidden", "weight") if isinstance(inputs, LinearInputs) else ("logits",)
+    leaves = {name: getattr(inputs, name) for name in names}
+    return replace(inputs, **{k: x.detach().clone().requires_grad_(x.requires_grad) for k, x in leaves.items()})

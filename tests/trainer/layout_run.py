@@ -1,0 +1,121 @@
+"""One batch of samples through the trainer under several layouts: `torchrun layout_run.py MODEL OUT JSON`.
+
+JSON maps a name to [objective's ratio, tokens per micro-batch, options of `megatron:`]. Every rank saves what must not
+depend on them: scores, log-probabilities, statistics of two updates, and the weights after them.
+"""
+
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from records import rollout
+
+from lens_megatron import pack
+from lens_megatron.algorithms.objectives import OBJECTIVES
+from lens_megatron.config import Config, from_tree
+from lens_megatron.policy import platform
+from lens_megatron.policy.forward import plan_micro_batches, prompt_scores, response_log_probs
+from lens_megatron.policy.hf_weights import export_weights
+from lens_megatron.policy.model import Policy, build_policy, reference_weights
+from lens_megatron.policy.parallel import build_mesh, shut_down
+from lens_megatron.policy.update import update
+from lens_megatron.types import LossScale, Origin, Sample, UpdateStats
+
+TEMPERATURE = 0.9
+LENGTHS = [(5, 9), (3, 30), (12, 4), (7, 7), (2, 1), (20, 17), (6, 12), (9, 25)]
+"""(prompt, response) tokens of 8 samples, which 1 or 2 data-parallel ranks share."""
+
+
+def samples() -> list[Sample]:
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for i, (prompt, response) in enumerate(LENGTHS):
+        tokens = tuple(torch.randint(0, 120, (prompt + response,), generator=generator).tolist())
+        origin = Origin.RESCUED if i % 3 == 0 else Origin.NATIVE
+        made.append(
+            Sample(
+                prompt=tokens[:prompt],
+                generation_prompt=tokens[:prompt],
+                rollout=replace(rollout(True, origin), token_ids=tokens[prompt:]),
+                advantage=(-1.0) ** i * (1 + i / 4),
+                weight=1 - i / 16,
+            )
+        )
+    return made
+
+
+def run(policy: Policy, config: Config, max_tokens: int) -> dict[str, torch.Tensor]:
+    """The first half of the samples trains first; of each half every data-parallel rank has its share."""
+    mesh, everything = policy.mesh, samples()
+    mine = everything[mesh.dp_rank :: mesh.dp_size]
+    pairs = [(s.prompt, s.rollout.token_ids) for s in mine]
+    scores = prompt_scores(policy, [s.prompt for s in mine], max_tokens=max_tokens)
+    old = response_log_probs(policy, pairs, max_tokens=max_tokens, temperature=TEMPERATURE)
+    with reference_weights(policy):
+        reference = response_log_probs(policy, pairs, max_tokens=max_tokens, temperature=TEMPERATURE)
+    found = {}
+    for name, values in (("scores", scores), ("old", old), ("reference", reference)):
+        found |= {f"{name}.{mesh.dp_rank + i * mesh.dp_size}": value for i, value in enumerate(values)}
+    for number in range(2):
+        stats = train(policy, config, mine, old, reference, max_tokens, everything)
+        found |= {f"update{number}.{name}": torch.tensor(float(value)) for name, value in asdict(stats).items()}
+    return found | {f"weight.{name}": value.clone() for name, value in export_weights(policy.bridge, policy.chunks)}
+
+
+def train(
+    policy: Policy,
+    config: Config,
+    mine: list[Sample],
+    old: list[torch.Tensor],
+    reference: list[torch.Tensor],
+    max_tokens: int,
+    everything: list[Sample],
+) -> UpdateStats:
+    scale: LossScale = pack.count(everything)
+    share = policy.mesh.dp_rank, len(everything), policy.mesh.dp_size
+    batches = pack.pack(
+        mine,
+        old_log_probs=[None if i % 3 == 1 else x + 0.1 for i, x in zip(range(*share), old, strict=True)],
+        reference_log_probs=reference,
+        scale=scale,
+        algorithm=config.algorithm,
+        max_response_length=64,
+        parts=plan_micro_batches(policy, [len(s.prompt) + len(s.rollout.token_ids) for s in mine], max_tokens),
+        device=policy.mesh.device,
+        layout=policy.layout,
+    )
+    objective = OBJECTIVES[config.algorithm.ratio]
+    return update(policy, batches, scale, objective, config.algorithm, TEMPERATURE)
+
+
+def main(model: str, out: Path, cases: dict) -> None:
+    device = platform.install()
+    for name, (ratio, max_tokens, options) in cases.items():
+        platform.init_process_group(device)
+        config = configuration(model, ratio, options)
+        mesh = build_mesh(config.megatron, config.run.seed, device)
+        found = run(build_policy(config, mesh), config, max_tokens)
+        torch.save(found, out / f"{name} rank {mesh.rank}.pt")
+        parallel_state.destroy_model_parallel()
+    shut_down()
+
+
+def configuration(model: str, ratio: str, options: dict) -> Config:
+    return from_tree(
+        {
+            "run": {"directory": "unused"},
+            "model": {"path": model, "reference_path": f"{model}_reference"},
+            "data": {"train": "unused"},
+            "rollout": {"max_response_length": 64},
+            "algorithm": {"kl_coef": 0.1, "entropy_coef": 0.01, "ratio": ratio},
+            "optimizer": {"lr": 1e-3, "adam_eps": 1e-3},  # an epsilon at which Adam does not amplify rounding
+            "megatron": options,
+        }
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]))
