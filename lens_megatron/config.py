@@ -348,21 +348,6 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
     return config
 
 
-_MISSING = object()
-
-
-def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of options whose values differ, sorted. Missing on one side counts as different."""
-    names = []
-    for key in sorted(set(old) | set(new)):
-        a, b, name = old.get(key, _MISSING), new.get(key, _MISSING), f"{prefix}{key}"
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            names += differing_keys(a, b, f"{name}.")
-        elif a != b:
-            names.append(name)
-    return names
-
-
 _SHORT = reprlib.Repr()
 """Aliases let ten lines of YAML stand for a billion values; an error message must not spell them out."""
 _SHORT.maxstring = _SHORT.maxother = 200

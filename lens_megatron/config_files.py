@@ -88,3 +88,18 @@ def parse_yaml(text: str, mistake: str) -> Any:
         raise ConfigError(f"{mistake}: nested too deeply") from None
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
         raise ConfigError(f"{mistake}: {error}") from error
+
+
+_MISSING = object()
+
+
+def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of options whose values differ, sorted. Missing on one side counts as different."""
+    names = []
+    for key in sorted(set(old) | set(new)):
+        a, b, name = old.get(key, _MISSING), new.get(key, _MISSING), f"{prefix}{key}"
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            names += differing_keys(a, b, f"{name}.")
+        elif a != b:
+            names.append(name)
+    return names

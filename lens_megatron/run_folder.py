@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import yaml
 
-from lens_megatron.config import Config, differing_keys
+from lens_megatron.config import Config
+from lens_megatron.config_files import differing_keys
 from lens_megatron.tokenizer import Tokenizer
 from lens_megatron.types import Sample, StepResult, TrainingGroup
 

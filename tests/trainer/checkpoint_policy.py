@@ -29,8 +29,10 @@ from lens_megatron.policy.update import update
 from lens_megatron.types import LossScale, Sample
 
 LAYOUTS = {
-    "tp2": {"tensor_model_parallel_size": 2},
+    "tp2": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
     "pp2": {"pipeline_model_parallel_size": 2},
+    "vpp2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+    "cp2": {"context_parallel_size": 2, "use_distributed_optimizer": True},
     "dp2": {},
     "dp2_distributed_optimizer": {"use_distributed_optimizer": True},
 }
@@ -67,8 +69,9 @@ def train_step(policy: Policy, algorithm) -> float:
         scale=scale,
         algorithm=algorithm,
         max_response_length=8,
-        micro_batch_size=2,
+        parts=[range(len(rows))[: len(rows) // 2], range(len(rows))[len(rows) // 2 :]],
         device=mesh.device,
+        layout=policy.layout,
     )
     return update(policy, batches, scale, OBJECTIVES["token"], algorithm, temperature=1.0).loss
 

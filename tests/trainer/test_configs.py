@@ -10,8 +10,8 @@ import yaml
 from toy_runs import ROOT, environment
 
 from lens_megatron import config as configuration
-from lens_megatron.config import Config, ConfigError, differing_keys
-from lens_megatron.config_files import merge, read_tree
+from lens_megatron.config import Config, ConfigError
+from lens_megatron.config_files import differing_keys, merge, read_tree
 from lens_megatron.planning.layout import LayerSpec
 from lens_megatron.planning.model_shape import read_shape
 from lens_megatron.planning.plan import make_plan
