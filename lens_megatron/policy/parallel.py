@@ -1,7 +1,9 @@
 """The mesh of ranks: sizes, coordinates and groups, read once from Megatron's parallel state."""
 
+import random
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -55,6 +57,8 @@ def build_mesh(layout: MegatronConfig, seed: int, device: torch.device) -> Mesh:
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
         context_parallel_size=layout.context_parallel_size,
     )
+    random.seed(seed)  # nothing of ours draws from it; a user's grader may
+    np.random.seed(seed)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     model_group = _group_of_equal(parallel_state.get_data_parallel_rank(), device)
