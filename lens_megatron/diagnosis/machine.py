@@ -156,7 +156,7 @@ def disk(config: Config, plan: Plan) -> Check:
     if not os.access(folder, os.W_OK):
         return Check("disk", Status.FAIL, f"{folder} is not writable", "set run.directory to a folder that is")
     if free < wanted:
-        return Check("disk", Status.FAIL, found, "set run.directory to a larger disk, or lower train.keep_checkpoints")
+        return Check("disk", Status.FAIL, found, "set run.directory to a larger disk, or lower train.save_total_limit")
     return Check("disk", Status.OK, found)
 
 

@@ -69,16 +69,15 @@ def make_plan(
         host_bytes=cluster.gpus_per_node * max(state.reference_on_host for state in states),
         checkpoint_bytes=checkpoint_bytes(shape, layout),
         steps=config.train.steps,
-        keep=config.train.keep_checkpoints,
+        keep=config.train.save_total_limit + config.train.save_best_limit,
         mistakes=tuple(checks.memory_mistakes(phases, shape, layout, work, cluster)),
         not_yet=tuple(config.not_yet_honoured()),
     )
 
 
 def checkpoint_bytes(shape: ModelShape, layout: Layout) -> int:
-    """Of one checkpoint as `policy.checkpoint` writes it: every rank its weights, the optimizer's float32 copy and two
-    moments of its share, and once the whole model as a Hugging Face directory."""
-    parameters = sum(shape.stage_parameters(layout.tp, layout.pp, stage) for stage in range(layout.pp))
-    replicas = layout.tp * layout.cp * layout.dp
-    state = 3 * FLOAT32 * parameters * replicas // layout.optimizer_shards
-    return replicas * parameters * layout.element_bytes + state + shape.parameters * layout.element_bytes
+    """Of one checkpoint as `policy.checkpoint` writes it, whatever the replicas: the weights, Adam's two moments and, in
+    bfloat16, the float32 copy of the weights; and the model as a Hugging Face directory."""
+    parameters = layout.tp * sum(shape.stage_parameters(layout.tp, layout.pp, stage) for stage in range(layout.pp))
+    state = 2 * FLOAT32 + (FLOAT32 if layout.element_bytes < FLOAT32 else 0)
+    return parameters * (layout.element_bytes + state) + shape.parameters * layout.element_bytes

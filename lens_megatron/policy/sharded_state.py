@@ -140,7 +140,7 @@ def generator_states(policy: Policy) -> dict[str, Tensor]:
     states = {
         "rng/torch": torch.get_rng_state(),
         "rng/python": torch.tensor(python),
-        "rng/python_gauss": torch.tensor([float("nan") if gauss is None else gauss], dtype=torch.float64),
+        "rng/python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
         "rng/numpy": torch.tensor([*keys.tolist(), position, has_gauss]),
         "rng/numpy_gauss": torch.tensor([cached], dtype=torch.float64),
     }
@@ -152,8 +152,8 @@ def generator_states(policy: Policy) -> dict[str, Tensor]:
 
 def restore_generators(states: dict[str, Tensor]) -> None:
     """The inverse of `generator_states`."""
-    gauss = states["rng/python_gauss"].item()
-    random.setstate((3, tuple(states["rng/python"].tolist()), None if np.isnan(gauss) else gauss))
+    gauss = states["rng/python_gauss"].tolist()
+    random.setstate((3, tuple(states["rng/python"].tolist()), gauss[0] if gauss else None))
     *keys, position, has_gauss = states["rng/numpy"].tolist()
     cached = states["rng/numpy_gauss"].item()
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))

@@ -40,7 +40,7 @@ def samples() -> list[Sample]:
             Sample(
                 prompt=tokens[:prompt],
                 generation_prompt=tokens[:prompt],
-                rollout=replace(rollout(True, origin), token_ids=tokens[prompt:]),
+                rollout=replace(rollout(True, origin), token_ids=tokens[prompt:], log_probs=(-0.1,) * response),
                 advantage=(-1.0) ** i * (1 + i / 4),
                 weight=1 - i / 16,
             )

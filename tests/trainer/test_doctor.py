@@ -150,7 +150,7 @@ def test_shared_memory_and_disk(toy, tmp_path, monkeypatch):
     assert machine.disk(config, make_plan(config)).status is Status.OK  # a toy's checkpoints are small
     large = from_tree(tree(toy, tmp_path, model={"path": "Qwen2.5-7B"}, rollout={"prompts_per_step": 2}))
     check = machine.disk(large, make_plan(large))
-    assert check.status is Status.FAIL and "lower train.keep_checkpoints" in check.remedy
+    assert check.status is Status.FAIL and "lower train.save_total_limit" in check.remedy
 
 
 def test_bandwidth_of_one_gpu_is_not_checked():

@@ -58,7 +58,7 @@ DENSE = {
     },
 }
 EXPERTS = {
-    1: {"alone": case(ALONE), "alone, routers' loss": case(1, transformer=ROUTERS_LOSS)},
+    1: {"alone": case(ALONE), "micro-batches": case(), "alone, routers' loss": case(1, transformer=ROUTERS_LOSS)},
     2: {
         "EP2": case(**{EP: 2}),
         "EP2, distributed optimizer": case(**{EP: 2}, use_distributed_optimizer=True),
@@ -71,6 +71,7 @@ EXPERTS = {
     4: {
         "EP2 x TP2, SP": case(**{EP: 2, TP: 2, SP: True}),
         "EP2 x PP2": case(**{EP: 2, PP: 2}),
+        "EP2 x PP2, VPP2": case(**{EP: 2, PP: 2, VPP: 2}),
         "EP2 x DP2": case(**{EP: 2}),
     },
 }
