@@ -74,7 +74,11 @@ def spread(values: Iterable[float], digits: int = 4) -> dict[str, float]:
 
 
 def summarise(measured: Sequence[dict]) -> dict:
-    """One case, of all ranks: the slowest rank's seconds of each round; utilisation per rank's roof of that round."""
+    """One case, of all ranks: the slowest rank's seconds of each round.
+
+    Utilisation is of the best roof of all rounds on the wall clock, of the round's own in CPU seconds: other programs
+    take wall time from a roof's milliseconds in one round and not in another.
+    """
     main = measured[0]
     ranks, forward = len(measured), main["forward_flops"]
     roofs = [
@@ -95,7 +99,7 @@ def summarise(measured: Sequence[dict]) -> dict:
             "cpu_seconds_in_all": spread(cpu),
             "tokens_per_s": spread((main["lengths"]["tokens"] / s for s in whole), 1),
             "mfu": {
-                phase: spread(passes * forward / s / ranks / r for s, r in zip(seconds[phase], roofs, strict=True))
+                phase: spread(passes * forward / s / ranks / max(roofs) for s in seconds[phase])
                 for phase, passes in PHASES.items()
             },
             "mfu_per_cpu_second": spread(4 * forward / s / r for s, r in zip(cpu, cpu_roofs, strict=True)),
@@ -191,8 +195,13 @@ def main() -> None:
         else:
             found = on_gpu(Path(folder), chosen.shape, chosen.rounds)
     load_average = [round(x, 1) for x in os.getloadavg()]
-    about = {"command": " ".join(["python -m benchmarks.trainer", *sys.argv[1:]]), "machine": machine(),
-             "cores_allowed": len(os.sched_getaffinity(0)), "load_average": load_average}  # fmt: skip
+    shape = f" --shape {chosen.shape}" if chosen.where == "gpu" else ""
+    about = {
+        "command": f"python -m benchmarks.trainer {chosen.where}{shape} --rounds {chosen.rounds}",
+        "machine": machine(),
+        "cores_allowed": len(os.sched_getaffinity(0)),
+        "load_average": load_average,
+    }
     chosen.out.mkdir(parents=True, exist_ok=True)
     path = chosen.out / f"trainer_{chosen.where}_{time.strftime('%Y%m%d_%H%M%S')}.json"
     path.write_text(json.dumps(about | found, indent=1) + "\n")
