@@ -76,8 +76,8 @@ def make_plan(
 
 
 def checkpoint_bytes(shape: ModelShape, layout: Layout) -> int:
-    """Of one checkpoint as `policy.checkpoint` writes it, whatever the replicas: the weights, Adam's two moments and, in
-    bfloat16, the float32 copy of the weights; and the model as a Hugging Face directory."""
+    """Of one checkpoint as `policy.checkpoint` writes it, each tensor once: weights, Adam's moments and, in bfloat16,
+    the float32 copy of the weights; and the model as a Hugging Face directory."""
     parameters = layout.tp * sum(shape.stage_parameters(layout.tp, layout.pp, stage) for stage in range(layout.pp))
     state = 2 * FLOAT32 + (FLOAT32 if layout.element_bytes < FLOAT32 else 0)
     return parameters * (layout.element_bytes + state) + shape.parameters * layout.element_bytes

@@ -1,10 +1,7 @@
 """The mesh of ranks: sizes, coordinates and groups, read once from Megatron's parallel state."""
 
-<<<<<<< HEAD
 import math
-=======
 import random
->>>>>>> ckpt
 from dataclasses import dataclass
 from datetime import timedelta
 
