@@ -198,10 +198,11 @@ def test_rollout_of_the_embedded_engine():
     assert [phase.phase for phase in grpo.phases] == ["rollout", "update"] and grpo.host_bytes == 0
 
 
-def test_checkpoint_is_what_every_rank_writes():
-    # Two ranks, both with all weights (2 B), each half of master and moments (12 B); and the Hugging Face model.
-    two = layout(world=2, use_distributed_optimizer=True)
-    assert checkpoint_bytes(TINY, two) == 2 * TINY.parameters * (2 + 6) + 2 * TINY.parameters
+def test_checkpoint_holds_every_tensor_once():
+    # Whatever the data-parallel ranks: weights (2 B), master and moments (12 B); and the Hugging Face model.
+    for world in (1, 2):
+        ranks = layout(world=world, use_distributed_optimizer=True)
+        assert checkpoint_bytes(TINY, ranks) == TINY.parameters * (2 + 12) + 2 * TINY.parameters
 
 
 # ---- time ---------------------------------------------------------------------------------------------------------
