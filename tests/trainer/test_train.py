@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -161,7 +162,7 @@ def test_twenty_kills_lose_no_checkpoint_and_change_nothing(toy: Toy, tmp_path: 
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(arguments, env=environment(), stdout=log, stderr=log)
     saved, killed = set(), 0
-    for _ in range(kills):
+    while killed < kills and process.poll() is None:
         count = len(saved)
         while process.poll() is None and len(saved) < count + 1:
             now = {path.name for path in (tmp_path / "run" / "checkpoints").glob("iter_*")}
@@ -181,8 +182,12 @@ def test_twenty_kills_lose_no_checkpoint_and_change_nothing(toy: Toy, tmp_path: 
 
 def ranks_of(launcher: int) -> list[int]:
     """Process ids of torchrun's workers, those of their own helpers left out."""
-    workers = psutil.Process(launcher).children()
-    return [w.pid for w in workers if any("pretrain_lens.py" in argument for argument in w.cmdline())]
+    found = []
+    for worker in psutil.Process(launcher).children():
+        with suppress(psutil.NoSuchProcess):  # a zombie counts as none
+            if any("pretrain_lens.py" in argument for argument in worker.cmdline()):
+                found.append(worker.pid)
+    return found
 
 
 def test_sigterm_finishes_the_step_saves_and_exits_0(toy: Toy, tmp_path: Path):
