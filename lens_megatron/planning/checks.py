@@ -54,6 +54,12 @@ def _model_mistakes(config: Config, shape: ModelShape) -> Iterator[str]:
             "megatron.sequence_parallel divides rows among tensor-parallel ranks, but "
             "megatron.tensor_model_parallel_size is 1; raise that to 2 or more, or set sequence_parallel to false"
         )
+    ep, etp = config.megatron.expert_model_parallel_size, config.megatron.expert_tensor_parallel_size or tp
+    if ep > 1 or etp != tp:
+        yield (
+            f"megatron.expert_model_parallel_size ({ep}) and expert_tensor_parallel_size ({etp}) divide experts, "
+            f"but a {shape.model_type} model has none; leave both at their defaults"
+        )
     length = config.data.max_prompt_length + config.rollout.max_response_length
     if length > shape.max_position_embeddings:
         yield (

@@ -115,7 +115,7 @@ def from_hf(tree: dict) -> ModelShape:
     """A shape from the contents of config.json. Raises ValueError for what is missing or not supported."""
     if not isinstance(tree, dict) or tree.get("model_type") not in FAMILIES:
         kind = tree.get("model_type") if isinstance(tree, dict) else type(tree).__name__
-        raise ValueError(f"model type {kind!r}; supported: {', '.join(FAMILIES)}")
+        raise ValueError(f"model type {kind!r}; the plan knows {', '.join(FAMILIES)}, and no experts yet")
     if missing := [key for key in _NEEDED if not isinstance(tree.get(key), int) or tree[key] < 1]:
         raise ValueError(f"no positive whole number for {', '.join(missing)}")
     heads = tree["num_attention_heads"]

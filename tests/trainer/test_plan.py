@@ -71,7 +71,7 @@ def test_shapes_come_from_config_json_or_by_name(tmp_path):
     with pytest.raises(ConfigError, match="did you mean Qwen3-8B?"):
         read_shape("models/Qwen3-8C")
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(ConfigError, match="model type 'gpt2'; supported: llama, qwen2, qwen3"):
+    with pytest.raises(ConfigError, match="model type 'gpt2'; the plan knows llama, qwen2, qwen3"):
         read_shape(str(tmp_path))
 
 
@@ -299,7 +299,7 @@ def test_the_same_words_as_the_trainer():
         ["megatron.tensor_model_parallel_size=8"], ["megatron.pipeline_model_parallel_size=8"],
         ["rollout.max_response_length=140000"], ["megatron.virtual_pipeline_model_parallel_size=2"],
         ["megatron.virtual_pipeline_model_parallel_size=3", "megatron.pipeline_model_parallel_size=2"],
-        ["megatron.tensor_model_parallel_size=1"],
+        ["megatron.tensor_model_parallel_size=1"], ["megatron.expert_model_parallel_size=2"],
     ):  # fmt: skip
         settings = configuration.load(QWEN_7B, overrides)
         with pytest.raises(ConfigError) as caught:
