@@ -54,7 +54,8 @@ class Peer:
             return self.missing
         if importlib.util.find_spec(self.module.split(".")[0]) is None:
             return f"not installed: pip install {self.distribution}"
-        if self.needs_cuda and device.type != "cuda" and not INTERPRETED:
+        interpreted = INTERPRETED and self.needs_cuda == TRITON
+        if self.needs_cuda and device.type != "cuda" and not interpreted:
             return f"needs CUDA: {self.needs_cuda}"
         try:
             import_alone(self.module)
