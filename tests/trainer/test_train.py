@@ -153,31 +153,28 @@ def test_a_run_goes_on_under_another_layout(toy: Toy, straight, move: str, tmp_p
 
 @pytest.mark.slow
 def test_twenty_kills_lose_no_checkpoint_and_change_nothing(toy: Toy, tmp_path: Path):
-    """kill -9 of a random rank at a random moment; torchrun starts all ranks again, from the last checkpoint."""
-    steps, kills, chance = 150, 20, random.Random(0)
+    """kill -9 of a random rank at a random moment; then the same command again, which goes on from the last save."""
+    steps, kills, chance = 120, 20, random.Random(0)
     train = {"steps": steps, "save_interval": 1, "save_total_limit": steps}
     launch(toy.tree(tmp_path / "straight", train=train), tmp_path / "a", 2)
-    arguments = command(toy.tree(tmp_path / "run", train=train), tmp_path / "b", 2)
-    arguments.insert(arguments.index("--standalone"), f"--max-restarts={kills}")
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(arguments, env=environment(), stdout=log, stderr=log)
-    saved, killed = set(), 0
-    while killed < kills and process.poll() is None:
+    arguments, saved = command(toy.tree(tmp_path / "run", train=train), tmp_path / "b", 2), set()
+    for _ in range(kills):
+        with (tmp_path / "log").open("w") as log:
+            process = subprocess.Popen(arguments, env=environment(), stdout=log, stderr=log)
         count = len(saved)
-        while process.poll() is None and len(saved) < count + 1:
+        while len(saved) == count:
+            assert process.poll() is None, (tmp_path / "log").read_text()[-5000:]
             now = {path.name for path in (tmp_path / "run" / "checkpoints").glob("iter_*")}
             assert saved <= now, f"lost {saved - now}"
             saved = now
             time.sleep(0.01)
-        time.sleep(chance.uniform(0, 1.5))
-        victims = ranks_of(process.pid)
-        if victims:
-            os.kill(chance.choice(victims), signal.SIGKILL)
-            killed += 1
-    assert process.wait(1200) == 0, (tmp_path / "log").read_text()[-5000:]
-    assert killed == kills, "done too early to prove anything"
+        time.sleep(chance.uniform(0, 1))
+        os.kill(chance.choice(ranks_of(process.pid)), signal.SIGKILL)
+        assert process.wait(120) != 0
+    launch(toy.tree(tmp_path / "run", train=train), tmp_path / "b", 2)
     expected, found = (checkpoint_tensors(tmp_path / name, steps, 2) for name in ("straight", "run"))
-    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
 def ranks_of(launcher: int) -> list[int]:
