@@ -4,9 +4,7 @@ Every option, its type, bound and meaning stands here once. `megatron.*` diction
 under Megatron's own names. Cross-checks that need more than one option are in `Config.check`.
 """
 
-import difflib
 import math
-import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -14,7 +12,7 @@ from typing import Any, Literal, Self
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from lens_megatron.config_files import ConfigError, apply_override, read_tree
-from lens_megatron.config_section import Section
+from lens_megatron.config_section import Section, explain
 
 __all__ = ["Config", "ConfigError", "from_tree", "load"]
 
@@ -348,50 +346,12 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
+        raise ConfigError("\n".join(explain(e, Config, all_options()) for e in error.errors())) from None
     try:
         config.model_dump_json()
     except (ValueError, RecursionError) as error:  # YAML can say things that no file of the run could hold
         raise ConfigError(f"configuration: a value cannot be saved: {error}; write plain values") from None
     return config
-
-
-_SHORT = reprlib.Repr()
-"""Aliases let ten lines of YAML stand for a billion values; an error message must not spell them out."""
-_SHORT.maxstring = _SHORT.maxother = 200
-_SHORT.maxlevel = 2
-
-
-def _explain(error: Mapping[str, Any]) -> str:
-    location = tuple(str(part) for part in error["loc"])
-    name = ".".join(location) or "configuration"
-    if error["type"] == "extra_forbidden":
-        return f"unknown option {name}{_nearest(location)}"
-    if error["type"] == "missing":
-        return f"{name}: missing; it has no default"
-    message = error["msg"].removeprefix("Value error, ")
-    if not location:
-        return message
-    if error["type"] == "model_type":
-        message = "expected a section with options"
-    if error["type"] == "tuple_type":
-        message = "expected a list such as [a, b]"
-    return f"{name}: {_SHORT.repr(error['input'])}: {message}"
-
-
-def _nearest(location: tuple[str, ...]) -> str:
-    section: Any = Config
-    for part in location[:-1]:
-        section = section.model_fields[part].annotation
-    here = list(section.model_fields)
-    everywhere = {path.rsplit(".", 1)[-1]: path for path in all_options()}
-    if location[-1] in everywhere:
-        return f"; did you mean {everywhere[location[-1]]}?"
-    siblings = {name: ".".join((*location[:-1], name)) for name in here}
-    for candidates, cutoff in ((siblings, 0.6), (everywhere, 0.6), (siblings, 0.4)):
-        if near := difflib.get_close_matches(location[-1], candidates, n=1, cutoff=cutoff):
-            return f"; did you mean {candidates[near[0]]}?"
-    return f"; {'.'.join(location[:-1]) or 'the file'} has: {', '.join(here)}"
 
 
 def all_options() -> list[str]:

@@ -28,9 +28,9 @@ CORRECTED = {"correction": "token_mask", "correction_low": 0.2, "correction_high
 
 
 def case(
-    max_tokens: int = 40, ratio: str = "token", share: str = "even", correction: dict = {}, **megatron: object
+    max_tokens: int = 40, ratio: str = "token", share: str = "even", corrected: bool = False, **megatron: object
 ) -> dict:
-    algorithm = {"ratio": ratio, **correction}
+    algorithm = {"ratio": ratio, **(CORRECTED if corrected else {})}
     return {"max_tokens": max_tokens, "algorithm": algorithm, "share": share, "megatron": megatron}
 
 
@@ -38,7 +38,7 @@ DENSE = {
     1: {
         "alone": case(ALONE),
         "alone, sequences": case(ALONE, "sequence_geometric"),
-        "alone, corrected": case(ALONE, correction=CORRECTED),
+        "alone, corrected": case(ALONE, corrected=True),
         "micro-batches": case(),
         "selective recomputation": case(transformer={"recompute_granularity": "selective"}),
         "full recomputation": case(transformer=FULL),
@@ -56,9 +56,9 @@ DENSE = {
         "PP2, VPP2": case(**{PP: 2, VPP: 2}),
         "CP2": case(**{CP: 2}),
         "CP2, sequences": case(40, "sequence_geometric", **{CP: 2}),
-        "CP2, corrected": case(correction=CORRECTED, **{CP: 2}),
-        "DP2, corrected": case(correction=CORRECTED),
-        "PP2, corrected": case(correction=CORRECTED, **{PP: 2}),
+        "CP2, corrected": case(corrected=True, **{CP: 2}),
+        "DP2, corrected": case(corrected=True),
+        "PP2, corrected": case(corrected=True, **{PP: 2}),
     },
     4: {
         "TP2 x PP2, SP": case(**{TP: 2, SP: True, PP: 2}),
