@@ -4,42 +4,19 @@ Every option, its type, bound and meaning stands here once. `megatron.*` diction
 under Megatron's own names. Cross-checks that need more than one option are in `Config.check`.
 """
 
-import difflib
 import math
-import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from lens_megatron.config_files import ConfigError, apply_override, read_tree
+from lens_megatron.config_section import Section, explain
 
 __all__ = ["Config", "ConfigError", "from_tree", "load"]
 
 BOXED_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def refuse_booleans_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        """Without this, `lr: yes` is a learning rate of 1."""
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation in (int, float, float | None):
-            raise ValueError("expected a number")
-        return value
 
 
 class RunConfig(Section):
@@ -146,6 +123,15 @@ class AlgorithmConfig(Section):
     entropy_coef: float = Field(0.0, ge=0)
     imitation_coef: float = Field(0.0, ge=0)
     """Weight of an extra negative log-likelihood of the rescued successes."""
+    correction: Literal[
+        "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "sequence_geometric_mask"
+    ] = "none"
+    """Weights for w = pi_trainer / pi_engine: TIS by token, IcePop, TIS by response, masks of responses. Any of them
+    costs a forward pass over all samples; see algorithms/corrections.py."""
+    correction_low: float = Field(0.5, ge=0, le=1)
+    """Masks drop what has w below it; truncation has no lower bound."""
+    correction_high: float = Field(2.0, ge=1)
+    """Truncation cuts w off here, masks drop what is above."""
 
 
 class OptimizerConfig(Section):
@@ -218,6 +204,15 @@ class VllmConfig(Section):
     gpu_memory_utilization: float = Field(0.6, gt=0, le=1)
     """Share of the GPU that weights, KV cache and workspace of the engine may take, as vLLM counts it."""
 
+    def narrowed(self) -> str | None:
+        """An option with which the engine's log-probabilities are not those of the whole distribution sampled from."""
+        extra = self.model_extra or {}
+        if extra.get("logprobs_mode", "processed_logprobs") != "processed_logprobs":
+            return f"vllm.logprobs_mode={extra['logprobs_mode']}"
+        if extra.get("override_generation_config"):
+            return "vllm.override_generation_config"
+        return None
+
 
 class ClusterConfig(Section):
     """The machines that `lens_megatron.plan` reckons with. Training takes what torchrun gives it."""
@@ -277,6 +272,17 @@ class Config(Section):
             raise ValueError("train.save_best_limit compares evaluations; set data.eval or unset it")
         if self.debug.rollout_only and self.debug.load_rollouts:
             raise ValueError("debug.rollout_only and debug.load_rollouts exclude each other; unset one")
+        correction, ratio = self.algorithm.correction, self.algorithm.ratio
+        if correction.startswith("token") and ratio != "token":
+            raise ValueError(
+                f"algorithm.correction={correction} weighs tokens, algorithm.ratio={ratio} whole responses; "
+                "choose a sequence_ correction or algorithm.ratio=token"
+            )
+        if narrowed := self.vllm.narrowed():
+            raise ValueError(
+                f"{narrowed}: sampled tokens would have other probabilities than the trainer's, so ratios would be "
+                "wrong; remove it"
+            )
         if self.optimizer.min_lr > self.optimizer.lr:
             raise ValueError(
                 f"optimizer.min_lr ({self.optimizer.min_lr}) exceeds optimizer.lr ({self.optimizer.lr}); lower it"
@@ -340,50 +346,12 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
+        raise ConfigError("\n".join(explain(e, Config, all_options()) for e in error.errors())) from None
     try:
         config.model_dump_json()
     except (ValueError, RecursionError) as error:  # YAML can say things that no file of the run could hold
         raise ConfigError(f"configuration: a value cannot be saved: {error}; write plain values") from None
     return config
-
-
-_SHORT = reprlib.Repr()
-"""Aliases let ten lines of YAML stand for a billion values; an error message must not spell them out."""
-_SHORT.maxstring = _SHORT.maxother = 200
-_SHORT.maxlevel = 2
-
-
-def _explain(error: Mapping[str, Any]) -> str:
-    location = tuple(str(part) for part in error["loc"])
-    name = ".".join(location) or "configuration"
-    if error["type"] == "extra_forbidden":
-        return f"unknown option {name}{_nearest(location)}"
-    if error["type"] == "missing":
-        return f"{name}: missing; it has no default"
-    message = error["msg"].removeprefix("Value error, ")
-    if not location:
-        return message
-    if error["type"] == "model_type":
-        message = "expected a section with options"
-    if error["type"] == "tuple_type":
-        message = "expected a list such as [a, b]"
-    return f"{name}: {_SHORT.repr(error['input'])}: {message}"
-
-
-def _nearest(location: tuple[str, ...]) -> str:
-    section: Any = Config
-    for part in location[:-1]:
-        section = section.model_fields[part].annotation
-    here = list(section.model_fields)
-    everywhere = {path.rsplit(".", 1)[-1]: path for path in all_options()}
-    if location[-1] in everywhere:
-        return f"; did you mean {everywhere[location[-1]]}?"
-    siblings = {name: ".".join((*location[:-1], name)) for name in here}
-    for candidates, cutoff in ((siblings, 0.6), (everywhere, 0.6), (siblings, 0.4)):
-        if near := difflib.get_close_matches(location[-1], candidates, n=1, cutoff=cutoff):
-            return f"; did you mean {candidates[near[0]]}?"
-    return f"; {'.'.join(location[:-1]) or 'the file'} has: {', '.join(here)}"
 
 
 def all_options() -> list[str]:

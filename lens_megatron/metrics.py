@@ -13,9 +13,13 @@ import torch
 from torch.distributed import ProcessGroup
 from torch.utils.tensorboard import SummaryWriter
 
-from lens_megatron.types import Origin, Rollout, Status, StepResult, TrainingGroup, UpdateStats
+from lens_megatron.algorithms.mismatch import mismatch, pooled
+from lens_megatron.types import MismatchSums, Origin, Rollout, Status, StepResult, TrainingGroup, UpdateStats
 
 Metrics = dict[str, float]
+
+MISMATCH_WARNING, MISMATCH_ALARM = 0.005, 0.01
+"""Mean |probability difference| of engine and trainer. Users of verl hold 0.01 for the end of what is healthy."""
 
 
 @dataclass(slots=True)
@@ -150,6 +154,54 @@ def update_metrics(updates: tuple[UpdateStats, ...], kl_coef: float) -> Metrics:
         "lens/clip_fraction_rescued": mean("clip_fraction_rescued"),
         "lens/abs_log_ratio_rescued": mean("abs_log_ratio_rescued"),
     }
+
+
+def mismatch_metrics(updates: tuple[UpdateStats, ...], correction: str) -> Metrics:
+    """Engine beside trainer over all tokens of the step's samples, and over native and rescued ones; already global.
+
+    Names are verl's, with _native and _rescued behind them. What has no tokens has no metrics.
+    """
+    native, rescued = (pooled(getattr(u, f"mismatch_{origin}") for u in updates) for origin in ("native", "rescued"))
+    parts = {"": pooled((native, rescued)), "_native": native, "_rescued": rescued}
+    found: Metrics = {}
+    for suffix, sums in parts.items():
+        if sums.tokens:
+            found |= {f"{name}{suffix}": value for name, value in _mismatch_values(sums, correction).items()}
+    return found
+
+
+def _mismatch_values(sums: MismatchSums, correction: str) -> Metrics:
+    values = mismatch(sums)
+    found = {
+        "training/rollout_probs_diff_mean": values.mean,
+        "training/rollout_probs_diff_max": values.largest,
+        "training/rollout_probs_diff_std": values.std,
+        "rollout_corr/kl": values.kl,
+        "rollout_corr/k3_kl": values.k3,
+    }
+    if values.pearson is not None:
+        found["training/rollout_actor_probs_pearson_corr"] = values.pearson
+    if correction != "none":
+        limited = "rollout_rs_masked_fraction" if correction.endswith("mask") else "rollout_is_ratio_fraction_high"
+        found |= {"rollout_corr/rollout_is_mean": values.weight, f"rollout_corr/{limited}": values.limited}
+    return found
+
+
+def mismatch_warning(metrics: Metrics, correction: str) -> str | None:
+    """A line for the console where engine and trainer differ too much on native or on rescued rows."""
+    name = "training/rollout_probs_diff_mean"
+    means = {origin: metrics[f"{name}_{origin}"] for origin in ("native", "rescued") if f"{name}_{origin}" in metrics}
+    # Written so that a mean that is not a number is the worst of all.
+    over = {origin: mean for origin, mean in means.items() if not mean < MISMATCH_WARNING}
+    if not over:
+        return None
+    alarm = any(not mean < MISMATCH_ALARM for mean in over.values())
+    head = f"!!! ALARM (limit {MISMATCH_ALARM})" if alarm else f"warning (limit {MISMATCH_WARNING})"
+    shown = ", ".join(f"{mean:.4f} on {origin} rows" for origin, mean in over.items())
+    remedy = "compare dtype, temperature and weight version of engine and trainer"
+    if correction == "none":
+        remedy += ", or set algorithm.correction=token_truncate"
+    return f" {head}: engine and trainer disagree on the sampled tokens' probabilities by {shown}; {remedy}"
 
 
 def time_metrics(seconds: dict[str, float], metrics: Metrics, world_size: int) -> Metrics:

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from lens_megatron.algorithms.aggregation import AGGREGATIONS
+from lens_megatron.algorithms.corrections import CORRECTIONS, Correction, uncorrected
 from lens_megatron.config import AlgorithmConfig
 from lens_megatron.types import Layout, LossScale, MicroBatch, Origin, Sample, SequenceBatch, TokenTerms
 
@@ -33,6 +35,7 @@ def pack(
     *,
     old_log_probs: Sequence[Tensor | None],
     reference_log_probs: Sequence[Tensor | None],
+    trainer_log_probs: Sequence[Tensor | None] | None = None,
     scale: LossScale,
     algorithm: AlgorithmConfig,
     max_response_length: int,
@@ -46,12 +49,24 @@ def pack(
         parts: indices into `samples`, from lens_megatron.schedule.
         old_log_probs: per sample [response tokens] under the prompt that generated it; None marks it on-policy.
         reference_log_probs: per sample [response tokens] under the original prompt; None where no KL is asked for.
+        trainer_log_probs: what the engine's are compared with and corrected to; `old_log_probs` when left out. A sample
+            may have them and be on-policy: its ratio is 1 exactly, where the difference of two passes is only nearly 0.
         scale: global counts, which make the sum of all micro-batches' losses the loss.
     """
-    values = list(zip(samples, old_log_probs, reference_log_probs, strict=True))
+    trainer = old_log_probs if trainer_log_probs is None else trainer_log_probs
+    rows = [_Row(*row) for row in zip(samples, old_log_probs, trainer, reference_log_probs, strict=True)]
     return [
-        _micro_batch([values[i] for i in part], scale, algorithm, max_response_length, device, layout) for part in parts
+        _micro_batch([rows[i] for i in part], scale, algorithm, max_response_length, device, layout) for part in parts
     ]
+
+
+class _Row(NamedTuple):
+    """A sample with log-probabilities of its response's tokens."""
+
+    sample: Sample
+    old: Tensor | None
+    trainer: Tensor | None
+    reference: Tensor | None
 
 
 def make_sequences(pairs: Sequence[Pair], device: torch.device, layout: Layout = ONE_RANK) -> SequenceBatch:
@@ -111,15 +126,15 @@ def _extend(batch: SequenceBatch, layout: Layout) -> SequenceBatch:
 
 
 def _micro_batch(
-    values: Sequence[tuple[Sample, Tensor | None, Tensor | None]],
+    rows: Sequence[_Row],
     scale: LossScale,
     algorithm: AlgorithmConfig,
     limit: int,
     device: torch.device,
     layout: Layout,
 ) -> MicroBatch:
-    """Of (sample, old, reference) triples. None at all: a rank without samples still takes part in the collectives."""
-    samples = [sample for sample, _, _ in values]
+    """No rows at all: a rank without samples still takes part in the collectives."""
+    samples = [row.sample for row in rows]
     lengths = [len(sample.rollout.token_ids) for sample in samples]
 
     def spread(numbers: Iterable[Tensor | float], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -128,16 +143,24 @@ def _micro_batch(
         return torch.cat([torch.empty(0, dtype=dtype), *parts]).to(device)
 
     shares = [AGGREGATIONS[algorithm.aggregation](length, scale, limit) for length in lengths]
-    weighted = [_weight_and_old(sample, old, algorithm) for sample, old, _ in values]
+    weighted = [_weight_and_old(row.sample, row.old, algorithm) for row in rows]
+    corrections = [_correction(row, algorithm) for row in rows]
     terms = TokenTerms(
         advantages=spread(sample.advantage for sample in samples),
-        policy_weights=spread(weight * share for (weight, _), share in zip(weighted, shares, strict=True)),
+        policy_weights=spread(
+            correction.weights * weight * share
+            for correction, (weight, _), share in zip(corrections, weighted, shares, strict=True)
+        ),
         kl_weights=spread(algorithm.kl_coef * share for share in shares),
         entropy_weights=spread(algorithm.entropy_coef * share for share in shares),
         imitation_weights=spread(_imitation_weight(sample, scale, algorithm) for sample in samples),
         old_log_probs=spread(old for _, old in weighted),
-        reference_log_probs=spread(0.0 if reference is None else reference for _, _, reference in values),
+        reference_log_probs=spread(0.0 if row.reference is None else row.reference for row in rows),
         rescued=spread((_is_rescued(sample) for sample in samples), torch.bool),
+        engine_log_probs=spread(torch.tensor(sample.rollout.log_probs) for sample in samples),
+        trainer_log_probs=spread(math.nan if row.trainer is None else row.trainer for row in rows),
+        corrections=spread(correction.weights for correction in corrections),
+        limited=spread((correction.limited for correction in corrections), torch.bool),
         first=spread((sum(lengths[:i]) for i in range(len(lengths))), torch.int64),
     )
     pairs = [(sample.prompt, sample.rollout.token_ids) for sample in samples]
@@ -151,6 +174,16 @@ def _weight_and_old(sample: Sample, old: Tensor | None, algorithm: AlgorithmConf
     if algorithm.ratio_form == "acl":
         return 1.0, old + math.log(max(sample.weight, 1e-6))
     return sample.weight, old
+
+
+def _correction(row: _Row, algorithm: AlgorithmConfig) -> Correction:
+    engine = torch.tensor(row.sample.rollout.log_probs, dtype=torch.float64)
+    if algorithm.correction == "none":
+        return uncorrected(engine, 0.0, 0.0)
+    if row.trainer is None:
+        raise ValueError(f"algorithm.correction={algorithm.correction} needs the trainer's log-probabilities, got None")
+    bounds = algorithm.correction_low, algorithm.correction_high
+    return CORRECTIONS[algorithm.correction](row.trainer.double() - engine, *bounds)
 
 
 def _imitation_weight(sample: Sample, scale: LossScale, algorithm: AlgorithmConfig) -> float:

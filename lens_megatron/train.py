@@ -254,6 +254,8 @@ def _loop(run: Run, done: int, stop: StopRequest, saver: CheckpointWriter) -> No
         if writer:
             writer.write(step, logged)  # before the save: a checkpoint whose row is missing would leave a gap for good
             metrics.say(metrics.console_line(step, config.train.steps, logged))
+            if warning := metrics.mismatch_warning(logged, config.algorithm.correction):
+                metrics.say(warning)
         with run.clock("save_checkpoint"):
             saver.poll()
             if stopping or last or step % config.train.save_interval == 0:
@@ -303,6 +305,7 @@ def _evaluate(run: Run) -> metrics.Metrics:
 def _step_metrics(run: Run, result: StepResult) -> metrics.Metrics:
     found = metrics.tally_step(result).reduce(run.mesh.dp_group, run.mesh.device)
     found |= metrics.update_metrics(result.updates, run.config.algorithm.kl_coef)
+    found |= metrics.mismatch_metrics(result.updates, run.config.algorithm.correction)
     found |= metrics.time_metrics(run.clock.take(), found, run.mesh.world_size)
     return found | {
         "training/global_step": result.step,

@@ -192,6 +192,14 @@ class TokenTerms:
     reference_log_probs: Tensor
     rescued: Tensor
     """bool: tokens sampled from the purified prompt."""
+    engine_log_probs: Tensor
+    """What the engine reported, under the prompt that generated the response."""
+    trainer_log_probs: Tensor
+    """The trainer's beside it. NaN: on-policy, the current log-probability, as for `old_log_probs`."""
+    corrections: Tensor
+    """Weights of `algorithm.correction`; `policy_weights` hold them already."""
+    limited: Tensor
+    """bool: truncated or dropped by the correction."""
     first: Tensor
     """int64, which of the T is the first token of the same response: equal for the tokens of one response."""
 
@@ -210,6 +218,33 @@ class MicroBatch:
     def own_terms(self) -> TokenTerms:
         """Of the t tokens that this context-parallel rank asks about."""
         return self.terms if self.sequences.own is None else self.terms.at(self.sequences.own)
+
+
+@dataclass(frozen=True, slots=True)
+class MismatchSums:
+    """Sums over tokens; p is the trainer's probability of a sampled token and q the engine's."""
+
+    tokens: float = 0.0
+    engine: float = 0.0
+    """Of q."""
+    trainer: float = 0.0
+    """Of p."""
+    engine_squared: float = 0.0
+    trainer_squared: float = 0.0
+    product: float = 0.0
+    """Of p q."""
+    difference: float = 0.0
+    """Of |p - q|."""
+    difference_squared: float = 0.0
+    log_ratio: float = 0.0
+    """Of log q - log p."""
+    k3: float = 0.0
+    weights: float = 0.0
+    """Of the correction."""
+    limited: float = 0.0
+    """Tokens whose weight was truncated or which were dropped."""
+    largest: float = 0.0
+    """Not a sum: the maximum of |p - q|."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +268,9 @@ class UpdateStats:
     learning_rate: float
     skipped: bool
     """True when loss or gradient were not finite and no update was made."""
+    mismatch_native: MismatchSums = MismatchSums()
+    mismatch_rescued: MismatchSums = MismatchSums()
+    """Trainer's log-probabilities under the purified prompt, which the engine saw."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lens_megatron import exchange, pack
 from lens_megatron.algorithms.objectives import OBJECTIVES
+from lens_megatron.config import Config
 from lens_megatron.policy.forward import plan_micro_batches, response_log_probs
 from lens_megatron.policy.model import reference_weights
 from lens_megatron.policy.update import update
@@ -49,15 +50,21 @@ def train_on(run: Run, samples: Sequence[Sample], step: int) -> tuple[tuple[Upda
 def old_log_probs(run: Run, samples: Sequence[Sample]) -> list[Tensor | None]:
     """Per sample, log pi_old of its response under the prompt that generated it; None where it need not be computed.
 
-    With one update per batch pi_old is the policy itself, so only rescued rows, whose prompt differs, are computed.
+    With one update per batch pi_old is the policy itself, so only rescued rows, whose prompt differs, are computed. A
+    correction needs it before the loss, for all rows: one more forward pass over them, about a third of an update.
     """
-    algorithm = run.config.algorithm
-    everyone = run.config.train.updates_per_batch > 1 or algorithm.ratio_form == "acl"
-    wanted = [i for i, s in enumerate(samples) if everyone or s.rollout.origin is Origin.RESCUED]
+    everyone = run.config.algorithm.correction != "none"
+    wanted = [i for i, sample in enumerate(samples) if everyone or not on_policy(run.config, sample)]
     pairs = [(samples[i].generation_prompt, samples[i].rollout.token_ids) for i in wanted]
     values = _log_probs(run, pairs)
     found = dict(zip(wanted, values, strict=True))
     return [found.get(i) for i in range(len(samples))]
+
+
+def on_policy(config: Config, sample: Sample) -> bool:
+    """True where the policy that samples is the one that trains, on the same prompt: the ratio is 1."""
+    several = config.train.updates_per_batch > 1 or config.algorithm.ratio_form == "acl"
+    return not several and sample.rollout.origin is Origin.NATIVE
 
 
 def reference_log_probs(run: Run, samples: Sequence[Sample]) -> list[Tensor | None]:
@@ -88,7 +95,10 @@ def _update_on(
     lengths = [len(sample.prompt) + len(sample.rollout.token_ids) for sample in samples]
     batches = pack.pack(
         samples,
-        old_log_probs=old,
+        old_log_probs=[
+            None if on_policy(config, sample) else value for sample, value in zip(samples, old, strict=True)
+        ],
+        trainer_log_probs=old,
         reference_log_probs=reference,
         scale=scale,
         algorithm=config.algorithm,

@@ -160,5 +160,7 @@ def workload_of(config: Config) -> Workload:
         running=running,
         lens=config.lens.enabled,
         kl=config.algorithm.kl_coef > 0,
-        old_log_probs=config.train.updates_per_batch > 1 or config.algorithm.ratio_form == "acl",
+        old_log_probs=config.train.updates_per_batch > 1
+        or config.algorithm.ratio_form == "acl"
+        or config.algorithm.correction != "none",
     )

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 
 import torch
 from lens_kernels import PolicyLoss
@@ -10,15 +11,17 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from lens_megatron.algorithms.mismatch import mismatch_sums
 from lens_megatron.algorithms.objectives import Objective
 from lens_megatron.config import AlgorithmConfig
 from lens_megatron.policy.forward import model_output
 from lens_megatron.policy.head import micro_batch_loss
 from lens_megatron.policy.model import Policy
-from lens_megatron.types import LossScale, MicroBatch, TokenTerms, UpdateStats
+from lens_megatron.types import LossScale, MicroBatch, MismatchSums, TokenTerms, UpdateStats
 
-SUMS = 9
-"""Length of the vector of sums that `_sums` makes of a micro-batch."""
+COMPARED = len(fields(MismatchSums)) - 1
+SUMS, EXTREMES = 9 + 2 * COMPARED, 4
+"""Lengths of the two parts of the vector that `_sums` makes of a micro-batch."""
 
 
 def update(
@@ -59,7 +62,7 @@ def _forward_backward(
     algorithm: AlgorithmConfig,
     temperature: float,
 ) -> list[Tensor]:
-    """Returns one vector [SUMS + 2] per micro-batch on the last stage, nothing elsewhere."""
+    """Returns one vector [SUMS + EXTREMES] per micro-batch on the last stage, nothing elsewhere."""
 
     def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module, *_: object):
         batch = next(iterator)
@@ -108,7 +111,8 @@ def _router_losses_averaged(policy: Policy, batches: Sequence[MicroBatch]) -> It
 
 
 def _sums(result: PolicyLoss, terms: TokenTerms) -> Tensor:
-    """[SUMS + 2] float64: sums over the micro-batch's response tokens, then max of -ratio and of ratio (native)."""
+    """[SUMS + EXTREMES] float64: sums over the micro-batch's response tokens, those of MismatchSums for native and for
+    rescued ones last; then max of -ratio and of ratio (native), and of |p - q| for either."""
     rescued, native = terms.rescued, ~terms.rescued
     log_ratio = result.ratio.log()
     sums = [
@@ -125,13 +129,24 @@ def _sums(result: PolicyLoss, terms: TokenTerms) -> Tensor:
     extremes = [torch.full_like(result.loss, -math.inf)] * 2
     if native.numel():  # of a tensor without elements there is no maximum
         extremes = [torch.where(native, ratio, -math.inf).max() for ratio in (-result.ratio, result.ratio)]
-    return torch.stack([value.double() for value in (*sums, *extremes)])
+    (*compared_native, largest_native), (*compared_rescued, largest_rescued) = (
+        _compared(result, terms, chosen) for chosen in (native, rescued)
+    )
+    vector = (*sums, *compared_native, *compared_rescued, *extremes, largest_native, largest_rescued)
+    return torch.stack([value.double() for value in vector])
+
+
+def _compared(result: PolicyLoss, terms: TokenTerms, chosen: Tensor) -> Tensor:
+    """`MismatchSums` of the `chosen` [t] tokens, as a vector."""
+    trainer = torch.where(terms.trainer_log_probs.isnan(), result.logprobs, terms.trainer_log_probs)
+    columns = trainer, terms.engine_log_probs, terms.corrections, terms.limited
+    return mismatch_sums(*(column[chosen] for column in columns))
 
 
 def _reduce(policy: Policy, vectors: list[Tensor]) -> tuple[Tensor, Tensor]:
     mesh = policy.mesh
     sums = torch.zeros(SUMS, dtype=torch.float64, device=mesh.device)
-    extremes = torch.full((2,), -math.inf, dtype=torch.float64, device=mesh.device)
+    extremes = torch.full((EXTREMES,), -math.inf, dtype=torch.float64, device=mesh.device)
     if mesh.is_last_stage:
         stacked = torch.stack(vectors)
         sums, extremes = stacked[:, :SUMS].sum(0), stacked[:, SUMS:].amax(0)
@@ -146,7 +161,9 @@ def _reduce(policy: Policy, vectors: list[Tensor]) -> tuple[Tensor, Tensor]:
 def _stats(
     sums: Tensor, extremes: Tensor, scale: LossScale, grad_norm: float, learning_rate: float, skipped: bool
 ) -> UpdateStats:
-    loss, kl_loss, kl, entropy, ppo_kl, clipped_native, clipped_rescued, abs_log_ratio, native = sums.tolist()
+    loss, kl_loss, kl, entropy, ppo_kl, clipped_native, clipped_rescued, abs_log_ratio, native = sums[
+        : -2 * COMPARED
+    ].tolist()
     tokens = max(1, scale.response_tokens)
     rescued = max(1, scale.response_tokens - native)
     any_native = native > 0
@@ -164,4 +181,6 @@ def _stats(
         ratio_min=-float(extremes[0]) if any_native else 1.0,
         ratio_max=float(extremes[1]) if any_native else 1.0,
         skipped=skipped,
+        mismatch_native=MismatchSums(*sums[-2 * COMPARED : -COMPARED].tolist(), float(extremes[2])),
+        mismatch_rescued=MismatchSums(*sums[-COMPARED:].tolist(), float(extremes[3])),
     )

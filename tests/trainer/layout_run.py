@@ -1,12 +1,13 @@
 """One batch of samples through the trainer under several layouts: `torchrun layout_run.py MODEL OUT JSON`.
 
-JSON maps a name to options of `megatron:`, `max_tokens` per micro-batch, `ratio` of the objective, and the `share` of
+JSON maps a name to options of `megatron:`, `max_tokens` per micro-batch, options of `algorithm:`, and the `share` of
 samples that each data-parallel rank has. Every rank saves what must not depend on them: scores, log-probabilities,
 statistics of two updates, and the weights after them.
 """
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -40,7 +41,11 @@ def samples() -> list[Sample]:
             Sample(
                 prompt=tokens[:prompt],
                 generation_prompt=tokens[:prompt],
-                rollout=replace(rollout(True, origin), token_ids=tokens[prompt:], log_probs=(-0.1,) * response),
+                rollout=replace(
+                    rollout(True, origin),
+                    token_ids=tokens[prompt:],
+                    log_probs=tuple(-0.9 * (t % 7 + 1) for t in range(response)),
+                ),
                 advantage=(-1.0) ** i * (1 + i / 4),
                 weight=1 - i / 16,
             )
@@ -77,8 +82,14 @@ def run(policy: Policy, config: Config, max_tokens: int, kind: str) -> dict[str,
         found |= {f"{name}.{i}": value for i, value in zip(share, values, strict=True)}
     for number in range(2):
         stats = train(policy, config, share, old, reference, max_tokens)
-        found |= {f"update{number}.{name}": torch.tensor(float(value)) for name, value in asdict(stats).items()}
+        found |= {f"update{number}.{name}": torch.tensor(value) for name, value in numbers(stats)}
     return found | {f"weight.{name}": value.clone() for name, value in export_weights(policy.bridge, policy.chunks)}
+
+
+def numbers(stats: UpdateStats) -> Iterator[tuple[str, float]]:
+    for name, value in asdict(stats).items():
+        inner = value if isinstance(value, dict) else {"": value}
+        yield from ((f"{name}{part and '.'}{part}", float(number)) for part, number in inner.items())
 
 
 def train(
@@ -91,10 +102,12 @@ def train(
 ) -> UpdateStats:
     everything = samples()
     mine, scale = [everything[i] for i in share], pack.count(everything)
+    corrected = config.algorithm.correction != "none"
     batches = pack.pack(
         mine,
         old_log_probs=[None if i % 3 == 1 else x + 0.1 for i, x in zip(share, old, strict=True)],
         reference_log_probs=reference,
+        trainer_log_probs=old if corrected else None,
         scale=scale,
         algorithm=config.algorithm,
         max_response_length=64,
@@ -110,7 +123,7 @@ def main(model: str, out: Path, cases: dict) -> None:
     device = platform.install()
     for name, case in cases.items():
         platform.init_process_group(device)
-        config = configuration(model, case.get("ratio", "token"), case["megatron"])
+        config = configuration(model, case.get("algorithm", {}), case["megatron"])
         mesh = build_mesh(config.megatron, config.run.seed, device)
         found = run(build_policy(config, mesh), config, case["max_tokens"], case["share"])
         torch.save(found, out / f"{name} rank {mesh.rank}.pt")
@@ -118,14 +131,14 @@ def main(model: str, out: Path, cases: dict) -> None:
     shut_down()
 
 
-def configuration(model: str, ratio: str, options: dict) -> Config:
+def configuration(model: str, algorithm: dict, options: dict) -> Config:
     return from_tree(
         {
             "run": {"directory": "unused"},
             "model": {"path": model, "reference_path": f"{model}_reference"},
             "data": {"train": "unused"},
             "rollout": {"max_response_length": 64},
-            "algorithm": {"kl_coef": 0.1, "entropy_coef": 0.01, "ratio": ratio},
+            "algorithm": {"kl_coef": 0.1, "entropy_coef": 0.01, **algorithm},
             "optimizer": {"lr": 1e-3, "adam_eps": 1e-3},  # an epsilon at which Adam does not amplify rounding
             "megatron": options,
         }

@@ -24,14 +24,21 @@ ROUTERS_LOSS = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coef
 Found = dict[str, dict[str, torch.Tensor]]
 
 
-def case(max_tokens: int = 40, ratio: str = "token", share: str = "even", **megatron: object) -> dict:
-    return {"max_tokens": max_tokens, "ratio": ratio, "share": share, "megatron": megatron}
+CORRECTED = {"correction": "token_mask", "correction_low": 0.2, "correction_high": 5.0}
+
+
+def case(
+    max_tokens: int = 40, ratio: str = "token", share: str = "even", corrected: bool = False, **megatron: object
+) -> dict:
+    algorithm = {"ratio": ratio, **(CORRECTED if corrected else {})}
+    return {"max_tokens": max_tokens, "algorithm": algorithm, "share": share, "megatron": megatron}
 
 
 DENSE = {
     1: {
         "alone": case(ALONE),
         "alone, sequences": case(ALONE, "sequence_geometric"),
+        "alone, corrected": case(ALONE, corrected=True),
         "micro-batches": case(),
         "selective recomputation": case(transformer={"recompute_granularity": "selective"}),
         "full recomputation": case(transformer=FULL),
@@ -49,6 +56,9 @@ DENSE = {
         "PP2, VPP2": case(**{PP: 2, VPP: 2}),
         "CP2": case(**{CP: 2}),
         "CP2, sequences": case(40, "sequence_geometric", **{CP: 2}),
+        "CP2, corrected": case(corrected=True, **{CP: 2}),
+        "DP2, corrected": case(corrected=True),
+        "PP2, corrected": case(corrected=True, **{PP: 2}),
     },
     4: {
         "TP2 x PP2, SP": case(**{TP: 2, SP: True, PP: 2}),
@@ -144,7 +154,8 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 @pytest.mark.parametrize("name", [name for cases in DENSE.values() for name in cases])
 def test_same_under(name: str, dense: Found):
-    assert_same(dense[name], dense["alone, sequences" if name.endswith("sequences") else "alone"])
+    kind = next((kind for kind in (", sequences", ", corrected") if name.endswith(kind)), "")
+    assert_same(dense[name], dense[f"alone{kind}"])
 
 
 @pytest.mark.parametrize("name", [name for cases in EXPERTS.values() for name in cases])
@@ -158,6 +169,11 @@ def test_the_comparison_sees_training(dense: Found, experts: Found):
         assert found["update0.grad_norm"] > 0.1 and found["update0.loss"] != found["update1.loss"]
         assert found["update0.kl"] > 0 and found["update1.clip_fraction"] > 0 and found["scores.2"].max() > 0.1
     assert dense["alone"]["update1.loss"] != dense["alone, sequences"]["update1.loss"]
+    corrected = dense["alone, corrected"]
+    assert dense["alone"]["update0.loss"] != corrected["update0.loss"]
+    for origin in ("native", "rescued"):
+        tokens, limited = (corrected[f"update0.mismatch_{origin}.{name}"] for name in ("tokens", "limited"))
+        assert 0 < limited < tokens and corrected[f"update0.mismatch_{origin}.largest"] > 0.01
     with_router = experts["alone, routers' loss"]["update0.grad_norm"]
     assert abs(with_router / experts["alone"]["update0.grad_norm"] - 1) > 1e-3
 

@@ -1,0 +1,80 @@
+"""Engine and trainer disagree on log pi: weights that make up for it. Registry `CORRECTIONS`, `algorithm.correction`.
+
+Rollouts come from pi_engine, the trainer's pi_old is another distribution with the same weights. Each function takes
+w_t = pi_old(y_t) / pi_engine(y_t), both under the prompt that generated the response, and gives what multiplies the
+policy loss of its tokens, without a gradient. The clip is that of pi_theta / pi_old, as without a correction (the
+decoupled form): pi_theta/pi_old * min(pi_old/pi_engine, C). KL, entropy and imitation terms keep their weights, and
+the denominators of the loss count dropped tokens too.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lens_megatron.algorithms.objectives import LOG_RATIO_LIMIT
+
+
+class Correction(NamedTuple):
+    """Of the L tokens of one response."""
+
+    weights: Tensor
+    """[L], a number that is not finite stays one, so that its update is skipped and not quietly bent."""
+    limited: Tensor
+    """[L] bool: truncated or dropped."""
+
+
+CorrectionFunction = Callable[[Tensor, float, float], Correction]
+"""(log pi_old - log pi_engine [L] in nats, lower bound, upper bound) -> weights."""
+
+
+def uncorrected(log_ratio: Tensor, low: float, high: float) -> Correction:
+    return Correction(torch.ones_like(log_ratio), torch.zeros_like(log_ratio, dtype=torch.bool))
+
+
+def token_truncate(log_ratio: Tensor, low: float, high: float) -> Correction:
+    """Truncated importance sampling: min(w_t, C), C = high (Yao et al. 2025, "Your efficient RL framework secretly
+    brings you off-policy RL training"). There is no lower bound."""
+    ratio = _ratio(log_ratio)
+    return Correction(ratio.clamp(max=high), ratio > high)
+
+
+def token_mask(log_ratio: Tensor, low: float, high: float) -> Correction:
+    """IcePop: w_t where low <= w_t <= high, else 0 (Ring-1T, arXiv 2510.18855)."""
+    ratio = _ratio(log_ratio)
+    outside = (ratio < low) | (ratio > high)
+    return Correction(ratio.masked_fill(outside, 0.0), outside)
+
+
+def sequence_truncate(log_ratio: Tensor, low: float, high: float) -> Correction:
+    """min(prod_t w_t, C) at every token of the response."""
+    return token_truncate(log_ratio.sum().expand_as(log_ratio), low, high)
+
+
+def sequence_mask(log_ratio: Tensor, low: float, high: float) -> Correction:
+    """Masked importance sampling: prod_t w_t within the bounds, else the whole response is dropped (as in verl)."""
+    return token_mask(log_ratio.sum().expand_as(log_ratio), low, high)
+
+
+def sequence_geometric_mask(log_ratio: Tensor, low: float, high: float) -> Correction:
+    """Drops responses whose geometric mean of w_t is out of bounds, leaves the others as they are (verl's geometric
+    rejection). Unlike the product it does not grow with length: bounds near 1, such as 0.99 and 1.01, mean something.
+    """
+    mean = log_ratio.mean() if len(log_ratio) else log_ratio.sum()
+    kept, outside = token_mask(mean.expand_as(log_ratio), low, high)
+    return Correction(torch.where(kept > 0, 1.0, kept), outside)
+
+
+def _ratio(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+
+
+CORRECTIONS: dict[str, CorrectionFunction] = {
+    "none": uncorrected,
+    "token_truncate": token_truncate,
+    "token_mask": token_mask,
+    "sequence_truncate": sequence_truncate,
+    "sequence_mask": sequence_mask,
+    "sequence_geometric_mask": sequence_geometric_mask,
+}

@@ -1,0 +1,68 @@
+"""What all sections of the configuration have in common, and what is said about mistakes in them."""
+
+import difflib
+import reprlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def refuse_booleans_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """Without this, `lr: yes` is a learning rate of 1."""
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation in (int, float, float | None):
+            raise ValueError("expected a number")
+        return value
+
+
+NOT_OFFERED = {
+    f"rollout.{name}": f"rollout.{name}: not offered: it samples from a part of the distribution, the trainer's "
+    "probabilities are of the whole, so every ratio would be wrong; use rollout.temperature"
+    for name in ("top_p", "top_k", "min_p")
+}
+"""Options that users of other trainers look for, and why there is none."""
+
+_SHORT = reprlib.Repr()
+"""Aliases let ten lines of YAML stand for a billion values; an error message must not spell them out."""
+_SHORT.maxstring = _SHORT.maxother = 200
+_SHORT.maxlevel = 2
+
+
+def explain(error: Mapping[str, Any], root: type[Section], options: Sequence[str]) -> str:
+    """One line on a mistake that pydantic found in `root`, which has `options`, dotted names."""
+    location = tuple(str(part) for part in error["loc"])
+    name = ".".join(location) or "configuration"
+    if error["type"] == "extra_forbidden":
+        return NOT_OFFERED.get(name) or f"unknown option {name}{_nearest(location, root, options)}"
+    if error["type"] == "missing":
+        return f"{name}: missing; it has no default"
+    message = error["msg"].removeprefix("Value error, ")
+    if not location:
+        return message
+    if error["type"] == "model_type":
+        message = "expected a section with options"
+    if error["type"] == "tuple_type":
+        message = "expected a list such as [a, b]"
+    return f"{name}: {_SHORT.repr(error['input'])}: {message}"
+
+
+def _nearest(location: tuple[str, ...], root: type[Section], options: Sequence[str]) -> str:
+    section: Any = root
+    for part in location[:-1]:
+        section = section.model_fields[part].annotation
+    here = list(section.model_fields)
+    everywhere = {path.rsplit(".", 1)[-1]: path for path in options}
+    if location[-1] in everywhere:
+        return f"; did you mean {everywhere[location[-1]]}?"
+    siblings = {name: ".".join((*location[:-1], name)) for name in here}
+    for candidates, cutoff in ((siblings, 0.6), (everywhere, 0.6), (siblings, 0.4)):
+        if near := difflib.get_close_matches(location[-1], candidates, n=1, cutoff=cutoff):
+            return f"; did you mean {candidates[near[0]]}?"
+    return f"; {'.'.join(location[:-1]) or 'the file'} has: {', '.join(here)}"
