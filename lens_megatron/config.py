@@ -88,6 +88,8 @@ class RolloutConfig(Section):
     temperature: float = Field(1.0, gt=0)
     max_running_sequences: int = Field(256, ge=1)
     """Sequences that one engine decodes at once."""
+    schedule: Literal["streamed", "sequential"] = "streamed"
+    """streamed: a group's second wave starts when it is certain that it is hard; sequential: after all first waves."""
 
 
 class RewardConfig(Section):

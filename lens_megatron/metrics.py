@@ -6,13 +6,14 @@ Names are verl's, plus `lens/*`. Every rank adds the same names in the same orde
 import json
 import resource
 import sys
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 import torch
 from torch.distributed import ProcessGroup
 from torch.utils.tensorboard import SummaryWriter
 
+from lens_megatron.rollout.meter import SamplingStats
 from lens_megatron.types import Origin, Rollout, Status, StepResult, TrainingGroup, UpdateStats
 
 Metrics = dict[str, float]
@@ -149,6 +150,25 @@ def update_metrics(updates: tuple[UpdateStats, ...], kl_coef: float) -> Metrics:
         "actor/skipped_updates": float(sum(u.skipped for u in updates)),
         "lens/clip_fraction_rescued": mean("clip_fraction_rescued"),
         "lens/abs_log_ratio_rescued": mean("abs_log_ratio_rescued"),
+    }
+
+
+def sampling_metrics(stats: SamplingStats, device: torch.device) -> Metrics:
+    """Of the engines of all ranks, one each. A collective.
+
+    An engine is idle while it does no step: it waits for graders, or for the engine whose share takes longest.
+    """
+    own = torch.tensor(astuple(stats), dtype=torch.float64, device=device)
+    every = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(every, own)
+    seconds, engine, second, early = torch.stack(every).T.tolist()
+    idle = [1 - busy / max(seconds) if max(seconds) else 0.0 for busy in engine]
+    return {
+        "perf/engine_idle_share/mean": sum(idle) / len(idle),
+        "perf/engine_idle_share/max": max(idle),
+        "perf/engine_idle_share/min": min(idle),
+        "timing_s/second_wave": max(second),
+        "lens/early_decisions": sum(early),
     }
 
 
