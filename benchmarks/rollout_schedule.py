@@ -1,0 +1,154 @@
+"""Sampling time of LENS over GRPO, second waves streamed or sequential: measured on a CPU, simulated for 8 A800.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.rollout_schedule --out benchmarks/results/rollout_schedule_cpu_202611.json
+
+Measured: the real scheduler and the local engine with random weights. The three runs of a seed have the same model,
+prompts and verdicts. Cost of the engine's steps is fitted on the first seeds and tried on the others. Simulated: the
+setting of LENS (arXiv 2601.21244), with assumptions that stand in benchmarks/sampling/work.py.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.operators.results import environment
+from benchmarks.sampling import measured, work
+from benchmarks.sampling.simulator import Setting, simulate
+
+VARIANTS = {
+    "sequential": ("sequential", {}),
+    "streamed": ("streamed", {}),
+    "early": ("early", {}),
+    **{f"speculative_{guess}": ("speculative", {"guess": guess}) for guess in (1, 3)},
+    **{f"fill_{fill}": ("fill", {"fill": fill}) for fill in (16, 32, 64, 128, 256)},
+}
+SETTINGS = {
+    "own_queues": {},
+    "shared_queue": {"shared_queue": True},
+    "48_places": {"capacity": 48},
+    "48_places_shared_longest_first": {"capacity": 48, "shared_queue": True, "longest_first": True},
+}
+
+
+def spread(values: list[float]) -> dict:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def measure(size: measured.Size, seeds: int, calibration: int) -> dict:
+    """Seconds of every schedule; each run but the calibration's is also predicted from its lengths."""
+    with tempfile.TemporaryDirectory() as name:
+        engine, rows, log, cost = measured.make_engine(size, Path(name)), [], [], None
+        measured.run(engine, size, 10_000, "sequential")  # the first run pays for everyone's warm-up
+        for seed in tqdm(range(seeds), desc=size.name):
+            row = {"seed": seed}
+            drawn = []
+            for policy in measured.POLICIES:
+                result = measured.run(engine, size, seed, policy)
+                drawn.append([[r.token_ids for r in (*g.native, *g.rescue)] for g in result["groups"]])
+                predicted = measured.predict(result["groups"], cost, policy) if cost else None
+                row[policy] = {"wall_s": result["wall_s"], "cpu_s": result["cpu_s"], "predicted_s": predicted}
+                row[policy] |= asdict(result["stats"]) | {"tokens": sum(len(t) for g in drawn[-1] for t in g)}
+                log += result["log"] if seed < calibration else []
+            row["same_groups"] = drawn[1] == drawn[2]
+            row["hard"] = sum(bool(g.rescue) for g in result["groups"])
+            rows.append(row)
+            if seed == calibration - 1:
+                cost = measured.fit(log)
+    return {"size": asdict(size), "cost": asdict(cost), "rows": rows, **summary(rows)}
+
+
+def summary(rows: list[dict]) -> dict:
+    """Ratios to GRPO of the same seed, in CPU seconds, and errors of the prediction."""
+    ratios = {p: spread([r[p]["cpu_s"] / r["grpo"]["cpu_s"] for r in rows]) for p in ("sequential", "streamed")}
+    walls = {p: spread([r[p]["wall_s"] / r["grpo"]["wall_s"] for r in rows]) for p in ("sequential", "streamed")}
+    tried = [r for r in rows if r["grpo"]["predicted_s"]]
+    errors = {p: spread([r[p]["predicted_s"] / r[p]["cpu_s"] - 1 for r in tried]) for p in measured.POLICIES}
+    tokens = spread([r["streamed"]["tokens"] / r["grpo"]["tokens"] for r in rows])
+    return {"cpu_ratio": ratios, "wall_ratio": walls, "prediction_error": errors, "token_ratio": tokens}
+
+
+def simulate_paper(seeds: int) -> list[dict]:
+    cases = [(m, w, "own_queues") for m in work.MODELS for w in work.WORKS]
+    cases += [(work.MODELS[1], work.WORKS[0], name) for name in list(SETTINGS)[1:]]
+    return [simulate_case(*case, seeds) for case in tqdm(cases, desc="8 A800, simulated")]
+
+
+def simulate_case(model: work.Model, load: work.Work, name: str, seeds: int) -> dict:
+    base = replace(Setting(work.a800(model), engines=8, grading_s=work.GRADING_S), **SETTINGS[name])
+    found: dict[str, list[dict]] = {variant: [] for variant in VARIANTS}
+    plain = []
+    for seed in range(seeds):
+        groups = work.draw(load, seed)
+        grpo, training = simulate(groups, base, "grpo"), work.training_seconds(model, groups, base.engines)
+        lengths = [n for g in groups for n, _ in g.native]
+        plain.append({
+            "sampling_s": grpo.seconds,
+            "training_s": training,
+            "idle_share": grpo.idle_share,
+            "mean_length": statistics.mean(lengths),
+            "cut": lengths.count(load.limit) / len(lengths),
+        })  # fmt: skip
+        for variant, (policy, options) in VARIANTS.items():
+            lens = simulate(groups, replace(base, **options), policy)
+            found[variant].append({
+                "sampling_ratio": lens.seconds / grpo.seconds,
+                "step_ratio": (lens.seconds + training) / (grpo.seconds + training),
+                "token_ratio": (lens.generated_tokens) / grpo.generated_tokens,
+                "first_wave_ratio": lens.first_wave_s / grpo.first_wave_s,
+                "beyond_first_wave": max(0.0, lens.seconds - lens.first_wave_s) / grpo.seconds,
+                "idle_share": lens.idle_share,
+                "hard_share": lens.hard / len(groups),
+                "early_share": lens.early / max(1, lens.hard),
+                "wasted_share": lens.wasted_tokens / lens.generated_tokens,
+                "peak_kv_gb": lens.peak_kv_tokens * model.kv_bytes_per_token / 1e9,
+            })  # fmt: skip
+    return {
+        "model": model.name,
+        "work": load.name,
+        "setting": name,
+        "grpo": {key: spread([row[key] for row in plain]) for key in plain[0]},
+        **{variant: {key: spread([r[key] for r in rows]) for key in rows[0]} for variant, rows in found.items()},
+    }
+
+
+def rounded(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--calibration", type=int, default=3, help="seeds, the first ones, that the cost is fitted on")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    content = {
+        "environment": environment(torch.device("cpu"), "benchmarks.rollout_schedule"),
+        "load_average": os.getloadavg(),
+        "measured": [measure(size, options.seeds, options.calibration) for size in measured.SIZES],
+        "assumed": {
+            "works": [asdict(load) for load in work.WORKS],
+            "models": [asdict(model) | {"cost": asdict(work.a800(model))} for model in work.MODELS],
+            "bandwidth_share": work.BANDWIDTH_SHARE,
+            "arithmetic_share": work.ARITHMETIC_SHARE,
+            "training_share": work.TRAINING_SHARE,
+            "grading_s": work.GRADING_S,
+        },
+        "simulated": simulate_paper(options.seeds),
+    }
+    options.out.write_text(json.dumps(rounded(content)) + "\n")
+
+
+if __name__ == "__main__":
+    main()
