@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.rollout_schedule --out benchmarks/results/rollout_schedule_cpu_202611.json
 
-Measured: the real scheduler and the local engine with random weights. The three runs of a seed have the same model,
-prompts and verdicts. Cost of the engine's steps is fitted on the first seeds and tried on the others. Simulated: the
-setting of LENS (arXiv 2601.21244), with assumptions that stand in benchmarks/sampling/work.py.
+Measured: the real scheduler and the local engine with random weights. The runs of a seed have the same model, prompts
+and verdicts, as far as they sample the same. The cost of the engine's steps is fitted on the first seeds and tried on
+the others. Simulated: the setting of LENS (arXiv 2601.21244), with the assumptions of benchmarks/sampling/work.py.
 """
 
 import argparse
@@ -26,8 +26,8 @@ VARIANTS = {
     "sequential": ("sequential", {}),
     "streamed": ("streamed", {}),
     "early": ("early", {}),
-    **{f"speculative_{guess}": ("speculative", {"guess": guess}) for guess in (1, 3)},
-    **{f"fill_{fill}": ("fill", {"fill": fill}) for fill in (16, 32, 64, 128, 256)},
+    **{f"speculative_{guess}": ("speculative", {"guess": guess}) for guess in (1,)},
+    **{f"fill_{fill}": ("fill", {"fill": fill}) for fill in (32, 128, 256)},
 }
 SETTINGS = {
     "own_queues": {},
@@ -56,7 +56,7 @@ def measure(size: measured.Size, seeds: int, calibration: int) -> dict:
                 row[policy] = {"wall_s": result["wall_s"], "cpu_s": result["cpu_s"], "predicted_s": predicted}
                 row[policy] |= asdict(result["stats"]) | {"tokens": sum(len(t) for g in drawn[-1] for t in g)}
                 log += result["log"] if seed < calibration else []
-            row["same_groups"] = drawn[1] == drawn[2]
+            row["same_groups"] = drawn[1] == drawn[2] == drawn[3]
             row["hard"] = sum(bool(g.rescue) for g in result["groups"])
             rows.append(row)
             if seed == calibration - 1:
@@ -66,8 +66,8 @@ def measure(size: measured.Size, seeds: int, calibration: int) -> dict:
 
 def summary(rows: list[dict]) -> dict:
     """Ratios to GRPO of the same seed, in CPU seconds, and errors of the prediction."""
-    ratios = {p: spread([r[p]["cpu_s"] / r["grpo"]["cpu_s"] for r in rows]) for p in ("sequential", "streamed")}
-    walls = {p: spread([r[p]["wall_s"] / r["grpo"]["wall_s"] for r in rows]) for p in ("sequential", "streamed")}
+    ratios = {p: spread([r[p]["cpu_s"] / r["grpo"]["cpu_s"] for r in rows]) for p in list(measured.POLICIES)[1:]}
+    walls = {p: spread([r[p]["wall_s"] / r["grpo"]["wall_s"] for r in rows]) for p in list(measured.POLICIES)[1:]}
     tried = [r for r in rows if r["grpo"]["predicted_s"]]
     errors = {p: spread([r[p]["predicted_s"] / r[p]["cpu_s"] - 1 for r in tried]) for p in measured.POLICIES}
     tokens = spread([r["streamed"]["tokens"] / r["grpo"]["tokens"] for r in rows])

@@ -88,8 +88,9 @@ class RolloutConfig(Section):
     temperature: float = Field(1.0, gt=0)
     max_running_sequences: int = Field(256, ge=1)
     """Sequences that one engine decodes at once."""
-    schedule: Literal["streamed", "sequential"] = "streamed"
-    """streamed: a group's second wave starts when it is certain that it is hard; sequential: after all first waves."""
+    schedule: Literal["streamed", "speculative", "sequential"] = "streamed"
+    """When a second wave starts: once its group is certainly hard; also before, where there is room, to be taken back
+    if it is not; after all first waves. The groups are the same."""
 
 
 class RewardConfig(Section):

@@ -161,7 +161,7 @@ def sampling_metrics(stats: SamplingStats, device: torch.device) -> Metrics:
     own = torch.tensor(astuple(stats), dtype=torch.float64, device=device)
     every = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(every, own)
-    seconds, engine, second, early = torch.stack(every).T.tolist()
+    seconds, engine, second, early, discarded = torch.stack(every).T.tolist()
     idle = [1 - busy / max(seconds) if max(seconds) else 0.0 for busy in engine]
     return {
         "perf/engine_idle_share/mean": sum(idle) / len(idle),
@@ -169,6 +169,7 @@ def sampling_metrics(stats: SamplingStats, device: torch.device) -> Metrics:
         "perf/engine_idle_share/min": min(idle),
         "timing_s/second_wave": max(second),
         "lens/early_decisions": sum(early),
+        "lens/discarded_tokens": sum(discarded),
     }
 
 

@@ -18,8 +18,9 @@ from lens_megatron.rollout.local import LocalEngine
 from lens_megatron.rollout.scheduler import GRADING_STEPS, Sampler
 from lens_megatron.types import Group, Prompt, PurifiedPrompt
 
+RUNNING = 256
 ROLLOUTS, LIMIT, ENDS, PROMPT_TOKENS = 8, 256, 6, 24
-POLICIES = {"grpo": "grpo", "sequential": "sequential", "streamed": "early"}
+POLICIES = {"grpo": "grpo", "sequential": "sequential", "streamed": "early", "speculative": "fill"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ def make_engine(size: Size, folder: Path) -> Timed:
     model = Qwen3ForCausalLM(config)
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    engine = Timed(str(folder), max_running_sequences=256)
+    engine = Timed(str(folder), max_running_sequences=RUNNING)
     engine.load_weights([(name, p.data) for name, p in model.named_parameters()], 0)
     engine.eos, engine.log = torch.arange(ENDS), []
     return engine
@@ -104,7 +105,7 @@ def run(engine: Timed, size: Size, seed: int, policy: str) -> dict:
     purified = [PurifiedPrompt(p.token_ids[:5] + p.token_ids[6:], (5,), (0.0,) * PROMPT_TOKENS) for p in prompts]
     rollout = RolloutConfig(
         prompts_per_step=size.prompts, rollouts_per_prompt=ROLLOUTS, max_response_length=LIMIT,
-        schedule="sequential" if policy == "sequential" else "streamed",
+        schedule="streamed" if policy == "grpo" else policy, max_running_sequences=RUNNING,
     )  # fmt: skip
     lens = LensConfig(enabled=policy != "grpo")
     engine.log = []
@@ -137,4 +138,6 @@ def predict(groups: list[Group], cost: Cost, policy: str) -> float:
     ]
     simulated = [SimulatedGroup(PROMPT_TOKENS, *w) for w in waves]
     grading = GRADING_STEPS * cost.seconds(1, 32, 32 * 150)
-    return simulate(simulated, Setting(cost, grading_s=grading), POLICIES[policy]).seconds
+    return simulate(
+        simulated, Setting(cost, capacity=RUNNING, fill=RUNNING, grading_s=grading), POLICIES[policy]
+    ).seconds

@@ -10,7 +10,7 @@ from lens_megatron.planning.hardware import GPUS
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Lengths are log-normal: median x a factor of the prompt x one of the rollout, x `wrong_factor` for wrong ones, capped."""
+    """Lengths: median x a log-normal factor of prompt and rollout each, x `wrong_factor` for wrong ones, capped."""
 
     name: str
     alpha: float = 0.8
@@ -33,6 +33,7 @@ WORKS = (
     Work("few_hard", alpha=1.2, beta=0.6),
     Work("many_hard", alpha=0.6, beta=1.2),
     Work("short_tail", prompt_sigma=0.3, rollout_sigma=0.25, wrong_factor=1.2),
+    Work("independent_lengths", prompt_sigma=0.0, rollout_sigma=0.7, wrong_factor=1.0),
     Work("heavy_tail", prompt_sigma=0.7, rollout_sigma=0.7, wrong_factor=2.0),
 )
 

@@ -18,7 +18,7 @@ class SamplingProgress:
 
     finished: int
     total: int
-    """Queued so far: it grows when a group turns out to be hard."""
+    """Queued so far, less what was taken back: it changes while groups turn out to be hard or not."""
     running: int
     waiting: int
     """In the sampler's queue or in the engine's."""
@@ -39,7 +39,9 @@ class SamplingStats:
     second_wave_seconds: float = 0.0
     """From the end of the last first-wave rollout to that of the last second-wave one; 0 when that was before."""
     early_decisions: int = 0
-    """Second waves queued before their first had ended."""
+    """Groups found hard before the end of their first wave."""
+    discarded_tokens: int = 0
+    """Generated for second waves that were taken back."""
 
 
 class Meter:
@@ -49,7 +51,7 @@ class Meter:
         self.tokens_before, self.start = tokens_before, time.perf_counter()
         self.ended = dict.fromkeys(Origin, self.start)
         self.total = dict.fromkeys(Origin, 0)
-        self.engine_seconds, self.finished, self.early_decisions = 0.0, 0, 0
+        self.engine_seconds, self.finished, self.early_decisions, self.discarded_tokens = 0.0, 0, 0, 0
 
     def queued(self, origin: Origin, rollouts: int) -> None:
         self.total[origin] += rollouts
@@ -57,6 +59,10 @@ class Meter:
     def completed(self, origin: Origin) -> None:
         self.finished += 1
         self.ended[origin] = time.perf_counter()
+
+    def taken_back(self, unfinished: int, tokens: int) -> None:
+        self.total[Origin.RESCUED] -= unfinished
+        self.discarded_tokens += tokens
 
     @contextmanager
     def engine_step(self) -> Iterator[None]:
@@ -77,4 +83,4 @@ class Meter:
     def stats(self) -> SamplingStats:
         second = max(0.0, self.ended[Origin.RESCUED] - self.ended[Origin.NATIVE])
         seconds = time.perf_counter() - self.start
-        return SamplingStats(seconds, self.engine_seconds, second, self.early_decisions)
+        return SamplingStats(seconds, self.engine_seconds, second, self.early_decisions, self.discarded_tokens)

@@ -4,7 +4,8 @@
 
 A group is hard for certain when the rollouts not yet graded could not lift it to tau, were they all correct: that is
 known before its last rollout ends, and changes no group, only when its second wave starts. With
-`rollout.schedule=sequential` it starts after the first waves of all prompts instead.
+`rollout.schedule=sequential` it starts after the first waves of all prompts instead; with `speculative` also earlier,
+wherever the engine has room, for the group that looks hardest, and is taken back if the group turns out not to be hard.
 
 The queue is kept here, and the engine is given what it can run at once, so that a second wave, which ends the step,
 overtakes what is waiting. Graders run in other processes while the engine goes on. What the engine is given, and
@@ -50,7 +51,7 @@ def prompt_length(prompt: Prompt) -> float:
     return float(len(prompt.token_ids))
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Wave:
     """G completions of one prompt, on their way."""
 
@@ -69,6 +70,10 @@ class _Wave:
     @property
     def failures(self) -> int:
         return sum(grade.status is not GradeStatus.CORRECT for grade in self.grades.values())
+
+    @property
+    def successes(self) -> int:
+        return len(self.grades) - self.failures
 
 
 @dataclass(slots=True)
@@ -122,10 +127,14 @@ class _Run:
         """Not yet graded to the end."""
         self.held: list[tuple[int, float]] = []
         """Hard places of the sequential schedule and their expected lengths, until the first waves are done."""
+        self.guessed: dict[int, _Wave] = {}
+        """Second waves of groups that may turn out not to be hard, by place."""
+        self.abandoned: list[int] = []
+        """Tickets of waves taken back."""
         self.rollouts: dict[tuple[int, Origin], tuple[Rollout, ...]] = {}
         self.in_engine = self.next_id = self.tick = 0
 
-    def queue_wave(self, place: int, origin: Origin, expected_length: float) -> None:
+    def queue_wave(self, place: int, origin: Origin, expected_length: float) -> _Wave:
         config, prompt = self.sampler.rollout, self.prompts[place]
         tokens = prompt.token_ids if origin is Origin.NATIVE else self.purified[place].token_ids
         wave = _Wave(place, origin)
@@ -137,6 +146,7 @@ class _Run:
             heapq.heappush(self.queue, (origin is Origin.NATIVE, -expected_length, self.next_id, request))
             self.next_id += 1
         self.meter.queued(origin, config.rollouts_per_prompt)
+        return wave
 
     def finish(self) -> list[Group]:
         while self.waves:
@@ -149,14 +159,50 @@ class _Run:
             self.tick += 1
             self._read_verdicts()
             self.sampler.on_progress(self.meter.progress(self.sampler.engine.progress(), len(self.queue)))
+        if self.abandoned:
+            self.sampler.grader.wait(self.abandoned)  # taken, so that the pool does not keep them
         return [self.groups[place] for place in range(len(self.prompts))]
 
     def _feed(self) -> None:
+        requests: list[Request] = []
         room = self.sampler.rollout.max_running_sequences - self.in_engine
-        requests = [heapq.heappop(self.queue)[-1] for _ in range(min(room, len(self.queue)))]
+        while len(requests) < room and (self.queue or self._guess()):
+            requests.append(heapq.heappop(self.queue)[-1])
         self.in_engine += len(requests)
         if requests:
             self.sampler.engine.submit(requests)
+
+    def _guess(self) -> bool:
+        """Queues the second wave of the undecided group with most failures, fewest successes. False: none is left."""
+        if self.sampler.rollout.schedule != "speculative":
+            return False
+        undecided = [w for w in self.waves if self._undecided(w) and w.place not in self.guessed]
+        if not undecided:
+            return False
+        wave = max(undecided, key=lambda w: (w.failures - w.successes, -w.place))
+        self.guessed[wave.place] = self.queue_wave(wave.place, Origin.RESCUED, 0.0)
+        return True
+
+    def _undecided(self, wave: _Wave) -> bool:
+        """A first wave whose second is neither certain nor out of the question."""
+        first = wave.origin is Origin.NATIVE and self.purified[wave.place] is not None
+        return first and not wave.hard and self._is_hard(self.sampler.rollout.rollouts_per_prompt - wave.successes)
+
+    def _take_back(self, place: int) -> None:
+        wave = self.guessed.pop(place)
+        if wave in self.waves:
+            self.waves.remove(wave)
+        self.rollouts.pop((place, Origin.RESCUED), None)
+        gone = {number for number, (owner, _) in self.requests.items() if owner is wave}
+        queued = {entry[-1].request_id for entry in self.queue} & gone
+        self.queue = [entry for entry in self.queue if entry[-1].request_id not in gone]
+        heapq.heapify(self.queue)
+        for number in gone:
+            del self.requests[number]
+        self.in_engine -= len(gone - queued)
+        tokens = self.sampler.engine.cancel(gone - queued) + sum(len(c.token_ids) for c in wave.completions.values())
+        self.abandoned += wave.tickets.values()
+        self.meter.taken_back(len(gone), tokens)
 
     def _completed(self, completion: Completion) -> None:
         wave, sample = self.requests.pop(completion.request_id)
@@ -170,6 +216,8 @@ class _Run:
     def _read_verdicts(self) -> None:
         size, idle = self.sampler.rollout.rollouts_per_prompt, not self.requests
         for wave in sorted(self.waves, key=lambda wave: (wave.place, wave.origin is Origin.RESCUED)):
+            if wave not in self.waves:
+                continue  # taken back a moment ago
             due = [sample for sample in wave.tickets if idle or wave.due[sample] <= self.tick]
             if len(due) + len(wave.grades) == size:
                 self._read(wave, due)
@@ -179,16 +227,19 @@ class _Run:
                 if self._is_hard(wave.failures):
                     self.meter.early_decisions += 1
                     self._rescue(wave)
+                elif not self._undecided(wave) and wave.place in self.guessed:
+                    self._take_back(wave.place)
         if self.held and all(wave.origin is Origin.RESCUED for wave in self.waves):
             for place, length in self.held:
                 self.queue_wave(place, Origin.RESCUED, length)
             self.held = []
 
     def _may_decide(self, wave: _Wave, due: int) -> bool:
-        """Whether `due` more failures would make it hard. Otherwise nobody waits for a grader on its account."""
-        early = self.sampler.rollout.schedule == "streamed" and wave.origin is Origin.NATIVE and not wave.hard
-        wanted = early and due > 0 and self.purified[wave.place] is not None
-        return wanted and self._is_hard(wave.failures + due)
+        """Whether `due` verdicts could change what is sampled. Otherwise nobody waits for a grader on their account."""
+        schedule = self.sampler.rollout.schedule
+        if schedule == "sequential" or due == 0 or not self._undecided(wave):
+            return False
+        return schedule == "speculative" or self._is_hard(wave.failures + due)
 
     def _is_hard(self, failures: int) -> bool:
         """Were all other rollouts of the group correct."""
@@ -202,6 +253,8 @@ class _Run:
     def _rescue(self, wave: _Wave) -> None:
         """Queues the second wave, expected to be as long as what the first has shown."""
         wave.hard = True
+        if self.guessed.pop(wave.place, None):
+            return
         length = sum(len(c.token_ids) for c in wave.completions.values()) / len(wave.completions)
         if self.sampler.rollout.schedule == "sequential":
             self.held.append((wave.place, length))
@@ -217,6 +270,8 @@ class _Run:
         )
         if native and not wave.hard and self.purified[place] is not None and self._is_hard(wave.failures):
             self._rescue(wave)
+        elif native and not wave.hard and place in self.guessed:
+            self._take_back(place)
         first, second = (self.rollouts.get((place, origin)) for origin in (Origin.NATIVE, Origin.RESCUED))
         if first and (second or (native and not wave.hard)):
             group = Group(self.prompts[place], first, self.purified[place], second or ())
