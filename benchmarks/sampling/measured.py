@@ -19,7 +19,7 @@ from lens_megatron.rollout.scheduler import GRADING_STEPS, Sampler
 from lens_megatron.types import Group, Prompt, PurifiedPrompt
 
 RUNNING = 256
-ROLLOUTS, LIMIT, ENDS, PROMPT_TOKENS = 8, 256, 6, 24
+ROLLOUTS, LIMIT, ENDS, PROMPT_TOKENS = 8, 160, 10, 24
 POLICIES = {"grpo": "grpo", "sequential": "sequential", "streamed": "early", "speculative": "fill"}
 
 
@@ -31,7 +31,7 @@ class Size:
     prompts: int
 
 
-SIZES = (Size("host_bound", 64, 6, 8), Size("arithmetic_bound", 256, 4, 8))
+SIZES = (Size("host_bound", 64, 4, 4), Size("arithmetic_bound", 192, 3, 8))
 """Steps that cost about the same whatever runs, as a GPU's do while it reads weights; steps that cost by sequence."""
 
 
