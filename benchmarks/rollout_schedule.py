@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from benchmarks.operators.results import environment
 from benchmarks.sampling import measured, work
-from benchmarks.sampling.simulator import Setting, simulate
+from benchmarks.sampling.simulator import Cost, Setting, simulate
 
 VARIANTS = {
     "sequential": ("sequential", {}),
@@ -43,36 +43,49 @@ def spread(values: list[float]) -> dict:
 
 
 def measure(size: measured.Size, seeds: int, calibration: int) -> dict:
-    """Seconds of every schedule; each run but the calibration's is also predicted from its lengths."""
+    """Seconds of every schedule, and those that the fit and the simulator give for the same lengths."""
     with tempfile.TemporaryDirectory() as name:
-        engine, rows, log, cost = measured.make_engine(size, Path(name)), [], [], None
+        engine, runs = measured.make_engine(size, Path(name)), []
         measured.run(engine, size, 10_000, "sequential")  # the first run pays for everyone's warm-up
         for seed in tqdm(range(seeds), desc=size.name):
-            row = {"seed": seed}
-            drawn = []
-            for policy in measured.POLICIES:
-                result = measured.run(engine, size, seed, policy)
-                drawn.append([[r.token_ids for r in (*g.native, *g.rescue)] for g in result["groups"]])
-                predicted = measured.predict(result["groups"], cost, policy) if cost else None
-                row[policy] = {"wall_s": result["wall_s"], "cpu_s": result["cpu_s"], "predicted_s": predicted}
-                row[policy] |= asdict(result["stats"]) | {"tokens": sum(len(t) for g in drawn[-1] for t in g)}
-                log += result["log"] if seed < calibration else []
-            row["same_groups"] = drawn[1] == drawn[2] == drawn[3]
-            row["hard"] = sum(bool(g.rescue) for g in result["groups"])
-            rows.append(row)
-            if seed == calibration - 1:
-                cost = measured.fit(log)
-    return {"size": asdict(size), "cost": asdict(cost), "rows": rows, **summary(rows)}
+            runs.append({policy: measured.run(engine, size, seed, policy) for policy in measured.POLICIES})
+    cost = measured.fit([row for run in runs[:calibration] for result in run.values() for row in result["log"]])
+    rows = [{policy: describe(result, cost, policy) for policy, result in run.items()} for run in runs]
+    for row, run in zip(rows, runs, strict=True):
+        drawn = [drawn_tokens(run[policy]) for policy in list(measured.POLICIES)[1:]]
+        row["same_groups"] = all(tokens == drawn[0] for tokens in drawn)
+        row["hard"] = sum(bool(g.rescue) for g in run["sequential"]["groups"])
+    return {"size": asdict(size), "cost": asdict(cost), "rows": rows, **summary(rows, calibration)}
 
 
-def summary(rows: list[dict]) -> dict:
-    """Ratios to GRPO of the same seed, in CPU seconds, and errors of the prediction."""
-    ratios = {p: spread([r[p]["cpu_s"] / r["grpo"]["cpu_s"] for r in rows]) for p in list(measured.POLICIES)[1:]}
-    walls = {p: spread([r[p]["wall_s"] / r["grpo"]["wall_s"] for r in rows]) for p in list(measured.POLICIES)[1:]}
-    tried = [r for r in rows if r["grpo"]["predicted_s"]]
-    errors = {p: spread([r[p]["predicted_s"] / r[p]["cpu_s"] - 1 for r in tried]) for p in measured.POLICIES}
-    tokens = spread([r["streamed"]["tokens"] / r["grpo"]["tokens"] for r in rows])
-    return {"cpu_ratio": ratios, "wall_ratio": walls, "prediction_error": errors, "token_ratio": tokens}
+def describe(result: dict, cost: Cost, policy: str) -> dict:
+    return {
+        "wall_s": result["wall_s"],
+        "cpu_s": result["cpu_s"],
+        "steps": len(result["log"]),
+        "work_s": measured.work_seconds(result["log"], cost),
+        "predicted_s": measured.predict(result["groups"], cost, policy),
+        "tokens": sum(len(tokens) for group in drawn_tokens(result) for tokens in group),
+        **asdict(result["stats"]),
+    }
+
+
+def drawn_tokens(result: dict) -> list[list[tuple[int, ...]]]:
+    return [[r.token_ids for r in (*g.native, *g.rescue)] for g in result["groups"]]
+
+
+def summary(rows: list[dict], calibration: int) -> dict:
+    """Ratios to GRPO of the same seed; the simulator's errors, on seeds that the cost was not fitted on."""
+    ratios = {
+        key: {p: spread([r[p][key] / r["grpo"][key] for r in rows]) for p in list(measured.POLICIES)[1:]}
+        for key in ("steps", "work_s", "cpu_s", "wall_s", "tokens")
+    }
+    tried = rows[calibration:]
+    errors = {
+        key: {p: spread([r[p]["predicted_s"] / r[p][key] - 1 for r in tried]) for p in measured.POLICIES}
+        for key in ("work_s", "cpu_s")
+    }
+    return {"ratio_to_grpo": ratios, "prediction_error": errors}
 
 
 def simulate_paper(seeds: int) -> list[dict]:

@@ -131,6 +131,12 @@ def fit(log: list[list[float]]) -> Cost:
     return Cost(fixed, 0.0, per_sequence, per_cell, per_prompt_token, padded=True)
 
 
+def work_seconds(log: list[list[float]], cost: Cost) -> float:
+    """What the engine's steps cost by the fit: their number and contents are exact, whatever else the machine does."""
+    parts = (cost.fixed, cost.per_sequence, cost.per_kv_token, cost.per_prompt_token)
+    return sum(parts[0] + parts[1] * n + parts[2] * cells + parts[3] * prompt for n, cells, prompt, _ in log)
+
+
 def predict(groups: list[Group], cost: Cost, policy: str) -> float:
     """Simulated seconds for the lengths and verdicts that were sampled."""
     waves = [
