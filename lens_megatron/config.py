@@ -65,6 +65,9 @@ class RolloutConfig(Section):
     temperature: float = Field(1.0, gt=0)
     max_running_sequences: int = Field(256, ge=1)
     """Sequences that one engine decodes at once."""
+    schedule: Literal["streamed", "speculative", "sequential"] = "streamed"
+    """When a second wave starts: once its group is certainly hard; also before, where there is room, to be taken back
+    if it is not; after all first waves. The groups are the same."""
 
 
 class RewardConfig(Section):

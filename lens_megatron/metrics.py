@@ -6,7 +6,7 @@ Names are verl's, plus `lens/*`. Every rank adds the same names in the same orde
 import json
 import resource
 import sys
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from torch.utils.tensorboard import SummaryWriter
 
 from lens_megatron.algorithms.mismatch import mismatch, pooled
+from lens_megatron.rollout.meter import SamplingStats
 from lens_megatron.types import MismatchSums, Origin, Rollout, Status, StepResult, TrainingGroup, UpdateStats
 
 Metrics = dict[str, float]
@@ -202,6 +203,26 @@ def mismatch_warning(metrics: Metrics, correction: str) -> str | None:
     if correction == "none":
         remedy += ", or set algorithm.correction=token_truncate"
     return f" {head}: engine and trainer disagree on the sampled tokens' probabilities by {shown}; {remedy}"
+
+
+def sampling_metrics(stats: SamplingStats, device: torch.device) -> Metrics:
+    """Of the engines of all ranks, one each. A collective.
+
+    An engine is idle while it does no step: it waits for graders, or for the engine whose share takes longest.
+    """
+    own = torch.tensor(astuple(stats), dtype=torch.float64, device=device)
+    every = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(every, own)
+    seconds, engine, second, early, discarded = torch.stack(every).T.tolist()
+    idle = [1 - busy / max(seconds) if max(seconds) else 0.0 for busy in engine]
+    return {
+        "perf/engine_idle_share/mean": sum(idle) / len(idle),
+        "perf/engine_idle_share/max": max(idle),
+        "perf/engine_idle_share/min": min(idle),
+        "timing_s/second_wave": max(second),
+        "lens/early_decisions": sum(early),
+        "lens/discarded_tokens": sum(discarded),
+    }
 
 
 def time_metrics(seconds: dict[str, float], metrics: Metrics, world_size: int) -> Metrics:

@@ -24,8 +24,8 @@ from lens_megatron.policy.parallel import build_mesh, shut_down
 from lens_megatron.prompts import DataError, PromptStream, load_prompts
 from lens_megatron.reward import GraderPool, GraderStartError
 from lens_megatron.rollout import replay
-from lens_megatron.rollout.engine import EngineProgress
 from lens_megatron.rollout.local import LocalEngine
+from lens_megatron.rollout.meter import SamplingProgress
 from lens_megatron.rollout.replay import ReplayError
 from lens_megatron.rollout.scheduler import Sampler
 from lens_megatron.rollout.unfinished import UnfinishedGroups
@@ -306,6 +306,7 @@ def _step_metrics(run: Run, result: StepResult) -> metrics.Metrics:
     found = metrics.tally_step(result).reduce(run.mesh.dp_group, run.mesh.device)
     found |= metrics.update_metrics(result.updates, run.config.algorithm.kl_coef)
     found |= metrics.mismatch_metrics(result.updates, run.config.algorithm.correction)
+    found |= metrics.sampling_metrics(run.sampler.stats, run.mesh.device)
     found |= metrics.time_metrics(run.clock.take(), found, run.mesh.world_size)
     return found | {
         "training/global_step": result.step,
@@ -337,18 +338,22 @@ class _Bar:
     def __init__(self, step: int, total: int, shown: bool):
         self.bar = tqdm(total=total, desc=f"step {step} sampling", unit="rollout", leave=False, disable=not shown)
 
-    def __call__(self, finished: int, progress: EngineProgress) -> None:
+    def __call__(self, progress: SamplingProgress) -> None:
         if self.bar.disable:
             return
-        self.bar.total = max(self.bar.total, finished + progress.running + progress.waiting)
-        self.bar.set_postfix_str(f"{progress.running} running, {progress.waiting} waiting", refresh=False)
-        self.bar.update(finished - self.bar.n)
+        self.bar.total = max(self.bar.total, progress.total)
+        self.bar.set_postfix_str(
+            f"{progress.running} running, {progress.waiting} waiting, {progress.second_wave} second wave, "
+            f"{progress.tokens_per_second:.0f} tokens/s",
+            refresh=False,
+        )
+        self.bar.update(progress.finished - self.bar.n)
 
     def close(self) -> None:
         self.bar.close()
 
 
-def _progress_bar(run: Run, step: int) -> Callable[[int, EngineProgress], None]:
+def _progress_bar(run: Run, step: int) -> Callable[[SamplingProgress], None]:
     share = len(range(run.mesh.rank, run.config.rollout.prompts_per_step, run.mesh.world_size))
     shown = run.is_main and os.isatty(2)
     return _Bar(step, share * run.config.rollout.rollouts_per_prompt, shown)

@@ -3,7 +3,7 @@
 An engine samples token ids from token ids. It knows nothing of prompts, groups, rewards or purification.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -55,6 +55,12 @@ class RolloutEngine(Protocol):
 
     def step(self) -> list[Completion]:
         """Decodes one token for the running sequences and returns those that ended. Empty when idle."""
+
+    def cancel(self, request_ids: Collection[int]) -> int:
+        """Forgets requests in flight; `step` never returns them. Returns the number of tokens they had generated.
+
+        Only `rollout.schedule=speculative` calls it.
+        """
 
     def progress(self) -> EngineProgress: ...
 

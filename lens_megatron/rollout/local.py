@@ -5,7 +5,7 @@ nothing here reads a clock, so equal calls give equal bits.
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -165,16 +165,29 @@ class LocalEngine:
                 staying.append(row)
         if not completions:
             return []
+        self._keep(staying)
+        return completions
+
+    def _keep(self, staying: list[int]) -> None:
+        """Only these rows of the batch and of the cache."""
         self.running = [self.running[row] for row in staying]
         if not staying:
             self._reset()
-            return completions
+            return
         rows = torch.tensor(staying, device=self.device)
         self.mask = self.mask[rows]
         padding = int(self.mask.any(0).int().argmax())  # columns that only the ones who left had used
         self.mask = self.mask[:, padding:]
         self.cache = [(keys[rows, :, padding:], values[rows, :, padding:]) for keys, values in self.cache]
-        return completions
+
+    def cancel(self, request_ids: Collection[int]) -> int:
+        gone = set(request_ids)
+        self.waiting = deque(s for s in self.waiting if s.request.request_id not in gone)
+        staying = [row for row, s in enumerate(self.running) if s.request.request_id not in gone]
+        tokens = sum(len(s.token_ids) for s in self.running if s.request.request_id in gone)
+        if len(staying) < len(self.running):
+            self._keep(staying)
+        return tokens
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:

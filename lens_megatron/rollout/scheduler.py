@@ -1,20 +1,29 @@
 """Two waves through one engine: wave 1 of every prompt, and wave 2 of a purified prompt as soon as its group is hard.
 
-    submit wave 1 -> engine.step ... -> last of a group done -> graded -> below tau? -> submit wave 2 -> ... -> Group
+    queue wave 1 -> engine.step ... -> rollouts graded -> below tau for certain? -> queue wave 2 -> ... -> Group
 
-Graders run in other processes while the engine goes on. What the engine is given, and between which of its steps, does
-not depend on how fast they are: a group's verdict is read GRADING_STEPS engine steps after its last rollout ended (or
-when the engine has nothing left to do), and waited for if it is not there. So two runs are equal bit for bit.
+A group is hard for certain when the rollouts not yet graded could not lift it to tau, were they all correct: that is
+known before its last rollout ends, and changes no group, only when its second wave starts. With
+`rollout.schedule=sequential` it starts after the first waves of all prompts instead; with `speculative` also earlier,
+wherever the engine has room, for the group that looks hardest, and is taken back if the group turns out not to be hard.
+
+The queue is kept here, and the engine is given what it can run at once, so that a second wave, which ends the step,
+overtakes what is waiting. Graders run in other processes while the engine goes on. What the engine is given, and
+between which of its steps, does not depend on how fast they are: a verdict is read GRADING_STEPS engine steps after its
+rollout ended (or when the engine has nothing left to do), and waited for if it is not there. So two runs are equal bit
+for bit. A rollout's seed is a function of its prompt, wave and number, so the schedule does not change what is drawn.
 """
 
+import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from lens_megatron.config import LensConfig, RolloutConfig
 from lens_megatron.purify import is_hard
-from lens_megatron.reward import Grade
-from lens_megatron.rollout.engine import Completion, EngineProgress, Request, RolloutEngine
+from lens_megatron.reward import Grade, GradeStatus
+from lens_megatron.rollout.engine import Completion, Request, RolloutEngine
+from lens_megatron.rollout.meter import Meter, SamplingProgress, SamplingStats
 from lens_megatron.seeds import derive
 from lens_megatron.types import Group, Origin, Prompt, PurifiedPrompt, Rollout, Status
 
@@ -37,7 +46,12 @@ class Grader(Protocol):
     def wait(self, tickets: Sequence[int]) -> dict[int, Grade]: ...
 
 
-@dataclass(slots=True)
+def prompt_length(prompt: Prompt) -> float:
+    """What is known of a prompt before it was sampled. No memory of earlier steps: a resumed run has none."""
+    return float(len(prompt.token_ids))
+
+
+@dataclass(slots=True, eq=False)
 class _Wave:
     """G completions of one prompt, on their way."""
 
@@ -46,8 +60,20 @@ class _Wave:
     completions: dict[int, Completion] = field(default_factory=dict)
     """By sample number."""
     tickets: dict[int, int] = field(default_factory=dict)
-    due: int | None = None
-    """Engine step at which the verdict is read."""
+    due: dict[int, int] = field(default_factory=dict)
+    """Engine step at which a sample's verdict may be read."""
+    grades: dict[int, Grade] = field(default_factory=dict)
+    """Those that were read."""
+    hard: bool = False
+    """Its second wave is queued, or held back for the barrier."""
+
+    @property
+    def failures(self) -> int:
+        return sum(grade.status is not GradeStatus.CORRECT for grade in self.grades.values())
+
+    @property
+    def successes(self) -> int:
+        return len(self.grades) - self.failures
 
 
 @dataclass(slots=True)
@@ -62,7 +88,11 @@ class Sampler:
     seed: int
     store: GroupStore
     """Where graded groups are kept until their step is done."""
-    on_progress: Callable[[int, EngineProgress], None] = lambda finished, progress: None
+    on_progress: Callable[[SamplingProgress], None] = lambda progress: None
+    expected_length: Callable[[Prompt], float] = prompt_length
+    """Of first-wave rollouts, in any unit: the longest are started first. Must be the same in a resumed run."""
+    stats: SamplingStats = SamplingStats()
+    """Of the last call of `sample`."""
 
     def sample(
         self, prompts: Sequence[Prompt], purified: Sequence[PurifiedPrompt | None], step: int, version: int
@@ -74,8 +104,10 @@ class Sampler:
         run = _Run(self, prompts, purified, step, self.store.read(step, prompts, version))
         for place in range(len(prompts)):
             if place not in run.groups:
-                run.submit(place, Origin.NATIVE)
-        return run.finish()
+                run.queue_wave(place, Origin.NATIVE, self.expected_length(prompts[place]))
+        groups = run.finish()
+        self.stats = run.meter.stats()
+        return groups
 
 
 class _Run:
@@ -86,64 +118,165 @@ class _Run:
     ):
         self.sampler, self.prompts, self.purified, self.step = sampler, prompts, purified, step
         self.groups = kept
+        self.meter = Meter(sampler.engine.progress().generated_tokens)
+        self.queue: list[tuple[int, float, int, Request]] = []
+        """A heap: second waves first, then the longest expected, then in order of request ids."""
         self.requests: dict[int, tuple[_Wave, int]] = {}
-        self.waiting: list[_Wave] = []
-        self.graded: dict[int, tuple[Rollout, ...]] = {}
-        """First waves of hard groups, by place."""
-        self.finished = self.next_id = self.tick = 0
+        """Queued and in the engine."""
+        self.waves: list[_Wave] = []
+        """Not yet graded to the end."""
+        self.held: list[tuple[int, float]] = []
+        """Hard places of the sequential schedule and their expected lengths, until the first waves are done."""
+        self.guessed: dict[int, _Wave] = {}
+        """Second waves of groups that may turn out not to be hard, by place."""
+        self.abandoned: list[int] = []
+        """Tickets of waves taken back."""
+        self.rollouts: dict[tuple[int, Origin], tuple[Rollout, ...]] = {}
+        self.in_engine = self.next_id = self.tick = 0
 
-    def submit(self, place: int, origin: Origin) -> None:
+    def queue_wave(self, place: int, origin: Origin, expected_length: float) -> _Wave:
         config, prompt = self.sampler.rollout, self.prompts[place]
         tokens = prompt.token_ids if origin is Origin.NATIVE else self.purified[place].token_ids
-        wave, requests = _Wave(place, origin), []
+        wave = _Wave(place, origin)
+        self.waves.append(wave)
         for sample in range(config.rollouts_per_prompt):
             self.requests[self.next_id] = (wave, sample)
             seed = derive(self.sampler.seed, origin, self.step, prompt.index, sample)
-            requests.append(Request(self.next_id, tokens, config.max_response_length, config.temperature, seed))
+            request = Request(self.next_id, tokens, config.max_response_length, config.temperature, seed)
+            heapq.heappush(self.queue, (origin is Origin.NATIVE, -expected_length, self.next_id, request))
             self.next_id += 1
-        self.sampler.engine.submit(requests)
+        self.meter.queued(origin, config.rollouts_per_prompt)
+        return wave
 
     def finish(self) -> list[Group]:
-        while self.requests or self.waiting:
-            for completion in self.sampler.engine.step() if self.requests else ():
-                self._completed(completion)
+        while self.waves:
+            self._feed()
+            if self.in_engine:
+                with self.meter.engine_step():
+                    completions = self.sampler.engine.step()
+                for completion in completions:
+                    self._completed(completion)
             self.tick += 1
-            self.sampler.on_progress(self.finished, self.sampler.engine.progress())
             self._read_verdicts()
+            self.sampler.on_progress(self.meter.progress(self.sampler.engine.progress(), len(self.queue)))
+        if self.abandoned:
+            self.sampler.grader.wait(self.abandoned)  # taken, so that the pool does not keep them
         return [self.groups[place] for place in range(len(self.prompts))]
+
+    def _feed(self) -> None:
+        requests: list[Request] = []
+        room = self.sampler.rollout.max_running_sequences - self.in_engine
+        while len(requests) < room and (self.queue or self._guess()):
+            requests.append(heapq.heappop(self.queue)[-1])
+        self.in_engine += len(requests)
+        if requests:
+            self.sampler.engine.submit(requests)
+
+    def _guess(self) -> bool:
+        """Queues the second wave of the undecided group with most failures, fewest successes. False: none is left."""
+        if self.sampler.rollout.schedule != "speculative":
+            return False
+        undecided = [w for w in self.waves if self._undecided(w) and w.place not in self.guessed]
+        if not undecided:
+            return False
+        wave = max(undecided, key=lambda w: (w.failures - w.successes, -w.place))
+        self.guessed[wave.place] = self.queue_wave(wave.place, Origin.RESCUED, 0.0)
+        return True
+
+    def _undecided(self, wave: _Wave) -> bool:
+        """A first wave whose second is neither certain nor out of the question."""
+        first = wave.origin is Origin.NATIVE and self.purified[wave.place] is not None
+        return first and not wave.hard and self._is_hard(self.sampler.rollout.rollouts_per_prompt - wave.successes)
+
+    def _take_back(self, place: int) -> None:
+        wave = self.guessed.pop(place)
+        if wave in self.waves:
+            self.waves.remove(wave)
+        self.rollouts.pop((place, Origin.RESCUED), None)
+        gone = {number for number, (owner, _) in self.requests.items() if owner is wave}
+        queued = {entry[-1].request_id for entry in self.queue} & gone
+        self.queue = [entry for entry in self.queue if entry[-1].request_id not in gone]
+        heapq.heapify(self.queue)
+        for number in gone:
+            del self.requests[number]
+        self.in_engine -= len(gone - queued)
+        tokens = self.sampler.engine.cancel(gone - queued) + sum(len(c.token_ids) for c in wave.completions.values())
+        self.abandoned += wave.tickets.values()
+        self.meter.taken_back(len(gone), tokens)
 
     def _completed(self, completion: Completion) -> None:
         wave, sample = self.requests.pop(completion.request_id)
+        self.in_engine -= 1
         text = self.sampler.decode(completion.token_ids)
         wave.completions[sample] = completion
         wave.tickets[sample] = self.sampler.grader.submit(text, self.prompts[wave.place].answer)
-        self.finished += 1
-        if len(wave.completions) == self.sampler.rollout.rollouts_per_prompt:
-            wave.due = self.tick + GRADING_STEPS
-            self.waiting.append(wave)
+        wave.due[sample] = self.tick + GRADING_STEPS
+        self.meter.completed(wave.origin)
 
     def _read_verdicts(self) -> None:
-        due = [wave for wave in self.waiting if not self.requests or wave.due <= self.tick]
-        self.waiting = [wave for wave in self.waiting if wave not in due]
-        for wave in sorted(due, key=lambda wave: wave.place):
-            grades = self.sampler.grader.wait(list(wave.tickets.values()))
-            rollouts = tuple(
-                _rollout(wave.completions[s], grades[wave.tickets[s]], wave.origin) for s in sorted(wave.completions)
-            )
-            if wave.origin is Origin.RESCUED:
-                self._done(wave.place, self.graded[wave.place], rollouts)
-                continue
-            rate = sum(r.correct for r in rollouts) / len(rollouts)
-            if is_hard(rate, self.sampler.lens) and self.purified[wave.place] is not None:
-                self.graded[wave.place] = rollouts
-                self.submit(wave.place, Origin.RESCUED)
-            else:
-                self._done(wave.place, rollouts, ())
+        size, idle = self.sampler.rollout.rollouts_per_prompt, not self.requests
+        for wave in sorted(self.waves, key=lambda wave: (wave.place, wave.origin is Origin.RESCUED)):
+            if wave not in self.waves:
+                continue  # taken back a moment ago
+            due = [sample for sample in wave.tickets if idle or wave.due[sample] <= self.tick]
+            if len(due) + len(wave.grades) == size:
+                self._read(wave, due)
+                self._graded(wave)
+            elif self._may_decide(wave, len(due)):
+                self._read(wave, due)
+                if self._is_hard(wave.failures):
+                    self.meter.early_decisions += 1
+                    self._rescue(wave)
+                elif not self._undecided(wave) and wave.place in self.guessed:
+                    self._take_back(wave.place)
+        if self.held and all(wave.origin is Origin.RESCUED for wave in self.waves):
+            for place, length in self.held:
+                self.queue_wave(place, Origin.RESCUED, length)
+            self.held = []
 
-    def _done(self, place: int, native: tuple[Rollout, ...], rescue: tuple[Rollout, ...]) -> None:
-        group = Group(self.prompts[place], native, self.purified[place], rescue)
-        self.groups[place] = group
-        self.sampler.store.append(self.step, group)
+    def _may_decide(self, wave: _Wave, due: int) -> bool:
+        """Whether `due` verdicts could change what is sampled. Otherwise nobody waits for a grader on their account."""
+        schedule = self.sampler.rollout.schedule
+        if schedule == "sequential" or due == 0 or not self._undecided(wave):
+            return False
+        return schedule == "speculative" or self._is_hard(wave.failures + due)
+
+    def _is_hard(self, failures: int) -> bool:
+        """Were all other rollouts of the group correct."""
+        size = self.sampler.rollout.rollouts_per_prompt
+        return is_hard((size - failures) / size, self.sampler.lens)
+
+    def _read(self, wave: _Wave, samples: Sequence[int]) -> None:
+        grades = self.sampler.grader.wait([wave.tickets[sample] for sample in samples])
+        wave.grades |= {sample: grades[wave.tickets.pop(sample)] for sample in samples}
+
+    def _rescue(self, wave: _Wave) -> None:
+        """Queues the second wave, expected to be as long as what the first has shown."""
+        wave.hard = True
+        if self.guessed.pop(wave.place, None):
+            return
+        length = sum(len(c.token_ids) for c in wave.completions.values()) / len(wave.completions)
+        if self.sampler.rollout.schedule == "sequential":
+            self.held.append((wave.place, length))
+        else:
+            self.queue_wave(wave.place, Origin.RESCUED, length)
+
+    def _graded(self, wave: _Wave) -> None:
+        """The last rollout of a wave is graded."""
+        self.waves.remove(wave)
+        place, native = wave.place, wave.origin is Origin.NATIVE
+        self.rollouts[place, wave.origin] = tuple(
+            _rollout(wave.completions[s], wave.grades[s], wave.origin) for s in sorted(wave.completions)
+        )
+        if native and not wave.hard and self.purified[place] is not None and self._is_hard(wave.failures):
+            self._rescue(wave)
+        elif native and not wave.hard and place in self.guessed:
+            self._take_back(place)
+        first, second = (self.rollouts.get((place, origin)) for origin in (Origin.NATIVE, Origin.RESCUED))
+        if first and (second or (native and not wave.hard)):
+            group = Group(self.prompts[place], first, self.purified[place], second or ())
+            self.groups[place] = group
+            self.sampler.store.append(self.step, group)
 
 
 def _rollout(completion: Completion, grade: Grade, origin: Origin) -> Rollout:
