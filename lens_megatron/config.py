@@ -199,7 +199,8 @@ class MegatronConfig(Section):
 
 
 class VllmConfig(Section):
-    """vLLM's engine options under their own names; any other than these is passed through as it is."""
+    """vLLM's engine options under their own names; any other than these is passed through as it is, but for those that
+    the trainer sets (rollout/vllm_engine.py: OWNED)."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -294,8 +295,9 @@ class Config(Section):
 
     def not_yet_honoured(self) -> list[str]:
         """What this configuration asks for and the trainer does not do yet. It can be planned, not trained."""
-        if self.rollout.engine == "vllm":
-            return ["rollout.engine=vllm is not built yet; train with rollout.engine=local"]
+        size = self.vllm.tensor_parallel_size
+        if self.rollout.engine == "vllm" and size > 1:
+            return [f"vllm.tensor_parallel_size ({size}): an engine over several ranks is not built yet; set it to 1"]
         return []
 
     def check_world(self, world_size: int) -> None:

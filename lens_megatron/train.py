@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers import PretrainedConfig
 
 from lens_megatron import config as configuration
 from lens_megatron import exit_codes, metrics, report, run_folder, weight_sync
@@ -23,7 +24,8 @@ from lens_megatron.policy.model import DTYPES, build_policy, check_layout
 from lens_megatron.policy.parallel import build_mesh, shut_down
 from lens_megatron.prompts import DataError, PromptStream, load_prompts
 from lens_megatron.reward import GraderPool, GraderStartError
-from lens_megatron.rollout import replay
+from lens_megatron.rollout import replay, vllm_engine
+from lens_megatron.rollout.engine import RolloutEngine
 from lens_megatron.rollout.local import LocalEngine
 from lens_megatron.rollout.meter import SamplingProgress
 from lens_megatron.rollout.replay import ReplayError
@@ -124,6 +126,8 @@ def build_run(config: Config, *, resuming: bool) -> Run:
     device = platform.install()
     hf_config = read_hf_config(config.model.path)
     check_layout(config, hf_config)
+    if config.rollout.engine == "vllm":
+        vllm_engine.check(config, hf_config)
     tokenizer = load_tokenizer(config.model.path, hf_config.vocab_size)
     if config.debug.load_rollouts:
         replay.read_groups(config.debug.load_rollouts, step=1)
@@ -135,12 +139,7 @@ def build_run(config: Config, *, resuming: bool) -> Run:
     policy = build_policy(config, mesh)
     graders.wait_ready()
     _prepare_folder(config, mesh.rank, mesh.device, resuming)
-    engine = LocalEngine(
-        config.model.path,
-        max_running_sequences=config.rollout.max_running_sequences,
-        dtype=DTYPES[config.model.dtype],
-        device=str(device),
-    )
+    engine = _build_engine(config, hf_config, device)
     share = mesh.dp_rank + mesh.dp_size * mesh.model_rank  # as `step.sample_groups` deals the prompts
     unfinished = UnfinishedGroups(Path(config.run.directory) / "unfinished", share, mesh.world_size)
     sampler = Sampler(engine, graders, tokenizer.decode, config.rollout, config.lens, config.run.seed, unfinished)
@@ -148,6 +147,18 @@ def build_run(config: Config, *, resuming: bool) -> Run:
     if run.is_main:
         _describe(run)
     return run
+
+
+def _build_engine(config: Config, hf_config: PretrainedConfig, device: torch.device) -> RolloutEngine:
+    """A collective where the engine is vLLM's."""
+    if config.rollout.engine == "vllm":
+        return vllm_engine.VllmEngine(config, hf_config)
+    return LocalEngine(
+        config.model.path,
+        max_running_sequences=config.rollout.max_running_sequences,
+        dtype=DTYPES[config.model.dtype],
+        device=str(device),
+    )
 
 
 def _start_graders(config: Config) -> GraderPool:

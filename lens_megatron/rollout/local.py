@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
-from lens_megatron.rollout.engine import Completion, EngineProgress, Request, WeightManifestError
+from lens_megatron.rollout.engine import Completion, EngineProgress, Request, WeightManifest, check_request
 
 
 @dataclass(slots=True)
@@ -39,7 +39,7 @@ class LocalEngine:
         self.model = AutoModelForCausalLM.from_config(self.config, dtype=dtype, attn_implementation="sdpa")
         self.model.to(device).eval().requires_grad_(False)
         self.device = torch.device(device)
-        self.eos = torch.tensor(sorted(_end_tokens(model_path)), device=self.device)
+        self.eos = torch.tensor(sorted(end_tokens(model_path)), device=self.device)
         self.capacity = max_running_sequences
         self.version: int | None = None
         self.waiting: deque[_Sequence] = deque()
@@ -56,31 +56,14 @@ class LocalEngine:
         if self.version is None:
             raise RuntimeError("the engine has no whole set of weights; load_weights first")
         in_flight = {s.request.request_id for s in (*self.waiting, *self.running)}
+        context = ("the model's max_position_embeddings", self.config.max_position_embeddings)
         for request in requests:
-            self._check(request, in_flight)
+            check_request(request, in_flight, context=context, vocabulary=self.config.vocab_size)
             in_flight.add(request.request_id)
         for request in requests:
             generator = torch.Generator().manual_seed(request.seed)
             uniforms = torch.rand(request.max_new_tokens, generator=generator, dtype=torch.float64)
             self.waiting.append(_Sequence(request, uniforms, [], []))
-
-    def _check(self, request: Request, in_flight: set[int]) -> None:
-        limit, vocabulary = self.config.max_position_embeddings, self.config.vocab_size
-        if request.request_id in in_flight:
-            raise ValueError(f"request {request.request_id} is in flight already; give every request its own id")
-        if not request.prompt:
-            raise ValueError(f"request {request.request_id}: the prompt is empty; give at least one token")
-        if request.max_new_tokens < 1:
-            raise ValueError(f"request {request.request_id}: max_new_tokens {request.max_new_tokens}; give at least 1")
-        if len(request.prompt) + request.max_new_tokens > limit:
-            raise ValueError(
-                f"request {request.request_id}: prompt of {len(request.prompt)} + max_new_tokens "
-                f"{request.max_new_tokens} exceeds the model's max_position_embeddings {limit}; shorten one"
-            )
-        if min(request.prompt) < 0 or max(request.prompt) >= vocabulary:
-            raise ValueError(f"request {request.request_id}: token ids must lie in 0..{vocabulary - 1}")
-        if request.temperature < 0:
-            raise ValueError(f"request {request.request_id}: temperature {request.temperature}; give 0 or more")
 
     def progress(self) -> EngineProgress:
         return EngineProgress(len(self.waiting), len(self.running), self.generated)
@@ -195,31 +178,17 @@ class LocalEngine:
             raise RuntimeError(f"cannot load weights with {len(self.waiting) + len(self.running)} requests in flight")
         self.version = None  # until every tensor is there the model is a mixture
         self._reset()
-        parameters = _checkpoint_weights(self.model)
-        missing, problems = set(parameters), []
+        parameters = checkpoint_weights(self.model)
+        manifest = WeightManifest({name: parameter.shape for name, parameter in parameters.items()})
         for name, tensor in weights:
-            target = parameters.get(name)
-            if target is None:
-                problems.append(f"unknown {name}")
-            elif name not in missing:
-                problems.append(f"duplicate {name}")
-            elif target.shape != tensor.shape:
-                problems.append(f"{name} has shape {tuple(tensor.shape)}, the engine's has {tuple(target.shape)}")
-            else:
-                target.copy_(tensor)
-                missing.remove(name)
-        problems += [f"missing {name}" for name in sorted(missing)]
-        if problems:
-            more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-            raise WeightManifestError(f"weights of version {version}: {'; '.join(problems[:5])}{more}")
+            if manifest.accepts(name, tensor):
+                parameters[name].copy_(tensor)
+        manifest.check(version)
         self.version = version
 
     def sleep(self) -> None:
         if not self.running:
             self._reset()
-
-    def wake(self) -> None:
-        """Nothing was given up but the cache, which grows again by itself."""
 
     def close(self) -> None:
         self.waiting.clear()
@@ -227,7 +196,7 @@ class LocalEngine:
         self._reset()
 
 
-def _checkpoint_weights(model: torch.nn.Module) -> dict[str, Tensor]:
+def checkpoint_weights(model: torch.nn.Module) -> dict[str, Tensor]:
     """The model's weights by the names they have in checkpoints, to write to. There every expert has its own matrices;
     transformers keeps a layer's together: `gate_up_proj` [experts, 2 I, D], `down_proj` [experts, D, I]."""
     weights = {}
@@ -260,7 +229,7 @@ def _completion(sequence: _Sequence, finished: bool, version: int) -> Completion
     return Completion(request.request_id, tuple(sequence.token_ids), tuple(sequence.log_probs), finished, version)
 
 
-def _end_tokens(model_path: str) -> set[int]:
+def end_tokens(model_path: str) -> set[int]:
     """Ids that end a completion: the generation configuration's and the tokenizer's."""
     ends = set()
     try:

@@ -432,11 +432,12 @@ def test_mistakes_in_base_files_are_named(tmp_path):
     assert error(load, a) == f"{a}: base: expected a file name or a list of file names relative to this file"
 
 
-def test_vllm_options_pass_through_and_training_with_vllm_is_refused(base):
+def test_vllm_options_pass_through_and_engines_over_several_ranks_are_refused(base):
     config = load(base, ["rollout.engine=vllm", "vllm.max_num_seqs=64"])
     assert config.vllm.model_dump() == {
         "tensor_parallel_size": 1, "gpu_memory_utilization": 0.6, "max_num_seqs": 64
     }  # fmt: skip
-    message = "rollout.engine=vllm is not built yet; train with rollout.engine=local"
-    assert error(config.check_world, 1) == message
-    load(base).check_world(1)
+    config.check_world(1)
+    message = "vllm.tensor_parallel_size (2): an engine over several ranks is not built yet; set it to 1"
+    assert error(load(base, ["rollout.engine=vllm", "vllm.tensor_parallel_size=2"]).check_world, 2) == message
+    load(base, ["vllm.tensor_parallel_size=2"]).check_world(1)

