@@ -67,6 +67,11 @@ def on_policy(config: Config, sample: Sample) -> bool:
     return not several and sample.rollout.origin is Origin.NATIVE
 
 
+def for_ratio(config: Config, samples: Sequence[Sample], old: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """`old` without the on-policy rows: rounding of two passes must not make their ratio other than 1."""
+    return [None if on_policy(config, sample) else value for sample, value in zip(samples, old, strict=True)]
+
+
 def reference_log_probs(run: Run, samples: Sequence[Sample]) -> list[Tensor | None]:
     """Per sample, log pi_ref of its response under the original prompt; None without a KL term."""
     if run.config.algorithm.kl_coef == 0:
@@ -95,9 +100,7 @@ def _update_on(
     lengths = [len(sample.prompt) + len(sample.rollout.token_ids) for sample in samples]
     batches = pack.pack(
         samples,
-        old_log_probs=[
-            None if on_policy(config, sample) else value for sample, value in zip(samples, old, strict=True)
-        ],
+        old_log_probs=for_ratio(config, samples, old),
         trainer_log_probs=old,
         reference_log_probs=reference,
         scale=scale,

@@ -13,8 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lens_megatron.algorithms.objectives import LOG_RATIO_LIMIT
-
 
 class Correction(NamedTuple):
     """Of the L tokens of one response."""
@@ -36,13 +34,13 @@ def uncorrected(log_ratio: Tensor, low: float, high: float) -> Correction:
 def token_truncate(log_ratio: Tensor, low: float, high: float) -> Correction:
     """Truncated importance sampling: min(w_t, C), C = high (Yao et al. 2025, "Your efficient RL framework secretly
     brings you off-policy RL training"). There is no lower bound."""
-    ratio = _ratio(log_ratio)
+    ratio = log_ratio.exp()
     return Correction(ratio.clamp(max=high), ratio > high)
 
 
 def token_mask(log_ratio: Tensor, low: float, high: float) -> Correction:
     """IcePop: w_t where low <= w_t <= high, else 0 (Ring-1T, arXiv 2510.18855)."""
-    ratio = _ratio(log_ratio)
+    ratio = log_ratio.exp()
     outside = (ratio < low) | (ratio > high)
     return Correction(ratio.masked_fill(outside, 0.0), outside)
 
@@ -64,10 +62,6 @@ def sequence_geometric_mask(log_ratio: Tensor, low: float, high: float) -> Corre
     mean = log_ratio.mean() if len(log_ratio) else log_ratio.sum()
     kept, outside = token_mask(mean.expand_as(log_ratio), low, high)
     return Correction(torch.where(kept > 0, 1.0, kept), outside)
-
-
-def _ratio(log_ratio: Tensor) -> Tensor:
-    return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 
 CORRECTIONS: dict[str, CorrectionFunction] = {

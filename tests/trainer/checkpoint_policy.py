@@ -10,7 +10,6 @@ import json
 import os
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -60,7 +59,7 @@ def train_step(policy: Policy, algorithm) -> float:
     """One update on this data-parallel rank's share of the samples; returns the loss, the same on every rank."""
     mesh, rows = policy.mesh, []
     for (prompt, response), advantage in list(zip(PAIRS, ADVANTAGES, strict=True))[mesh.dp_rank :: mesh.dp_size]:
-        rows.append(Sample(prompt, prompt, replace(rollout(True), token_ids=response), advantage, 1.0))
+        rows.append(Sample(prompt, prompt, rollout(True, tokens=response), advantage, 1.0))
     scale = LossScale(sum(len(response) for _, response in PAIRS), len(PAIRS), 0)
     batches = pack.pack(
         rows,

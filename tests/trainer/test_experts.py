@@ -112,7 +112,7 @@ def test_gradient_of_the_routers_own_loss_is_its_mean_over_rows(tmp_path: Path):
     platform.init_process_group(device)
     policy = build_policy(config(str(tmp_path)), build_mesh(config().megatron, 0, device))
     try:
-        samples = [Sample(p, p, replace(rollout(True), token_ids=r), 0.0, 1.0) for p, r in PAIRS]
+        samples = [Sample(p, p, rollout(True, tokens=r), 0.0, 1.0) for p, r in PAIRS]
         scale, algorithm = pack.count(samples), config().algorithm
         batches = pack.pack(
             samples,

@@ -21,9 +21,11 @@ from lens_megatron.algorithms.objectives import token_ratio
 from lens_megatron.config import AlgorithmConfig, ConfigError, from_tree
 from lens_megatron.metrics import mismatch_metrics, mismatch_warning, read_metrics
 from lens_megatron.types import MismatchSums, Origin, Rollout, TokenTerms, UpdateStats
+from lens_megatron.update_batch import for_ratio
 
 WORKED = torch.tensor([-0.5, -2.0, -0.1]) - torch.tensor([-0.6, -1.2, -0.1])
 """The reference's rescued row, read as trainer and engine: w = 1.105171, .449329, 1; product .496585, mean .791890."""
+REQUIRED = {"run": {"directory": "r"}, "model": {"path": "m"}, "data": {"train": "t"}}
 RATIOS = torch.tensor([1.5, 0.4, 3.0, 0.9], dtype=torch.float64).log()
 """Their product is 1.62, their geometric mean 1.128171."""
 
@@ -144,6 +146,17 @@ def test_a_row_keeps_its_exact_ratio_and_is_corrected_all_the_same():
         pack.pack([row], old_log_probs=[None], **arguments)
 
 
+def test_on_policy_rows_are_left_out_of_the_ratio():
+    """One update per batch: native rows, whatever was computed for the correction. Several, or the acl form: none."""
+    rows = [sample(rollout(True)), sample(rollout(True, Origin.RESCUED))]
+    old = [torch.tensor([-1.0, -1.0]), torch.tensor([-2.0, -2.0])]
+    kept = for_ratio(from_tree(REQUIRED | {"algorithm": {"correction": "token_mask"}}), rows, old)
+    assert kept[0] is None and kept[1] is old[1]
+    several = {"rollout": {"prompts_per_step": 4}, "train": {"updates_per_batch": 2}}
+    for sections in (several, {"algorithm": {"ratio_form": "acl"}}):
+        assert all(a is b for a, b in zip(for_ratio(from_tree(REQUIRED | sections), rows, old), old, strict=True))
+
+
 def summed(p: torch.Tensor, q: torch.Tensor) -> MismatchSums:
     weights, limited = torch.full_like(p, 0.75), torch.arange(len(p)) % 2 == 0
     return MismatchSums(*mismatch_sums(p.log(), q.log(), weights, limited).tolist())
@@ -180,7 +193,7 @@ def test_statistics_are_torchs_however_the_tokens_are_divided():
 
 
 def test_a_constant_has_no_correlation_and_no_tokens_no_metrics():
-    assert mismatch(summed(torch.full((7,), 0.3), torch.rand(7))).pearson is None
+    assert {mismatch(summed(torch.full((n,), 0.3), torch.rand(n))).pearson for n in range(2, 200)} == {None}
     assert mismatch(summed(torch.tensor([0.3]), torch.tensor([0.4]))).std == 0.0
     empty = mismatch_sums(*[torch.zeros(0)] * 4)
     assert MismatchSums(*empty.tolist()) == MismatchSums()
@@ -226,9 +239,6 @@ def test_a_warning_and_then_an_alarm(native, rescued, expected):
     name = "training/rollout_probs_diff_mean"
     line = mismatch_warning({name: 0.0, f"{name}_native": native, f"{name}_rescued": rescued}, "none")
     assert line is None if expected is None else expected in line and "algorithm.correction=token_truncate" in line
-
-
-REQUIRED = {"run": {"directory": "r"}, "model": {"path": "m"}, "data": {"train": "t"}}
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ Tensor- and pipeline-parallel equality is in test_train.py, by whole runs.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -149,7 +148,7 @@ def test_gradient_of_an_update_is_autograds_on_transformers(mesh: Mesh, tmp_path
     algorithm = from_tree(tree("x", algorithm={"kl_coef": 0.0})).algorithm
     weighted = [(1.5, 0.25), (-0.5, 0.75), (2.0, 1.0)]
     rows = [
-        Sample(prompt, prompt, replace(rollout(True), token_ids=response), advantage, weight)
+        Sample(prompt, prompt, rollout(True, tokens=response), advantage, weight)
         for (prompt, response), (advantage, weight) in zip(PAIRS, weighted, strict=True)
     ]
     scale = pack.count(rows)
@@ -206,7 +205,7 @@ def test_no_pass_holds_all_logits_and_unmoved_weights_give_ratio_1(options: dict
     Qwen3ForCausalLM(config).save_pretrained(tmp_path)
     policy, algorithm = policy_of(tmp_path, mesh, algorithm=options), AlgorithmConfig(**options)
     pairs = [((1, 2, i), tuple(range(30))) for i in range(20)]
-    rows = [Sample(prompt, prompt, replace(rollout(True), token_ids=tokens), 1.0, 1.0) for prompt, tokens in pairs]
+    rows = [Sample(prompt, prompt, rollout(True, tokens=tokens), 1.0, 1.0) for prompt, tokens in pairs]
     with LargestTensor() as forward:
         old = response_log_probs(policy, pairs, max_tokens=1000, temperature=0.7)
         prompt_scores(policy, [prompt + tokens for prompt, tokens in pairs], max_tokens=1000)
