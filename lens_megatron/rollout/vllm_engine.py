@@ -80,6 +80,8 @@ def check(config: Config, hf_config: PretrainedConfig) -> None:
         )
     if options.get("enable_sleep_mode") and not cuda:
         raise ConfigError("vllm.enable_sleep_mode: memory of a CPU cannot be given up; leave it out")
+    if options.get("enable_chunked_prefill") and not cuda:
+        raise ConfigError("vllm.enable_chunked_prefill: on a CPU it breaks requests with seeds; leave it out")
     with _undisturbed(_settings()):
         _check_installed(package, install, options, hf_config.head_dim)
 
@@ -271,7 +273,11 @@ def engine_options(config: Config, hf_config: PretrainedConfig) -> dict[str, Any
     if torch.cuda.is_available():
         defaults = {"enforce_eager": False, "enable_sleep_mode": True}
     else:
-        defaults = {"enforce_eager": True}
+        # After a part of a prompt vLLM turns the request's generator back, which it cannot do with one on a CPU.
+        context = given.get("max_model_len") or hf_config.max_position_embeddings
+        running = given.get("max_num_seqs") or config.rollout.max_running_sequences
+        whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(2048, context, running)}
+        defaults = {"enforce_eager": True, **whole}
         if given.get("kv_cache_memory_bytes") is None:
             defaults["kv_cache_memory_bytes"] = _kv_cache_bytes(config, hf_config)
     defaults |= {"max_num_seqs": config.rollout.max_running_sequences, "disable_log_stats": True}

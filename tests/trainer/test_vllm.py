@@ -230,6 +230,15 @@ def test_weights_that_are_not_exactly_the_models_are_refused(engine: VllmEngine,
     assert error_in_log_probs(model, request, finish(engine, [request])[1]) < 3e-5
 
 
+def test_more_prompt_tokens_than_one_step_takes(engine: VllmEngine, roomy: Toy):
+    """vLLM would cut one in two, and on a CPU cannot with a seed."""
+    model = AutoModelForCausalLM.from_pretrained(roomy.model).eval()
+    engine.load_weights(weights(model), 0)
+    requests = [Request(i, tuple((i + 3 * t) % 90 + 3 for t in range(150)), 2, 1.0, i) for i in range(40)]
+    done = finish(engine, requests)
+    assert max(error_in_log_probs(model, request, done[request.request_id]) for request in requests) < 3e-5
+
+
 def test_out_of_room_for_keys_and_values_nothing_changes(engine: VllmEngine, roomy: Toy, world: list):
     model = AutoModelForCausalLM.from_pretrained(roomy.model).eval()
     per_block = 2 * 2 * 2 * 32 * 4 * vllm_engine.BLOCK  # keys and values, layers, heads, head_dim, bytes
@@ -250,6 +259,7 @@ def test_out_of_room_for_keys_and_values_nothing_changes(engine: VllmEngine, roo
         ({"vllm": {"logprobs_mode": "raw_logprobs"}}, "vllm.logprobs_mode cannot be set"),
         ({"vllm": {"max_model_len": 100}}, r"vllm.max_model_len \(100\) is below data.max_prompt_length \(512\) \+"),
         ({"vllm": {"enable_sleep_mode": True}}, "vllm.enable_sleep_mode: memory of a CPU"),
+        ({"vllm": {"enable_chunked_prefill": True}}, "vllm.enable_chunked_prefill: on a CPU it breaks"),
         ({"vllm": {"block_size": "x"}}, "vLLM cannot be built from the options under `vllm:`"),
         ({"train": {"eval_temperature": 0.001}}, r"train.eval_temperature \(0.001\): vLLM samples at 0.01 and above"),
     ],
