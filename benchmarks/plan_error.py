@@ -255,7 +255,7 @@ def _sample(ids: tuple[int, ...], prompt: int):
     from lens_megatron.types import Origin, Rollout, Sample
 
     values = {name: None for name in Rollout.__dataclass_fields__}
-    values |= {"token_ids": ids[prompt:], "origin": Origin.NATIVE}
+    values |= {"token_ids": ids[prompt:], "log_probs": (-1.0,) * len(ids[prompt:]), "origin": Origin.NATIVE}
     return Sample(ids[:prompt], ids[:prompt], Rollout(**values), 1.0, 1.0)
 
 
