@@ -256,7 +256,12 @@ def test_out_of_room_for_keys_and_values_nothing_changes(engine: VllmEngine, roo
     [
         ({"vllm": {"max_num_seq": 4}}, "vllm.max_num_seq: vLLM has no such option; did you mean vllm.max_num_seqs"),
         ({"vllm": {"dtype": "float16"}}, "vllm.dtype cannot be set: it is model.dtype; remove it"),
-        ({"vllm": {"logprobs_mode": "raw_logprobs"}}, "vllm.logprobs_mode cannot be set"),
+        (
+            {"vllm": {"logprobs_mode": "raw_logprobs"}},
+            "vllm.logprobs_mode=raw_logprobs: sampled tokens would have other",
+        ),
+        ({"vllm": {"logprobs_mode": "processed_logprobs"}}, "vllm.logprobs_mode cannot be set"),
+        ({"rollout": {"schedule": "speculative"}}, "rollout.schedule=speculative takes requests back"),
         ({"vllm": {"max_model_len": 100}}, r"vllm.max_model_len \(100\) is below data.max_prompt_length \(512\) \+"),
         ({"vllm": {"enable_sleep_mode": True}}, "vllm.enable_sleep_mode: memory of a CPU"),
         ({"vllm": {"enable_chunked_prefill": True}}, "vllm.enable_chunked_prefill: on a CPU it breaks"),
