@@ -19,10 +19,11 @@ OWNERS = {
     "yaml": ("lens_megatron/config_files.py", "lens_megatron/run_folder.py"),
     "matplotlib": "lens_megatron/report.py",
 }
-LAYERS = ["types", "config_files", "config_section", "config", "planning", "plan", "seeds", "exit_codes", "clock",
-          "supervision", "tokenizer", "algorithms", "interference", "purify", "samples", "schedule", "pack",
-          "exchange", "reward", "datasets", "prompts", "rollout", "weight_sync", "policy", "run", "update_batch",
-          "step", "evaluate", "run_folder", "metrics", "report", "train", "diagnosis", "doctor"]  # fmt: skip
+LAYERS = ["types", "config_files", "config_section", "config", "layout_rules", "planning", "plan",
+          "seeds", "exit_codes", "clock", "supervision", "tokenizer", "algorithms", "interference",
+          "purify", "samples", "schedule", "pack", "exchange", "reward", "datasets", "prompts",
+          "rollout", "weight_sync", "policy", "run", "update_batch", "step", "evaluate", "run_folder",
+          "metrics", "report", "train", "diagnosis", "doctor"]  # fmt: skip
 """Lowest first: a module imports from its own layer and from layers before it."""
 
 

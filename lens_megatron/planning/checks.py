@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from lens_megatron.config import Config, ConfigError
+from lens_megatron.layout_rules import model_mistakes
 from lens_megatron.planning import memory
 from lens_megatron.planning.hardware import GIB, Cluster
 from lens_megatron.planning.layout import Layout, Workload
@@ -20,53 +21,7 @@ def layout_mistakes(config: Config, shape: ModelShape, cluster: Cluster) -> list
             f"cluster.nodes ({cluster.nodes}) x cluster.gpus_per_node ({cluster.gpus_per_node}): {line}"
             for line in str(error).splitlines()
         ]
-    return [*_model_mistakes(config, shape), *_engine_mistakes(config, shape, cluster)]
-
-
-def _model_mistakes(config: Config, shape: ModelShape) -> Iterator[str]:
-    """What lens_megatron.policy.model.check_layout refuses, in its words; a test compares them."""
-    tp, pp = config.megatron.tensor_model_parallel_size, config.megatron.pipeline_model_parallel_size
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        size = getattr(shape, name)
-        if size % tp:
-            yield (
-                f"megatron.tensor_model_parallel_size ({tp}) does not divide the model's {name} ({size}); "
-                f"choose a divisor of {size}"
-            )
-    if shape.num_hidden_layers % pp:
-        yield (
-            f"megatron.pipeline_model_parallel_size ({pp}) does not divide the model's num_hidden_layers "
-            f"({shape.num_hidden_layers}); choose a divisor"
-        )
-    vp = config.megatron.virtual_pipeline_model_parallel_size
-    if vp and pp == 1:
-        yield (
-            f"megatron.virtual_pipeline_model_parallel_size ({vp}) interleaves the stages of a pipeline, but "
-            f"megatron.pipeline_model_parallel_size is 1; raise that to 2 or more, or leave this empty"
-        )
-    if vp and shape.num_hidden_layers % (pp * vp):
-        yield (
-            f"megatron.pipeline_model_parallel_size ({pp}) x megatron.virtual_pipeline_model_parallel_size ({vp}) = "
-            f"{pp * vp} does not divide the model's num_hidden_layers ({shape.num_hidden_layers}); choose divisors"
-        )
-    if config.megatron.sequence_parallel and tp == 1:
-        yield (
-            "megatron.sequence_parallel divides rows among tensor-parallel ranks, but "
-            "megatron.tensor_model_parallel_size is 1; raise that to 2 or more, or set sequence_parallel to false"
-        )
-    ep, etp = config.megatron.expert_model_parallel_size, config.megatron.expert_tensor_parallel_size or tp
-    if ep > 1 or etp != tp:
-        yield (
-            f"megatron.expert_model_parallel_size ({ep}) and expert_tensor_parallel_size ({etp}) divide experts, "
-            f"but a {shape.model_type} model has none; leave both at their defaults"
-        )
-    length = config.data.max_prompt_length + config.rollout.max_response_length
-    if length > shape.max_position_embeddings:
-        yield (
-            f"data.max_prompt_length ({config.data.max_prompt_length}) + rollout.max_response_length "
-            f"({config.rollout.max_response_length}) = {length} exceeds the model's max_position_embeddings "
-            f"({shape.max_position_embeddings}); lower one of them"
-        )
+    return [*model_mistakes(config, shape), *_engine_mistakes(config, shape, cluster)]
 
 
 def _engine_mistakes(config: Config, shape: ModelShape, cluster: Cluster) -> Iterator[str]:

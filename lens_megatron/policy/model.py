@@ -16,6 +16,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from lens_megatron.config import Config, ConfigError
+from lens_megatron.layout_rules import model_mistakes
 from lens_megatron.policy.hf_weights import build_bridge, import_weights, read_hf_config
 from lens_megatron.policy.parallel import Mesh
 from lens_megatron.types import Layout
@@ -94,81 +95,8 @@ def build_policy(config: Config, mesh: Mesh) -> Policy:
 
 def check_layout(config: Config, hf_config: Any) -> None:
     """Raises ConfigError where the model cannot be cut as asked."""
-    tp, pp = config.megatron.tensor_model_parallel_size, config.megatron.pipeline_model_parallel_size
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        size = getattr(hf_config, name)
-        if size % tp:
-            raise ConfigError(
-                f"megatron.tensor_model_parallel_size ({tp}) does not divide the model's {name} ({size}); "
-                f"choose a divisor of {size}"
-            )
-    if hf_config.num_hidden_layers % pp:
-        raise ConfigError(
-            f"megatron.pipeline_model_parallel_size ({pp}) does not divide the model's num_hidden_layers "
-            f"({hf_config.num_hidden_layers}); choose a divisor"
-        )
-    vp = config.megatron.virtual_pipeline_model_parallel_size
-    if vp and pp == 1:
-        raise ConfigError(
-            f"megatron.virtual_pipeline_model_parallel_size ({vp}) interleaves the stages of a pipeline, but "
-            f"megatron.pipeline_model_parallel_size is 1; raise that to 2 or more, or leave this empty"
-        )
-    if vp and hf_config.num_hidden_layers % (pp * vp):
-        raise ConfigError(
-            f"megatron.pipeline_model_parallel_size ({pp}) x megatron.virtual_pipeline_model_parallel_size ({vp}) = "
-            f"{pp * vp} does not divide the model's num_hidden_layers ({hf_config.num_hidden_layers}); choose divisors"
-        )
-    if config.megatron.sequence_parallel and tp == 1:
-        raise ConfigError(
-            "megatron.sequence_parallel divides rows among tensor-parallel ranks, but "
-            "megatron.tensor_model_parallel_size is 1; raise that to 2 or more, or set sequence_parallel to false"
-        )
-    _check_experts(config, hf_config)
-    length = config.data.max_prompt_length + config.rollout.max_response_length
-    if length > hf_config.max_position_embeddings:
-        raise ConfigError(
-            f"data.max_prompt_length ({config.data.max_prompt_length}) + rollout.max_response_length "
-            f"({config.rollout.max_response_length}) = {length} exceeds the model's max_position_embeddings "
-            f"({hf_config.max_position_embeddings}); lower one of them"
-        )
-
-
-def _check_experts(config: Config, hf_config: Any) -> None:
-    ours = config.megatron
-    tp, ep, etp = (
-        ours.tensor_model_parallel_size,
-        ours.expert_model_parallel_size,
-        ours.expert_tensor_parallel_size or ours.tensor_model_parallel_size,
-    )
-    experts = getattr(hf_config, "num_experts", 0)
-    if not experts:
-        if ep > 1 or etp != tp:
-            raise ConfigError(
-                f"megatron.expert_model_parallel_size ({ep}) and expert_tensor_parallel_size ({etp}) divide experts, "
-                f"but a {hf_config.model_type} model has none; leave both at their defaults"
-            )
-        return
-    if experts % ep:
-        raise ConfigError(
-            f"megatron.expert_model_parallel_size ({ep}) does not divide the model's num_experts ({experts}); "
-            f"choose a divisor of {experts}"
-        )
-    if tp > 1 and not ours.sequence_parallel:
-        raise ConfigError(
-            f"megatron.tensor_model_parallel_size ({tp}) would give every tensor-parallel rank all rows to send to the "
-            f"experts, which Megatron refuses; set megatron.sequence_parallel to true"
-        )
-    if etp > tp or (ep == 1 and etp != tp):
-        raise ConfigError(
-            f"megatron.expert_tensor_parallel_size ({etp}) may be at most tensor_model_parallel_size ({tp}), and "
-            f"differ from it only if experts are divided too, in groups of ranks of their own; set it to {tp}, "
-            f"or raise expert_model_parallel_size ({ep})"
-        )
-    if hf_config.moe_intermediate_size % etp:
-        raise ConfigError(
-            f"megatron.expert_tensor_parallel_size ({etp}) does not divide the model's moe_intermediate_size "
-            f"({hf_config.moe_intermediate_size}); choose a divisor"
-        )
+    for mistake in model_mistakes(config, hf_config):
+        raise ConfigError(mistake)
 
 
 @contextmanager

@@ -295,7 +295,7 @@ def test_a_remedy_is_one():
 
 
 def test_the_same_words_as_the_trainer():
-    from lens_megatron.planning.checks import _model_mistakes
+    from lens_megatron.layout_rules import model_mistakes
     from lens_megatron.policy.model import check_layout
 
     for overrides in (
@@ -307,7 +307,7 @@ def test_the_same_words_as_the_trainer():
         settings = configuration.load(QWEN_7B, overrides)
         with pytest.raises(ConfigError) as caught:
             check_layout(settings, SHAPES["Qwen2.5-7B"])
-        assert str(caught.value) == next(_model_mistakes(settings, SHAPES["Qwen2.5-7B"]))
+        assert str(caught.value) == next(model_mistakes(settings, SHAPES["Qwen2.5-7B"]))
 
 
 def test_memory_of_another_gpu_and_of_no_option():
