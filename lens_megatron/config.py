@@ -200,7 +200,7 @@ class MegatronConfig(Section):
 
 class VllmConfig(Section):
     """vLLM's engine options under their own names; any other than these is passed through as it is, but for those that
-    the trainer sets (rollout/vllm_engine.py: OWNED)."""
+    the trainer sets (rollout/vllm_options.py: OWNED)."""
 
     model_config = ConfigDict(extra="allow")
 

@@ -24,13 +24,14 @@ from lens_megatron.policy.model import DTYPES, build_policy, check_layout
 from lens_megatron.policy.parallel import build_mesh, shut_down
 from lens_megatron.prompts import DataError, PromptStream, load_prompts
 from lens_megatron.reward import GraderPool, GraderStartError
-from lens_megatron.rollout import replay, vllm_engine
+from lens_megatron.rollout import replay, vllm_options
 from lens_megatron.rollout.engine import RolloutEngine
 from lens_megatron.rollout.local import LocalEngine
 from lens_megatron.rollout.meter import SamplingProgress
 from lens_megatron.rollout.replay import ReplayError
 from lens_megatron.rollout.scheduler import Sampler
 from lens_megatron.rollout.unfinished import UnfinishedGroups
+from lens_megatron.rollout.vllm_engine import VllmEngine
 from lens_megatron.run import Run
 from lens_megatron.run_folder import RunFolderError
 from lens_megatron.step import run_step
@@ -127,7 +128,7 @@ def build_run(config: Config, *, resuming: bool) -> Run:
     hf_config = read_hf_config(config.model.path)
     check_layout(config, hf_config)
     if config.rollout.engine == "vllm":
-        vllm_engine.check(config, hf_config)
+        vllm_options.check(config, hf_config)
     tokenizer = load_tokenizer(config.model.path, hf_config.vocab_size)
     if config.debug.load_rollouts:
         replay.read_groups(config.debug.load_rollouts, step=1)
@@ -152,7 +153,7 @@ def build_run(config: Config, *, resuming: bool) -> Run:
 def _build_engine(config: Config, hf_config: PretrainedConfig, device: torch.device) -> RolloutEngine:
     """A collective where the engine is vLLM's."""
     if config.rollout.engine == "vllm":
-        return vllm_engine.VllmEngine(config, hf_config)
+        return VllmEngine(config, hf_config)
     return LocalEngine(
         config.model.path,
         max_running_sequences=config.rollout.max_running_sequences,

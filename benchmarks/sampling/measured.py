@@ -39,7 +39,7 @@ class Timed(LocalEngine):
     """Writes down [sequences, cells of the cache, prompt tokens computed, CPU seconds] of every step."""
 
     def step(self) -> list:
-        admitted = list(self.waiting)[: self.capacity - len(self.running)]
+        admitted = list(self.waiting)[: self.max_running_sequences - len(self.running)]
         prompt_tokens = sum(len(p) for p in {s.request.prompt for s in admitted})
         before = len(self.running)
         width = self.mask.shape[1] if before else 0

@@ -109,6 +109,18 @@ class RolloutEngine(Protocol):
     def step(self) -> list[Completion]:
         """Decodes one token for the running sequences and returns those that ended. Empty when idle."""
 
+    def cancel(self, request_ids: Collection[int]) -> int:
+        """Forgets requests in flight; `step` never returns them. Returns the number of tokens they had generated."""
+
+    def returned(self) -> list[Request]:
+        """Takes out the requests that this engine can no longer serve, to be given to another one.
+
+        Only engines whose servers can die ever return any.
+        """
+
+    def capacity(self) -> int:
+        """Sequences it can decode at once now; 0: it serves none until weights are loaded again."""
+
     def progress(self) -> EngineProgress: ...
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -124,10 +136,3 @@ class RolloutEngine(Protocol):
         """
 
     def close(self) -> None: ...
-
-
-class CancellingEngine(RolloutEngine, Protocol):
-    """What `rollout.schedule=speculative` needs besides."""
-
-    def cancel(self, request_ids: Collection[int]) -> int:
-        """Forgets requests in flight; `step` never returns them. Returns the number of tokens they had generated."""

@@ -40,7 +40,7 @@ class LocalEngine:
         self.model.to(device).eval().requires_grad_(False)
         self.device = torch.device(device)
         self.eos = torch.tensor(sorted(end_tokens(model_path)), device=self.device)
-        self.capacity = max_running_sequences
+        self.max_running_sequences = max_running_sequences
         self.version: int | None = None
         self.waiting: deque[_Sequence] = deque()
         self.running: list[_Sequence] = []
@@ -65,6 +65,12 @@ class LocalEngine:
             uniforms = torch.rand(request.max_new_tokens, generator=generator, dtype=torch.float64)
             self.waiting.append(_Sequence(request, uniforms, [], []))
 
+    def capacity(self) -> int:
+        return self.max_running_sequences
+
+    def returned(self) -> list[Request]:
+        return []
+
     def progress(self) -> EngineProgress:
         return EngineProgress(len(self.waiting), len(self.running), self.generated)
 
@@ -72,7 +78,10 @@ class LocalEngine:
     def step(self) -> list[Completion]:
         """Admits what fits, then adds one token to every running sequence."""
         logits = self._decode() if self.running else None
-        admitted = [self.waiting.popleft() for _ in range(min(len(self.waiting), self.capacity - len(self.running)))]
+        admitted = [
+            self.waiting.popleft()
+            for _ in range(min(len(self.waiting), self.max_running_sequences - len(self.running)))
+        ]
         if admitted:
             first = self._prefill(admitted)
             logits = first if logits is None else torch.cat([logits, first])

