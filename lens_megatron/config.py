@@ -68,6 +68,9 @@ class RolloutConfig(Section):
     schedule: Literal["streamed", "speculative", "sequential"] = "streamed"
     """When a second wave starts: once its group is certainly hard; also before, where there is room, to be taken back
     if it is not; after all first waves. The groups are the same."""
+    share_work: bool | None = None
+    """All engines pull from one queue, so that none is idle while another has much to do. Which engine serves a request
+    is then a matter of timing, and log-probabilities differ by rounding from run to run. Default: not with `local`."""
 
 
 class RewardConfig(Section):

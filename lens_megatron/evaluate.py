@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lens_megatron.rollout.engine import Request
+from lens_megatron.rollout.queue import open_queue
 from lens_megatron.run import Run
 from lens_megatron.seeds import derive
 from lens_megatron.types import Prompt
@@ -33,7 +34,7 @@ def evaluate(run: Run) -> list[Accuracy]:
     """One accuracy per data source, global. A collective. The same seeds every time, so curves are paired."""
     sources = sorted({p.source for p in run.eval_prompts})
     own = run.eval_prompts[run.mesh.rank :: run.mesh.world_size]
-    shares = _success_shares(run, own) if own else []
+    shares = _success_shares(run, own)
     table = torch.zeros(len(sources), 2, dtype=torch.float64, device=run.mesh.device)
     for prompt, share in zip(own, shares, strict=True):
         table[sources.index(prompt.source)] += torch.tensor([share, 1.0], dtype=torch.float64, device=table.device)
@@ -42,25 +43,32 @@ def evaluate(run: Run) -> list[Accuracy]:
 
 
 def _success_shares(run: Run, prompts: Sequence[Prompt]) -> list[float]:
+    """Of every prompt. All ranks take part, those without prompts too: their engines may serve others'."""
     config, samples = run.config, run.config.train.eval_samples
-    requests = [
-        Request(
-            request_id=place * samples + sample,
-            prompt=prompt.token_ids,
-            max_new_tokens=config.rollout.max_response_length,
-            temperature=config.train.eval_temperature,
-            seed=derive(config.run.seed, "evaluate", prompt.source, prompt.index, sample),
-        )
-        for place, prompt in enumerate(prompts)
-        for sample in range(samples)
-    ]
-    run.engine.submit(requests)
+    queue = open_queue(run.engine, run.sampler.board)
+    places: dict[int, int] = {}
+    for place, prompt in enumerate(prompts):
+        seeds = [derive(config.run.seed, "evaluate", prompt.source, prompt.index, sample) for sample in range(samples)]
+        first = queue.first_id + place * samples * queue.id_step
+        requests = [
+            Request(
+                request_id=first + sample * queue.id_step,
+                prompt=prompt.token_ids,
+                max_new_tokens=config.rollout.max_response_length,
+                temperature=config.train.eval_temperature,
+                seed=seed,
+            )
+            for sample, seed in enumerate(seeds)
+        ]
+        places |= {request.request_id: place for request in requests}
+        queue.add(requests, urgent=False, expected_length=0.0)
     tickets: dict[int, int] = {}
-    while len(tickets) < len(requests):
-        for completion in run.engine.step():
+    while len(tickets) < len(places):
+        for completion in queue.step():
             text = run.tokenizer.decode(completion.token_ids)
-            answer = prompts[completion.request_id // samples].answer
-            tickets[run.graders.submit(text, answer)] = completion.request_id // samples
+            place = places[completion.request_id]
+            tickets[run.graders.submit(text, prompts[place].answer)] = place
+    queue.finish()
     correct = [0] * len(prompts)
     for ticket, grade in run.graders.wait(list(tickets)).items():
         correct[tickets[ticket]] += grade.correct

@@ -25,6 +25,7 @@ from lens_megatron.policy.parallel import build_mesh, shut_down
 from lens_megatron.prompts import DataError, PromptStream, load_prompts
 from lens_megatron.reward import GraderPool, GraderStartError
 from lens_megatron.rollout import replay, vllm_options
+from lens_megatron.rollout.board import Board, job_store
 from lens_megatron.rollout.engine import RolloutEngine
 from lens_megatron.rollout.local import LocalEngine
 from lens_megatron.rollout.meter import SamplingProgress
@@ -143,7 +144,10 @@ def build_run(config: Config, *, resuming: bool) -> Run:
     engine = _build_engine(config, hf_config, device)
     share = mesh.dp_rank + mesh.dp_size * mesh.model_rank  # as `step.sample_groups` deals the prompts
     unfinished = UnfinishedGroups(Path(config.run.directory) / "unfinished", share, mesh.world_size)
-    sampler = Sampler(engine, graders, tokenizer.decode, config.rollout, config.lens, config.run.seed, unfinished)
+    board = _build_board(config, mesh.rank, mesh.world_size)
+    sampler = Sampler(
+        engine, graders, tokenizer.decode, config.rollout, config.lens, config.run.seed, unfinished, board
+    )
     run = Run(config, mesh, policy, tokenizer, prompts, eval_prompts, engine, graders, sampler, Clock())
     if run.is_main:
         _describe(run)
@@ -160,6 +164,11 @@ def _build_engine(config: Config, hf_config: PretrainedConfig, device: torch.dev
         dtype=DTYPES[config.model.dtype],
         device=str(device),
     )
+
+
+def _build_board(config: Config, rank: int, world_size: int) -> Board | None:
+    shared = config.rollout.engine != "local" if config.rollout.share_work is None else config.rollout.share_work
+    return Board(job_store(), rank, world_size) if shared and world_size > 1 else None
 
 
 def _start_graders(config: Config) -> GraderPool:

@@ -7,14 +7,13 @@ known before its last rollout ends, and changes no group, only when its second w
 `rollout.schedule=sequential` it starts after the first waves of all prompts instead; with `speculative` also earlier,
 wherever the engine has room, for the group that looks hardest, and is taken back if the group turns out not to be hard.
 
-The queue is kept here, and the engine is given what it can run at once, so that a second wave, which ends the step,
-overtakes what is waiting. Graders run in other processes while the engine goes on. What the engine is given, and
-between which of its steps, does not depend on how fast they are: a verdict is read GRADING_STEPS engine steps after its
-rollout ended (or when the engine has nothing left to do), and waited for if it is not there. So two runs are equal bit
-for bit. A rollout's seed is a function of its prompt, wave and number, so the schedule does not change what is drawn.
+Second waves end the step, so they overtake what is waiting in the queue (rollout/queue.py). Graders run in other
+processes while the engine goes on. What is queued, and between which of the engine's steps, does not depend on how fast
+they are: a verdict is read GRADING_STEPS steps after its rollout ended (or when no request is left), and waited for if
+it is not there. So two runs are equal bit for bit where every engine serves its own rank only. A rollout's seed is a
+function of its prompt, wave and number, so neither the schedule nor the engine changes what is drawn.
 """
 
-import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -22,8 +21,10 @@ from typing import Protocol
 from lens_megatron.config import LensConfig, RolloutConfig
 from lens_megatron.purify import is_hard
 from lens_megatron.reward import Grade, GradeStatus
+from lens_megatron.rollout.board import Board
 from lens_megatron.rollout.engine import Completion, Request, RolloutEngine
 from lens_megatron.rollout.meter import Meter, SamplingProgress, SamplingStats
+from lens_megatron.rollout.queue import open_queue
 from lens_megatron.seeds import derive
 from lens_megatron.types import Group, Origin, Prompt, PurifiedPrompt, Rollout, Status
 
@@ -88,6 +89,8 @@ class Sampler:
     seed: int
     store: GroupStore
     """Where graded groups are kept until their step is done."""
+    board: Board | None = None
+    """Given: the engines of all ranks share their work, and `sample` must be called on all of them."""
     on_progress: Callable[[SamplingProgress], None] = lambda progress: None
     expected_length: Callable[[Prompt], float] = prompt_length
     """Of first-wave rollouts, in any unit: the longest are started first. Must be the same in a resumed run."""
@@ -106,7 +109,7 @@ class Sampler:
             if place not in run.groups:
                 run.queue_wave(place, Origin.NATIVE, self.expected_length(prompts[place]))
         groups = run.finish()
-        self.stats = run.meter.stats()
+        self.stats = run.meter.stats(run.queue.discarded_tokens)
         return groups
 
 
@@ -119,8 +122,7 @@ class _Run:
         self.sampler, self.prompts, self.purified, self.step = sampler, prompts, purified, step
         self.groups = kept
         self.meter = Meter(sampler.engine.progress().generated_tokens)
-        self.queue: list[tuple[int, float, int, Request]] = []
-        """A heap: second waves first, then the longest expected, then in order of request ids."""
+        self.queue = open_queue(sampler.engine, sampler.board, self.meter.engine_step)
         self.requests: dict[int, tuple[_Wave, int]] = {}
         """Queued and in the engine."""
         self.waves: list[_Wave] = []
@@ -132,45 +134,36 @@ class _Run:
         self.abandoned: list[int] = []
         """Tickets of waves taken back."""
         self.rollouts: dict[tuple[int, Origin], tuple[Rollout, ...]] = {}
-        self.in_engine = self.next_id = self.tick = 0
+        self.next_id, self.tick = self.queue.first_id, 0
 
-    def queue_wave(self, place: int, origin: Origin, expected_length: float) -> _Wave:
+    def queue_wave(self, place: int, origin: Origin, expected_length: float, *, urgent: bool = False) -> _Wave:
         config, prompt = self.sampler.rollout, self.prompts[place]
         tokens = prompt.token_ids if origin is Origin.NATIVE else self.purified[place].token_ids
         wave = _Wave(place, origin)
         self.waves.append(wave)
+        requests = []
         for sample in range(config.rollouts_per_prompt):
             self.requests[self.next_id] = (wave, sample)
             seed = derive(self.sampler.seed, origin, self.step, prompt.index, sample)
-            request = Request(self.next_id, tokens, config.max_response_length, config.temperature, seed)
-            heapq.heappush(self.queue, (origin is Origin.NATIVE, -expected_length, self.next_id, request))
-            self.next_id += 1
+            requests.append(Request(self.next_id, tokens, config.max_response_length, config.temperature, seed))
+            self.next_id += self.queue.id_step
+        self.queue.add(requests, urgent=urgent, expected_length=expected_length)
         self.meter.queued(origin, config.rollouts_per_prompt)
         return wave
 
     def finish(self) -> list[Group]:
         while self.waves:
-            self._feed()
-            if self.in_engine:
-                with self.meter.engine_step():
-                    completions = self.sampler.engine.step()
-                for completion in completions:
-                    self._completed(completion)
+            while self.queue.room() > 0 and self._guess():
+                pass
+            for completion in self.queue.step():
+                self._completed(completion)
             self.tick += 1
             self._read_verdicts()
-            self.sampler.on_progress(self.meter.progress(self.sampler.engine.progress(), len(self.queue)))
+            self.sampler.on_progress(self.meter.progress(self.sampler.engine.progress(), self.queue.waiting))
+        self.queue.finish()
         if self.abandoned:
             self.sampler.grader.wait(self.abandoned)  # taken, so that the pool does not keep them
         return [self.groups[place] for place in range(len(self.prompts))]
-
-    def _feed(self) -> None:
-        requests: list[Request] = []
-        room = self.sampler.rollout.max_running_sequences - self.in_engine
-        while len(requests) < room and (self.queue or self._guess()):
-            requests.append(heapq.heappop(self.queue)[-1])
-        self.in_engine += len(requests)
-        if requests:
-            self.sampler.engine.submit(requests)
 
     def _guess(self) -> bool:
         """Queues the second wave of the undecided group with most failures, fewest successes. False: none is left."""
@@ -194,19 +187,14 @@ class _Run:
             self.waves.remove(wave)
         self.rollouts.pop((place, Origin.RESCUED), None)
         gone = {number for number, (owner, _) in self.requests.items() if owner is wave}
-        queued = {entry[-1].request_id for entry in self.queue} & gone
-        self.queue = [entry for entry in self.queue if entry[-1].request_id not in gone]
-        heapq.heapify(self.queue)
         for number in gone:
             del self.requests[number]
-        self.in_engine -= len(gone - queued)
-        tokens = self.sampler.engine.cancel(gone - queued) + sum(len(c.token_ids) for c in wave.completions.values())
+        self.queue.cancel(gone)
         self.abandoned += wave.tickets.values()
-        self.meter.taken_back(len(gone), tokens)
+        self.meter.taken_back(len(gone), sum(len(c.token_ids) for c in wave.completions.values()))
 
     def _completed(self, completion: Completion) -> None:
         wave, sample = self.requests.pop(completion.request_id)
-        self.in_engine -= 1
         text = self.sampler.decode(completion.token_ids)
         wave.completions[sample] = completion
         wave.tickets[sample] = self.sampler.grader.submit(text, self.prompts[wave.place].answer)
@@ -231,7 +219,7 @@ class _Run:
                     self._take_back(wave.place)
         if self.held and all(wave.origin is Origin.RESCUED for wave in self.waves):
             for place, length in self.held:
-                self.queue_wave(place, Origin.RESCUED, length)
+                self.queue_wave(place, Origin.RESCUED, length, urgent=True)
             self.held = []
 
     def _may_decide(self, wave: _Wave, due: int) -> bool:
@@ -259,7 +247,7 @@ class _Run:
         if self.sampler.rollout.schedule == "sequential":
             self.held.append((wave.place, length))
         else:
-            self.queue_wave(wave.place, Origin.RESCUED, length)
+            self.queue_wave(wave.place, Origin.RESCUED, length, urgent=True)
 
     def _graded(self, wave: _Wave) -> None:
         """The last rollout of a wave is graded."""

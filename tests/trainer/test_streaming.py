@@ -65,8 +65,10 @@ def sample(
         schedule=schedule,
     )
     lens = LensConfig(tau=tau)
-    sampler = Sampler(engine, Verdicts(rule), lambda ids: str(list(ids)), rollout, lens, 11, Nothing(), on_progress)
-    engine.log = []
+    sampler = Sampler(
+        engine, Verdicts(rule), lambda ids: str(list(ids)), rollout, lens, 11, Nothing(), on_progress=on_progress
+    )
+    engine.log, engine.max_running_sequences = [], running
     return sampler.sample(PROMPTS, PURIFIED, step=2, version=3), sampler
 
 

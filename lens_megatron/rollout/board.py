@@ -1,0 +1,174 @@
+"""What the ranks of a job tell each other while they sample: parcels of requests that anyone may take, completions.
+
+Every rank reads and writes one key-value store, torchrun's own. A parcel is posted once by its owner and belongs to the
+rank that claims it first; its completions go back to the owner. Only bytes travel, and no rank waits for another:
+
+    parcels/3 -> requests     claims/3 -> how many have tried     results/0/7 -> the eighth completion sent to rank 0
+"""
+
+import json
+import os
+from collections.abc import Collection
+from dataclasses import astuple, dataclass
+
+import numpy as np
+from torch.distributed import PrefixStore, Store, TCPStore
+
+from lens_megatron.rollout.engine import Completion, Request
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """Requests that are best served together, since they share a prompt."""
+
+    requests: tuple[Request, ...]
+    urgent: bool
+    """To be started before all that is not."""
+    expected_length: float
+    """The longer are started first. In any unit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Of all ranks, as last heard of."""
+
+    unfinished: int
+    """Requests posted and neither completed nor taken back."""
+    capacity: int
+    """Sequences that all engines can run at once."""
+    ranks_here: int
+    """Those that have come to this phase."""
+    ranks_done: int
+    """Those that need nothing more of it."""
+
+
+def job_store() -> Store:
+    """torchrun's store, on a connection of its own; keys of an attempt that was restarted are not seen."""
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return PrefixStore(f"lens_rollouts/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+class Board:
+    """One rank's view. A phase is a call of `Sampler.sample` or an evaluation; every rank takes part in every phase."""
+
+    def __init__(self, store: Store, rank: int, world_size: int):
+        self.store, self.rank, self.world_size = store, rank, world_size
+        self.phase = 0
+        self.keys: set[str] = set()
+        self.keys_before: set[str] = set()
+        """Touched by this rank in the phase before, which another may still be leaving."""
+        self.counters = self._new_counters()
+
+    def _new_counters(self) -> dict[str, int]:
+        """How far this rank has read what grows."""
+        return {"parcels": 0, f"results/{self.rank}": 0, "withdrawn": 0}
+
+    def begin(self, capacity: int) -> None:
+        """Enters the next phase with an engine of this capacity."""
+        for key in self.keys_before:
+            self.store.delete_key(key)
+        self.keys_before, self.keys = self.keys, set()
+        self.phase += 1
+        self.counters = self._new_counters()
+        self.add_capacity(capacity)
+        self._add("ranks_here", 1)
+
+    def add_capacity(self, difference: int) -> None:
+        self._add("capacity", difference)
+
+    def leave(self) -> None:
+        """Says that this rank waits for nothing more."""
+        self._add("ranks_done", 1)
+
+    def totals(self) -> Totals:
+        return Totals(*(self._add(name, 0) for name in ("unfinished", "capacity", "ranks_here", "ranks_done")))
+
+    def post(self, parcel: Parcel) -> int:
+        """Returns its number. Requests given back after a claim are posted again with `post_again`."""
+        self._add("unfinished", len(parcel.requests))
+        return self.post_again(parcel)
+
+    def post_again(self, parcel: Parcel) -> int:
+        return self._append("parcels", _parcel_bytes(parcel))
+
+    def new_parcels(self) -> list[tuple[int, Parcel]]:
+        """Those posted since the last call, this rank's too, with their numbers."""
+        first = self.counters["parcels"]
+        found = self._read_new("parcels")
+        return [(first + place, _read_parcel(data)) for place, data in enumerate(found)]
+
+    def claim(self, number: int) -> bool:
+        """True for the first rank that asks, which must then serve it, post it again, or be done with it."""
+        return self._add(f"claims/{number}", 1) == 1
+
+    def finished(self, requests: int) -> None:
+        """That many of the unfinished ones are completed, or will never be."""
+        self._add("unfinished", -requests)
+
+    def send(self, owner: int, completion: Completion) -> None:
+        self._append(f"results/{owner}", _completion_bytes(completion))
+
+    def received(self) -> list[Completion]:
+        """Of this rank's requests, what other engines have completed since the last call."""
+        name = f"results/{self.rank}"
+        first = self.counters[name]
+        found = [_read_completion(data) for data in self._read_new(name)]
+        for place in range(len(found)):
+            self.store.delete_key(self._key(f"{name}/{first + place}"))
+        return found
+
+    def withdraw(self, request_ids: Collection[int]) -> None:
+        """Asks whoever serves them to stop. Completions already under way may still come."""
+        self._append("withdrawn", json.dumps(sorted(request_ids)).encode())
+
+    def newly_withdrawn(self) -> set[int]:
+        return {number for data in self._read_new("withdrawn") for number in json.loads(data)}
+
+    def _key(self, name: str) -> str:
+        return f"{self.phase}/{name}"
+
+    def _add(self, name: str, amount: int) -> int:
+        key = self._key(name)
+        self.keys.add(key)
+        return self.store.add(key, amount)
+
+    def _append(self, name: str, data: bytes) -> int:
+        number = self._add(name, 1) - 1
+        key = self._key(f"{name}/{number}")
+        self.keys.add(key)
+        self.store.set(key, data)
+        return number
+
+    def _read_new(self, name: str) -> list[bytes]:
+        count, seen = self._add(name, 0), self.counters[name]
+        self.counters[name] = max(seen, count)
+        if count <= seen:
+            return []
+        # It waits for a key whose writer has raised the counter and not written it yet.
+        return self.store.multi_get([self._key(f"{name}/{number}") for number in range(seen, count)])
+
+
+def _parcel_bytes(parcel: Parcel) -> bytes:
+    first = parcel.requests[0]
+    if any(request.prompt != first.prompt for request in parcel.requests):
+        raise ValueError("the requests of a parcel share a prompt")
+    rows = [astuple(request)[:1] + astuple(request)[2:] for request in parcel.requests]
+    return json.dumps([first.prompt, parcel.urgent, parcel.expected_length, rows]).encode()
+
+
+def _read_parcel(data: bytes) -> Parcel:
+    prompt, urgent, expected_length, rows = json.loads(data)
+    return Parcel(tuple(Request(row[0], tuple(prompt), *row[1:]) for row in rows), urgent, expected_length)
+
+
+def _completion_bytes(completion: Completion) -> bytes:
+    head = [completion.request_id, completion.finished, completion.weight_version, len(completion.token_ids)]
+    tokens, log_probs = np.array(completion.token_ids, np.int64), np.array(completion.log_probs, np.float64)
+    return json.dumps(head).encode() + b"\n" + tokens.tobytes() + log_probs.tobytes()
+
+
+def _read_completion(data: bytes) -> Completion:
+    head, _, body = data.partition(b"\n")
+    request_id, finished, version, length = json.loads(head)
+    tokens, log_probs = np.frombuffer(body, np.int64, length), np.frombuffer(body, np.float64, length, 8 * length)
+    return Completion(request_id, tuple(tokens.tolist()), tuple(log_probs.tolist()), finished, version)

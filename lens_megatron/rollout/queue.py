@@ -1,0 +1,238 @@
+"""Requests on their way through engines: this rank's own, or all engines of the job with one queue between them.
+
+`OwnQueue` keeps what waits here and gives its engine what that can run at once, so that what is urgent overtakes.
+`SharedQueue` puts every parcel on the board. Engines take from it while they have room and run less than their share of
+all that is unfinished: those with little left take over from those with much, and a second wave starts wherever there
+is room. Which engine serves a request is then a matter of timing. What it draws is not, up to rounding: that is a
+function of weights, prompt and seed.
+"""
+
+import heapq
+import time
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+from lens_megatron.rollout.board import Board, Parcel
+from lens_megatron.rollout.engine import Completion, EnginesLostError, Request, RolloutEngine
+
+LOOK_SECONDS = 0.02
+"""Between two looks at the board: a step of an engine takes about as long."""
+
+Timed = Callable[[], AbstractContextManager]
+
+
+class RequestQueue(Protocol):
+    """What samplers see. Request ids are unique among all queues of the job: see `first_id` and `id_step`."""
+
+    first_id: int
+    id_step: int
+
+    def add(self, requests: Sequence[Request], *, urgent: bool, expected_length: float) -> None:
+        """Queues requests that share a prompt."""
+
+    def step(self) -> list[Completion]:
+        """Gives the engine what it has room for, lets it do one step, and returns what has ended of the requests added.
+
+        Raises EnginesLostError when no engine is left to serve them.
+        """
+
+    def cancel(self, request_ids: Collection[int]) -> None:
+        """Forgets requests: `step` never returns them."""
+
+    def room(self) -> int:
+        """Sequences that this rank's engine could run besides those it runs and those that wait."""
+
+    @property
+    def waiting(self) -> int:
+        """Requests that no engine has yet, as far as this rank knows."""
+
+    @property
+    def discarded_tokens(self) -> int:
+        """That this rank's engine has generated for requests cancelled since."""
+
+    def finish(self) -> None:
+        """To be called once nothing more is needed; serves the others until they need nothing either."""
+
+
+class OwnQueue:
+    """Implements `RequestQueue` for one engine that serves this rank alone. Deterministic if the engine is."""
+
+    first_id, id_step = 0, 1
+
+    def __init__(self, engine: RolloutEngine, timed: Timed = nullcontext):
+        self.engine, self.timed = engine, timed
+        self.heap: list[tuple[bool, float, int, Request]] = []
+        """Urgent ones first, then the longest expected, then in order of request ids."""
+        self.running: dict[int, tuple[bool, float, Request]] = {}
+        """In the engine, with what they are queued by."""
+        self.discarded_tokens = 0
+
+    @property
+    def waiting(self) -> int:
+        return len(self.heap)
+
+    def requests(self) -> set[int]:
+        """Ids of those waiting and running."""
+        return {*self.running, *(number for _, _, number, _ in self.heap)}
+
+    def add(self, requests: Sequence[Request], *, urgent: bool, expected_length: float) -> None:
+        for request in requests:
+            heapq.heappush(self.heap, (not urgent, -expected_length, request.request_id, request))
+
+    def room(self) -> int:
+        return self.engine.capacity() - len(self.running) - len(self.heap)
+
+    def step(self) -> list[Completion]:
+        completions = self.serve()
+        if self.engine.capacity() == 0 and self.heap:
+            raise EnginesLostError(f"no engine is left for {len(self.heap)} requests")
+        return completions
+
+    def serve(self) -> list[Completion]:
+        """`step`, where a queue without an engine is no mistake."""
+        self._feed()
+        if not self.running:
+            return []
+        with self.timed():
+            completions = self.engine.step()
+        for completion in completions:
+            del self.running[completion.request_id]
+        for request in self.engine.returned():
+            late, length, _ = self.running.pop(request.request_id)
+            heapq.heappush(self.heap, (late, length, request.request_id, request))
+        return completions
+
+    def _feed(self) -> None:
+        requests: list[Request] = []
+        while self.heap and len(self.running) < self.engine.capacity():
+            late, length, number, request = heapq.heappop(self.heap)
+            self.running[number] = (late, length, request)
+            requests.append(request)
+        if requests:
+            self.engine.submit(requests)
+
+    def cancel(self, request_ids: Collection[int]) -> None:
+        gone = set(request_ids)
+        self.heap = [entry for entry in self.heap if entry[2] not in gone]
+        heapq.heapify(self.heap)
+        in_engine = gone & self.running.keys()
+        for number in in_engine:
+            del self.running[number]
+        if in_engine:
+            self.discarded_tokens += self.engine.cancel(in_engine)
+
+    def finish(self) -> None:
+        pass
+
+
+class SharedQueue:
+    """Implements `RequestQueue` for the engines of all ranks together. A new one for every phase, on every rank.
+
+    This rank's engine is fed by an `OwnQueue` of what it has claimed, its own requests and others'.
+    """
+
+    def __init__(self, engine: RolloutEngine, board: Board, timed: Timed = nullcontext):
+        self.engine, self.board = engine, board
+        self.claimed = OwnQueue(engine, timed)
+        self.first_id, self.id_step = board.rank, board.world_size
+        self.capacity = engine.capacity()
+        self.open: list[tuple[bool, bool, float, int, Parcel]] = []
+        """A heap of parcels seen and perhaps not claimed by anyone yet: urgent, own, longest expected."""
+        self.own: set[int] = set()
+        """Ids of requests added here and not returned yet."""
+        self.withdrawn: set[int] = set()
+        self.looked = 0.0
+        board.begin(self.capacity)
+
+    @property
+    def waiting(self) -> int:
+        return self.claimed.waiting + sum(len(parcel.requests) for *_, parcel in self.open)
+
+    @property
+    def discarded_tokens(self) -> int:
+        return self.claimed.discarded_tokens
+
+    def room(self) -> int:
+        return self.engine.capacity() - len(self.claimed.running) - self.waiting
+
+    def add(self, requests: Sequence[Request], *, urgent: bool, expected_length: float) -> None:
+        self.own |= {request.request_id for request in requests}
+        self.board.post(Parcel(tuple(requests), urgent, expected_length))
+        self.looked = 0.0
+
+    def step(self) -> list[Completion]:
+        received = self._look() if time.monotonic() - self.looked > LOOK_SECONDS else []
+        completions = self.claimed.serve()
+        self._hand_back()
+        if completions:
+            self.board.finished(len(completions))
+        for completion in completions:
+            owner = completion.request_id % self.board.world_size
+            if owner != self.board.rank:
+                self.board.send(owner, completion)
+        if not self.claimed.running and not received:
+            time.sleep(LOOK_SECONDS / 4)
+        ended = [c for c in (*completions, *received) if c.request_id in self.own]
+        self.own -= {completion.request_id for completion in ended}
+        return ended
+
+    def _look(self) -> list[Completion]:
+        """Reads the board and claims what this engine should do next."""
+        self.looked = time.monotonic()
+        capacity = self.engine.capacity()
+        if capacity != self.capacity:
+            self.board.add_capacity(capacity - self.capacity)
+            self.capacity = capacity
+        self._stop_withdrawn()
+        totals = self.board.totals()
+        if totals.capacity == 0 and totals.unfinished and totals.ranks_here == self.board.world_size:
+            raise EnginesLostError(f"no engine of any rank is left for {totals.unfinished} requests")
+        for number, parcel in self.board.new_parcels():
+            foreign = parcel.requests[0].request_id % self.board.world_size != self.board.rank
+            heapq.heappush(self.open, (not parcel.urgent, foreign, -parcel.expected_length, number, parcel))
+        share = -(-totals.unfinished * capacity // max(totals.capacity, 1))
+        while self.open and len(self.claimed.running) + self.claimed.waiting < min(share, capacity):
+            *_, number, parcel = heapq.heappop(self.open)
+            if self.board.claim(number):
+                self.claimed.add(parcel.requests, urgent=parcel.urgent, expected_length=parcel.expected_length)
+                self._drop(self.withdrawn & {request.request_id for request in parcel.requests})
+        return self.board.received()
+
+    def _stop_withdrawn(self) -> None:
+        """Those that nobody has claimed yet are dropped by whoever does."""
+        new = self.board.newly_withdrawn()
+        self.withdrawn |= new
+        self._drop(new & self.claimed.requests())
+
+    def _drop(self, claimed: set[int]) -> None:
+        if claimed:
+            self.claimed.cancel(claimed)
+            self.board.finished(len(claimed))
+
+    def _hand_back(self) -> None:
+        """What an engine without servers has claimed is for the others."""
+        if self.engine.capacity():
+            return
+        for late, length, _, request in self.claimed.heap:
+            self.board.post_again(Parcel((request,), not late, -length))
+        self.claimed.heap.clear()
+
+    def cancel(self, request_ids: Collection[int]) -> None:
+        gone = self.own & set(request_ids)
+        self.own -= gone
+        self.board.withdraw(gone)
+        self.looked = 0.0
+
+    def finish(self) -> None:
+        self.board.leave()
+        while self.board.totals().ranks_done < self.board.world_size:
+            self.step()
+        self.claimed.cancel(
+            {*self.claimed.running, *(entry[2] for entry in self.claimed.heap)}
+        )  # withdrawn, all of them
+
+
+def open_queue(engine: RolloutEngine, board: Board | None, timed: Timed = nullcontext) -> RequestQueue:
+    """A phase of sampling: among all ranks where there is a board, a collective then; else with the own engine only."""
+    return SharedQueue(engine, board, timed) if board else OwnQueue(engine, timed)

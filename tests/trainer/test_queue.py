@@ -1,0 +1,220 @@
+"""Engines that share their work: real engines on threads, one rank each, and torch's own store between them."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import count
+
+import pytest
+import torch
+from test_scheduler import Nothing, Verdicts
+from test_streaming import GROUP, PROMPTS, PURIFIED, drawn, log_probs, odd
+from torch.distributed import PrefixStore, TCPStore
+from toy_runs import Toy
+from transformers import AutoModelForCausalLM
+
+from lens_megatron.config import LensConfig, RolloutConfig
+from lens_megatron.rollout import board as boards
+from lens_megatron.rollout.board import Board, Parcel
+from lens_megatron.rollout.engine import Completion, EnginesLostError, Request
+from lens_megatron.rollout.local import LocalEngine
+from lens_megatron.rollout.queue import SharedQueue
+from lens_megatron.rollout.scheduler import Sampler
+from lens_megatron.types import Group, Prompt
+
+WORLD = 3
+ROLLOUT = RolloutConfig(prompts_per_step=6, rollouts_per_prompt=GROUP, max_response_length=40)
+
+
+class Mortal(LocalEngine):
+    """Can lose its servers, as an engine in another process can; and writes down what it is given."""
+
+    def __init__(self, model: str):
+        super().__init__(model, max_running_sequences=64)
+        self.alive, self.lost, self.served, self.dies_after, self.pace = True, [], [], None, 0.0
+
+    def capacity(self) -> int:
+        return super().capacity() if self.alive else 0
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        requests = list(requests)
+        self.served += [request.request_id for request in requests]
+        super().submit(requests)
+
+    def step(self) -> list[Completion]:
+        time.sleep(self.pace)
+        if self.dies_after == 0:
+            self.alive, self.lost = False, [s.request for s in (*self.running, *self.waiting)]
+            self.close()
+            self.dies_after = None
+            return []
+        if self.dies_after is not None:
+            self.dies_after -= 1
+        return super().step()
+
+    def returned(self) -> list[Request]:
+        lost, self.lost = self.lost, []
+        return lost
+
+
+@pytest.fixture(scope="module")
+def engines(toy: Toy) -> list[Mortal]:
+    torch.manual_seed(1)
+    weights = [(name, p.data) for name, p in AutoModelForCausalLM.from_pretrained(toy.model).named_parameters()]
+    engines = [Mortal(str(toy.model)) for _ in range(WORLD)]
+    for engine in engines:
+        engine.load_weights(iter(weights), 3)
+        engine.eos = torch.arange(10, 20)
+    return engines
+
+
+@pytest.fixture(scope="module")
+def store() -> TCPStore:
+    return TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+
+
+_numbers = count()
+
+
+def make_boards(store: TCPStore) -> list[Board]:
+    prefix = str(next(_numbers))
+    clients = [TCPStore("localhost", store.port, is_master=False) for _ in range(WORLD)]
+    return [Board(PrefixStore(prefix, client), rank, WORLD) for rank, client in enumerate(clients)]
+
+
+def on_every_rank(work: Callable[[int], object]) -> list:
+    """Raises the first error of any rank."""
+    with ThreadPoolExecutor(WORLD) as pool:
+        return [future.result(timeout=120) for future in [pool.submit(work, rank) for rank in range(WORLD)]]
+
+
+def sample(
+    engines: Sequence[Mortal],
+    boards: Sequence[Board],
+    shares: Sequence[Sequence[int]],
+    rule: Callable[[str], bool] = odd,
+    schedule: str = "streamed",
+) -> tuple[dict[int, Group], list[Sampler]]:
+    """Groups by prompt; shares: places of the prompts of each rank."""
+    for engine in engines:
+        engine.served, engine.alive = [], True
+    rollout = ROLLOUT.model_copy(update={"schedule": schedule})
+    samplers = [
+        Sampler(engine, Verdicts(rule), lambda ids: str(list(ids)), rollout, LensConfig(), 11, Nothing(), board)
+        for engine, board in zip(engines, boards, strict=True)
+    ]
+
+    def work(rank: int) -> list[Group]:
+        prompts: list[Prompt] = [PROMPTS[i] for i in shares[rank]]
+        return samplers[rank].sample(prompts, [PURIFIED[i] for i in shares[rank]], step=2, version=3)
+
+    groups = [group for own in on_every_rank(work) for group in own]
+    return {group.prompt.index: group for group in groups}, samplers
+
+
+@pytest.fixture(scope="module")
+def alone(engines: list[Mortal]) -> dict[int, Group]:
+    """What one engine draws for all prompts."""
+    sampler = Sampler(engines[0], Verdicts(odd), lambda ids: str(list(ids)), ROLLOUT, LensConfig(), 11, Nothing())
+    return {group.prompt.index: group for group in sampler.sample(PROMPTS, PURIFIED, step=2, version=3)}
+
+
+def same(found: dict[int, Group], expected: dict[int, Group]) -> None:
+    assert found.keys() == expected.keys()
+    found, expected = ([groups[i] for i in sorted(groups)] for groups in (found, expected))
+    assert drawn(found) == drawn(expected)
+    torch.testing.assert_close(log_probs(found), log_probs(expected), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("schedule", ["streamed", "speculative", "sequential"])
+def test_who_serves_a_request_does_not_change_what_is_drawn(engines, store, alone, schedule: str):
+    """Twice with the same boards: a phase leaves nothing behind that the next would take for its own."""
+    boards = make_boards(store)
+    for shares in ([[0, 1, 2, 3, 4, 5], [], []], [[5], [0, 2, 4], [1, 3]]):
+        groups, _ = sample(engines, boards, shares, schedule=schedule)
+        same(groups, alone)
+        assert all(not engine.running and not engine.waiting for engine in engines)
+
+
+def test_idle_engines_take_over(engines, store):
+    """All prompts are one rank's, and it is slow: the others serve most of them, and second waves too."""
+    engines[0].pace = 0.05
+    groups, samplers = sample(engines, make_boards(store), [[0, 1, 2, 3, 4, 5], [], []], lambda text: False)
+    engines[0].pace = 0.0
+    served = [len(engine.served) for engine in engines]
+    assert sum(served) == len({i for engine in engines for i in engine.served}) == 6 * GROUP + 4 * GROUP
+    assert min(served[1:]) >= GROUP and sum(served[1:]) > sum(served) / 2
+    assert any(number >= 6 * GROUP * WORLD for engine in engines[1:] for number in engine.served), "second waves"
+    assert all(sampler.stats.engine_seconds > 0 for sampler in samplers)
+
+
+def test_equal_shares_stay_where_they_are_while_everyone_is_busy(engines, store):
+    """Nobody takes what its owner would start at once."""
+    barrier = threading.Barrier(WORLD)
+    boards = make_boards(store)
+    queues = [None] * WORLD
+
+    def work(rank: int) -> None:
+        queue = queues[rank] = SharedQueue(engines[rank], boards[rank])
+        engines[rank].served = []
+        for part in range(2):
+            ids = [rank + WORLD * (part * 4 + i) for i in range(4)]
+            queue.add([Request(i, (5, 6, 7), 30, 1.0, i) for i in ids], urgent=False, expected_length=1.0)
+        barrier.wait()
+        ended = []
+        while len(ended) < 8:
+            ended += queue.step()
+        queue.finish()
+
+    on_every_rank(work)
+    assert [sorted({i % WORLD for i in engine.served}) for engine in engines] == [[0], [1], [2]]
+
+
+def test_a_lost_engines_work_is_done_by_the_others(engines, store, alone):
+    engines[1].dies_after = 3
+    groups, _ = sample(engines, make_boards(store), [[0, 1], [2, 3], [4, 5]])
+    same(groups, alone)
+    assert not engines[1].alive and engines[1].served
+    handed_on = set(engines[1].served) & {i for engine in engines[:1] + engines[2:] for i in engine.served}
+    assert handed_on, "nothing was under way when it died"
+
+
+def test_without_any_engine_every_rank_says_so(engines, store):
+    for engine in engines:
+        engine.dies_after = 2
+    with pytest.raises(EnginesLostError, match="no engine of any rank is left for [0-9]+ requests"):
+        sample(engines, make_boards(store), [[0, 1], [2, 3], [4, 5]])
+    for engine in engines:
+        engine.alive = True
+
+
+def test_what_is_taken_back_never_comes(engines, store):
+    """Speculative waves of prompts that are not hard: withdrawn wherever they run, and their tokens are counted."""
+    groups, samplers = sample(
+        engines, make_boards(store), [[0, 1, 2, 3, 4, 5], [], []], lambda text: True, schedule="speculative"
+    )
+    assert not any(group.rescue for group in groups.values())
+    assert sum(sampler.stats.discarded_tokens for sampler in samplers) > 0
+    assert all(not engine.running and not engine.waiting for engine in engines)
+
+
+def test_records_travel_unchanged():
+    requests = tuple(Request(7 * i, (3, 1, 4), 5, 0.7, 2**62 + i) for i in range(2))
+    parcel = Parcel(requests, urgent=True, expected_length=2.5)
+    assert boards._read_parcel(boards._parcel_bytes(parcel)) == parcel
+    with pytest.raises(ValueError, match="share a prompt"):
+        boards._parcel_bytes(replace(parcel, requests=(requests[0], replace(requests[1], prompt=(9,)))))
+    for tokens in ((), (1, 2**31)):
+        completion = Completion(9, tokens, tuple(-0.1 / 3 for _ in tokens), True, 4)
+        assert boards._read_completion(boards._completion_bytes(completion)) == completion
+
+
+def test_keys_of_phases_gone_by_are_deleted(engines, store):
+    boards = make_boards(store)
+    counts = []
+    for _ in range(4):
+        sample(engines, boards, [[0, 1], [2, 3], [4, 5]])
+        counts.append(store.num_keys())
+    assert counts[3] - counts[2] < 30, counts
