@@ -200,6 +200,36 @@ def test_what_is_taken_back_never_comes(engines, store):
     assert all(not engine.running and not engine.waiting for engine in engines)
 
 
+def test_an_engine_stops_what_another_rank_takes_back(engines, store):
+    """Rank 0 has no engine, so others run its eight requests, of 100 tokens each; all but the last are taken back."""
+    boards, before = make_boards(store), [engine.generated for engine in engines]
+    started = threading.Event()
+
+    def work(rank: int) -> list[Completion]:
+        queue, ended = SharedQueue(engines[rank], boards[rank]), []
+        ids = range(0, 8 * WORLD, WORLD)
+        if rank == 0:
+            queue.add([Request(i, (5, 6, 7), 100, 1.0, i) for i in ids], urgent=False, expected_length=1.0)
+        while not started.is_set():
+            queue.step()
+            if queue.claimed.running:
+                started.set()
+        if rank == 0:
+            queue.cancel(ids[:-1])
+            while not ended:
+                ended += queue.step()
+        queue.finish()
+        return ended
+
+    for rank, engine in enumerate(engines):
+        engine.alive, engine.pace, engine.eos = rank > 0, 0.01, torch.tensor([-1])
+    ended, _, _ = on_every_rank(work)
+    for engine in engines:
+        engine.alive, engine.pace, engine.eos = True, 0.0, torch.arange(10, 20)
+    assert [(completion.request_id, len(completion.token_ids)) for completion in ended] == [(7 * WORLD, 100)]
+    assert 100 <= sum(engine.generated - old for engine, old in zip(engines, before, strict=True)) < 400
+
+
 def test_records_travel_unchanged():
     requests = tuple(Request(7 * i, (3, 1, 4), 5, 0.7, 2**62 + i) for i in range(2))
     parcel = Parcel(requests, urgent=True, expected_length=2.5)
