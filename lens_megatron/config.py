@@ -68,6 +68,9 @@ class RolloutConfig(Section):
     schedule: Literal["streamed", "speculative", "sequential"] = "streamed"
     """When a second wave starts: once its group is certainly hard; also before, where there is room, to be taken back
     if it is not; after all first waves. The groups are the same."""
+    off_policy_steps: Literal[0, 1] = 0
+    """1: the next step is sampled while this one trains, by the policy before its updates. With the engines that have
+    memory of their own, `local` and `vllm_server`."""
     share_work: bool | None = None
     """All engines pull from one queue, so that none is idle while another has much to do. Which engine serves a request
     is then a matter of timing, and log-probabilities differ by rounding from run to run. Default: not with `local`."""
@@ -285,6 +288,8 @@ class Config(Section):
                 f"algorithm.correction={correction} weighs tokens, algorithm.ratio={ratio} whole responses; "
                 "choose a sequence_ correction or algorithm.ratio=token"
             )
+        if self.rollout.off_policy_steps:
+            self._check_off_policy()
         if narrowed := self.vllm.narrowed():
             raise ValueError(
                 f"{narrowed}: sampled tokens would have other probabilities than the trainer's, so ratios would be "
@@ -295,6 +300,18 @@ class Config(Section):
                 f"optimizer.min_lr ({self.optimizer.min_lr}) exceeds optimizer.lr ({self.optimizer.lr}); lower it"
             )
         return self
+
+    def _check_off_policy(self) -> None:
+        if self.rollout.engine == "vllm":
+            raise ValueError(
+                "rollout.off_policy_steps=1 samples while the trainer trains, rollout.engine=vllm in the trainer's "
+                "memory; choose vllm_server, or set it to 0"
+            )
+        if self.algorithm.correction == "none":
+            raise ValueError(
+                "rollout.off_policy_steps=1 trains on samples of an older policy; algorithm.correction=none takes them "
+                "for the current one's; choose token_truncate or another correction"
+            )
 
     def not_yet_honoured(self) -> list[str]:
         """What this configuration asks for and the trainer does not do yet. It can be planned, not trained."""

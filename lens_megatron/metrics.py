@@ -14,8 +14,16 @@ from torch.distributed import ProcessGroup
 from torch.utils.tensorboard import SummaryWriter
 
 from lens_megatron.algorithms.mismatch import mismatch, pooled
-from lens_megatron.rollout.meter import SamplingStats
-from lens_megatron.types import MismatchSums, Origin, Rollout, Status, StepResult, TrainingGroup, UpdateStats
+from lens_megatron.types import (
+    MismatchSums,
+    Origin,
+    Rollout,
+    SamplingStats,
+    Status,
+    StepResult,
+    TrainingGroup,
+    UpdateStats,
+)
 
 Metrics = dict[str, float]
 
@@ -85,6 +93,9 @@ def tally_step(result: StepResult) -> Tally:
     tally.spread("critic/advantages", [s.advantage for s in result.samples])
     tally.spread("response_length", [float(len(r.token_ids)) for r in native])
     tally.mean("response_length/clip_ratio", [float(not r.finished) for r in native])
+    tally.spread(
+        "training/rollout_staleness", [float(result.weight_version - r.weight_version) for r in native + rescue]
+    )
     tally.spread("prompt_length", [float(len(g.group.prompt.token_ids)) for g in result.groups])
     for status in Status:
         tally.mean(f"reward/{status}_rate", [float(r.status is status) for r in native + rescue])

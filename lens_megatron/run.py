@@ -8,10 +8,12 @@ from lens_megatron.policy.model import Policy
 from lens_megatron.policy.parallel import Mesh
 from lens_megatron.prompts import PromptStream
 from lens_megatron.reward import GraderPool
+from lens_megatron.rollout.ahead import Ahead
 from lens_megatron.rollout.engine import RolloutEngine
 from lens_megatron.rollout.scheduler import Sampler
 from lens_megatron.tokenizer import Tokenizer
 from lens_megatron.types import Prompt
+from lens_megatron.weight_sync import EngineWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +25,11 @@ class Run:
     prompts: PromptStream
     eval_prompts: tuple[Prompt, ...]
     engine: RolloutEngine
+    weights: EngineWeights
     graders: GraderPool
     sampler: Sampler
+    ahead: Ahead | None
+    """Given: the next step is sampled while this one trains."""
     clock: Clock
 
     @property

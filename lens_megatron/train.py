@@ -13,18 +13,19 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from lens_megatron import config as configuration
-from lens_megatron import exit_codes, metrics, report, run_folder, weight_sync
+from lens_megatron import exit_codes, metrics, report, run_folder
 from lens_megatron.clock import Clock
 from lens_megatron.config import Config, ConfigError
 from lens_megatron.evaluate import evaluate
 from lens_megatron.policy import checkpoint, platform
 from lens_megatron.policy.checkpoint import CheckpointError, CheckpointWriter
-from lens_megatron.policy.hf_weights import ModelError, export_weights, read_hf_config
+from lens_megatron.policy.hf_weights import ModelError, read_hf_config
 from lens_megatron.policy.model import DTYPES, build_policy, check_layout
 from lens_megatron.policy.parallel import build_mesh, shut_down
 from lens_megatron.prompts import DataError, PromptStream, load_prompts
 from lens_megatron.reward import GraderPool, GraderStartError
 from lens_megatron.rollout import replay, vllm_options
+from lens_megatron.rollout.ahead import Ahead
 from lens_megatron.rollout.board import Board, job_store
 from lens_megatron.rollout.engine import RolloutEngine
 from lens_megatron.rollout.local import LocalEngine
@@ -41,6 +42,7 @@ from lens_megatron.supervision.non_finite import NonFiniteError
 from lens_megatron.supervision.watchdog import watch
 from lens_megatron.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from lens_megatron.types import Prompt, StepResult
+from lens_megatron.weight_sync import EngineWeights
 
 USER_ERRORS = (
     ConfigError,
@@ -142,13 +144,15 @@ def build_run(config: Config, *, resuming: bool) -> Run:
     graders.wait_ready()
     _prepare_folder(config, mesh.rank, mesh.device, resuming)
     engine = _build_engine(config, hf_config, device)
-    share = mesh.dp_rank + mesh.dp_size * mesh.model_rank  # as `step.sample_groups` deals the prompts
-    unfinished = UnfinishedGroups(Path(config.run.directory) / "unfinished", share, mesh.world_size)
+    share = mesh.dp_rank + mesh.dp_size * mesh.model_rank  # as `sampling.prepare` deals the prompts
+    staleness = config.rollout.off_policy_steps * config.train.updates_per_batch
+    unfinished = UnfinishedGroups(Path(config.run.directory) / "unfinished", share, mesh.world_size, staleness)
     board = _build_board(config, mesh.rank, mesh.world_size)
     sampler = Sampler(
         engine, graders, tokenizer.decode, config.rollout, config.lens, config.run.seed, unfinished, board
     )
-    run = Run(config, mesh, policy, tokenizer, prompts, eval_prompts, engine, graders, sampler, Clock())
+    weights, ahead = EngineWeights(policy, engine), Ahead() if config.rollout.off_policy_steps else None
+    run = Run(config, mesh, policy, tokenizer, prompts, eval_prompts, engine, weights, graders, sampler, ahead, Clock())
     if run.is_main:
         _describe(run)
     return run
@@ -247,8 +251,6 @@ def _resume(run: Run) -> int:
 
 def _loop(run: Run, done: int, stop: StopRequest, saver: CheckpointWriter) -> None:
     config, skipped = run.config, 0
-    with run.clock("update_weights"):
-        weight_sync.push(export_weights(run.policy.bridge, run.policy.chunks), run.engine, run.policy.version)
     writer = None
     if run.is_main:
         writer = metrics.MetricsWriter(
@@ -308,6 +310,10 @@ def _saver(run: Run) -> CheckpointWriter:
 def _evaluate(run: Run) -> metrics.Metrics:
     if not run.eval_prompts:
         return {}
+    with run.clock("update_weights"):
+        if run.ahead:
+            run.ahead.settle()
+        run.weights.renew()
     with run.clock("testing"):
         results = evaluate(run)
     samples = run.config.train.eval_samples
@@ -327,7 +333,7 @@ def _step_metrics(run: Run, result: StepResult) -> metrics.Metrics:
     found = metrics.tally_step(result).reduce(run.mesh.dp_group, run.mesh.device)
     found |= metrics.update_metrics(result.updates, run.config.algorithm.kl_coef)
     found |= metrics.mismatch_metrics(result.updates, run.config.algorithm.correction)
-    found |= metrics.sampling_metrics(run.sampler.stats, run.mesh.device)
+    found |= metrics.sampling_metrics(result.sampling, run.mesh.device)
     found |= metrics.time_metrics(run.clock.take(), found, run.mesh.world_size)
     return found | {
         "training/global_step": result.step,

@@ -295,6 +295,30 @@ class SyncStats:
 
 
 @dataclass(frozen=True, slots=True)
+class SamplingStats:
+    """One call of `Sampler.sample` on one engine."""
+
+    seconds: float = 0.0
+    """From its beginning to its end."""
+    engine_seconds: float = 0.0
+    """Of these, inside the engine's steps."""
+    second_wave_seconds: float = 0.0
+    """From the end of the last first-wave rollout to that of the last second-wave one; 0 when that was before."""
+    early_decisions: int = 0
+    """Groups found hard before the end of their first wave."""
+    discarded_tokens: int = 0
+    """Generated for second waves that were taken back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The groups of a step on one rank."""
+
+    groups: list[Group]
+    stats: SamplingStats = SamplingStats()
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """What a step made on this data-parallel rank; statistics of updates are global."""
 
@@ -307,3 +331,7 @@ class StepResult:
     packings: tuple[Packing, ...]
     """One per optimizer step, of the samples that this rank trained on: not those of `groups`, which it sampled."""
     sync: SyncStats
+    """The last transfer before the step's end."""
+    sampling: SamplingStats
+    weight_version: int
+    """Of the policy before the updates."""

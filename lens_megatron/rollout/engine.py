@@ -107,6 +107,9 @@ def check_request(request: Request, in_flight: Container[int], *, context: tuple
 
 
 class RolloutEngine(Protocol):
+    version: int | None
+    """Of the weights it serves with; None while it has no whole set of them."""
+
     def submit(self, requests: Iterable[Request]) -> None:
         """Queues requests. Raises ValueError for an empty prompt or one that cannot fit the model's context."""
 

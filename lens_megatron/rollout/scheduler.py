@@ -23,10 +23,10 @@ from lens_megatron.purify import is_hard
 from lens_megatron.reward import Grade, GradeStatus
 from lens_megatron.rollout.board import Board
 from lens_megatron.rollout.engine import Completion, Request, RolloutEngine
-from lens_megatron.rollout.meter import Meter, SamplingProgress, SamplingStats
+from lens_megatron.rollout.meter import Meter, SamplingProgress
 from lens_megatron.rollout.queue import open_queue
 from lens_megatron.seeds import derive
-from lens_megatron.types import Group, Origin, Prompt, PurifiedPrompt, Rollout, Status
+from lens_megatron.types import Group, Origin, Prompt, PurifiedPrompt, Rollout, SamplingStats, Status
 
 GRADING_STEPS = 8
 

@@ -22,6 +22,8 @@ class UnfinishedGroups:
     folder: Path
     share: int
     shares: int
+    staleness: int = 0
+    """Updates that the policy may be ahead of the one that sampled."""
     found: tuple[Path, ...] = field(init=False)
     """Files of the attempt before, listed once: what others write later holds nothing of this rank's."""
     writable: bool = field(default=True, init=False)
@@ -30,9 +32,9 @@ class UnfinishedGroups:
         self.found = tuple(sorted(self.folder.glob("step_*_of_*.jsonl")))
 
     def read(self, step: int, prompts: Sequence[Prompt], version: int) -> dict[int, Group]:
-        """By place in `prompts`, the groups of `step` that weights of `version` sampled for them."""
+        """By place in `prompts`, the groups of `step` that weights of `version`, or little older ones, sampled."""
         paths = self._dealt_otherwise(step) + [path for path in self.found if path == self._path(step)]
-        groups = {group.prompt: group for path in paths for group in _read(path) if _is_of(group, version)}
+        groups = {group.prompt: group for path in paths for group in _read(path) if self._fresh(group, version)}
         kept = {place: groups[prompt] for place, prompt in enumerate(prompts) if prompt in groups}
         if kept:
             print(
@@ -59,6 +61,10 @@ class UnfinishedGroups:
         for path in (self._path(step), *(self._dealt_otherwise(step) if self.share == 0 else ())):
             path.unlink(missing_ok=True)
 
+    def _fresh(self, group: Group, version: int) -> bool:
+        versions = {rollout.weight_version for rollout in (*group.native, *group.rescue)}
+        return version - self.staleness <= min(versions) <= max(versions) <= version
+
     def _dealt_otherwise(self, step: int) -> list[Path]:
         """Files of another number of shares, any of which may hold a prompt of this one; of as many, none does."""
         files = [path for path in self.found if path.name.startswith(f"step_{step:06d}_")]
@@ -70,10 +76,6 @@ class UnfinishedGroups:
 
 def _suffix(shares: int) -> str:
     return f"_of_{shares:05d}"
-
-
-def _is_of(group: Group, version: int) -> bool:
-    return {rollout.weight_version for rollout in (*group.native, *group.rescue)} == {version}
 
 
 def _read(path: Path) -> list[Group]:

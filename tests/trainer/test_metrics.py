@@ -7,7 +7,11 @@ from records import rollout, sample
 from lens_megatron import pack
 from lens_megatron.config import AlgorithmConfig
 from lens_megatron.metrics import tally_step, time_metrics
-from lens_megatron.types import Layout, Packing, StepResult, SyncStats
+from lens_megatron.types import Layout, Packing, SamplingStats, StepResult, SyncStats
+
+
+def result(packings: tuple[Packing, ...]) -> StepResult:
+    return StepResult(1, (), (), (), packings, SyncStats(0, 0, 0.0), SamplingStats(), 0)
 
 
 @pytest.fixture
@@ -19,13 +23,13 @@ def world(monkeypatch: pytest.MonkeyPatch):
 def test_padding_is_a_share_of_all_rows_and_imbalance_a_mean_over_updates(world):
     """Updates of 100 and 300 rows with 8 and 32 of padding: 40 of 400 rows."""
     packings = (Packing(100, 8, 1.1), Packing(300, 32, 1.3))
-    found = tally_step(StepResult(1, (), (), (), packings, SyncStats(0, 0, 0.0))).reduce(None, torch.device("cpu"))
+    found = tally_step(result(packings)).reduce(None, torch.device("cpu"))
     assert found["perf/padding_waste"] == pytest.approx(0.1)
     assert found["perf/imbalance"] == pytest.approx(1.2)
 
 
 def test_without_an_update_they_are_zero(world):
-    found = tally_step(StepResult(1, (), (), (), (), SyncStats(0, 0, 0.0))).reduce(None, torch.device("cpu"))
+    found = tally_step(result(())).reduce(None, torch.device("cpu"))
     assert found["perf/padding_waste"] == found["perf/imbalance"] == 0.0
 
 
