@@ -29,6 +29,7 @@ class Size:
     hidden: int
     layers: int
     prompts: int
+    heads: int = 4
 
 
 SIZES = (Size("host_bound", 64, 4, 4), Size("arithmetic_bound", 192, 3, 8))
@@ -80,12 +81,12 @@ def make_engine(size: Size, folder: Path) -> Timed:
     tokenizer = train_tokenizer(p.problem for p, _ in zip(stream("train", 0, {0: 1}), range(200), strict=False))
     config = Qwen3Config(
         vocab_size=512, hidden_size=size.hidden, intermediate_size=4 * size.hidden, num_hidden_layers=size.layers,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=size.hidden // 4, max_position_embeddings=512,
-        tie_word_embeddings=False, eos_token_id=0,
+        num_attention_heads=size.heads, num_key_value_heads=2, head_dim=size.hidden // size.heads,
+        max_position_embeddings=512, tie_word_embeddings=False, eos_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(config)
-    config.save_pretrained(folder)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     engine = Timed(str(folder), max_running_sequences=RUNNING)
     engine.load_weights([(name, p.data) for name, p in model.named_parameters()], 0)

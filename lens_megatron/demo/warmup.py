@@ -38,7 +38,7 @@ class WarmUp:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """A random Qwen3 of about 1.4 million parameters."""
+    """A random Qwen3 of about 1.2 million parameters."""
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     config = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -47,7 +47,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=40,
+        head_dim=32,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         eos_token_id=end,
