@@ -6,12 +6,12 @@ prompts --score--> purified prompts --sample, grade--> groups --merge--> samples
 from collections.abc import Sequence
 
 from lens_megatron import interference, purify, samples, update_batch, weight_sync
+from lens_megatron.policy.export import bytes_received, export_weights
 from lens_megatron.policy.forward import prompt_scores
-from lens_megatron.policy.hf_weights import export_weights
 from lens_megatron.rollout import replay
 from lens_megatron.run import Run
 from lens_megatron.seeds import derive
-from lens_megatron.types import Group, Prompt, PurifiedPrompt, StepResult
+from lens_megatron.types import Group, Prompt, PurifiedPrompt, StepResult, SyncStats
 
 
 def run_step(run: Run, step: int) -> StepResult:
@@ -22,9 +22,15 @@ def run_step(run: Run, step: int) -> StepResult:
     merged = [purify.merge(g, run.config.lens, seed=s) for g, s in zip(groups, seeds, strict=True)]
     rows = samples.to_samples(merged, run.config.algorithm)
     updates, packings = update_batch.train_on(run, rows, step)
-    with run.clock("update_weights"):
-        sync = weight_sync.push(export_weights(run.policy.bridge, run.policy.chunks), run.engine, run.policy.version)
+    sync = give_weights(run)
     return StepResult(step, tuple(merged), tuple(rows), updates, packings, sync)
+
+
+def give_weights(run: Run) -> SyncStats:
+    """The policy's weights to every rank's engine. A collective."""
+    weights, received = export_weights(run.policy), bytes_received(run.policy)
+    with run.clock("update_weights"):
+        return weight_sync.push(weights, run.engine, run.policy.version, received)
 
 
 def sample_groups(run: Run, prompts: Sequence[Prompt], step: int) -> list[Group]:

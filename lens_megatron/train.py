@@ -13,13 +13,13 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from lens_megatron import config as configuration
-from lens_megatron import exit_codes, metrics, report, run_folder, weight_sync
+from lens_megatron import exit_codes, metrics, report, run_folder
 from lens_megatron.clock import Clock
 from lens_megatron.config import Config, ConfigError
 from lens_megatron.evaluate import evaluate
 from lens_megatron.policy import checkpoint, platform
 from lens_megatron.policy.checkpoint import CheckpointError, CheckpointWriter
-from lens_megatron.policy.hf_weights import ModelError, export_weights, read_hf_config
+from lens_megatron.policy.hf_weights import ModelError, read_hf_config
 from lens_megatron.policy.model import DTYPES, build_policy, check_layout
 from lens_megatron.policy.parallel import build_mesh, shut_down
 from lens_megatron.prompts import DataError, PromptStream, load_prompts
@@ -34,7 +34,7 @@ from lens_megatron.rollout.unfinished import UnfinishedGroups
 from lens_megatron.rollout.vllm_engine import VllmEngine
 from lens_megatron.run import Run
 from lens_megatron.run_folder import RunFolderError
-from lens_megatron.step import run_step
+from lens_megatron.step import give_weights, run_step
 from lens_megatron.supervision import non_finite
 from lens_megatron.supervision.non_finite import NonFiniteError
 from lens_megatron.supervision.watchdog import watch
@@ -238,8 +238,7 @@ def _resume(run: Run) -> int:
 
 def _loop(run: Run, done: int, stop: StopRequest, saver: CheckpointWriter) -> None:
     config, skipped = run.config, 0
-    with run.clock("update_weights"):
-        weight_sync.push(export_weights(run.policy.bridge, run.policy.chunks), run.engine, run.policy.version)
+    give_weights(run)
     writer = None
     if run.is_main:
         writer = metrics.MetricsWriter(
@@ -325,6 +324,8 @@ def _step_metrics(run: Run, result: StepResult) -> metrics.Metrics:
         "training/epoch": run.prompts.epoch(result.step - 1),
         "training/weight_version": run.policy.version,
         "perf/weight_sync_bytes": result.sync.bytes,
+        "perf/weight_sync_received_bytes": result.sync.received_bytes,
+        "perf/weight_sync_gb_per_s": result.sync.gb_per_s,
     }
 
 

@@ -9,8 +9,13 @@ from lens_megatron.rollout.engine import RolloutEngine
 from lens_megatron.types import SyncStats
 
 
-def push(weights: Iterable[tuple[str, Tensor]], engine: RolloutEngine, version: int) -> SyncStats:
-    """Loads `weights` into `engine`. Raises WeightManifestError unless every name comes exactly once."""
+def push(
+    weights: Iterable[tuple[str, Tensor]], engine: RolloutEngine, version: int, received_bytes: int = 0
+) -> SyncStats:
+    """Loads `weights`, of which other ranks send `received_bytes`, into `engine`.
+
+    Raises WeightManifestError unless every name comes exactly once.
+    """
     tensors = size = 0
 
     def counted() -> Iterator[tuple[str, Tensor]]:
@@ -22,4 +27,4 @@ def push(weights: Iterable[tuple[str, Tensor]], engine: RolloutEngine, version: 
 
     start = time.perf_counter()
     engine.load_weights(counted(), version)
-    return SyncStats(tensors, size, time.perf_counter() - start)
+    return SyncStats(tensors, size, time.perf_counter() - start, received_bytes)
