@@ -16,8 +16,9 @@ from torch.distributed import Work
 from lens_megatron.policy.export_plan import Bucket, Cut, ExportPlan, Shard, cut_into_buckets
 from lens_megatron.policy.model import Policy
 
-BUCKET_BYTES = 256 << 20
-"""Enough that a collective's start is nothing beside it, little beside a GPU's memory."""
+BUCKET_BYTES = {"cuda": 256 << 20, "cpu": 16 << 20}
+"""Enough that a collective's start is nothing beside it, little beside the memory. On a CPU the C library gives larger
+blocks back at once, and the kernel then zeroes the next bucket's pages: that took longer than sending it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class _Flight:
     bucket: Bucket
     buffer: Tensor | None
     """[ranks that divide the tensors, elements of a shard]. None: all of it is here already."""
-    work: Work | None
+    work: tuple[Work, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class _Cutting:
 
 
 def export_weights(
-    policy: Policy, dtype: torch.dtype | None = None, bucket_bytes: int = BUCKET_BYTES
+    policy: Policy, dtype: torch.dtype | None = None, bucket_bytes: int | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Streams every weight once, whole, under its Hugging Face name, in the same order on every rank.
 
@@ -50,11 +51,11 @@ def export_weights(
 
     Args:
         dtype: of the tensors that are sent and yielded. None: the parameters'.
-        bucket_bytes: of a bucket when gathered; a larger tensor has one of its own.
+        bucket_bytes: of a bucket when gathered; a larger tensor has one of its own. None: BUCKET_BYTES.
     """
     plan = policy.export_plan
     side = torch.cuda.Stream()  # so that consuming a bucket does not wait for the next one
-    buckets = iter(cut_into_buckets(plan, dtype, bucket_bytes))
+    buckets = iter(cut_into_buckets(plan, dtype, bucket_bytes or BUCKET_BYTES[plan.mesh.device.type]))
     ahead = _start_next(plan, buckets, side)
     while ahead:
         current, ahead = ahead, None
@@ -83,7 +84,7 @@ def _start_next(plan: ExportPlan, buckets: Iterator[Bucket], side: torch.cuda.St
         return None
     mesh, gathering = plan.mesh, plan.gatherings[bucket.cut]
     if mesh.pp_size == 1 and gathering.group is None:
-        return _Flight(bucket, None, None)
+        return _Flight(bucket, None, ())
     buffer = torch.empty(gathering.size, bucket.elements, dtype=bucket.dtype, device=mesh.device)
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -95,25 +96,39 @@ def _start_next(plan: ExportPlan, buckets: Iterator[Bucket], side: torch.cuda.St
             return _Flight(bucket, buffer, _gather(plan, bucket, buffer))
         sender = torch.distributed.get_global_rank(mesh.pp_group, bucket.stage)
         work = torch.distributed.broadcast(mine.view(torch.uint8), sender, group=mesh.pp_group, async_op=True)
-    return _Flight(bucket, buffer, work)
+    return _Flight(bucket, buffer, (work,))
 
 
 def _finish(plan: ExportPlan, flight: _Flight, side: torch.cuda.Stream) -> None:
-    if flight.work is None:
+    if not flight.work:
         return
     with torch.cuda.stream(side):
-        flight.work.wait()
-        if plan.mesh.pp_size > 1 and plan.gatherings[flight.bucket.cut].group is not None:
-            _gather(plan, flight.bucket, flight.buffer).wait()
+        _wait(flight.work)
+        if plan.mesh.pp_size > 1:
+            _wait(_gather(plan, flight.bucket, flight.buffer))
     torch.cuda.current_stream().wait_stream(side)
 
 
-def _gather(plan: ExportPlan, bucket: Bucket, buffer: Tensor) -> Work:
+def _gather(plan: ExportPlan, bucket: Bucket, buffer: Tensor) -> tuple[Work, ...]:
     """Fills the rows of the buffer that other ranks have; this rank's is in its place."""
     gathering, flat = plan.gatherings[bucket.cut], buffer.view(torch.uint8)
-    return torch.distributed.all_gather_into_tensor(
-        flat.view(-1), flat[gathering.rank], group=gathering.group, async_op=True
+    group = gathering.group
+    if group is None:
+        return ()
+    if buffer.is_cuda:
+        mine = flat[gathering.rank]
+        return (torch.distributed.all_gather_into_tensor(flat.view(-1), mine, group=group, async_op=True),)
+    # gloo's all-gather of large tensors took five times as long as a broadcast from each rank.
+    senders = [torch.distributed.get_global_rank(group, rank) for rank in range(gathering.size)]
+    return tuple(
+        torch.distributed.broadcast(row, sender, group=group, async_op=True)
+        for row, sender in zip(flat, senders, strict=True)
     )
+
+
+def _wait(work: tuple[Work, ...]) -> None:
+    for each in work:
+        each.wait()
 
 
 def _parts(bucket: Bucket, row: Tensor) -> Iterator[tuple[Shard, Tensor]]:
@@ -130,8 +145,17 @@ def _unpack(plan: ExportPlan, flight: _Flight) -> Iterator[tuple[str, Tensor]]:
         for shard in bucket.shards:
             yield from _whole_tensors(plan, shard, [plan.own[shard.name].detach().to(bucket.dtype)])
         return
+    first = bucket.shards[0]
+    if len(bucket.shards) == 1 and first.cut is Cut.TENSOR and first.dim == 0 and not _is_gated(first):
+        yield from _whole_tensors(plan, first, [rows.view(-1, *first.shape[1:])])  # the rows of the buffer are joined
+        return
     for parts in zip(*(_parts(bucket, row) for row in rows), strict=True):
         yield from _whole_tensors(plan, parts[0][0], [part for _, part in parts])
+
+
+def _is_gated(shard: Shard) -> bool:
+    """Each rank has a part of the gate projection, then one of the up projection."""
+    return ".linear_fc1." in shard.name
 
 
 @torch.no_grad()
