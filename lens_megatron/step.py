@@ -4,8 +4,9 @@ prompts --score--> purified prompts --sample, grade--> groups --merge--> samples
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from lens_megatron import interference, purify, samples, update_batch, weight_sync
+from lens_megatron import canary, interference, purify, samples, update_batch, weight_sync
 from lens_megatron.policy.export import bytes_received, export_weights
 from lens_megatron.policy.forward import prompt_scores
 from lens_megatron.rollout import replay
@@ -22,15 +23,21 @@ def run_step(run: Run, step: int) -> StepResult:
     merged = [purify.merge(g, run.config.lens, seed=s) for g, s in zip(groups, seeds, strict=True)]
     rows = samples.to_samples(merged, run.config.algorithm)
     updates, packings = update_batch.train_on(run, rows, step)
-    sync = give_weights(run)
+    sync = give_weights(run, step)
     return StepResult(step, tuple(merged), tuple(rows), updates, packings, sync)
 
 
-def give_weights(run: Run) -> SyncStats:
-    """The policy's weights to every rank's engine. A collective."""
+def give_weights(run: Run, step: int) -> SyncStats:
+    """The policy's weights to every rank's engine, which must then agree with it about `step`'s first prompt.
+
+    A collective. Raises WeightSyncError.
+    """
     weights, received = export_weights(run.policy), bytes_received(run.policy)
     with run.clock("update_weights"):
-        return weight_sync.push(weights, run.engine, run.policy.version, received)
+        sync = weight_sync.push(weights, run.engine, run.policy.version, received)
+    with run.clock("canary"):
+        difference = canary.check(run, run.prompts.take(step - 1)[0])
+    return replace(sync, canary_difference=difference)
 
 
 def sample_groups(run: Run, prompts: Sequence[Prompt], step: int) -> list[Group]:

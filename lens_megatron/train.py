@@ -40,6 +40,7 @@ from lens_megatron.supervision.non_finite import NonFiniteError
 from lens_megatron.supervision.watchdog import watch
 from lens_megatron.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from lens_megatron.types import Prompt, StepResult
+from lens_megatron.weight_sync import WeightSyncError
 
 USER_ERRORS = (
     ConfigError,
@@ -50,6 +51,7 @@ USER_ERRORS = (
     CheckpointError,
     GraderStartError,
     ReplayError,
+    WeightSyncError,
 )
 
 
@@ -238,7 +240,7 @@ def _resume(run: Run) -> int:
 
 def _loop(run: Run, done: int, stop: StopRequest, saver: CheckpointWriter) -> None:
     config, skipped = run.config, 0
-    give_weights(run)
+    give_weights(run, done + 1)
     writer = None
     if run.is_main:
         writer = metrics.MetricsWriter(
@@ -326,6 +328,7 @@ def _step_metrics(run: Run, result: StepResult) -> metrics.Metrics:
         "perf/weight_sync_bytes": result.sync.bytes,
         "perf/weight_sync_received_bytes": result.sync.received_bytes,
         "perf/weight_sync_gb_per_s": result.sync.gb_per_s,
+        "training/canary_log_prob_diff": result.sync.canary_difference,
     }
 
 

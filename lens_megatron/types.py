@@ -295,6 +295,8 @@ class SyncStats:
     seconds: float
     received_bytes: int = 0
     """What came to this rank from others."""
+    canary_difference: float = 0.0
+    """Nats between engines and trainer afterwards, see `canary`; the same on every rank."""
 
     @property
     def gb_per_s(self) -> float:

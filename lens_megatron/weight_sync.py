@@ -9,6 +9,10 @@ from lens_megatron.rollout.engine import RolloutEngine
 from lens_megatron.types import SyncStats
 
 
+class WeightSyncError(RuntimeError):
+    """The engine does not hold the trainer's weights, or ranks hold different ones; the message says how it shows."""
+
+
 def push(
     weights: Iterable[tuple[str, Tensor]], engine: RolloutEngine, version: int, received_bytes: int = 0
 ) -> SyncStats:
