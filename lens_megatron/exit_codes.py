@@ -5,7 +5,7 @@ DONE = 0
 CRASH = 1
 """An exception nobody expected; the traceback is on stderr."""
 MISTAKE = 2
-"""Configuration, data, model, folder or checkpoint cannot be used; the message names the remedy."""
+"""Configuration, data, model, folder, checkpoint or engine cannot be used; the message names the remedy."""
 NON_FINITE = 70
 """`train.max_skipped_updates` updates in a row had a loss or gradient that was not finite. EX_SOFTWARE."""
 HANG = 75

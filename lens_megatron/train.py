@@ -36,13 +36,13 @@ from lens_megatron.rollout.unfinished import UnfinishedGroups
 from lens_megatron.rollout.vllm_engine import VllmEngine
 from lens_megatron.run import Run
 from lens_megatron.run_folder import RunFolderError
-from lens_megatron.step import run_step
+from lens_megatron.step import give_weights, run_step
 from lens_megatron.supervision import non_finite
 from lens_megatron.supervision.non_finite import NonFiniteError
 from lens_megatron.supervision.watchdog import watch
 from lens_megatron.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from lens_megatron.types import Prompt, StepResult
-from lens_megatron.weight_sync import EngineWeights
+from lens_megatron.weight_sync import WeightSyncError
 
 USER_ERRORS = (
     ConfigError,
@@ -53,6 +53,7 @@ USER_ERRORS = (
     CheckpointError,
     GraderStartError,
     ReplayError,
+    WeightSyncError,
 )
 
 
@@ -340,6 +341,9 @@ def _step_metrics(run: Run, result: StepResult) -> metrics.Metrics:
         "training/epoch": run.prompts.epoch(result.step - 1),
         "training/weight_version": run.policy.version,
         "perf/weight_sync_bytes": result.sync.bytes,
+        "perf/weight_sync_received_bytes": result.sync.received_bytes,
+        "perf/weight_sync_gb_per_s": result.sync.gb_per_s,
+        "training/canary_log_prob_diff": result.sync.canary_difference,
     }
 
 

@@ -287,11 +287,21 @@ class Packing:
 
 @dataclass(frozen=True, slots=True)
 class SyncStats:
-    """What one transfer of weights to the engine took."""
+    """What one transfer of weights to this rank's engine took."""
 
     tensors: int
     bytes: int
+    """Of the engine's tensors, each once and whole."""
     seconds: float
+    received_bytes: int = 0
+    """What came to this rank from others."""
+    canary_difference: float = 0.0
+    """Nats between engines and trainer afterwards, see `canary`; the same on every rank."""
+
+    @property
+    def gb_per_s(self) -> float:
+        """10^9 bytes of weights loaded per second."""
+        return self.bytes / self.seconds / 1e9 if self.seconds else 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lens_megatron.policy.hf_weights import export_weights
+from lens_megatron.policy.export import export_weights
 from lens_megatron.policy.model import Policy
 
 MAX_SHARD_BYTES = 2 << 30
@@ -36,7 +36,7 @@ def stage(policy: Policy, model_path: str, max_shard_bytes: int = MAX_SHARD_BYTE
     own: dict[int, dict[str, Tensor]] = {}
     shard_of: dict[str, int] = {}
     shard, size, total = 0, 0, 0
-    for name, tensor in export_weights(policy.bridge, policy.chunks):
+    for name, tensor in export_weights(policy):
         count = tensor.numel() * tensor.element_size()
         if size and size + count > max_shard_bytes:
             shard, size = shard + 1, 0

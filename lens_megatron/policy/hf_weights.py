@@ -16,7 +16,6 @@ from huggingface_hub.errors import StrictDataclassError
 from mbridge.core.bridge import _MODEL_REGISTRY, Bridge
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.utils import unwrap_model
-from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from lens_megatron.policy.layers import use_own_layers
@@ -150,7 +149,7 @@ class _LensBridge:
         return arguments
 
 
-class _GroupedNames:
+class GroupedNames:
     """A model, for mbridge to read, whose experts are called as Transformer Engine calls those of one grouped product:
     `experts.linear_fc1.weight3`, not `experts.local_experts.3.linear_fc1.weight`."""
 
@@ -173,25 +172,6 @@ def import_weights(bridge: Bridge, chunks: list[torch.nn.Module], path: str) -> 
     """Loads a Hugging Face directory into this rank's shards. Raises ModelError when a tensor is missing."""
     try:
         with torch.no_grad():
-            bridge.load_weights([_GroupedNames(model) for model in unwrap_model(chunks)], path)
+            bridge.load_weights([GroupedNames(model) for model in unwrap_model(chunks)], path)
     except (KeyError, OSError, RuntimeError, AssertionError) as error:
         raise ModelError(f"{path}: the weights do not fit its config.json: {error}") from error
-
-
-def export_weights(bridge: Bridge, chunks: list[torch.nn.Module]) -> Iterator[tuple[str, Tensor]]:
-    """Streams every weight once, whole, under its Hugging Face name, to every rank.
-
-    A collective over the ranks that share a copy of the model, which are all of them if experts are divided: they must
-    exhaust it. A tied head is sent as the embedding alone.
-    """
-    seen = set()
-    stream = bridge.export_weights([_GroupedNames(model) for model in unwrap_model(chunks)])
-    while True:
-        with torch.no_grad():  # else the gathers would enter the graph of the next backward pass
-            item = next(stream, None)
-        if item is None:
-            return
-        name, tensor = item
-        if name not in seen:
-            seen.add(name)
-            yield name, tensor.detach()

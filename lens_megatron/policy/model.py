@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lens_megatron.config import Config, ConfigError
 from lens_megatron.layout_rules import model_mistakes
+from lens_megatron.policy.export_plan import ExportPlan, plan_export
 from lens_megatron.policy.hf_weights import build_bridge, import_weights, read_hf_config
 from lens_megatron.policy.parallel import Mesh
 from lens_megatron.types import Layout
@@ -48,6 +49,8 @@ class Policy:
     """DDP-wrapped model chunks of this rank's pipeline stage."""
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+    export_plan: ExportPlan
+    """Which rank holds what of every tensor that `policy.export` streams."""
     reference: dict[str, Tensor] | None
     """The frozen reference policy's parameters of this rank, by Megatron name; None when nothing needs them."""
     version: int = 0
@@ -90,7 +93,8 @@ def build_policy(config: Config, mesh: Mesh) -> Policy:
     optimizer = _build_optimizer(config, chunks)
     bridge.config.finalize_model_grads_func = _finalize_without_token_scaling
     bridge.config.grad_scale_func = optimizer.scale_loss
-    return Policy(mesh, bridge, chunks, optimizer, _build_scheduler(config, optimizer), reference)
+    plan = plan_export(bridge, models, mesh)
+    return Policy(mesh, bridge, chunks, optimizer, _build_scheduler(config, optimizer), plan, reference)
 
 
 def check_layout(config: Config, hf_config: Any) -> None:

@@ -21,7 +21,7 @@ from lens_megatron.algorithms.objectives import OBJECTIVES
 from lens_megatron.config import from_tree
 from lens_megatron.policy import checkpoint, platform, shards
 from lens_megatron.policy.checkpoint import CheckpointWriter
-from lens_megatron.policy.hf_weights import export_weights
+from lens_megatron.policy.export import export_weights
 from lens_megatron.policy.model import Policy, build_policy
 from lens_megatron.policy.parallel import build_mesh, shut_down
 from lens_megatron.policy.update import update
@@ -81,7 +81,7 @@ def writer(policy: Policy, folder: Path, root: Path, **options) -> CheckpointWri
 
 
 def exported(policy: Policy) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in export_weights(policy.bridge, policy.chunks)}
+    return {name: tensor.clone() for name, tensor in export_weights(policy)}
 
 
 def visit(name: str, source: Path, previous: Path, root: Path, device: torch.device) -> None:

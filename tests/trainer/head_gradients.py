@@ -18,9 +18,9 @@ from lens_megatron.algorithms.objectives import OBJECTIVES
 from lens_megatron.config import Config, from_tree
 from lens_megatron.pack import Pair
 from lens_megatron.policy import platform
+from lens_megatron.policy.export import export_weights
 from lens_megatron.policy.forward import prompt_scores, response_log_probs
 from lens_megatron.policy.head import gradient_buffer
-from lens_megatron.policy.hf_weights import export_weights
 from lens_megatron.policy.model import Policy, build_policy
 from lens_megatron.policy.parallel import build_mesh, shut_down
 from lens_megatron.policy.update import _forward_backward
@@ -123,7 +123,7 @@ def megatron_gradients(policy: Policy, batches: Sequence[MicroBatch], config: Co
     for model in policy.models():
         for parameter in model.parameters():
             parameter.data = parameter.main_grad.clone()
-    return dict(export_weights(policy.bridge, policy.chunks))
+    return dict(export_weights(policy))
 
 
 def plain_loss(model: torch.nn.Module, batch: MicroBatch, config: Config) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 JSON maps a name to options of `megatron:`, `max_tokens` per micro-batch, options of `algorithm:`, and the `share` of
 samples that each data-parallel rank has. Every rank saves what must not depend on them: scores, log-probabilities,
-statistics of two updates, and the weights after them.
+statistics of two updates, and the weights after them. Every case ends with the export beside mbridge's; one that names
+a `model` of its own is nothing else.
 """
 
 import json
@@ -12,6 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from export_check import check_export
 from megatron.core import parallel_state
 from records import rollout
 
@@ -19,8 +21,8 @@ from lens_megatron import exchange, pack
 from lens_megatron.algorithms.objectives import OBJECTIVES
 from lens_megatron.config import Config, from_tree
 from lens_megatron.policy import platform
+from lens_megatron.policy.export import export_weights
 from lens_megatron.policy.forward import plan_micro_batches, prompt_scores, response_log_probs
-from lens_megatron.policy.hf_weights import export_weights
 from lens_megatron.policy.model import Policy, build_policy, reference_weights
 from lens_megatron.policy.parallel import build_mesh, shut_down
 from lens_megatron.policy.update import update
@@ -83,7 +85,7 @@ def run(policy: Policy, config: Config, max_tokens: int, kind: str) -> dict[str,
     for number in range(2):
         stats = train(policy, config, share, old, reference, max_tokens)
         found |= {f"update{number}.{name}": torch.tensor(value) for name, value in numbers(stats)}
-    return found | {f"weight.{name}": value.clone() for name, value in export_weights(policy.bridge, policy.chunks)}
+    return found | {f"weight.{name}": value.clone() for name, value in export_weights(policy)}
 
 
 def numbers(stats: UpdateStats) -> Iterator[tuple[str, float]]:
@@ -123,10 +125,13 @@ def main(model: str, out: Path, cases: dict) -> None:
     device = platform.install()
     for name, case in cases.items():
         platform.init_process_group(device)
-        config = configuration(model, case.get("algorithm", {}), case["megatron"])
+        config = configuration(case.get("model", model), case.get("algorithm", {}), case["megatron"])
         mesh = build_mesh(config.megatron, config.run.seed, device)
-        found = run(build_policy(config, mesh), config, case["max_tokens"], case["share"])
-        torch.save(found, out / f"{name} rank {mesh.rank}.pt")
+        policy = build_policy(config, mesh)
+        if "model" not in case:
+            found = run(policy, config, case["max_tokens"], case["share"])
+            torch.save(found, out / f"{name} rank {mesh.rank}.pt")
+        check_export(policy)
         parallel_state.destroy_model_parallel()
     shut_down()
 

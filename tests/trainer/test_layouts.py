@@ -1,7 +1,8 @@
 """Scores, log-probabilities, losses, gradients and trained weights are the same under every layout.
 
 `layout_run.py` is what every rank runs: one set of samples through two updates. Float32, relative 1e-4 of each tensor's
-largest entry (measured: 5e-6). Not covered: bfloat16, Transformer Engine, GPUs.
+largest entry (measured: 5e-6). Exported weights equal mbridge's bit for bit (export_check.py). Not covered: bfloat16,
+Transformer Engine, GPUs.
 """
 
 import json
@@ -13,7 +14,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from toy_runs import ROOT, environment, torchrun
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 ALONE = 10**6  # tokens: one micro-batch for all
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
@@ -85,6 +95,14 @@ EXPERTS = {
         "EP2 x DP2": case(**{EP: 2}),
     },
 }
+EXPORTED = {
+    2: {"TP2": {TP: 2}, "PP2, VPP2": {PP: 2, VPP: 2}, "DP2": {"use_distributed_optimizer": True}},
+    4: {"TP2 x PP2": {TP: 2, PP: 2}, "PP4": {PP: 4}},
+}
+EXPERTS_EXPORTED = {
+    2: {"EP2 in TP2": {EP: 2, ETP: 1, TP: 2, SP: True}},
+    4: {"EP2 x TP2": {EP: 2, TP: 2, SP: True}, "EP2 x PP2, VPP2": {EP: 2, PP: 2, VPP: 2}},
+}
 SIZES = {
     "vocab_size": 131,
     "max_position_embeddings": 1024,
@@ -110,6 +128,19 @@ def saved(folder: Path, build: Callable[[], torch.nn.Module]) -> str:
     return str(folder / "model")
 
 
+def with_exports(layouts: dict[int, dict], exported: dict[int, dict], models: dict[str, str]) -> dict[int, dict]:
+    """The layouts, and the export alone of other models."""
+    more = {
+        ranks: {
+            f"export of {name}, {layout}": {"model": model, "megatron": options}
+            for layout, options in cases.items()
+            for name, model in models.items()
+        }
+        for ranks, cases in exported.items()
+    }
+    return {ranks: cases | more.get(ranks, {}) for ranks, cases in layouts.items()}
+
+
 def results(model: str, folder: Path, layouts: dict[int, dict[str, dict]]) -> Found:
     """By layout. One start of the ranks for all layouts of a size: that is what takes the time."""
     program = str(ROOT / "tests" / "trainer" / "layout_run.py")
@@ -117,7 +148,8 @@ def results(model: str, folder: Path, layouts: dict[int, dict[str, dict]]) -> Fo
         command = [*torchrun(ranks), program, model, str(folder), json.dumps(cases)]
         result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
         assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
-    return {name: read(folder, name, ranks) for ranks, cases in layouts.items() for name in cases}
+    named = ((ranks, name) for ranks, cases in layouts.items() for name in cases if not name.startswith("export of"))
+    return {name: read(folder, name, ranks) for ranks, name in named}
 
 
 def read(folder: Path, name: str, ranks: int) -> dict[str, torch.Tensor]:
@@ -131,7 +163,15 @@ def read(folder: Path, name: str, ranks: int) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Found:
     folder = tmp_path_factory.mktemp("dense")
-    return results(saved(folder, lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES))), folder, DENSE)
+    untied = SIZES | {"tie_word_embeddings": False}
+    others = {
+        "untied Qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**untied)),
+        "Qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**untied)),
+        "Llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    }
+    paths = {name: saved(folder / name, build) for name, build in others.items()}
+    model = saved(folder, lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)))
+    return results(model, folder, with_exports(DENSE, EXPORTED, paths))
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +182,9 @@ def expert_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def experts(expert_model: str, tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return results(expert_model, tmp_path_factory.mktemp("experts"), EXPERTS)
+    folder, sizes = tmp_path_factory.mktemp("experts"), SIZES | MOE | {"tie_word_embeddings": False}
+    untied = saved(folder / "untied", lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, mlp_only_layers=[1])))
+    return results(expert_model, folder, with_exports(EXPERTS, EXPERTS_EXPORTED, {"untied experts": untied}))
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

@@ -28,8 +28,9 @@ from lens_megatron.algorithms.objectives import OBJECTIVES
 from lens_megatron.config import AlgorithmConfig, ConfigError, from_tree
 from lens_megatron.pack import make_sequences
 from lens_megatron.policy import platform
+from lens_megatron.policy.export import export_weights
 from lens_megatron.policy.forward import model_output, prompt_scores, response_log_probs
-from lens_megatron.policy.hf_weights import ModelError, export_weights, read_hf_config
+from lens_megatron.policy.hf_weights import ModelError, read_hf_config
 from lens_megatron.policy.model import Policy, build_policy, reference_weights
 from lens_megatron.policy.parallel import Mesh, build_mesh, shut_down
 from lens_megatron.policy.update import update
@@ -124,7 +125,7 @@ def test_logits_equal_transformers_and_export_equals_import(family: str, tied: b
         expected = model(batch.input_ids).logits
     assert hidden.shape == (87, 1, 64)
     assert (logits - expected).abs().max() < 1e-4
-    exported, original = dict(export_weights(policy.bridge, policy.chunks)), load_file(tmp_path / "model.safetensors")
+    exported, original = dict(export_weights(policy)), load_file(tmp_path / "model.safetensors")
     assert exported.keys() == original.keys()
     assert all(torch.equal(exported[name], original[name]) for name in original)
 
@@ -172,7 +173,7 @@ def test_gradient_of_an_update_is_autograds_on_transformers(mesh: Mesh, tmp_path
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     assert scale.response_tokens == 9 and stats.grad_norm == pytest.approx(float(norm), rel=1e-4)
     assert stats.ratio_min == stats.ratio_max == 1.0 and not stats.skipped and policy.version == 1
-    moved = dict(export_weights(policy.bridge, policy.chunks))
+    moved = dict(export_weights(policy))
     for name, parameter in model.named_parameters():  # Adam's first step is lr * sign(gradient)
         clear = parameter.grad.abs() > 1e-4
         step = (moved[name] - before[name])[clear]
@@ -246,12 +247,12 @@ def test_scores_are_exactly_0_at_equal_weights_and_the_log_ratio_else(family: st
             a, b = (m(ids).logits[0, :-1].log_softmax(-1) for m in (policy_model, reference))
         expected = (a - b).gather(1, ids[0, 1:, None])[:, 0].abs()
         assert scores[0] == 0 and (scores[1:] - expected).abs().max() < 1e-5
-    before = dict(export_weights(policy.bridge, policy.chunks))
+    before = dict(export_weights(policy))
     with reference_weights(policy):
-        within = {name: tensor.clone() for name, tensor in export_weights(policy.bridge, policy.chunks)}
+        within = {name: tensor.clone() for name, tensor in export_weights(policy)}
     for name, tensor in load_file(tmp_path / "b" / "model.safetensors").items():
         assert torch.equal(within[name], tensor), name
-    after = dict(export_weights(policy.bridge, policy.chunks))
+    after = dict(export_weights(policy))
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -264,7 +265,7 @@ def test_engine_log_probs_are_the_trainers_after_a_sync(family: str, mesh: Mesh,
     outputs = []
     for version, name in enumerate("ab"):
         policy = policy_of(tmp_path / name, mesh)
-        engine.load_weights(export_weights(policy.bridge, policy.chunks), version)
+        engine.load_weights(export_weights(policy), version)
         engine.submit(Request(i, prompt, 8, 0.8, seed=i) for i, (prompt, _) in enumerate(PAIRS * 2))
         completions = sorted(drain(engine), key=lambda c: c.request_id)
         pairs = [(PAIRS[c.request_id % 3][0], c.token_ids) for c in completions]

@@ -1,0 +1,186 @@
+"""Which rank holds what of every exported tensor: agreed once among the stages of a pipeline, when a policy is built.
+
+Only names, shapes and types are exchanged, as JSON in tensors of bytes. From then on every rank knows what comes next,
+from whom, and how large it is, so that `policy.export` need not ask.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import zip_longest
+
+import torch
+from mbridge.core.bridge import Bridge
+from megatron.core import parallel_state
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn import Parameter
+
+from lens_megatron.policy.hf_weights import GroupedNames
+from lens_megatron.policy.parallel import Mesh
+
+_EXPERTS = ".mlp.experts."
+
+
+class Cut(StrEnum):
+    """Among which ranks of a pipeline stage a tensor is divided."""
+
+    WHOLE = "whole"
+    TENSOR = "tensor"
+    """Tensor-parallel ranks."""
+    EXPERTS = "experts"
+    """Experts over expert-parallel ranks, and each over expert-tensor-parallel ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """What a rank of the owning stage holds of a tensor, or, under `Cut.EXPERTS`, of one per expert-parallel rank."""
+
+    stage: int
+    name: str
+    """Megatron's, with the layer's number in the whole model; an expert's number is the one it has on its own rank."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    cut: Cut
+    dim: int
+    """Along which the ranks' shards join."""
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Gathering:
+    """The ranks of a stage among which a tensor is divided."""
+
+    group: ProcessGroup | None
+    """None: there is one such rank."""
+    rank: int
+    experts: tuple[int, ...]
+    """Per rank of the group, the number of the expert-parallel rank it is; all 0 where no experts are divided."""
+
+    @property
+    def size(self) -> int:
+        return len(self.experts)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportPlan:
+    """What every rank that shares a copy of the model knows; `shards` is the same on all of them."""
+
+    mesh: Mesh
+    bridge: Bridge
+    shards: tuple[Shard, ...]
+    own: Mapping[str, Parameter]
+    """The parameters of this rank's stage, by the names of `shards`."""
+    gatherings: Mapping[Cut, Gathering]
+    local_experts: int
+    """Experts of one expert-parallel rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Shards of one stage, type and cut, to be laid end to end."""
+
+    shards: tuple[Shard, ...]
+    dtype: torch.dtype
+    """In which they travel."""
+
+    @property
+    def stage(self) -> int:
+        return self.shards[0].stage
+
+    @property
+    def cut(self) -> Cut:
+        return self.shards[0].cut
+
+    @property
+    def elements(self) -> int:
+        return sum(shard.elements for shard in self.shards)
+
+
+def plan_export(bridge: Bridge, models: Sequence[torch.nn.Module], mesh: Mesh) -> ExportPlan:
+    """Agrees on the plan. A collective over the ranks that share a copy of the model."""
+    own, described = {}, []
+    for model in map(GroupedNames, models):
+        names = bridge._weight_name_mapping_mcore_local_to_global(model, consider_ep=False)
+        for local, parameter in model.named_parameters():
+            if local == "output_layer.weight" and bridge.hf_config.tie_word_embeddings:
+                continue  # the last stage's copy of the embedding, which the first stage sends
+            own[names[local]] = parameter
+            described.append(_describe(names[local], parameter))
+    shards = tuple(
+        Shard(stage, name, tuple(shape), getattr(torch, dtype), Cut(cut), dim)
+        for stage, text in enumerate(_gather_text(json.dumps(described), mesh))
+        for name, shape, dtype, cut, dim in json.loads(text)
+    )
+    if len({shard.name for shard in shards}) < len(shards):
+        raise RuntimeError("two pipeline stages hold a parameter of the same name, and only one may send it")
+    alone, tensor_parallel = Gathering(None, 0, (0,)), Gathering(mesh.tp_group, mesh.tp_rank, (0,) * mesh.tp_size)
+    gatherings = {Cut.WHOLE: alone, Cut.TENSOR: tensor_parallel if mesh.tp_size > 1 else alone}
+    local_experts = 0
+    if experts := bridge.config.num_moe_experts:
+        gatherings[Cut.EXPERTS] = _expert_gathering(mesh.device)
+        local_experts = experts // bridge.mpu.ep_size
+    return ExportPlan(mesh, bridge, shards, own, gatherings, local_experts)
+
+
+def cut_into_buckets(plan: ExportPlan, dtype: torch.dtype | None, bucket_bytes: int) -> list[Bucket]:
+    """Buckets of at most `bucket_bytes` once gathered, a larger tensor alone; the stages take turns, so that all send.
+
+    Args:
+        dtype: in which the tensors travel. None: the parameters' own.
+    """
+    stages: list[list[Bucket]] = []
+    for stage in range(plan.mesh.pp_size):
+        done, filling = [], {}
+        for shard in (shard for shard in plan.shards if shard.stage == stage):
+            kind = (shard.cut, dtype or shard.dtype)
+            limit = bucket_bytes // (kind[1].itemsize * plan.gatherings[shard.cut].size)
+            bucket = filling.get(kind)
+            if bucket and bucket.elements + shard.elements <= limit:
+                filling[kind] = Bucket((*bucket.shards, shard), kind[1])
+                continue
+            done += [bucket] if bucket else []
+            filling[kind] = Bucket((shard,), kind[1])
+        stages.append(done + list(filling.values()))
+    return [bucket for turn in zip_longest(*stages) for bucket in turn if bucket]
+
+
+def _describe(name: str, parameter: Parameter) -> tuple[str, list[int], str, Cut, int]:
+    if _EXPERTS in name:
+        cut = Cut.EXPERTS
+    else:
+        cut = Cut.TENSOR if getattr(parameter, "tensor_model_parallel", False) else Cut.WHOLE
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    return name, list(parameter.shape), dtype, cut, getattr(parameter, "partition_dim", 0)
+
+
+def _gather_text(text: str, mesh: Mesh) -> Iterator[str]:
+    """Every stage's `text`, in the order of the stages."""
+    if mesh.pp_size == 1:
+        yield text
+        return
+    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(mesh.device)
+    lengths = _gather(torch.tensor([len(data)], device=mesh.device), mesh.pp_group, mesh.pp_size)[:, 0].tolist()
+    padded = torch.zeros(max(lengths), dtype=torch.uint8, device=mesh.device)
+    padded[: len(data)] = data
+    for row, length in zip(_gather(padded, mesh.pp_group, mesh.pp_size), lengths, strict=True):
+        yield bytes(row[:length].tolist()).decode()
+
+
+def _expert_gathering(device: torch.device) -> Gathering:
+    group = parallel_state.get_expert_tensor_and_model_parallel_group()
+    number = torch.tensor([parallel_state.get_expert_model_parallel_rank()], device=device)
+    numbers = _gather(number, group, group.size())[:, 0].tolist()
+    return Gathering(group if len(numbers) > 1 else None, group.rank(), tuple(numbers))
+
+
+def _gather(tensor: Tensor, group: ProcessGroup, size: int) -> Tensor:
+    """[size, ...] of a [...] that has the same shape on every rank."""
+    gathered = tensor.new_empty(size, *tensor.shape)
+    torch.distributed.all_gather_into_tensor(gathered.view(-1), tensor.view(-1), group=group)
+    return gathered
