@@ -4,7 +4,7 @@ vllm is imported only when a run asks for it. What it keeps over an update and m
 CPU the packed copy of a tied head) is renewed by `VllmEngine.load_weights`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -110,6 +110,17 @@ class VllmEngine:
         finished, log_probs = sample.finish_reason == "stop", tuple(sample.logprobs.logprobs)
         return Completion(request.request_id, tuple(sample.token_ids), log_probs, finished, self.version)
 
+    def cancel(self, request_ids: Collection[int]) -> int:
+        gone = sorted(self.requests.keys() & set(request_ids))  # in one order on all ranks of an engine
+        for number in gone:
+            del self.requests[number]
+        states = self.llm.output_processor
+        vllm_ids = [name for number in gone for name in states.external_req_ids.get(str(number), ())]
+        tokens = sum(states.request_states[name].detokenizer.num_output_tokens() for name in vllm_ids)
+        self.llm.abort_request(vllm_ids, internal=True)
+        self.generated += tokens
+        return tokens
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         if self.requests:
             raise RuntimeError(f"cannot load weights with {len(self.requests)} requests in flight")
@@ -137,9 +148,7 @@ class VllmEngine:
 
     def close(self) -> None:
         """Ends vLLM's process groups too, and with them every other VllmEngine of this process, as when collected."""
-        if self.requests:
-            self.llm.abort_request([str(number) for number in self.requests])
-            self.requests.clear()
+        self.cancel(list(self.requests))
         self.llm.engine_core.shutdown()
 
 

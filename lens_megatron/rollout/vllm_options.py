@@ -56,10 +56,6 @@ def check(config: Config, hf_config: PretrainedConfig) -> None:
         )
     for name in sorted(OWNED.keys() & options.keys()):
         raise ConfigError(f"vllm.{name} cannot be set: {OWNED[name]}; remove it")
-    if config.rollout.schedule == "speculative":
-        raise ConfigError(
-            "rollout.schedule=speculative takes requests back, which only rollout.engine=local can; choose streamed"
-        )
     for name in ("rollout.temperature", "train.eval_temperature"):
         section, _, key = name.partition(".")
         temperature = getattr(getattr(config, section), key)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_streaming
 import torch
 from toy_runs import Toy, launch, rollout_rows
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -169,6 +170,54 @@ def test_a_completion_is_a_function_of_its_seed(engine: VllmEngine, roomy: Toy):
     assert finish(engine, [replace(requests[0], request_id=50)])[50].token_ids == together[0].token_ids
 
 
+@pytest.mark.parametrize(("running", "tau"), [(20, 1.0), (80, 0.7)])
+def test_all_schedules_make_the_same_groups(engine: VllmEngine, roomy: Toy, running: int, tau: float):
+    """Those of the speculative one are the same although it takes second waves back in the middle."""
+    engine.load_weights(weights(AutoModelForCausalLM.from_pretrained(roomy.model)), 3)
+    ends, engine.eos = engine.eos, list(range(10, 20))  # so that lengths differ
+    try:
+        found = {}
+        for schedule in ("sequential", "streamed", "speculative"):
+            found[schedule], sampler = test_streaming.sample(
+                engine, test_streaming.odd, schedule, running=running, tau=tau
+            )
+            assert (engine.requests, engine.progress().running, engine.progress().waiting) == ({}, 0, 0)
+    finally:
+        engine.eos = ends
+    assert running < 48 or sampler.stats.discarded_tokens > 0
+    drawn = {schedule: test_streaming.drawn(groups) for schedule, groups in found.items()}
+    assert any(g.rescue for g in drawn["sequential"])
+    assert drawn["sequential"] == drawn["streamed"] == drawn["speculative"]
+    log_probs = [test_streaming.log_probs(groups) for groups in found.values()]
+    for other_schedule in log_probs[1:]:
+        torch.testing.assert_close(other_schedule, log_probs[0], atol=1e-4, rtol=0)
+
+
+def test_cancelled_requests_never_come_back(engine: VllmEngine, roomy: Toy):
+    """One is running, one waits, one was never there. The others go on as if alone, and tokens are counted once."""
+    engine.load_weights(weights(AutoModelForCausalLM.from_pretrained(roomy.model)), 0)
+    requests = [Request(i, LONG[i : i + 5], 20, 2.0, 50 + i) for i in range(70)]  # 64 run at once
+    alone = finish(engine, requests[1:2])
+    before = engine.generated
+    engine.submit(requests)
+    for _ in range(3):
+        engine.step()
+    ended, gone = 70 - len(engine.requests), [0, *range(2, 70), 99]
+    known = engine.generated
+    assert engine.progress().running + engine.progress().waiting == len(engine.requests) == 70 - ended
+    tokens = engine.cancel(gone)
+    assert tokens == (63 - ended) * 3
+    assert engine.generated == known + tokens
+    assert (engine.progress().running, engine.progress().waiting) == (1, 0)
+    assert engine.cancel(gone) == 0
+    done = []
+    while engine.requests:
+        done += engine.step()
+    assert [(c.request_id, c.token_ids) for c in done] == [(1, alone[1].token_ids)]
+    assert engine.generated == before + tokens + sum(len(c.token_ids) for c in done)
+    assert finish(engine, requests[:1])[0].token_ids, "its number may be used again"
+
+
 def test_end_tokens_end_and_limits_cut(engine: VllmEngine, roomy: Toy):
     model = AutoModelForCausalLM.from_pretrained(roomy.model).eval()
     engine.load_weights(weights(model), 0)
@@ -261,7 +310,6 @@ def test_out_of_room_for_keys_and_values_nothing_changes(engine: VllmEngine, roo
             "vllm.logprobs_mode=raw_logprobs: sampled tokens would have other",
         ),
         ({"vllm": {"logprobs_mode": "processed_logprobs"}}, "vllm.logprobs_mode cannot be set"),
-        ({"rollout": {"schedule": "speculative"}}, "rollout.schedule=speculative takes requests back"),
         ({"vllm": {"max_model_len": 100}}, r"vllm.max_model_len \(100\) is below data.max_prompt_length \(512\) \+"),
         ({"vllm": {"enable_sleep_mode": True}}, "vllm.enable_sleep_mode: memory of a CPU"),
         ({"vllm": {"enable_chunked_prefill": True}}, "vllm.enable_chunked_prefill: on a CPU it breaks"),
