@@ -65,6 +65,9 @@ class RolloutConfig(Section):
     temperature: float = Field(1.0, gt=0)
     max_running_sequences: int = Field(256, ge=1)
     """Sequences that one engine decodes at once."""
+    offload_trainer: bool | None = None
+    """Keep the trainer's weights, gradients and optimizer state in host memory while the engine samples. Default: on a
+    GPU with engine=vllm."""
     schedule: Literal["streamed", "speculative", "sequential"] = "streamed"
     """When a second wave starts: once its group is certainly hard; also before, where there is room, to be taken back
     if it is not; after all first waves. The groups are the same."""
@@ -286,6 +289,12 @@ class Config(Section):
             raise ValueError(
                 f"{narrowed}: sampled tokens would have other probabilities than the trainer's, so ratios would be "
                 "wrong; remove it"
+            )
+        offloads = self.rollout.offload_trainer
+        if self.megatron.ddp.get("nccl_ub") and (self.rollout.engine == "vllm" if offloads is None else offloads):
+            raise ValueError(
+                "megatron.ddp.nccl_ub registers buffers with NCCL at addresses that rollout.offload_trainer gives up; "
+                "remove it or set rollout.offload_trainer=false"
             )
         if self.optimizer.min_lr > self.optimizer.lr:
             raise ValueError(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from lens_megatron.clock import Clock
 from lens_megatron.config import Config
 from lens_megatron.policy.model import Policy
+from lens_megatron.policy.offload import TrainerMemory
 from lens_megatron.policy.parallel import Mesh
 from lens_megatron.prompts import PromptStream
 from lens_megatron.reward import GraderPool
@@ -25,6 +26,7 @@ class Run:
     engine: RolloutEngine
     graders: GraderPool
     sampler: Sampler
+    trainer_memory: TrainerMemory
     clock: Clock
 
     @property

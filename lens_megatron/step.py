@@ -5,9 +5,8 @@ prompts --score--> purified prompts --sample, grade--> groups --merge--> samples
 
 from collections.abc import Sequence
 
-from lens_megatron import interference, purify, samples, update_batch, weight_sync
+from lens_megatron import handover, interference, purify, samples, update_batch
 from lens_megatron.policy.forward import prompt_scores
-from lens_megatron.policy.hf_weights import export_weights
 from lens_megatron.rollout import replay
 from lens_megatron.run import Run
 from lens_megatron.seeds import derive
@@ -22,8 +21,7 @@ def run_step(run: Run, step: int) -> StepResult:
     merged = [purify.merge(g, run.config.lens, seed=s) for g, s in zip(groups, seeds, strict=True)]
     rows = samples.to_samples(merged, run.config.algorithm)
     updates, packings = update_batch.train_on(run, rows, step)
-    with run.clock("update_weights"):
-        sync = weight_sync.push(export_weights(run.policy.bridge, run.policy.chunks), run.engine, run.policy.version)
+    sync = handover.push_weights(run)
     return StepResult(step, tuple(merged), tuple(rows), updates, packings, sync)
 
 
@@ -34,7 +32,7 @@ def sample_groups(run: Run, prompts: Sequence[Prompt], step: int) -> list[Group]
     mesh = run.mesh
     with run.clock("score"):
         purified = purified_prompts(run, prompts, step)
-    with run.clock("gen"):
+    with handover.engine_awake(run), run.clock("gen"):
         share = slice(mesh.model_rank, None, mesh.model_size)
         own = run.sampler.sample(prompts[share], purified[share], step, run.policy.version)
     with run.clock("exchange"):

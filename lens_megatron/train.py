@@ -13,14 +13,15 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from lens_megatron import config as configuration
-from lens_megatron import exit_codes, metrics, report, run_folder, weight_sync
+from lens_megatron import exit_codes, handover, metrics, report, run_folder
 from lens_megatron.clock import Clock
 from lens_megatron.config import Config, ConfigError
 from lens_megatron.evaluate import evaluate
 from lens_megatron.policy import checkpoint, platform
 from lens_megatron.policy.checkpoint import CheckpointError, CheckpointWriter
-from lens_megatron.policy.hf_weights import ModelError, export_weights, read_hf_config
+from lens_megatron.policy.hf_weights import ModelError, read_hf_config
 from lens_megatron.policy.model import DTYPES, build_policy, check_layout
+from lens_megatron.policy.offload import TrainerMemory, is_enabled
 from lens_megatron.policy.parallel import build_mesh, shut_down
 from lens_megatron.prompts import DataError, PromptStream, load_prompts
 from lens_megatron.reward import GraderPool, GraderStartError
@@ -140,11 +141,14 @@ def build_run(config: Config, *, resuming: bool) -> Run:
     policy = build_policy(config, mesh)
     graders.wait_ready()
     _prepare_folder(config, mesh.rank, mesh.device, resuming)
+    memory = TrainerMemory(policy, enabled=is_enabled(config, device))
+    memory.to_host()  # vLLM counts what is free before it takes its share
     engine = _build_engine(config, hf_config, device)
+    memory.to_device()
     share = mesh.dp_rank + mesh.dp_size * mesh.model_rank  # as `step.sample_groups` deals the prompts
     unfinished = UnfinishedGroups(Path(config.run.directory) / "unfinished", share, mesh.world_size)
     sampler = Sampler(engine, graders, tokenizer.decode, config.rollout, config.lens, config.run.seed, unfinished)
-    run = Run(config, mesh, policy, tokenizer, prompts, eval_prompts, engine, graders, sampler, Clock())
+    run = Run(config, mesh, policy, tokenizer, prompts, eval_prompts, engine, graders, sampler, memory, Clock())
     if run.is_main:
         _describe(run)
     return run
@@ -153,7 +157,10 @@ def build_run(config: Config, *, resuming: bool) -> Run:
 def _build_engine(config: Config, hf_config: PretrainedConfig, device: torch.device) -> RolloutEngine:
     """A collective where the engine is vLLM's."""
     if config.rollout.engine == "vllm":
-        return VllmEngine(config, hf_config)
+        engine = VllmEngine(config, hf_config)
+        if engine.left_by_sleep is not None and torch.distributed.get_rank() == 0:
+            metrics.say(f"vLLM asleep leaves {engine.left_by_sleep / 2**30:.2f} GiB of the GPU in use")
+        return engine
     return LocalEngine(
         config.model.path,
         max_running_sequences=config.rollout.max_running_sequences,
@@ -238,8 +245,7 @@ def _resume(run: Run) -> int:
 
 def _loop(run: Run, done: int, stop: StopRequest, saver: CheckpointWriter) -> None:
     config, skipped = run.config, 0
-    with run.clock("update_weights"):
-        weight_sync.push(export_weights(run.policy.bridge, run.policy.chunks), run.engine, run.policy.version)
+    handover.push_weights(run)
     writer = None
     if run.is_main:
         writer = metrics.MetricsWriter(
@@ -299,7 +305,7 @@ def _saver(run: Run) -> CheckpointWriter:
 def _evaluate(run: Run) -> metrics.Metrics:
     if not run.eval_prompts:
         return {}
-    with run.clock("testing"):
+    with handover.engine_awake(run), run.clock("testing"):
         results = evaluate(run)
     samples = run.config.train.eval_samples
     found = {}

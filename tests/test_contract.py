@@ -22,7 +22,7 @@ OWNERS = {
 LAYERS = ["types", "config_files", "config_section", "config", "layout_rules", "planning", "plan",
           "seeds", "exit_codes", "clock", "supervision", "tokenizer", "algorithms", "interference",
           "purify", "samples", "schedule", "pack", "exchange", "reward", "datasets", "prompts",
-          "rollout", "weight_sync", "policy", "run", "update_batch", "step", "evaluate", "run_folder",
+          "rollout", "weight_sync", "policy", "run", "handover", "update_batch", "step", "evaluate", "run_folder",
           "metrics", "report", "train", "diagnosis", "doctor"]  # fmt: skip
 """Lowest first: a module imports from its own layer and from layers before it."""
 

@@ -94,6 +94,7 @@ def pair(request: pytest.FixtureRequest, toy: Toy, world: list, tmp_path_factory
 
 
 def finish(engine: VllmEngine | LocalEngine, requests: Sequence[Request]) -> dict[int, Completion]:
+    engine.wake()
     engine.submit(requests)
     done = {}
     while len(done) < len(requests):
