@@ -302,21 +302,20 @@ class Config(Section):
             )
         return self
 
-    def not_yet_honoured(self) -> list[str]:
-        """What this configuration asks for and the trainer does not do yet. It can be planned, not trained."""
-        size = self.vllm.tensor_parallel_size
-        if self.rollout.engine == "vllm" and size > 1:
-            return [f"vllm.tensor_parallel_size ({size}): an engine over several ranks is not built yet; set it to 1"]
-        return []
+    @property
+    def ranks_per_engine(self) -> int:
+        """Consecutive ranks that hold one engine together."""
+        return self.vllm.tensor_parallel_size if self.rollout.engine == "vllm" else 1
 
-    def check_world(self, world_size: int) -> None:
+    def check_world(self, world_size: int, ranks_per_node: int | None = None) -> None:
         """Raises ConfigError unless `world_size` processes can carry the layout and the batch."""
-        if missing := self.not_yet_honoured():
-            raise ConfigError("\n".join(missing))
-        self.check_layout(world_size)
-
-    def check_layout(self, world_size: int) -> None:
-        """The same for a layout that is only planned."""
+        size = self.ranks_per_engine
+        for count, where in ((world_size, "world size"), (ranks_per_node or world_size, "LOCAL_WORLD_SIZE")):
+            if count % size:
+                raise ConfigError(
+                    f"vllm.tensor_parallel_size ({size}) does not divide {where} ({count}): consecutive ranks of one "
+                    f"node hold an engine together; choose a divisor of {count}"
+                )
         tp, pp = self.megatron.tensor_model_parallel_size, self.megatron.pipeline_model_parallel_size
         cp = self.megatron.context_parallel_size
         if world_size % (tp * pp * cp):

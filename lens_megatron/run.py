@@ -11,6 +11,7 @@ from lens_megatron.prompts import PromptStream
 from lens_megatron.reward import GraderPool
 from lens_megatron.rollout.engine import RolloutEngine
 from lens_megatron.rollout.scheduler import Sampler
+from lens_megatron.rollout.team import Team
 from lens_megatron.tokenizer import Tokenizer
 from lens_megatron.types import Prompt
 
@@ -24,6 +25,8 @@ class Run:
     prompts: PromptStream
     eval_prompts: tuple[Prompt, ...]
     engine: RolloutEngine
+    team: Team
+    """The ranks that hold the engine together."""
     graders: GraderPool
     sampler: Sampler
     trainer_memory: TrainerMemory

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from lens_megatron import handover, interference, purify, samples, update_batch
 from lens_megatron.policy.forward import prompt_scores
-from lens_megatron.rollout import replay
+from lens_megatron.rollout import replay, team
 from lens_megatron.run import Run
 from lens_megatron.seeds import derive
 from lens_megatron.types import Group, Prompt, PurifiedPrompt, StepResult
@@ -32,10 +32,12 @@ def sample_groups(run: Run, prompts: Sequence[Prompt], step: int) -> list[Group]
     mesh = run.mesh
     with run.clock("score"):
         purified = purified_prompts(run, prompts, step)
+    share = slice(mesh.model_rank, None, mesh.model_size)
+    work = team.collect(run.team, prompts[share], purified[share])
     with handover.engine_awake(run), run.clock("gen"):
-        share = slice(mesh.model_rank, None, mesh.model_size)
-        own = run.sampler.sample(prompts[share], purified[share], step, run.policy.version)
+        sampled = run.sampler.sample(work.prompts, work.purified, step, run.policy.version)
     with run.clock("exchange"):
+        own = team.hand_back(run.team, sampled, work)
         return replay.interleave(replay.exchange(own, mesh.model_group))
 
 

@@ -31,6 +31,7 @@ from lens_megatron.rollout.local import LocalEngine
 from lens_megatron.rollout.meter import SamplingProgress
 from lens_megatron.rollout.replay import ReplayError
 from lens_megatron.rollout.scheduler import Sampler
+from lens_megatron.rollout.team import Team, TeamEngine, build_team
 from lens_megatron.rollout.unfinished import UnfinishedGroups
 from lens_megatron.rollout.vllm_engine import VllmEngine
 from lens_megatron.run import Run
@@ -76,7 +77,7 @@ def train(config: Config) -> None:
     """Trains as configured. Raises one of USER_ERRORS, before anything is written, when it cannot; NonFiniteError."""
     stop = StopRequest()
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    config.check_world(world_size)
+    config.check_world(world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
     resuming = run_folder.check(config)
     if resuming and checkpoint.steps_saved(run_folder.checkpoints(config)) >= config.train.steps:
         if rank == 0:
@@ -143,24 +144,25 @@ def build_run(config: Config, *, resuming: bool) -> Run:
     _prepare_folder(config, mesh.rank, mesh.device, resuming)
     memory = TrainerMemory(policy, enabled=is_enabled(config, device))
     memory.to_host()  # vLLM counts what is free before it takes its share
-    engine = _build_engine(config, hf_config, device)
+    team = build_team(config.ranks_per_engine, patience)
+    engine = _build_engine(config, hf_config, device, team)
     memory.to_device()
     share = mesh.dp_rank + mesh.dp_size * mesh.model_rank  # as `step.sample_groups` deals the prompts
     unfinished = UnfinishedGroups(Path(config.run.directory) / "unfinished", share, mesh.world_size)
     sampler = Sampler(engine, graders, tokenizer.decode, config.rollout, config.lens, config.run.seed, unfinished)
-    run = Run(config, mesh, policy, tokenizer, prompts, eval_prompts, engine, graders, sampler, memory, Clock())
+    run = Run(config, mesh, policy, tokenizer, prompts, eval_prompts, engine, team, graders, sampler, memory, Clock())
     if run.is_main:
         _describe(run)
     return run
 
 
-def _build_engine(config: Config, hf_config: PretrainedConfig, device: torch.device) -> RolloutEngine:
+def _build_engine(config: Config, hf_config: PretrainedConfig, device: torch.device, team: Team) -> RolloutEngine:
     """A collective where the engine is vLLM's."""
     if config.rollout.engine == "vllm":
         engine = VllmEngine(config, hf_config)
         if engine.left_by_sleep is not None and torch.distributed.get_rank() == 0:
             metrics.say(f"vLLM asleep leaves {engine.left_by_sleep / 2**30:.2f} GiB of the GPU in use")
-        return engine
+        return engine if team.size == 1 else TeamEngine(engine, team)
     return LocalEngine(
         config.model.path,
         max_running_sequences=config.rollout.max_running_sequences,
@@ -305,7 +307,7 @@ def _saver(run: Run) -> CheckpointWriter:
 def _evaluate(run: Run) -> metrics.Metrics:
     if not run.eval_prompts:
         return {}
-    with handover.engine_awake(run), run.clock("testing"):
+    with run.clock("testing"):
         results = evaluate(run)
     samples = run.config.train.eval_samples
     found = {}
@@ -324,7 +326,7 @@ def _step_metrics(run: Run, result: StepResult) -> metrics.Metrics:
     found = metrics.tally_step(result).reduce(run.mesh.dp_group, run.mesh.device)
     found |= metrics.update_metrics(result.updates, run.config.algorithm.kl_coef)
     found |= metrics.mismatch_metrics(result.updates, run.config.algorithm.correction)
-    found |= metrics.sampling_metrics(run.sampler.stats, run.mesh.device)
+    found |= metrics.sampling_metrics(run.sampler.stats, run.mesh.device, run.team.size)
     found |= metrics.time_metrics(run.clock.take(), found, run.mesh.world_size)
     return found | {
         "training/global_step": result.step,
@@ -372,6 +374,6 @@ class _Bar:
 
 
 def _progress_bar(run: Run, step: int) -> Callable[[SamplingProgress], None]:
-    share = len(range(run.mesh.rank, run.config.rollout.prompts_per_step, run.mesh.world_size))
+    share = len(range(run.team.number, run.config.rollout.prompts_per_step, run.team.engines))
     shown = run.is_main and os.isatty(2)
     return _Bar(step, share * run.config.rollout.rollouts_per_prompt, shown)

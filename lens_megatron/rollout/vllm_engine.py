@@ -1,4 +1,5 @@
-"""vLLM inside the trainer's processes: one engine per rank, driven token by token, weights from the trainer's stream.
+"""vLLM inside the trainer's processes: one engine per rank, or this rank's part of one that consecutive ranks share
+(rollout/team.py); driven token by token, weights from the trainer's stream.
 
 vllm is imported only when a run asks for it. What it keeps over an update and must not (cached keys and values, on a
 CPU the packed copy of a tied head) is renewed by `VllmEngine.load_weights`.
@@ -43,6 +44,7 @@ class VllmEngine:
         self.compiles = self.cuda or not options["enforce_eager"]
         with undisturbed(settings()):
             from vllm import EngineArgs, SamplingParams
+            from vllm.distributed.parallel_state import get_tp_group
             from vllm.sampling_params import RequestOutputKind
             from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -52,6 +54,8 @@ class VllmEngine:
                 self.llm = LLMEngine.from_engine_args(EngineArgs(**options))
             except ValueError as error:  # pydantic's too
                 raise ConfigError(f"vLLM cannot be built from the options under `vllm:`: {error}") from error
+        if get_tp_group().ranks != (ranks := _consecutive_ranks(config.ranks_per_engine)):
+            raise RuntimeError(f"vLLM has put ranks {get_tp_group().ranks} together, not {ranks}, as the trainer does")
         self.llm.sleep(level=2)
         self.left_by_sleep = None if free is None else free - self._free_memory()
         """Bytes of the GPU that it takes even now: CUDA graphs, workspace, communicators."""
@@ -173,6 +177,11 @@ class VllmEngine:
         """Ends vLLM's process groups too, and with them every other VllmEngine of this process, as when collected."""
         self.cancel(list(self.requests))
         self.llm.engine_core.shutdown()
+
+
+def _consecutive_ranks(size: int) -> list[int]:
+    first = torch.distributed.get_rank() // size * size
+    return list(range(first, first + size))
 
 
 def _pack_tied_head(model: torch.nn.Module) -> None:

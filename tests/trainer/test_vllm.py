@@ -140,10 +140,14 @@ def test_after_a_sync_the_engine_is_the_new_model_and_before_it_the_old_one(pair
 def test_sleeping_gives_the_weights_up(pair):
     engine, model, _ = pair
     engine.load_weights(weights(model), 5)
+    engine.wake()
     engine.sleep()
-    with pytest.raises(RuntimeError, match="no whole set of weights"):
-        engine.submit([Request(1, SHORT, 4, 1.0, 0)])
+    for act in (engine.wake, lambda: engine.submit([Request(1, SHORT, 4, 1.0, 0)])):
+        with pytest.raises(RuntimeError, match="no whole set of weights"):
+            act()
     engine.load_weights(weights(model), 6)
+    with pytest.raises(RuntimeError, match="asleep; wake it first"):  # vLLM would take it, and never serve it
+        engine.submit([Request(1, SHORT, 4, 1.0, 0)])
     request = Request(1, LONG, 8, 1.0, 0)
     assert error_in_log_probs(model, request, finish(engine, [request])[1]) < 3e-5
 
@@ -175,6 +179,7 @@ def test_a_completion_is_a_function_of_its_seed(engine: VllmEngine, roomy: Toy):
 def test_all_schedules_make_the_same_groups(engine: VllmEngine, roomy: Toy, running: int, tau: float):
     """Those of the speculative one are the same although it takes second waves back in the middle."""
     engine.load_weights(weights(AutoModelForCausalLM.from_pretrained(roomy.model)), 3)
+    engine.wake()
     ends, engine.eos = engine.eos, list(range(10, 20))  # so that lengths differ
     try:
         found = {}
@@ -246,6 +251,7 @@ def test_nothing_of_the_process_is_changed(roomy: Toy, world: list):
 
 def test_requests_that_cannot_be_served_are_refused(engine: VllmEngine, roomy: Toy):
     engine.load_weights(weights(AutoModelForCausalLM.from_pretrained(roomy.model)), 0)
+    engine.wake()
     with pytest.raises(ValueError, match="prompt of 200 \\+ max_new_tokens 313 exceeds the engine's max_model_len 512"):
         engine.submit([Request(1, SHORT, 2, 1.0, 0), Request(2, LONG, 313, 1.0, 0)])
     assert engine.progress().waiting == 0, "the whole batch is refused"
