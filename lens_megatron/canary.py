@@ -45,16 +45,27 @@ ABSENT = Verdict(0.0, 0, 0, 0.0, 0.0)
 """Of a rank whose engine cannot be asked."""
 
 
-def check(run: Run, prompt: Prompt) -> float:
-    """Asks every rank's engine for a few tokens after `prompt`, right after a sync. A collective.
+def ask(run: Run) -> Completion | None:
+    """What this rank's engine answers to a prompt of the data, another one for every version; see `sample`."""
+    config, version = run.config, run.policy.version
+    prompt = question(run)
+    seed = derive(config.run.seed, "canary", version)
+    length = min(TOKENS, config.rollout.max_response_length)
+    return sample(run.engine, Request(0, prompt.token_ids, length, config.rollout.temperature, seed))
+
+
+def question(run: Run) -> Prompt:
+    return run.prompts.take(run.policy.version)[0]
+
+
+def check(run: Run, own: Completion | None) -> float:
+    """Compares what every rank's engine has answered with the trainer, which has the same weights. A collective.
 
     Returns the largest mean difference of any rank, in nats. Raises WeightSyncError, on every rank, if it is more than
     the tolerance.
     """
-    config, mesh = run.config, run.mesh
-    seed = derive(config.run.seed, "canary", run.policy.version)
-    length, temperature = min(TOKENS, config.rollout.max_response_length), config.rollout.temperature
-    own = sample(run.engine, Request(0, prompt.token_ids, length, temperature, seed))
+    config, mesh, prompt = run.config, run.mesh, question(run)
+    temperature = config.rollout.temperature
     responses = _gather(own, run)
     asked = sorted(set(responses) - {()})
     pairs = [(prompt.token_ids, tokens) for tokens in asked]
@@ -110,9 +121,9 @@ def _gather(own: Completion | None, run: Run) -> list[tuple[int, ...]]:
 
 def _message(worst: Verdict, rank: int, version: int, dtype: str) -> str:
     return (
-        f"weights of version {version}: of token {worst.token}, number {worst.position + 1} after the step's first "
-        f"prompt, the engine of rank {rank} says log-probability {worst.engine:.4f}, the trainer {worst.trainer:.4f}; "
-        f"over all tokens asked they differ by {worst.difference:.4g} nats in the mean, and may by {TOLERANCES[dtype]} "
+        f"weights of version {version}: of token {worst.token}, number {worst.position + 1} after a prompt of "
+        f"the data, the engine of rank {rank} says log-probability {worst.engine:.4f}, the trainer {worst.trainer:.4f}"
+        f"; over all tokens they differ by {worst.difference:.4g} nats in the mean, and may by {TOLERANCES[dtype]} "
         f"in {dtype}. The engine does not compute the trainer's model, and its samples must not be trained on. Look "
         f"for options under `vllm:` that change the model (quantization, rope, hf_overrides), try rollout.engine=local "
         f"or model.dtype=float32; the same command goes on from the last checkpoint"

@@ -65,6 +65,9 @@ class RolloutConfig(Section):
     temperature: float = Field(1.0, gt=0)
     max_running_sequences: int = Field(256, ge=1)
     """Sequences that one engine decodes at once."""
+    offload_trainer: bool | None = None
+    """Keep the trainer's weights, gradients and optimizer state in host memory while the engine samples. Default: on a
+    GPU with engine=vllm."""
     schedule: Literal["streamed", "speculative", "sequential"] = "streamed"
     """When a second wave starts: once its group is certainly hard; also before, where there is room, to be taken back
     if it is not; after all first waves. The groups are the same."""
@@ -295,6 +298,12 @@ class Config(Section):
                 f"{narrowed}: sampled tokens would have other probabilities than the trainer's, so ratios would be "
                 "wrong; remove it"
             )
+        offloads = self.rollout.offload_trainer
+        if self.megatron.ddp.get("nccl_ub") and (self.rollout.engine == "vllm" if offloads is None else offloads):
+            raise ValueError(
+                "megatron.ddp.nccl_ub registers buffers with NCCL at addresses that rollout.offload_trainer gives up; "
+                "remove it or set rollout.offload_trainer=false"
+            )
         if self.optimizer.min_lr > self.optimizer.lr:
             raise ValueError(
                 f"optimizer.min_lr ({self.optimizer.min_lr}) exceeds optimizer.lr ({self.optimizer.lr}); lower it"
@@ -313,21 +322,20 @@ class Config(Section):
                 "for the current one's; choose token_truncate or another correction"
             )
 
-    def not_yet_honoured(self) -> list[str]:
-        """What this configuration asks for and the trainer does not do yet. It can be planned, not trained."""
-        size = self.vllm.tensor_parallel_size
-        if self.rollout.engine == "vllm" and size > 1:
-            return [f"vllm.tensor_parallel_size ({size}): an engine over several ranks is not built yet; set it to 1"]
-        return []
+    @property
+    def ranks_per_engine(self) -> int:
+        """Consecutive ranks that hold one engine together."""
+        return self.vllm.tensor_parallel_size if self.rollout.engine == "vllm" else 1
 
-    def check_world(self, world_size: int) -> None:
+    def check_world(self, world_size: int, ranks_per_node: int | None = None) -> None:
         """Raises ConfigError unless `world_size` processes can carry the layout and the batch."""
-        if missing := self.not_yet_honoured():
-            raise ConfigError("\n".join(missing))
-        self.check_layout(world_size)
-
-    def check_layout(self, world_size: int) -> None:
-        """The same for a layout that is only planned."""
+        size = self.ranks_per_engine
+        for count, where in ((world_size, "world size"), (ranks_per_node or world_size, "LOCAL_WORLD_SIZE")):
+            if count % size:
+                raise ConfigError(
+                    f"vllm.tensor_parallel_size ({size}) does not divide {where} ({count}): consecutive ranks of one "
+                    f"node hold an engine together; choose a divisor of {count}"
+                )
         tp, pp = self.megatron.tensor_model_parallel_size, self.megatron.pipeline_model_parallel_size
         cp = self.megatron.context_parallel_size
         if world_size % (tp * pp * cp):

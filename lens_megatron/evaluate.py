@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lens_megatron import handover
 from lens_megatron.rollout.engine import Request
 from lens_megatron.rollout.queue import open_queue
 from lens_megatron.run import Run
@@ -33,8 +34,9 @@ class Accuracy:
 def evaluate(run: Run) -> list[Accuracy]:
     """One accuracy per data source, global. A collective. The same seeds every time, so curves are paired."""
     sources = sorted({p.source for p in run.eval_prompts})
-    own = run.eval_prompts[run.mesh.rank :: run.mesh.world_size]
-    shares = _success_shares(run, own)
+    own = run.eval_prompts[run.team.number :: run.team.engines] if run.team.leads else ()
+    with handover.engine_awake(run):
+        shares = _success_shares(run, own)
     table = torch.zeros(len(sources), 2, dtype=torch.float64, device=run.mesh.device)
     for prompt, share in zip(own, shares, strict=True):
         table[sources.index(prompt.source)] += torch.tensor([share, 1.0], dtype=torch.float64, device=table.device)

@@ -38,12 +38,32 @@ def model_mistakes(config: Config, shape: Any) -> Iterator[str]:
             "megatron.tensor_model_parallel_size is 1; raise that to 2 or more, or set sequence_parallel to false"
         )
     yield from _expert_mistakes(config, shape)
+    yield from _engine_mistakes(config, shape)
     length = config.data.max_prompt_length + config.rollout.max_response_length
     if length > shape.max_position_embeddings:
         yield (
             f"data.max_prompt_length ({config.data.max_prompt_length}) + rollout.max_response_length "
             f"({config.rollout.max_response_length}) = {length} exceeds the model's max_position_embeddings "
             f"({shape.max_position_embeddings}); lower one of them"
+        )
+
+
+def _engine_mistakes(config: Config, shape: Any) -> Iterator[str]:
+    size, experts = config.ranks_per_engine, getattr(shape, "num_experts", 0)
+    names = ["num_attention_heads", "intermediate_size"]
+    if experts and not config.vllm.model_dump().get("enable_expert_parallel"):
+        names.append("moe_intermediate_size")
+    for name in names:
+        if getattr(shape, name) % size:
+            yield (
+                f"vllm.tensor_parallel_size ({size}) does not divide the model's {name} ({getattr(shape, name)}); "
+                f"choose a divisor of {getattr(shape, name)}"
+            )
+    heads = shape.num_key_value_heads
+    if heads % size and size % heads:
+        yield (
+            f"vllm.tensor_parallel_size ({size}) neither divides the model's num_key_value_heads ({heads}) nor is a "
+            f"multiple of it; choose one that does"
         )
 
 

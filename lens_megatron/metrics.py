@@ -216,15 +216,15 @@ def mismatch_warning(metrics: Metrics, correction: str) -> str | None:
     return f" {head}: engine and trainer disagree on the sampled tokens' probabilities by {shown}; {remedy}"
 
 
-def sampling_metrics(stats: SamplingStats, device: torch.device) -> Metrics:
-    """Of the engines of all ranks, one each. A collective.
+def sampling_metrics(stats: SamplingStats, device: torch.device, ranks_per_engine: int = 1) -> Metrics:
+    """Of all engines; the first of the consecutive ranks of each counts. A collective.
 
     An engine is idle while it does no step: it waits for graders, or for the engine whose share takes longest.
     """
     own = torch.tensor(astuple(stats), dtype=torch.float64, device=device)
     every = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(every, own)
-    seconds, engine, second, early, discarded = torch.stack(every).T.tolist()
+    seconds, engine, second, early, discarded = torch.stack(every[::ranks_per_engine]).T.tolist()
     idle = [1 - busy / max(seconds) if max(seconds) else 0.0 for busy in engine]
     return {
         "perf/engine_idle_share/mean": sum(idle) / len(idle),

@@ -1,19 +1,21 @@
-"""Everything one rank of a run holds. Built by `train.build_run`, used by `step`, `evaluate` and `train`."""
+"""Everything one rank of a run holds. Built by `build.build_run`, used by `step`, `evaluate` and `train`."""
 
 from dataclasses import dataclass
 
 from lens_megatron.clock import Clock
 from lens_megatron.config import Config
 from lens_megatron.policy.model import Policy
+from lens_megatron.policy.offload import TrainerMemory
 from lens_megatron.policy.parallel import Mesh
 from lens_megatron.prompts import PromptStream
 from lens_megatron.reward import GraderPool
 from lens_megatron.rollout.ahead import Ahead
 from lens_megatron.rollout.engine import RolloutEngine
 from lens_megatron.rollout.scheduler import Sampler
+from lens_megatron.rollout.team import Team
 from lens_megatron.tokenizer import Tokenizer
 from lens_megatron.types import Prompt
-from lens_megatron.weight_sync import EngineWeights
+from lens_megatron.weight_sync import LastSync
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +27,14 @@ class Run:
     prompts: PromptStream
     eval_prompts: tuple[Prompt, ...]
     engine: RolloutEngine
-    weights: EngineWeights
+    team: Team
+    """The ranks that hold the engine together."""
     graders: GraderPool
     sampler: Sampler
     ahead: Ahead | None
     """Given: the next step is sampled while this one trains."""
+    trainer_memory: TrainerMemory
+    last_sync: LastSync
     clock: Clock
 
     @property

@@ -7,15 +7,17 @@ With `rollout.off_policy_steps=1` the groups of the next step are sampled on a t
 They are then drawn by the policy of one update before the one they train; `algorithm.correction` weighs them for it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
-from lens_megatron import interference
+from lens_megatron import handover, interference
 from lens_megatron.policy.forward import prompt_scores
-from lens_megatron.rollout import replay
+from lens_megatron.rollout import replay, team
 from lens_megatron.rollout.ahead import Ahead
+from lens_megatron.rollout.team import Work
 from lens_megatron.run import Run
 from lens_megatron.seeds import derive
-from lens_megatron.types import Prompt, PurifiedPrompt, Sampled
+from lens_megatron.types import Group, Prompt, PurifiedPrompt, Sampled
 
 
 def take_groups(run: Run, step: int) -> Sampled:
@@ -23,43 +25,48 @@ def take_groups(run: Run, step: int) -> Sampled:
     if run.config.debug.load_rollouts:
         groups = replay.read_groups(run.config.debug.load_rollouts, step)[run.mesh.dp_rank :: run.mesh.dp_size]
         return Sampled(groups)
-    if run.ahead is None:
-        sample = prepare(run, step)
-        with run.clock("gen"):
-            own = sample()
-    else:
-        own = _take_and_go_ahead(run, run.ahead, step)
+    sampled = _sample_now(run, step) if run.ahead is None else _take_and_go_ahead(run, run.ahead, step)
     with run.clock("exchange"):
-        return Sampled(replay.interleave(replay.exchange(own.groups, run.mesh.model_group)), own.stats)
+        return Sampled(replay.interleave(replay.exchange(sampled.groups, run.mesh.model_group)), sampled.stats)
+
+
+def _sample_now(run: Run, step: int) -> Sampled:
+    work = prepare(run, step)
+    with handover.engine_awake(run), run.clock("gen"):
+        sampled = sample(run, work, step, run.policy.version)
+    with run.clock("exchange"):
+        return Sampled(team.hand_back(run.team, sampled.groups, work), sampled.stats)
 
 
 def _take_and_go_ahead(run: Run, ahead: Ahead, step: int) -> Sampled:
     if ahead.step != step:  # the first step of a run, or of a resumed one
-        ahead.begin(step, prepare(run, step))
+        _begin(run, ahead, step)
     with run.clock("gen"):
-        own = ahead.take()
+        sampled = ahead.take()
     if step < run.config.train.steps:
-        ahead.begin(step + 1, prepare(run, step + 1))
-    return own
+        _begin(run, ahead, step + 1)
+    return sampled
 
 
-def prepare(run: Run, step: int) -> Callable[[], Sampled]:
-    """Scores the step's prompts while the trainer's weights are in place, and gives the engine these weights.
+def _begin(run: Run, ahead: Ahead, step: int) -> None:
+    work = prepare(run, step)
+    handover.renew_engine(run)
+    ahead.begin(step, partial(sample, run, work, step, run.policy.version))
 
-    Returns what samples and grades this rank's share of the prompts: not a collective, and in need of the engine only.
-    """
+
+def prepare(run: Run, step: int) -> Work:
+    """Scores the step's prompts, while the trainer's weights are in place; what this rank's engine is to sample."""
     prompts = run.prompts.take(step - 1)[run.mesh.dp_rank :: run.mesh.dp_size]
     with run.clock("score"):
         purified = purified_prompts(run, prompts, step)
-    with run.clock("update_weights"):
-        run.weights.renew()
-    share, version = slice(run.mesh.model_rank, None, run.mesh.model_size), run.policy.version
+    share = slice(run.mesh.model_rank, None, run.mesh.model_size)
+    return team.collect(run.team, prompts[share], purified[share])
 
-    def sample() -> Sampled:
-        groups = run.sampler.sample(prompts[share], purified[share], step, version)
-        return Sampled(groups, run.sampler.stats)
 
-    return sample
+def sample(run: Run, work: Work, step: int, version: int) -> Sampled:
+    """Samples and grades with the weights of `version`, which the engine has. Not a collective of the trainer's."""
+    groups: list[Group] = run.sampler.sample(work.prompts, work.purified, step, version)
+    return Sampled(groups, run.sampler.stats)
 
 
 def purified_prompts(run: Run, prompts: Sequence[Prompt], step: int) -> list[PurifiedPrompt | None]:

@@ -17,4 +17,4 @@ def run_step(run: Run, step: int) -> StepResult:
     merged = [purify.merge(g, run.config.lens, seed=s) for g, s in zip(sampled.groups, seeds, strict=True)]
     rows = samples.to_samples(merged, run.config.algorithm)
     updates, packings = update_batch.train_on(run, rows, step)
-    return StepResult(step, tuple(merged), tuple(rows), updates, packings, run.weights.last, sampled.stats, version)
+    return StepResult(step, tuple(merged), tuple(rows), updates, packings, run.last_sync.stats, sampled.stats, version)

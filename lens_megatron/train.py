@@ -10,38 +10,29 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import PretrainedConfig
 
 from lens_megatron import config as configuration
 from lens_megatron import exit_codes, metrics, report, run_folder
-from lens_megatron.clock import Clock
+from lens_megatron.build import build_run
 from lens_megatron.config import Config, ConfigError
 from lens_megatron.evaluate import evaluate
-from lens_megatron.policy import checkpoint, platform
+from lens_megatron.policy import checkpoint
 from lens_megatron.policy.checkpoint import CheckpointError, CheckpointWriter
-from lens_megatron.policy.hf_weights import ModelError, read_hf_config
-from lens_megatron.policy.model import DTYPES, build_policy, check_layout
-from lens_megatron.policy.parallel import build_mesh, shut_down
-from lens_megatron.prompts import DataError, PromptStream, load_prompts
-from lens_megatron.reward import GraderPool, GraderStartError
-from lens_megatron.rollout import replay, vllm_options
-from lens_megatron.rollout.ahead import Ahead
-from lens_megatron.rollout.board import Board, job_store
-from lens_megatron.rollout.engine import RolloutEngine
-from lens_megatron.rollout.local import LocalEngine
+from lens_megatron.policy.hf_weights import ModelError
+from lens_megatron.policy.parallel import shut_down
+from lens_megatron.prompts import DataError
+from lens_megatron.reward import GraderStartError
+from lens_megatron.rollout import replay
 from lens_megatron.rollout.meter import SamplingProgress
 from lens_megatron.rollout.replay import ReplayError
-from lens_megatron.rollout.scheduler import Sampler
-from lens_megatron.rollout.unfinished import UnfinishedGroups
-from lens_megatron.rollout.vllm_engine import VllmEngine
 from lens_megatron.run import Run
 from lens_megatron.run_folder import RunFolderError
-from lens_megatron.step import give_weights, run_step
+from lens_megatron.step import run_step
 from lens_megatron.supervision import non_finite
 from lens_megatron.supervision.non_finite import NonFiniteError
 from lens_megatron.supervision.watchdog import watch
-from lens_megatron.tokenizer import Tokenizer, TokenizerError, load_tokenizer
-from lens_megatron.types import Prompt, StepResult
+from lens_megatron.tokenizer import TokenizerError
+from lens_megatron.types import StepResult
 from lens_megatron.weight_sync import WeightSyncError
 
 USER_ERRORS = (
@@ -79,7 +70,7 @@ def train(config: Config) -> None:
     """Trains as configured. Raises one of USER_ERRORS, before anything is written, when it cannot; NonFiniteError."""
     stop = StopRequest()
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    config.check_world(world_size)
+    config.check_world(world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
     resuming = run_folder.check(config)
     if resuming and checkpoint.steps_saved(run_folder.checkpoints(config)) >= config.train.steps:
         if rank == 0:
@@ -124,115 +115,6 @@ class StopRequest:
         asked = torch.tensor([self.asked], dtype=torch.int32, device=device)
         torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
         return bool(asked.item())
-
-
-def build_run(config: Config, *, resuming: bool) -> Run:
-    """Checks model, tokenizer and data, then takes the device, and only then creates the run folder."""
-    device = platform.install()
-    hf_config = read_hf_config(config.model.path)
-    check_layout(config, hf_config)
-    if config.rollout.engine == "vllm":
-        vllm_options.check(config, hf_config)
-    tokenizer = load_tokenizer(config.model.path, hf_config.vocab_size)
-    if config.debug.load_rollouts:
-        replay.read_groups(config.debug.load_rollouts, step=1)
-    graders = _start_graders(config)
-    prompts, eval_prompts = _load_data(config, tokenizer)
-    patience = config.run.phase_timeout_minutes + 10 if config.run.phase_timeout_minutes else 30
-    platform.init_process_group(device, patience)  # the watchdog, which knows more, must speak first
-    mesh = build_mesh(config.megatron, config.run.seed, device, patience)
-    policy = build_policy(config, mesh)
-    graders.wait_ready()
-    _prepare_folder(config, mesh.rank, mesh.device, resuming)
-    engine = _build_engine(config, hf_config, device)
-    share = mesh.dp_rank + mesh.dp_size * mesh.model_rank  # as `sampling.prepare` deals the prompts
-    staleness = config.rollout.off_policy_steps * config.train.updates_per_batch
-    unfinished = UnfinishedGroups(Path(config.run.directory) / "unfinished", share, mesh.world_size, staleness)
-    board = _build_board(config, mesh.rank, mesh.world_size)
-    sampler = Sampler(
-        engine, graders, tokenizer.decode, config.rollout, config.lens, config.run.seed, unfinished, board
-    )
-    weights, ahead = EngineWeights(policy, engine), Ahead() if config.rollout.off_policy_steps else None
-    run = Run(config, mesh, policy, tokenizer, prompts, eval_prompts, engine, weights, graders, sampler, ahead, Clock())
-    if run.is_main:
-        _describe(run)
-    return run
-
-
-def _build_engine(config: Config, hf_config: PretrainedConfig, device: torch.device) -> RolloutEngine:
-    """A collective where the engine is vLLM's."""
-    if config.rollout.engine == "vllm":
-        return VllmEngine(config, hf_config)
-    return LocalEngine(
-        config.model.path,
-        max_running_sequences=config.rollout.max_running_sequences,
-        dtype=DTYPES[config.model.dtype],
-        device=str(device),
-    )
-
-
-def _build_board(config: Config, rank: int, world_size: int) -> Board | None:
-    shared = config.rollout.engine != "local" if config.rollout.share_work is None else config.rollout.share_work
-    return Board(job_store(), rank, world_size) if shared and world_size > 1 else None
-
-
-def _start_graders(config: Config) -> GraderPool:
-    try:
-        return GraderPool(config.reward.workers_per_rank, config.reward.timeout_s, config.reward.grader)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def _load_data(config: Config, tokenizer: Tokenizer) -> tuple[PromptStream, tuple[Prompt, ...]]:
-    training = load_prompts(config.data.train, tokenizer.hf, config.data, config.lens)
-    held_out = [load_prompts(source, tokenizer.hf, config.data, config.lens) for source in config.data.eval]
-    if int(os.environ.get("RANK", 0)) == 0:
-        for loaded in (training, *held_out):
-            dropped = f", {loaded.dropped_too_long} longer than data.max_prompt_length dropped"
-            metrics.say(f"{loaded.source}: {len(loaded.prompts)} prompts" + dropped * bool(loaded.dropped_too_long))
-    if len(training.prompts) < config.rollout.prompts_per_step:
-        raise DataError(
-            f"data.train has {len(training.prompts)} usable prompts, rollout.prompts_per_step asks for "
-            f"{config.rollout.prompts_per_step}; lower it or give more data"
-        )
-    stream = PromptStream(training.prompts, config.rollout.prompts_per_step, config.run.seed, config.data.shuffle)
-    eval_prompts = tuple(prompt for loaded in held_out for prompt in loaded.prompts)
-    names = sorted({metrics.accuracy_name(p.source, config.train.eval_samples) for p in eval_prompts})
-    wanted = config.train.metric_for_best_model
-    if wanted is not None and wanted not in names:
-        raise ConfigError(f"train.metric_for_best_model: no metric {wanted!r}; data.eval gives {', '.join(names)}")
-    return stream, eval_prompts
-
-
-def _prepare_folder(config: Config, rank: int, device: torch.device, resuming: bool) -> None:
-    layout = config.megatron
-    topology = {
-        "world_size": torch.distributed.get_world_size(),
-        "tensor_model_parallel_size": layout.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
-    }
-    failure = None
-    if rank == 0:
-        try:
-            run_folder.prepare(config, topology, resuming=resuming)
-        except RunFolderError as error:
-            failure = error
-    failed = torch.tensor([failure is not None], dtype=torch.int32, device=device)
-    torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX)
-    if failed.item():
-        raise failure or RunFolderError("the run folder could not be prepared")
-
-
-def _describe(run: Run) -> None:
-    mesh = run.mesh
-    parameters = sum(p.numel() for chunk in run.policy.chunks for p in chunk.parameters())
-    metrics.say(
-        f"{'LENS' if run.config.lens.enabled else 'no purification'}, advantage {run.config.algorithm.advantage}; "
-        f"{mesh.world_size} ranks on {mesh.device.type}: TP{mesh.tp_size} CP{mesh.cp_size} PP{mesh.pp_size} "
-        f"DP{mesh.dp_size}; "
-        f"{parameters:,} parameters on rank 0; {run.config.rollout.prompts_per_step} prompts x "
-        f"{run.config.rollout.rollouts_per_prompt} rollouts per step; results in {run.config.run.directory}"
-    )
 
 
 def _resume(run: Run) -> int:
@@ -311,10 +193,9 @@ def _saver(run: Run) -> CheckpointWriter:
 def _evaluate(run: Run) -> metrics.Metrics:
     if not run.eval_prompts:
         return {}
-    with run.clock("update_weights"):
-        if run.ahead:
+    if run.ahead:
+        with run.clock("gen"):
             run.ahead.settle()
-        run.weights.renew()
     with run.clock("testing"):
         results = evaluate(run)
     samples = run.config.train.eval_samples
@@ -334,7 +215,7 @@ def _step_metrics(run: Run, result: StepResult) -> metrics.Metrics:
     found = metrics.tally_step(result).reduce(run.mesh.dp_group, run.mesh.device)
     found |= metrics.update_metrics(result.updates, run.config.algorithm.kl_coef)
     found |= metrics.mismatch_metrics(result.updates, run.config.algorithm.correction)
-    found |= metrics.sampling_metrics(result.sampling, run.mesh.device)
+    found |= metrics.sampling_metrics(result.sampling, run.mesh.device, run.team.size)
     found |= metrics.time_metrics(run.clock.take(), found, run.mesh.world_size)
     return found | {
         "training/global_step": result.step,
@@ -385,6 +266,6 @@ class _Bar:
 
 
 def _progress_bar(run: Run, step: int) -> Callable[[SamplingProgress], None]:
-    share = len(range(run.mesh.rank, run.config.rollout.prompts_per_step, run.mesh.world_size))
+    share = len(range(run.team.number, run.config.rollout.prompts_per_step, run.team.engines))
     shown = run.is_main and os.isatty(2)
     return _Bar(step, share * run.config.rollout.rollouts_per_prompt, shown)

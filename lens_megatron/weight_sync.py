@@ -5,18 +5,24 @@ Every tenth version a checksum of each tensor is compared among all ranks: repli
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lens_megatron.policy.hf_weights import export_weights
-from lens_megatron.policy.model import Policy
 from lens_megatron.rollout.engine import RolloutEngine
 from lens_megatron.types import SyncStats
 
 CHECKSUM_EVERY = 10
 """Versions. Reading every weight once more is a third of a sync within a process; see benchmarks/TRAINER_NOTES.md."""
+
+
+@dataclass(slots=True)
+class LastSync:
+    """The last transfer of a run."""
+
+    stats: SyncStats = SyncStats(0, 0, 0.0)
 
 
 class WeightSyncError(RuntimeError):

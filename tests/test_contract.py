@@ -22,8 +22,8 @@ OWNERS = {
 LAYERS = ["types", "config_files", "config_section", "config", "layout_rules", "planning", "plan",
           "seeds", "exit_codes", "clock", "supervision", "tokenizer", "algorithms", "interference",
           "purify", "samples", "schedule", "pack", "exchange", "reward", "datasets", "prompts",
-          "rollout", "policy", "weight_sync", "run", "sampling", "update_batch", "step", "evaluate",
-          "run_folder", "metrics", "report", "train", "diagnosis", "doctor"]  # fmt: skip
+          "rollout", "policy", "weight_sync", "run", "canary", "handover", "sampling", "update_batch", "step",
+          "evaluate", "run_folder", "metrics", "report", "build", "train", "diagnosis", "doctor"]  # fmt: skip
 """Lowest first: a module imports from its own layer and from layers before it."""
 
 
@@ -69,7 +69,8 @@ def test_no_package_is_called_kernels():
 
 
 def test_options_stay_few_and_every_configuration_loads():
-    assert len(config.all_options()) <= 100
+    theirs = ("megatron.", "vllm.")  # under their own names: design decision 11 counts ours
+    assert sum(not name.startswith(theirs) for name in config.all_options()) <= 95
     paths = sorted((ROOT / "configs").glob("*.yaml"))
     assert paths
     for path in paths:

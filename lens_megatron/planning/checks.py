@@ -15,7 +15,7 @@ from lens_megatron.planning.model_shape import ModelShape
 def layout_mistakes(config: Config, shape: ModelShape, cluster: Cluster) -> list[str]:
     """Why the model or the batch cannot be cut so; empty if it can."""
     try:
-        config.check_layout(cluster.gpus)
+        config.check_world(cluster.gpus)
     except ConfigError as error:
         return [
             f"cluster.nodes ({cluster.nodes}) x cluster.gpus_per_node ({cluster.gpus_per_node}): {line}"
@@ -28,11 +28,6 @@ def _engine_mistakes(config: Config, shape: ModelShape, cluster: Cluster) -> Ite
     if config.rollout.engine != "vllm":
         return
     tp = config.vllm.tensor_parallel_size
-    if shape.num_attention_heads % tp:
-        yield (
-            f"vllm.tensor_parallel_size ({tp}) does not divide the model's num_attention_heads "
-            f"({shape.num_attention_heads}); choose a divisor of {shape.num_attention_heads}"
-        )
     if cluster.gpus_per_node % tp:
         yield (
             f"vllm.tensor_parallel_size ({tp}) does not divide cluster.gpus_per_node ({cluster.gpus_per_node}): "

@@ -36,8 +36,6 @@ class Plan:
     """Checkpoints kept."""
     mistakes: tuple[str, ...]
     """Why it does not fit; empty if it does."""
-    not_yet: tuple[str, ...]
-    """What the configuration asks for and the trainer cannot do yet."""
 
 
 def make_plan(
@@ -71,7 +69,6 @@ def make_plan(
         steps=config.train.steps,
         keep=config.train.save_total_limit + config.train.save_best_limit,
         mistakes=tuple(checks.memory_mistakes(phases, shape, layout, work, cluster)),
-        not_yet=tuple(config.not_yet_honoured()),
     )
 
 

@@ -87,5 +87,4 @@ def _notes(plan: Plan) -> list[str]:
         "Memory of the local layers agrees with CPU allocations (table in configs/README.md). Transformer Engine's,",
         "the engines, the assumed CUDA part and all seconds have not been measured on a GPU.",
     ]
-    lines += [f"NOT YET RUNNABLE: {missing}" for missing in plan.not_yet]
     return lines

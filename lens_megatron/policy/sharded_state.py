@@ -104,7 +104,7 @@ def restore(policy: Policy, reader: ShardReader, optimizer_steps: int) -> None:
                 # The tensors may be unscaled copies of what a precision-aware optimizer keeps.
                 tensors = {("param" if kind == "main" else kind): t for kind, t in state.tensors.items()}
                 state.optimizer._set_main_param_and_optimizer_states(state.parameter, tensors)
-    for optimizer in _optimizers(policy):
+    for optimizer in optimizers(policy):
         for group in optimizer.optimizer.param_groups:
             if "step" in group:
                 group["step"] = optimizer_steps
@@ -115,7 +115,7 @@ def restore(policy: Policy, reader: ShardReader, optimizer_steps: int) -> None:
 def optimizer_steps(policy: Policy) -> int:
     """Adam's step count. Raises ShardError should parameters disagree: one number is stored for all."""
     counts = {int(s.tensors["step"]) for s in _optimizer_states(policy) if "step" in s.tensors}
-    counts |= {int(g["step"]) for o in _optimizers(policy) for g in o.optimizer.param_groups if "step" in g}
+    counts |= {int(g["step"]) for o in optimizers(policy) for g in o.optimizer.param_groups if "step" in g}
     if len(counts) > 1:
         raise ShardError(f"parameters have taken different numbers of optimizer steps: {sorted(counts)}")
     return counts.pop() if counts else policy.version
@@ -123,7 +123,7 @@ def optimizer_steps(policy: Policy) -> int:
 
 def materialise(policy: Policy) -> None:
     """Adam makes its state at the first step; saving and loading need the tensors before it."""
-    for optimizer in _optimizers(policy):
+    for optimizer in optimizers(policy):
         if optimizer.init_state_fn is None:
             raise ShardError("megatron.optimizer.optimizer: only adam can be saved; unset it")
         fresh = [p for g in optimizer.optimizer.param_groups for p in g["params"] if not optimizer.optimizer.state[p]]
@@ -208,13 +208,13 @@ def _cut(boxes: list[_Box], kind: str, flat: Tensor, start: int, instance: int |
             yield LocalPiece(piece, flat[low - start : high - start], is_main_replica(replica))
 
 
-def _optimizers(policy: Policy) -> list[MegatronOptimizer]:
+def optimizers(policy: Policy) -> list[MegatronOptimizer]:
     chained = policy.optimizer.chained_optimizers if isinstance(policy.optimizer, ChainedOptimizer) else None
     return [o for o in chained or [policy.optimizer] if o.optimizer is not None]
 
 
 def _optimizer_states(policy: Policy) -> Iterator[_State]:
-    for optimizer in _optimizers(policy):
+    for optimizer in optimizers(policy):
         if isinstance(optimizer, DistributedOptimizer):
             for parameter in optimizer.model_param_group_index_map:
                 run = optimizer._get_model_param_range_map(parameter)["param"]

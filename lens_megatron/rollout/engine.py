@@ -108,7 +108,7 @@ def check_request(request: Request, in_flight: Container[int], *, context: tuple
 
 class RolloutEngine(Protocol):
     version: int | None
-    """Of the weights it serves with; None while it has no whole set of them."""
+    """Of the weights that it samples from; None: it has no whole set."""
 
     def submit(self, requests: Iterable[Request]) -> None:
         """Queues requests. Raises ValueError for an empty prompt or one that cannot fit the model's context."""
@@ -136,8 +136,14 @@ class RolloutEngine(Protocol):
         Raises WeightManifestError, before any request can be served with the mixture.
         """
 
+    def wake(self) -> None:
+        """Takes the memory that sampling needs besides weights: after `load_weights`, before the next request.
+
+        Nothing computed with earlier weights is used from then on. A no-op while awake.
+        """
+
     def sleep(self) -> None:
-        """Gives up memory that training can use, the weights' too: `load_weights` comes before the next request.
+        """Gives up memory that training can use; if the weights' too, `version` is None until they are loaded again.
 
         A no-op where there is none to give, and while requests are in flight.
         """

@@ -195,6 +195,9 @@ class LocalEngine:
         manifest.check(version)
         self.version = version
 
+    def wake(self) -> None:
+        pass
+
     def sleep(self) -> None:
         if not self.running:
             self._reset()

@@ -33,7 +33,8 @@ OWNED = {
     "enable_lora": "the trainer's weights are whole",
     "distributed_executor_backend": "torchrun starts the processes",
     "pipeline_parallel_size": "the embedded engine is not cut into stages",
-    "data_parallel_size": "every rank has an engine",
+    "prefill_context_parallel_size": "the embedded engine is cut by vllm.tensor_parallel_size alone",
+    "data_parallel_size": "ranks beside vllm.tensor_parallel_size have engines of their own",
 }
 """Options of vLLM that the trainer sets, or that would make the engine's samples another policy's."""
 
@@ -56,10 +57,6 @@ def check(config: Config, hf_config: PretrainedConfig) -> None:
         )
     for name in sorted(OWNED.keys() & options.keys()):
         raise ConfigError(f"vllm.{name} cannot be set: {OWNED[name]}; remove it")
-    if config.rollout.schedule == "speculative":
-        raise ConfigError(
-            "rollout.schedule=speculative takes requests back, which only rollout.engine=local can; choose streamed"
-        )
     for name in ("rollout.temperature", "train.eval_temperature"):
         section, _, key = name.partition(".")
         temperature = getattr(getattr(config, section), key)
@@ -131,7 +128,7 @@ def engine_options(config: Config, hf_config: PretrainedConfig) -> dict[str, Any
 def _kv_cache_bytes(config: Config, hf_config: PretrainedConfig) -> int:
     """Room for every running sequence at full length, and for one that fills the context. vLLM's own default on a CPU
     is a share of the machine's memory, per rank."""
-    heads, layers = hf_config.num_key_value_heads, hf_config.num_hidden_layers
+    heads, layers = math.ceil(hf_config.num_key_value_heads / config.ranks_per_engine), hf_config.num_hidden_layers
     element = {"float32": 4, "bfloat16": 2}[config.model.dtype]
     per_block = 2 * layers * heads * hf_config.head_dim * element * BLOCK
     running = config.vllm.model_dump().get("max_num_seqs") or config.rollout.max_running_sequences

@@ -82,7 +82,7 @@ def test_a_run_with_a_broken_engine_ends(
         monkeypatch.setattr(
             LocalEngine, "load_weights", lambda engine, weights, version: fault(engine, load, weights, version)
         )
-    tree = toy.tree(tmp_path / "run", train={"steps": 1})
+    tree = toy.tree(tmp_path / "run", train={"steps": 2})
     if fault in (forget_rope_scaling, None):
         tree["model"] = {"path": str(scaled_llama)}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))

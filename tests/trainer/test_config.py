@@ -432,12 +432,17 @@ def test_mistakes_in_base_files_are_named(tmp_path):
     assert error(load, a) == f"{a}: base: expected a file name or a list of file names relative to this file"
 
 
-def test_vllm_options_pass_through_and_engines_over_several_ranks_are_refused(base):
+def test_vllm_options_pass_through_and_engines_take_whole_nodes(base):
     config = load(base, ["rollout.engine=vllm", "vllm.max_num_seqs=64"])
     assert config.vllm.model_dump() == {
         "tensor_parallel_size": 1, "gpu_memory_utilization": 0.6, "max_num_seqs": 64
     }  # fmt: skip
     config.check_world(1)
-    message = "vllm.tensor_parallel_size (2): an engine over several ranks is not built yet; set it to 1"
-    assert error(load(base, ["rollout.engine=vllm", "vllm.tensor_parallel_size=2"]).check_world, 2) == message
+    pairs = load(base, ["rollout.engine=vllm", "vllm.tensor_parallel_size=2", "rollout.prompts_per_step=12"])
+    pairs.check_world(4, 2)
+    assert error(pairs.check_world, 3, 3).startswith("vllm.tensor_parallel_size (2) does not divide world size (3)")
+    assert error(pairs.check_world, 6, 3) == (
+        "vllm.tensor_parallel_size (2) does not divide LOCAL_WORLD_SIZE (3): consecutive ranks of one node hold an "
+        "engine together; choose a divisor of 3"
+    )
     load(base, ["vllm.tensor_parallel_size=2"]).check_world(1)

@@ -10,7 +10,7 @@ import yaml
 from toy_runs import ROOT, environment
 
 from lens_megatron import config as configuration
-from lens_megatron.config import Config, ConfigError
+from lens_megatron.config import Config
 from lens_megatron.config_files import differing_keys, merge, read_tree
 from lens_megatron.planning.layout import LayerSpec
 from lens_megatron.planning.model_shape import read_shape
@@ -72,20 +72,12 @@ def test_it_fits_its_cluster_with_and_without_transformer_engine(path, spec):
     assert plan.running >= 16
 
 
-def test_only_what_needs_engines_over_several_ranks_is_refused_by_training_and_the_readme_says_so():
+def test_training_takes_every_one_and_the_readme_names_it():
     readme = (ROOT / "configs" / "README.md").read_text()
     for path in PATHS:
         config = configuration.load(path)
-        world = config.cluster.nodes * config.cluster.gpus_per_node
-        refused = "32b" in path.name
-        row = next(line for line in readme.splitlines()
-                   if f"{path.parent.name}/{{lens,grpo}}_{path.stem.partition('_')[2]}.yaml" in line)  # fmt: skip
-        assert ("no: needs `vllm.tensor_parallel_size: 4`" in row) == refused
-        if refused:
-            with pytest.raises(ConfigError, match="several ranks is not built yet"):
-                config.check_world(world)
-        else:
-            config.check_world(world)
+        assert f"{path.parent.name}/{{lens,grpo}}_{path.stem.partition('_')[2]}.yaml" in readme
+        config.check_world(config.cluster.nodes * config.cluster.gpus_per_node, config.cluster.gpus_per_node)
 
 
 def test_no_option_is_said_twice():

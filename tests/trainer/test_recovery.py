@@ -142,7 +142,7 @@ def test_a_step_has_the_same_prompts_whoever_asks_and_however_many_ranks_share_t
         shares = {}
         for dp_rank in range(dp_size):
             for model_rank in range(model_size):
-                # As sampling.prepare deals them, and as train.build_run numbers the shares.
+                # As sampling.prepare deals them, and as build.build_run numbers the shares.
                 shares[dp_rank + dp_size * model_rank] = order[5][dp_rank::dp_size][model_rank::model_size]
         world = dp_size * model_size
         assert shares == {share: order[5][share::world] for share in range(world)}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_streaming
 import torch
 from toy_runs import Toy, launch, rollout_rows
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -93,6 +94,7 @@ def pair(request: pytest.FixtureRequest, toy: Toy, world: list, tmp_path_factory
 
 
 def finish(engine: VllmEngine | LocalEngine, requests: Sequence[Request]) -> dict[int, Completion]:
+    engine.wake()
     engine.submit(requests)
     done = {}
     while len(done) < len(requests):
@@ -138,10 +140,14 @@ def test_after_a_sync_the_engine_is_the_new_model_and_before_it_the_old_one(pair
 def test_sleeping_gives_the_weights_up(pair):
     engine, model, _ = pair
     engine.load_weights(weights(model), 5)
+    engine.wake()
     engine.sleep()
-    with pytest.raises(RuntimeError, match="no whole set of weights"):
-        engine.submit([Request(1, SHORT, 4, 1.0, 0)])
+    for act in (engine.wake, lambda: engine.submit([Request(1, SHORT, 4, 1.0, 0)])):
+        with pytest.raises(RuntimeError, match="no whole set of weights"):
+            act()
     engine.load_weights(weights(model), 6)
+    with pytest.raises(RuntimeError, match="asleep; wake it first"):  # vLLM would take it, and never serve it
+        engine.submit([Request(1, SHORT, 4, 1.0, 0)])
     request = Request(1, LONG, 8, 1.0, 0)
     assert error_in_log_probs(model, request, finish(engine, [request])[1]) < 3e-5
 
@@ -167,6 +173,55 @@ def test_a_completion_is_a_function_of_its_seed(engine: VllmEngine, roomy: Toy):
     }
     assert len({c.token_ids for c in together.values()}) == 8
     assert finish(engine, [replace(requests[0], request_id=50)])[50].token_ids == together[0].token_ids
+
+
+@pytest.mark.parametrize(("running", "tau"), [(20, 1.0), (80, 0.7)])
+def test_all_schedules_make_the_same_groups(engine: VllmEngine, roomy: Toy, running: int, tau: float):
+    """Those of the speculative one are the same although it takes second waves back in the middle."""
+    engine.load_weights(weights(AutoModelForCausalLM.from_pretrained(roomy.model)), 3)
+    engine.wake()
+    ends, engine.eos = engine.eos, list(range(10, 20))  # so that lengths differ
+    try:
+        found = {}
+        for schedule in ("sequential", "streamed", "speculative"):
+            found[schedule], sampler = test_streaming.sample(
+                engine, test_streaming.odd, schedule, running=running, tau=tau
+            )
+            assert (engine.requests, engine.progress().running, engine.progress().waiting) == ({}, 0, 0)
+    finally:
+        engine.eos = ends
+    assert running < 48 or sampler.stats.discarded_tokens > 0
+    drawn = {schedule: test_streaming.drawn(groups) for schedule, groups in found.items()}
+    assert any(g.rescue for g in drawn["sequential"])
+    assert drawn["sequential"] == drawn["streamed"] == drawn["speculative"]
+    log_probs = [test_streaming.log_probs(groups) for groups in found.values()]
+    for other_schedule in log_probs[1:]:
+        torch.testing.assert_close(other_schedule, log_probs[0], atol=1e-4, rtol=0)
+
+
+def test_cancelled_requests_never_come_back(engine: VllmEngine, roomy: Toy):
+    """One is running, one waits, one was never there. The others go on as if alone, and tokens are counted once."""
+    engine.load_weights(weights(AutoModelForCausalLM.from_pretrained(roomy.model)), 0)
+    requests = [Request(i, LONG[i : i + 5], 20, 2.0, 50 + i) for i in range(70)]  # 64 run at once
+    alone = finish(engine, requests[1:2])
+    before = engine.generated
+    engine.submit(requests)
+    for _ in range(3):
+        engine.step()
+    ended, gone = 70 - len(engine.requests), [0, *range(2, 70), 99]
+    known = engine.generated
+    assert engine.progress().running + engine.progress().waiting == len(engine.requests) == 70 - ended
+    tokens = engine.cancel(gone)
+    assert tokens == (63 - ended) * 3
+    assert engine.generated == known + tokens
+    assert (engine.progress().running, engine.progress().waiting) == (1, 0)
+    assert engine.cancel(gone) == 0
+    done = []
+    while engine.requests:
+        done += engine.step()
+    assert [(c.request_id, c.token_ids) for c in done] == [(1, alone[1].token_ids)]
+    assert engine.generated == before + tokens + sum(len(c.token_ids) for c in done)
+    assert finish(engine, requests[:1])[0].token_ids, "its number may be used again"
 
 
 def test_end_tokens_end_and_limits_cut(engine: VllmEngine, roomy: Toy):
@@ -196,6 +251,7 @@ def test_nothing_of_the_process_is_changed(roomy: Toy, world: list):
 
 def test_requests_that_cannot_be_served_are_refused(engine: VllmEngine, roomy: Toy):
     engine.load_weights(weights(AutoModelForCausalLM.from_pretrained(roomy.model)), 0)
+    engine.wake()
     with pytest.raises(ValueError, match="prompt of 200 \\+ max_new_tokens 313 exceeds the engine's max_model_len 512"):
         engine.submit([Request(1, SHORT, 2, 1.0, 0), Request(2, LONG, 313, 1.0, 0)])
     assert engine.progress().waiting == 0, "the whole batch is refused"
@@ -261,7 +317,6 @@ def test_out_of_room_for_keys_and_values_nothing_changes(engine: VllmEngine, roo
             "vllm.logprobs_mode=raw_logprobs: sampled tokens would have other",
         ),
         ({"vllm": {"logprobs_mode": "processed_logprobs"}}, "vllm.logprobs_mode cannot be set"),
-        ({"rollout": {"schedule": "speculative"}}, "rollout.schedule=speculative takes requests back"),
         ({"vllm": {"max_model_len": 100}}, r"vllm.max_model_len \(100\) is below data.max_prompt_length \(512\) \+"),
         ({"vllm": {"enable_sleep_mode": True}}, "vllm.enable_sleep_mode: memory of a CPU"),
         ({"vllm": {"enable_chunked_prefill": True}}, "vllm.enable_chunked_prefill: on a CPU it breaks"),

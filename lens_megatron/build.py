@@ -1,0 +1,163 @@
+"""A configuration -> everything one rank of a run holds, checked in the order in which mistakes are cheapest."""
+
+import os
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig
+
+from lens_megatron import metrics, run_folder
+from lens_megatron.clock import Clock
+from lens_megatron.config import Config, ConfigError
+from lens_megatron.policy import platform
+from lens_megatron.policy.hf_weights import read_hf_config
+from lens_megatron.policy.model import DTYPES, build_policy, check_layout
+from lens_megatron.policy.offload import TrainerMemory, is_enabled
+from lens_megatron.policy.parallel import build_mesh
+from lens_megatron.prompts import DataError, PromptStream, load_prompts
+from lens_megatron.reward import GraderPool
+from lens_megatron.rollout import replay, vllm_options
+from lens_megatron.rollout.ahead import Ahead
+from lens_megatron.rollout.board import Board, job_store
+from lens_megatron.rollout.engine import RolloutEngine
+from lens_megatron.rollout.local import LocalEngine
+from lens_megatron.rollout.scheduler import Sampler
+from lens_megatron.rollout.team import Team, TeamEngine, build_team
+from lens_megatron.rollout.unfinished import UnfinishedGroups
+from lens_megatron.rollout.vllm_engine import VllmEngine
+from lens_megatron.run import Run
+from lens_megatron.run_folder import RunFolderError
+from lens_megatron.tokenizer import Tokenizer, load_tokenizer
+from lens_megatron.types import Prompt
+from lens_megatron.weight_sync import LastSync
+
+
+def build_run(config: Config, *, resuming: bool) -> Run:
+    """Checks model, tokenizer and data, then takes the device, and only then creates the run folder."""
+    device = platform.install()
+    hf_config = read_hf_config(config.model.path)
+    check_layout(config, hf_config)
+    if config.rollout.engine == "vllm":
+        vllm_options.check(config, hf_config)
+    tokenizer = load_tokenizer(config.model.path, hf_config.vocab_size)
+    if config.debug.load_rollouts:
+        replay.read_groups(config.debug.load_rollouts, step=1)
+    graders = _start_graders(config)
+    prompts, eval_prompts = _load_data(config, tokenizer)
+    patience = config.run.phase_timeout_minutes + 10 if config.run.phase_timeout_minutes else 30
+    platform.init_process_group(device, patience)  # the watchdog, which knows more, must speak first
+    mesh = build_mesh(config.megatron, config.run.seed, device, patience)
+    policy = build_policy(config, mesh)
+    graders.wait_ready()
+    _prepare_folder(config, mesh.rank, mesh.device, resuming)
+    memory = TrainerMemory(policy, enabled=is_enabled(config, device))
+    memory.to_host()  # vLLM counts what is free before it takes its share
+    team = build_team(config.ranks_per_engine, patience)
+    engine = _build_engine(config, hf_config, device, team)
+    memory.to_device()
+    share = mesh.dp_rank + mesh.dp_size * mesh.model_rank  # as `sampling.prepare` deals the prompts
+    staleness = config.rollout.off_policy_steps * config.train.updates_per_batch
+    unfinished = UnfinishedGroups(Path(config.run.directory) / "unfinished", share, mesh.world_size, staleness)
+    board = _build_board(config, team)
+    sampler = Sampler(
+        engine, graders, tokenizer.decode, config.rollout, config.lens, config.run.seed, unfinished, board
+    )
+    run = Run(
+        config=config,
+        mesh=mesh,
+        policy=policy,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        eval_prompts=eval_prompts,
+        engine=engine,
+        team=team,
+        graders=graders,
+        sampler=sampler,
+        ahead=Ahead() if config.rollout.off_policy_steps else None,
+        trainer_memory=memory,
+        last_sync=LastSync(),
+        clock=Clock(),
+    )
+    if run.is_main:
+        _describe(run)
+    return run
+
+
+def _build_engine(config: Config, hf_config: PretrainedConfig, device: torch.device, team: Team) -> RolloutEngine:
+    """A collective where the engine is vLLM's."""
+    if config.rollout.engine == "vllm":
+        engine = VllmEngine(config, hf_config)
+        if engine.left_by_sleep is not None and torch.distributed.get_rank() == 0:
+            metrics.say(f"vLLM asleep leaves {engine.left_by_sleep / 2**30:.2f} GiB of the GPU in use")
+        return engine if team.size == 1 else TeamEngine(engine, team)
+    return LocalEngine(
+        config.model.path,
+        max_running_sequences=config.rollout.max_running_sequences,
+        dtype=DTYPES[config.model.dtype],
+        device=str(device),
+    )
+
+
+def _build_board(config: Config, team: Team) -> Board | None:
+    """Between engines: of those over several ranks the first one speaks."""
+    shared = config.rollout.engine != "local" if config.rollout.share_work is None else config.rollout.share_work
+    return Board(job_store(), team.number, team.engines) if shared and team.leads and team.engines > 1 else None
+
+
+def _start_graders(config: Config) -> GraderPool:
+    try:
+        return GraderPool(config.reward.workers_per_rank, config.reward.timeout_s, config.reward.grader)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _load_data(config: Config, tokenizer: Tokenizer) -> tuple[PromptStream, tuple[Prompt, ...]]:
+    training = load_prompts(config.data.train, tokenizer.hf, config.data, config.lens)
+    held_out = [load_prompts(source, tokenizer.hf, config.data, config.lens) for source in config.data.eval]
+    if int(os.environ.get("RANK", 0)) == 0:
+        for loaded in (training, *held_out):
+            dropped = f", {loaded.dropped_too_long} longer than data.max_prompt_length dropped"
+            metrics.say(f"{loaded.source}: {len(loaded.prompts)} prompts" + dropped * bool(loaded.dropped_too_long))
+    if len(training.prompts) < config.rollout.prompts_per_step:
+        raise DataError(
+            f"data.train has {len(training.prompts)} usable prompts, rollout.prompts_per_step asks for "
+            f"{config.rollout.prompts_per_step}; lower it or give more data"
+        )
+    stream = PromptStream(training.prompts, config.rollout.prompts_per_step, config.run.seed, config.data.shuffle)
+    eval_prompts = tuple(prompt for loaded in held_out for prompt in loaded.prompts)
+    names = sorted({metrics.accuracy_name(p.source, config.train.eval_samples) for p in eval_prompts})
+    wanted = config.train.metric_for_best_model
+    if wanted is not None and wanted not in names:
+        raise ConfigError(f"train.metric_for_best_model: no metric {wanted!r}; data.eval gives {', '.join(names)}")
+    return stream, eval_prompts
+
+
+def _prepare_folder(config: Config, rank: int, device: torch.device, resuming: bool) -> None:
+    layout = config.megatron
+    topology = {
+        "world_size": torch.distributed.get_world_size(),
+        "tensor_model_parallel_size": layout.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
+    }
+    failure = None
+    if rank == 0:
+        try:
+            run_folder.prepare(config, topology, resuming=resuming)
+        except RunFolderError as error:
+            failure = error
+    failed = torch.tensor([failure is not None], dtype=torch.int32, device=device)
+    torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX)
+    if failed.item():
+        raise failure or RunFolderError("the run folder could not be prepared")
+
+
+def _describe(run: Run) -> None:
+    mesh = run.mesh
+    parameters = sum(p.numel() for chunk in run.policy.chunks for p in chunk.parameters())
+    metrics.say(
+        f"{'LENS' if run.config.lens.enabled else 'no purification'}, advantage {run.config.algorithm.advantage}; "
+        f"{mesh.world_size} ranks on {mesh.device.type}: TP{mesh.tp_size} CP{mesh.cp_size} PP{mesh.pp_size} "
+        f"DP{mesh.dp_size}; "
+        f"{parameters:,} parameters on rank 0; {run.config.rollout.prompts_per_step} prompts x "
+        f"{run.config.rollout.rollouts_per_prompt} rollouts per step; results in {run.config.run.directory}"
+    )

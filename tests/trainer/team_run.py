@@ -1,0 +1,116 @@
+"""Engines over two ranks each: `torchrun team_run.py MODEL OTHER_MODEL OUT`. Every rank writes what its part drew.
+
+The generators of the ranks differ, requests come in the middle, some are taken back: what would make ranks diverge.
+"""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from lens_megatron.config import Config, from_tree
+from lens_megatron.policy import platform
+from lens_megatron.policy.hf_weights import read_hf_config
+from lens_megatron.policy.parallel import shut_down
+from lens_megatron.rollout import vllm_options
+from lens_megatron.rollout.engine import Completion, Request
+from lens_megatron.rollout.local import LocalEngine
+from lens_megatron.rollout.team import EngineTeamError, Team, TeamEngine, build_team
+from lens_megatron.rollout.vllm_engine import VllmEngine
+
+SHORT, LONG = (5, 17, 9, 60, 33), tuple(3 + 7 * i % 90 for i in range(200))
+CANCELLED = (4, 5)
+
+
+def requests(team: int) -> list[Request]:
+    """Of one engine; LONG is cached by the engine from the second one on."""
+    temperatures = (1.0, 0.7, 0.0)
+    return [
+        Request(i, (LONG if i % 2 else SHORT)[team:], 16 + i, temperatures[i % 3], 1000 * team + 7 * i)
+        for i in range(10)
+    ]
+
+
+class Recorded(VllmEngine):
+    """Keeps what it completed, on followers too."""
+
+    def step(self) -> list[Completion]:
+        completions = super().step()
+        self.completed += completions
+        return completions
+
+
+def phase(engine: TeamEngine, team: Team) -> None:
+    """The leader's decisions, or following."""
+    engine.wake()
+    engine.follow()
+    if team.leads:
+        first, second = requests(team.number)[:6], requests(team.number)[6:]
+        engine.submit(first)
+        for _ in range(3):
+            engine.step()
+        assert engine.cancel(CANCELLED) > 0
+        engine.submit(second)
+        done = 0
+        while done < 10 - len(CANCELLED):
+            done += len(engine.step())
+    engine.dismiss()
+
+
+def drawn(model: str, other: str, team: Team) -> list[list[dict]]:
+    """Three phases: weights of `model`, of `other`, of `model` again."""
+    config = configuration(model)
+    vllm_options.check(config, read_hf_config(model))
+    engine = Recorded(config, read_hf_config(model))
+    together, found = TeamEngine(engine, team), []
+    torch.manual_seed(torch.distributed.get_rank())
+    for version, path in enumerate((model, other, model)):
+        weights = AutoModelForCausalLM.from_pretrained(path).named_parameters()
+        together.load_weights([(name, parameter.data) for name, parameter in weights], version)
+        engine.completed = []
+        phase(together, team)
+        found.append([asdict(completion) for completion in engine.completed])
+        together.sleep()
+    together.close()
+    return found
+
+
+def configuration(model: str) -> Config:
+    return from_tree(
+        {
+            "run": {"directory": "unused"},
+            "model": {"path": model},
+            "data": {"train": "unused"},
+            "rollout": {"engine": "vllm", "max_response_length": 32, "max_running_sequences": 5},
+            "vllm": {"tensor_parallel_size": 2},
+        }
+    )
+
+
+def said_when_ranks_differ(model: str, other: str, team: Team) -> str:
+    """The follower samples from another model."""
+    engine = TeamEngine(LocalEngine(model, max_running_sequences=16), team)
+    weights = AutoModelForCausalLM.from_pretrained(model if team.leads else other).named_parameters()
+    engine.load_weights([(name, parameter.data) for name, parameter in weights], 0)
+    try:
+        phase(engine, team)
+    except EngineTeamError as error:
+        return str(error)
+    return ""
+
+
+def main(model: str, other: str, out: Path) -> None:
+    platform.init_process_group(platform.install())
+    team, rank = build_team(2), torch.distributed.get_rank()
+    said = said_when_ranks_differ(model, other, team)
+    found = {"team": team.number, "leads": team.leads, "engines": team.engines, "said": said}
+    found["phases"] = drawn(model, other, team)
+    (out / f"rank_{rank}.json").write_text(json.dumps(found))
+    shut_down()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
