@@ -299,11 +299,14 @@ class Config(Section):
                 "wrong; remove it"
             )
         offloads = self.rollout.offload_trainer
-        if self.megatron.ddp.get("nccl_ub") and (self.rollout.engine == "vllm" if offloads is None else offloads):
-            raise ValueError(
-                "megatron.ddp.nccl_ub registers buffers with NCCL at addresses that rollout.offload_trainer gives up; "
-                "remove it or set rollout.offload_trainer=false"
-            )
+        if self.rollout.engine == "vllm" if offloads is None else offloads:
+            fixed = [("ddp", "nccl_ub"), ("transformer", "enable_cuda_graph"), ("transformer", "cuda_graph_impl")]
+            for section, name in fixed:
+                if getattr(self.megatron, section).get(name) not in (None, False, "none"):
+                    raise ValueError(
+                        f"megatron.{section}.{name} needs buffers that stay where they are, rollout.offload_trainer "
+                        "gives their memory up; remove it or set rollout.offload_trainer=false"
+                    )
         if self.optimizer.min_lr > self.optimizer.lr:
             raise ValueError(
                 f"optimizer.min_lr ({self.optimizer.min_lr}) exceeds optimizer.lr ({self.optimizer.lr}); lower it"
@@ -330,7 +333,7 @@ class Config(Section):
     def check_world(self, world_size: int, ranks_per_node: int | None = None) -> None:
         """Raises ConfigError unless `world_size` processes can carry the layout and the batch."""
         size = self.ranks_per_engine
-        for count, where in ((world_size, "world size"), (ranks_per_node or world_size, "LOCAL_WORLD_SIZE")):
+        for count, where in ((world_size, "world size"), (ranks_per_node or world_size, "the ranks of a node")):
             if count % size:
                 raise ConfigError(
                     f"vllm.tensor_parallel_size ({size}) does not divide {where} ({count}): consecutive ranks of one "

@@ -11,8 +11,8 @@ from matplotlib import pyplot  # noqa: E402  (the backend must be chosen first)
 
 from lens_megatron.metrics import read_metrics  # noqa: E402
 
-PHASES = ("score", "gen", "exchange", "old_log_prob", "ref", "update_actor", "update_weights", "step", "testing",
-          "save_checkpoint")  # fmt: skip
+PHASES = ("score", "gen", "exchange", "old_log_prob", "ref", "update_actor", "update_weights", "wake", "sleep", "step",
+          "testing", "save_checkpoint")  # fmt: skip
 
 
 def write(folder: Path) -> str:

@@ -15,24 +15,13 @@ from lens_megatron.planning.model_shape import ModelShape
 def layout_mistakes(config: Config, shape: ModelShape, cluster: Cluster) -> list[str]:
     """Why the model or the batch cannot be cut so; empty if it can."""
     try:
-        config.check_world(cluster.gpus)
+        config.check_world(cluster.gpus, cluster.gpus_per_node)
     except ConfigError as error:
         return [
             f"cluster.nodes ({cluster.nodes}) x cluster.gpus_per_node ({cluster.gpus_per_node}): {line}"
             for line in str(error).splitlines()
         ]
-    return [*model_mistakes(config, shape), *_engine_mistakes(config, shape, cluster)]
-
-
-def _engine_mistakes(config: Config, shape: ModelShape, cluster: Cluster) -> Iterator[str]:
-    if config.rollout.engine != "vllm":
-        return
-    tp = config.vllm.tensor_parallel_size
-    if cluster.gpus_per_node % tp:
-        yield (
-            f"vllm.tensor_parallel_size ({tp}) does not divide cluster.gpus_per_node ({cluster.gpus_per_node}): "
-            "an engine would span nodes; choose a divisor"
-        )
+    return list(model_mistakes(config, shape))
 
 
 def memory_mistakes(

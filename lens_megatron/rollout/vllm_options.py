@@ -38,6 +38,15 @@ OWNED = {
 }
 """Options of vLLM that the trainer sets, or that would make the engine's samples another policy's."""
 
+REPLACED = (
+    (torch, "set_num_threads"),
+    (torch.cuda, "Stream"),
+    (torch.cuda, "stream"),
+    (torch.cuda, "current_stream"),
+)
+"""What vLLM replaces for good where there is no GPU, and the trainer needs as `policy.platform` made it: with vLLM's
+streams Megatron's experts would find no event to wait for."""
+
 COLDEST = 0.01
 """vLLM raises any temperature between 0 and this to this, without changing what it says of it."""
 
@@ -149,8 +158,8 @@ def settings() -> dict[str, str]:
 
 @contextmanager
 def undisturbed(environment: Mapping[str, str]) -> Iterator[None]:
-    """Environment, generators and torch's thread setter are afterwards as before; inside, `environment` is set too."""
-    before, set_num_threads = dict(os.environ), torch.set_num_threads
+    """Environment, generators and REPLACED are afterwards as before; inside, `environment` is set too."""
+    before, functions = dict(os.environ), [getattr(owner, name) for owner, name in REPLACED]
     states = random.getstate(), np.random.get_state()
     os.environ.update(environment)
     try:
@@ -159,7 +168,8 @@ def undisturbed(environment: Mapping[str, str]) -> Iterator[None]:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-        torch.set_num_threads = set_num_threads
+        for (owner, name), function in zip(REPLACED, functions, strict=True):
+            setattr(owner, name, function)
         for name in os.environ.keys() - before.keys():
             del os.environ[name]
         os.environ.update(before)

@@ -442,7 +442,7 @@ def test_vllm_options_pass_through_and_engines_take_whole_nodes(base):
     pairs.check_world(4, 2)
     assert error(pairs.check_world, 3, 3).startswith("vllm.tensor_parallel_size (2) does not divide world size (3)")
     assert error(pairs.check_world, 6, 3) == (
-        "vllm.tensor_parallel_size (2) does not divide LOCAL_WORLD_SIZE (3): consecutive ranks of one node hold an "
+        "vllm.tensor_parallel_size (2) does not divide the ranks of a node (3): consecutive ranks of one node hold an "
         "engine together; choose a divisor of 3"
     )
     load(base, ["vllm.tensor_parallel_size=2"]).check_world(1)

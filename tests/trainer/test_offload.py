@@ -122,5 +122,8 @@ def test_what_is_offloaded_and_what_cannot_be():
     ):
         built = from_tree(tree(rollout={"engine": engine, "offload_trainer": asked}))
         assert (is_enabled(built, cpu), is_enabled(built, gpu)) == expected
-    with pytest.raises(ConfigError, match="megatron.ddp.nccl_ub registers .* set rollout.offload_trainer=false"):
-        from_tree(tree(rollout={"engine": "vllm"}, megatron={"ddp": {"nccl_ub": True}}))
+    for section, name in (("ddp", "nccl_ub"), ("transformer", "enable_cuda_graph")):
+        options = {"megatron": {section: {name: True}}}
+        with pytest.raises(ConfigError, match=f"megatron.{section}.{name} needs .* set rollout.offload_trainer=false"):
+            from_tree(tree(rollout={"engine": "vllm"}, **options))
+        from_tree(tree(rollout={"engine": "vllm", "offload_trainer": False}, **options))

@@ -37,6 +37,7 @@ def test_the_ranks_of_an_engine_draw_the_same_and_it_is_the_models(ranks: int, t
         env=environment(), capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    assert "Traceback" not in result.stderr, "closed in order, vLLM leaves nothing that raises at the exit"
     found = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(ranks)]
     assert [(f["team"], f["leads"], f["engines"]) for f in found] == [
         (r // 2, r % 2 == 0, ranks // 2) for r in range(ranks)
@@ -90,7 +91,8 @@ def test_requests_travel_as_they_are():
 
 
 def test_models_that_cannot_be_cut_are_refused(roomy: Toy):  # noqa: F811
-    tree = {"run": {"directory": "x"}, "model": {"path": str(roomy.model)}, "data": {"train": "x"}}
+    data = {"train": "x", "max_prompt_length": 9}
+    tree = {"run": {"directory": "x"}, "model": {"path": str(roomy.model)}, "data": data}
     shape = read_hf_config(str(roomy.model))
     for size, found in (
         (2, []),
@@ -98,7 +100,8 @@ def test_models_that_cannot_be_cut_are_refused(roomy: Toy):  # noqa: F811
         (8, ["num_attention_heads (4)"]),
         (5, ["num_attention_heads (4)", "intermediate_size (96)", "num_key_value_heads (2)"]),
     ):
-        config = from_tree({**tree, "rollout": {"engine": "vllm"}, "vllm": {"tensor_parallel_size": size}})
+        config = from_tree({**tree, "rollout": {"engine": "vllm", "max_response_length": 9},
+                            "vllm": {"tensor_parallel_size": size}})  # fmt: skip
         said = list(model_mistakes(config, shape))
         assert len(said) == len(found) and all(part in line for part, line in zip(found, said, strict=True)), said
     with pytest.raises(ConfigError, match=r"vllm.tensor_parallel_size \(4\) does not divide world size \(6\)"):
