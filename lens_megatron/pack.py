@@ -100,13 +100,19 @@ def make_sequences(pairs: Sequence[Pair], device: torch.device, layout: Layout =
     )
 
 
+def chunks_held(rank: int, size: int) -> tuple[int, int]:
+    """Which of a sequence's 2 * size chunks a context-parallel rank holds, as Megatron deals them out: one, and its
+    mirror image, so that all ranks attend to equally many keys."""
+    return rank, 2 * size - 1 - rank
+
+
 def _rows_held(length: int, layout: Layout) -> Tensor:
-    """Positions of a padded sequence that this context-parallel rank holds: a chunk, and its mirror image."""
-    rank, size = layout.context_parallel_rank, layout.context_parallel_size
+    """Positions of a padded sequence that this context-parallel rank holds."""
+    size = layout.context_parallel_size
     if size == 1:
         return torch.arange(length)
     chunks = torch.arange(length).view(2 * size, -1)
-    return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]])
+    return torch.cat([chunks[index] for index in chunks_held(layout.context_parallel_rank, size)])
 
 
 def _extend(batch: SequenceBatch, layout: Layout) -> SequenceBatch:

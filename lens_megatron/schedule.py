@@ -37,14 +37,7 @@ def imbalance(lengths: Sequence[int], shares: Sequence[Sequence[int]], hidden_si
 
 def fewest(lengths: Sequence[int], max_tokens: int) -> int:
     """How many micro-batches `cut` needs at least: what first-fit-decreasing takes. A sample over budget goes alone."""
-    free: list[int] = []
-    for length in sorted(lengths, reverse=True):
-        place = next((i for i, room in enumerate(free) if room >= length), None)
-        if place is None:
-            free.append(max(0, max_tokens - length))
-        else:
-            free[place] -= length
-    return len(free)
+    return len(_first_fit(lengths, _longest_first(lengths), max_tokens))
 
 
 def cut(lengths: Sequence[int], max_tokens: int, count: int, hidden_size: int) -> list[list[int]]:
@@ -53,11 +46,11 @@ def cut(lengths: Sequence[int], max_tokens: int, count: int, hidden_size: int) -
     Costliest sample first, each into the cheapest micro-batch with room; where that strands one, first fit, which
     `fewest` promised. Raises ValueError if `count` is less than `fewest`.
     """
-    needed = fewest(lengths, max_tokens)
-    if count < needed:
-        raise ValueError(f"count: got {count} micro-batches, need {needed} for a budget of {max_tokens} tokens")
     order = _longest_first(lengths)
-    parts = _cheapest_first(lengths, order, max_tokens, count, hidden_size) or _first_fit(lengths, order, max_tokens)
+    fitted = _first_fit(lengths, order, max_tokens)
+    if count < len(fitted):
+        raise ValueError(f"count: got {count} micro-batches, need {len(fitted)} for a budget of {max_tokens} tokens")
+    parts = _cheapest_first(lengths, order, max_tokens, count, hidden_size) or fitted
     return [sorted(part) for part in parts] + [[] for _ in range(count - len(parts))]
 
 

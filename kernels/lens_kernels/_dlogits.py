@@ -7,7 +7,15 @@ from torch import Tensor
 
 from lens_kernels._backend import jit, tl, uses_triton
 from lens_kernels._rows import RowLayout, row_chunks, row_layout
-from lens_kernels._vocab_parallel import LOWEST, RowTotals, Shard, local_targets, padding_mask, shard_arguments
+from lens_kernels._vocab_parallel import (
+    LOWEST,
+    RowTotals,
+    Shard,
+    columns_to_read,
+    local_targets,
+    padding_mask,
+    shard_arguments,
+)
 
 WARPS = 8
 BLOCK = 4096  # columns per program
@@ -83,11 +91,7 @@ def _write_dlogits_kernel(
     inverse_tau = 1.0
     if tau_ptr is not None:
         inverse_tau = 1.0 / tl.load(tau_ptr + row)
-    start = tl.zeros((), tl.int64)
-    limit = valid + tl.zeros((), tl.int64)
-    if shard_ptr is not None:
-        start, limit = tl.load(shard_ptr), tl.load(shard_ptr + 1)
-    limit = tl.minimum(tl.where(token < 0, 0, limit), columns).to(tl.int32)  # ignored rows are not read
+    start, limit = columns_to_read(shard_ptr, valid, columns, token)
     target = (token - start).to(tl.int32)
     maximum, log_sum = tl.load(maximum_ptr + row), tl.load(log_sum_ptr + row)
     d_logprob = tl.load(d_logprobs_ptr + row)

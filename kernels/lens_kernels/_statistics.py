@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lens_kernels._backend import jit, multiprocessors, tl, uses_triton
 from lens_kernels._rows import row_chunks, row_layout
-from lens_kernels._vocab_parallel import LOWEST, Shard, local_targets, padding_mask, shard_arguments
+from lens_kernels._vocab_parallel import LOWEST, Shard, columns_to_read, local_targets, padding_mask, shard_arguments
 
 WARPS = 8
 VECTOR_BYTES = 16  # what one thread loads at once
@@ -96,11 +96,7 @@ def _row_statistics_kernel(
     scale = 1.4426950408889634  # log2(e) / tau
     if tau_ptr is not None:
         scale = scale / tl.load(tau_ptr + row)
-    start = tl.zeros((), tl.int64)
-    limit = valid + tl.zeros((), tl.int64)
-    if shard_ptr is not None:
-        start, limit = tl.load(shard_ptr), tl.load(shard_ptr + 1)
-    limit = tl.minimum(tl.where(token < 0, 0, limit), columns).to(tl.int32)  # ignored rows are not read
+    start, limit = columns_to_read(shard_ptr, valid, columns, token)
     base = logits_ptr + (row // inner) * stride_outer + (row % inner) * stride_inner
 
     lane = tl.arange(0, THREADS)[None, :, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]

@@ -70,6 +70,16 @@ def shard_arguments(shard: Shard, columns: int) -> tuple[Tensor | None, int]:
     return torch.stack([shard.start, valid]), 0
 
 
+@jit
+def columns_to_read(shard_ptr, valid, columns, token):
+    """(global id of column 0, columns that are tokens) from `shard_arguments`; no columns of an ignored row."""
+    start = tl.zeros((), tl.int64)
+    limit = valid + tl.zeros((), tl.int64)
+    if shard_ptr is not None:
+        start, limit = tl.load(shard_ptr), tl.load(shard_ptr + 1)
+    return start, tl.minimum(tl.where(token < 0, 0, limit), columns).to(tl.int32)
+
+
 def padding_mask(columns: int, shard: Shard, device: torch.device) -> Tensor | None:
     """bool [V], True on padding columns; None if there is none."""
     return None if shard.valid is None else torch.arange(columns, device=device) >= shard.valid

@@ -1,6 +1,7 @@
 """Forward passes without gradients: log-probabilities of given tokens, over all micro-batches in one pipelined run."""
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -19,7 +20,7 @@ def response_log_probs(policy: Policy, pairs: Sequence[Pair], *, max_tokens: int
 
     Returns, on every rank of the model-parallel group, one float32 CPU tensor per pair, [tokens of its response].
     """
-    return _run(policy, pairs, max_tokens, temperature)
+    return _run(policy, pairs, _pack(policy, pairs, max_tokens), temperature)
 
 
 def prompt_scores(policy: Policy, prompts: Sequence[tuple[int, ...]], *, max_tokens: int) -> list[Tensor]:
@@ -29,9 +30,10 @@ def prompt_scores(policy: Policy, prompts: Sequence[tuple[int, ...]], *, max_tok
     Returns one float32 CPU tensor per prompt, [tokens], 0 at position 0, on every rank of the model-parallel group.
     """
     pairs = [(prompt[:1], prompt[1:]) for prompt in prompts]
+    packed = _pack(policy, pairs, max_tokens)
     with reference_weights(policy):
-        reference = _run(policy, pairs, max_tokens, temperature=1.0)
-    current = _run(policy, pairs, max_tokens, temperature=1.0)
+        reference = _run(policy, pairs, packed, temperature=1.0)
+    current = _run(policy, pairs, packed, temperature=1.0)
     return [torch.cat([torch.zeros(1), (a - b).abs()]) for a, b in zip(current, reference, strict=True)]
 
 
@@ -57,12 +59,24 @@ def plan_micro_batches(policy: Policy, lengths: Sequence[int], max_tokens: int) 
     return schedule.cut(lengths, max_tokens, count, policy.bridge.config.hidden_size)
 
 
-def _run(policy: Policy, pairs: Sequence[Pair], max_tokens: int, temperature: float) -> list[Tensor]:
-    """Log-probabilities of every pair's targets, on the CPU of every rank of the model-parallel group."""
+class _Packed(NamedTuple):
+    parts: list[list[int]]
+    """Indices of the pairs of each micro-batch."""
+    batches: list[SequenceBatch]
+
+
+def _pack(policy: Policy, pairs: Sequence[Pair], max_tokens: int) -> _Packed:
+    """A collective over data-parallel ranks."""
     parts = plan_micro_batches(policy, [len(prompt) + len(response) for prompt, response in pairs], max_tokens)
-    batches = [
-        make_sequences([pairs[i] for i in part] or [((0, 0), ())], policy.mesh.device, policy.layout) for part in parts
-    ]
+    device, nothing = policy.mesh.device, [((0, 0), ())]
+    return _Packed(
+        parts, [make_sequences([pairs[i] for i in part] or nothing, device, policy.layout) for part in parts]
+    )
+
+
+def _run(policy: Policy, pairs: Sequence[Pair], packed: _Packed, temperature: float) -> list[Tensor]:
+    """Log-probabilities of every pair's targets, on the CPU of every rank of the model-parallel group."""
+    parts, batches = packed
     if not parts:
         return []
     for chunk in policy.chunks:

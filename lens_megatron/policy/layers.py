@@ -6,6 +6,7 @@ Engine whether it is there or not.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -19,6 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+from lens_megatron.pack import chunks_held
 from lens_megatron.types import SequenceBatch
 
 
@@ -31,34 +33,42 @@ class PackedSequences(PackedSeqParams):
     them, whose last rows are the queries' own. One per sequence; two under context parallelism."""
     key_order: Tensor | None = None
     """[S] int64 under context parallelism: where each row of the sequences stands among the ranks' gathered keys."""
+    key_rows: Tensor | None = None
+    """int64 under context parallelism: the key rows of every segment, one segment after the other."""
+    run_bounds: tuple[Tensor, Tensor] | None = None
+    """[segments + 1] int32 each: where the segments' queries begin, and their keys in `key_rows`, and the ends."""
 
 
 def packed_sequences(batch: SequenceBatch, cp_rank: int, cp_size: int) -> PackedSequences:
-    """What attention needs to know of `batch`. Context parallelism deals each sequence out as Megatron does:
-    cut into 2 * cp_size chunks, rank r holds chunks r and 2 * cp_size - 1 - r."""
-    bounds = torch.tensor(batch.bounds, dtype=torch.int32).to(batch.input_ids.device)
-    longest = max(stop - start for start, stop in zip(batch.bounds, batch.bounds[1:], strict=False))
+    """What attention needs to know of `batch`, once for all layers."""
+    device, runs = batch.input_ids.device, list(pairwise(batch.bounds))
+    bounds = torch.tensor(batch.bounds, dtype=torch.int32).to(device)
+    longest = max(stop - start for start, stop in runs)
+    sizes = {"cu_seqlens_q": bounds, "cu_seqlens_kv": bounds, "max_seqlen_q": longest, "max_seqlen_kv": longest}
+    if cp_size == 1:
+        whole = tuple((start, stop, start, stop) for start, stop in runs)
+        return PackedSequences(qkv_format="thd", **sizes, segments=whole, run_bounds=(bounds, bounds))
     segments, order, gathered = [], [], batch.bounds[-1] // cp_size
-    for start, stop in zip(batch.bounds, batch.bounds[1:], strict=False):
-        if cp_size == 1:
-            segments.append((start, stop, start, stop))
-            continue
+    holders = {index: (rank, half) for rank in range(cp_size) for half, index in enumerate(chunks_held(rank, cp_size))}
+    for start, stop in runs:
         first, chunk = start // cp_size, (stop - start) // (2 * cp_size)
-        for half, index in enumerate((cp_rank, 2 * cp_size - 1 - cp_rank)):
+        for half, index in enumerate(chunks_held(cp_rank, cp_size)):
             begin = first + half * chunk
             segments.append((begin, begin + chunk, start, start + (index + 1) * chunk))
         for index in range(2 * cp_size):
-            rank, half = (index, 0) if index < cp_size else (2 * cp_size - 1 - index, 1)
+            rank, half = holders[index]
             begin = rank * gathered + first + half * chunk
             order.append(torch.arange(begin, begin + chunk))
     return PackedSequences(
         qkv_format="thd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+        **sizes,
         segments=tuple(segments),
-        key_order=torch.cat(order).to(batch.input_ids.device) if order else None,
+        key_order=torch.cat(order).to(device),
+        key_rows=torch.cat([torch.arange(c, d) for _, _, c, d in segments]).to(device),
+        run_bounds=tuple(
+            torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device)
+            for lengths in ([b - a for a, b, _, _ in segments], [d - c for _, _, c, d in segments])
+        ),
     )
 
 
@@ -96,7 +106,7 @@ class PackedAttention(MegatronModule):
                 gather_from_sequence_parallel_region(x, group=self.cp_group)[packed.key_order] for x in (key, value)
             )
         if query.is_cuda and query.dtype != torch.float32:
-            return self._flash(query, key, value, packed.segments)
+            return self._flash(query, key, value, packed)
         parts = [self._attend(query[a:b], key[c:d], value[c:d]) for a, b, c, d in packed.segments]
         return torch.cat(parts)
 
@@ -111,19 +121,14 @@ class PackedAttention(MegatronModule):
         )
         return out[0].transpose(0, 1)
 
-    def _flash(self, query: Tensor, key: Tensor, value: Tensor, segments: tuple[tuple[int, int, int, int], ...]):
+    def _flash(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
-        if len(query) != len(key):  # flash attention wants each run's keys for itself
-            rows = torch.cat([torch.arange(c, d) for _, _, c, d in segments]).to(key.device)
-            key, value = key[rows], value[rows]
-
-        def bounds(lengths: list[int]) -> Tensor:
-            return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(query.device)
-
-        queries, keys = [b - a for a, b, _, _ in segments], [d - c for _, _, c, d in segments]
+        if packed.key_rows is not None:  # flash attention wants each run's keys for itself
+            key, value = key[packed.key_rows], value[packed.key_rows]
+        longest = max(b - a for a, b, _, _ in packed.segments), max(d - c for _, _, c, d in packed.segments)
         return varlen_attn(
-            *(query, key, value, bounds(queries), bounds(keys), max(queries), max(keys)),
+            *(query, key, value, *packed.run_bounds, *longest),
             scale=self.softmax_scale,
             window_size=(-1, 0),  # causal, aligned to the last key
             enable_gqa=query.shape[1] != key.shape[1],
