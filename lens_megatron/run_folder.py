@@ -122,21 +122,23 @@ def prepare(config: Config, topology: dict[str, int], *, resuming: bool) -> None
         raise RunFolderError(f"run.directory {folder} cannot be written: {error}; choose another folder") from error
 
 
+def installed(package: str) -> str | None:
+    """Its version."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def environment() -> dict:
     """Versions, git commit and machine."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
     root = Path(__file__).resolve().parent.parent
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cores": os.cpu_count(),
-        "packages": versions,
+        "packages": {package: installed(package) for package in PACKAGES},
         "git_commit": git.stdout.strip() or None,
     }
 

@@ -59,7 +59,7 @@ def describe(device: torch.device) -> dict:
         }
     return {
         "type": "cpu",
-        "name": _processor(),
+        "name": processor(),
         "threads": torch.get_num_threads(),
         "cores_allowed": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "cores": os.cpu_count(),
@@ -68,7 +68,8 @@ def describe(device: torch.device) -> dict:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The CPU's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,12 +1,9 @@
 """What is measured of a round: seconds of phases, busy time of a pipeline stage, peak of memory."""
 
-import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,29 +87,3 @@ class StageProbe:
             return result
 
         return timed
-
-
-def peak_extra_bytes(run: Callable[[], Any], device: torch.device) -> int:
-    """The most that `run` holds beyond what was there before it.
-
-    CUDA: the caching allocator's peak. CPU: the running sum of PyTorch's own allocations as torch.profiler records
-    them, to the byte; scratch memory inside MKL is not in it.
-    """
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    held = peak = 0
-    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
-        held += event["args"]["Bytes"]
-        peak = max(peak, held)
-    return peak

@@ -1,11 +1,10 @@
 """Model FLOPs of a batch, and what the machine can do."""
 
-import platform
 import time
-from pathlib import Path
 
 import torch
 
+from benchmarks.operators.results import processor
 from benchmarks.training.load import SHAPES, Lengths
 
 NOMINAL_BF16 = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12}
@@ -50,11 +49,7 @@ def gemm_rate(device: torch.device) -> tuple[float, float]:
 
 
 def machine() -> dict[str, str | int]:
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        cpu = next((x.split(":")[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")), cpu)
-    found = {"cpu": cpu, "threads_per_process": torch.get_num_threads(), "torch": torch.__version__}
+    found = {"cpu": processor(), "threads_per_process": torch.get_num_threads(), "torch": torch.__version__}
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found

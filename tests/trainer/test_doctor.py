@@ -124,7 +124,7 @@ def test_devices():
 
 def test_versions(monkeypatch):
     installed = {"torch": "2.13.0+cu130", "megatron-core": "0.15.0", "mbridge": "0.15.1", "transformers": "5.19.0"}
-    monkeypatch.setattr(machine, "_installed", installed.get)
+    monkeypatch.setattr(machine, "installed", installed.get)
     config = from_tree({"run": {"directory": "r"}, "model": {"path": "m"}, "data": {"train": "t"},
                         "rollout": {"engine": "vllm"}})  # fmt: skip
     found = {check.name: check for check in machine.versions(config, gpus=8)}
