@@ -217,9 +217,8 @@ def crpo_triton(logprobs: Tensor, entropy: Tensor, token_ids: Tensor, terms: Los
     outputs = torch.empty(6, rows, dtype=torch.float32, device=logprobs.device)
     results = TokenLosses(*outputs[:5], None if terms.entropy_weights is None else outputs[5])
     if rows:
-        inputs = [None if x is None else x.contiguous() for x in terms[:6]]
         _crpo_kernel[(-(-rows // CRPO_ROWS),)](
-            *(logprobs, entropy, token_ids, *inputs),
+            *(logprobs, entropy, token_ids, *terms[:6]),
             *results,
             rows,
             *(float(terms.clip_low), float(terms.clip_high)),
