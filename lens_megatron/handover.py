@@ -45,12 +45,14 @@ def engine_awake(run: Run) -> Iterator[None]:
     if renewed and not run.trainer_memory.is_away:
         _compare(run, answer)
         renewed = False
-    if isinstance(run.engine, TeamEngine):
+    # As many phases on the rank that leads as on those that follow, or the watchdog would take some to be late.
+    if isinstance(run.engine, TeamEngine) and not run.team.leads:
         with run.clock("gen"):
             run.engine.follow()
     yield
-    if isinstance(run.engine, TeamEngine):
-        run.engine.dismiss()
+    if isinstance(run.engine, TeamEngine) and run.team.leads:
+        with run.clock("gen"):
+            run.engine.dismiss()
     with run.clock("sleep"):
         run.engine.sleep()
         run.trainer_memory.to_device()

@@ -35,10 +35,10 @@ def memory_mistakes(
         elif phase.total > cluster.memory_bytes:
             mistakes.append(_too_much(phase, shape, layout, work, cluster))
     ranks = min(cluster.gpus_per_node, cluster.gpus)
-    host = ranks * max(memory.state_bytes(shape, layout, s).reference_on_host for s in range(layout.pp))
+    host = ranks * max(memory.state_bytes(shape, layout, s).on_host for s in range(layout.pp))
     if host > cluster.host_bytes:
         mistakes.append(
-            f"the reference policy takes {gib(host)} GiB of host memory per node, cluster.host_memory_gib is "
+            f"host memory for {memory.held_on_host(layout)} is {gib(host)} GiB per node, cluster.host_memory_gib is "
             f"{gib(cluster.host_bytes)}; raise megatron.tensor_model_parallel_size or set algorithm.kl_coef=0 with "
             "lens.enabled=false"
         )
@@ -82,6 +82,8 @@ def _remedy(name: str, shape: ModelShape, layout: Layout, work: Workload, cluste
     while name == "rollout" and layout.engine == "local" and running > 8:
         running //= 2
         changes.append((f"rollout.max_running_sequences={running}", layout, replace(work, running=running)))
+    if name == "rollout" and layout.engine == "vllm" and not layout.offload:
+        changes.append(("rollout.offload_trainer=true", replace(layout, offload=True), work))
     share = layout.engine_share
     while name == "rollout" and layout.engine == "vllm" and share > 0.2:
         share = round(share - 0.05, 2)

@@ -52,6 +52,8 @@ class Layout:
     """vLLM's gpu_memory_utilization."""
     reference: bool
     """A frozen reference policy, kept on the host and swapped in for a pass."""
+    offload: bool
+    """The trainer's state is on the host while the engine samples."""
 
     @property
     def dp(self) -> int:
@@ -142,6 +144,9 @@ def layout_of(config: Config, world: int, spec: LayerSpec) -> Layout:
         engine_tp=config.vllm.tensor_parallel_size if vllm else 1,
         engine_share=config.vllm.gpu_memory_utilization if vllm else 0.0,
         reference=config.algorithm.kl_coef > 0 or config.lens.enabled,
+        offload=vllm and spec is not LayerSpec.LOCAL_CPU
+        if config.rollout.offload_trainer is None
+        else config.rollout.offload_trainer,
     )
 
 

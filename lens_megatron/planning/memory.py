@@ -28,7 +28,8 @@ class State:
     weights: int
     gradients: int
     optimizer: int
-    reference_on_host: int
+    on_host: int
+    """The reference policy always; weights and optimizer while the engine samples, if they are offloaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,12 @@ class PhaseBytes:
 COMPONENTS = tuple(field.name for field in fields(PhaseBytes) if field.name not in ("phase", "stage"))
 
 
+def held_on_host(layout: Layout) -> str:
+    """What `State.on_host` is of, in words."""
+    reference, state = "the reference policy", "the trainer's state while the engine samples"
+    return " and ".join([reference] * layout.reference + [state] * layout.offload)
+
+
 def state_bytes(shape: ModelShape, layout: Layout, stage: int) -> State:
     """Weights, gradient buffer and Adam's state of one rank.
 
@@ -74,11 +81,12 @@ def state_bytes(shape: ModelShape, layout: Layout, stage: int) -> State:
     parameters = shape.stage_parameters(layout.tp, layout.pp, stage)
     per_parameter = 2 * FLOAT32 + (FLOAT32 if layout.element_bytes < FLOAT32 else 0)
     weights = parameters * layout.element_bytes
+    optimizer = parameters * per_parameter // layout.optimizer_shards
     return State(
         weights=weights,
         gradients=parameters * layout.gradient_bytes,
-        optimizer=parameters * per_parameter // layout.optimizer_shards,
-        reference_on_host=weights if layout.reference else 0,
+        optimizer=optimizer,
+        on_host=weights * layout.reference + (weights + optimizer) * layout.offload,
     )
 
 
@@ -149,11 +157,16 @@ def kv_bytes_per_sequence(shape: ModelShape, layout: Layout, work: Workload) -> 
 
 def _base(phase: str, shape: ModelShape, layout: Layout, stage: int, **more: int) -> PhaseBytes:
     state = state_bytes(shape, layout, stage)
-    asleep = VLLM_ASLEEP_BYTES if layout.engine == "vllm" else engine_weight_bytes(shape, layout)
-    values = {"engine": asleep, **more}
+    engine = engine_weight_bytes(shape, layout)
+    if layout.engine == "vllm":
+        # It gets the new weights at a step's end and keeps them while prompts are scored.
+        engine = VLLM_ASLEEP_BYTES + (engine if phase == "scores" else 0)
     framework = 0 if layout.spec is LayerSpec.LOCAL_CPU else FRAMEWORK_BYTES
+    values = {"engine": engine, "framework": framework, **more}
+    if phase == "rollout" and layout.offload:
+        return PhaseBytes(phase, stage, **values)
     return PhaseBytes(
-        phase, stage, state.weights, gradients=state.gradients, optimizer=state.optimizer, framework=framework, **values
+        phase, stage, weights=state.weights, gradients=state.gradients, optimizer=state.optimizer, **values
     )
 
 

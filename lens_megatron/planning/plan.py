@@ -29,7 +29,7 @@ class Plan:
     running: int
     """Sequences of full length that one engine decodes at once."""
     host_bytes: int
-    """Of one node, for the reference policy."""
+    """Of one node: see memory.held_on_host."""
     checkpoint_bytes: int
     steps: int
     keep: int
@@ -64,7 +64,7 @@ def make_plan(
         times=tuple(step_times(shape, layout, work, cluster, assumed, running)),
         sync=weight_sync(shape, layout, cluster, assumed),
         running=running,
-        host_bytes=cluster.gpus_per_node * max(state.reference_on_host for state in states),
+        host_bytes=cluster.gpus_per_node * max(state.on_host for state in states),
         checkpoint_bytes=checkpoint_bytes(shape, layout),
         steps=config.train.steps,
         keep=config.train.save_total_limit + config.train.save_best_limit,

@@ -58,7 +58,7 @@ def _memory(plan: Plan) -> list[str]:
     if plan.layout.pp > 1:
         lines.append("pipeline stage shown".ljust(WIDTH) + "".join(f"{phase.stage:>12}" for phase in phases))
     if plan.host_bytes:
-        lines.append(f"host memory per node: {gib(plan.host_bytes)} GiB for the reference policy, pinned")
+        lines.append(f"host memory per node: {gib(plan.host_bytes)} GiB for {memory.held_on_host(plan.layout)}, pinned")
     return lines
 
 

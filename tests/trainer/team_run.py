@@ -5,10 +5,11 @@ The generators of the ranks differ, requests come in the middle, some are taken 
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from records import PROMPT, group
 from transformers import AutoModelForCausalLM
 
 from lens_megatron.config import Config, from_tree
@@ -18,8 +19,9 @@ from lens_megatron.policy.parallel import shut_down
 from lens_megatron.rollout import vllm_options
 from lens_megatron.rollout.engine import Completion, Request
 from lens_megatron.rollout.local import LocalEngine
-from lens_megatron.rollout.team import EngineTeamError, Team, TeamEngine, build_team
+from lens_megatron.rollout.team import EngineTeamError, Team, TeamEngine, build_team, collect, hand_back
 from lens_megatron.rollout.vllm_engine import VllmEngine
+from lens_megatron.types import PurifiedPrompt
 
 SHORT, LONG = (5, 17, 9, 60, 33), tuple(3 + 7 * i % 90 for i in range(200))
 CANCELLED = (4, 5)
@@ -102,11 +104,24 @@ def said_when_ranks_differ(model: str, other: str, team: Team) -> str:
     return ""
 
 
+def dealt_and_handed_back(team: Team) -> dict[str, list[int]]:
+    """The follower was dealt more prompts than the leader. Indices of prompts, in order."""
+    count, first = team.rank + 1, 10 * torch.distributed.get_rank()
+    own = [replace(PROMPT, index=first + i) for i in range(count)]
+    purified = [PurifiedPrompt((1, 2), (1,), (0.5,) * 6) if i else None for i in range(count)]
+    work = collect(team, own, purified)
+    assert all((p is None) == (prompt.index % 10 == 0) for prompt, p in zip(work.prompts, work.purified, strict=True))
+    sampled = [replace(group("10"), prompt=prompt) for prompt in work.prompts]
+    back = hand_back(team, sampled, work)
+    return {"led": [p.index for p in work.prompts], "back": [g.prompt.index for g in back]}
+
+
 def main(model: str, other: str, out: Path) -> None:
     platform.init_process_group(platform.install())
     team, rank = build_team(2), torch.distributed.get_rank()
+    dealt = dealt_and_handed_back(team)
     said = said_when_ranks_differ(model, other, team)
-    found = {"team": team.number, "leads": team.leads, "engines": team.engines, "said": said}
+    found = {"team": team.number, "leads": team.leads, "engines": team.engines, "said": said, **dealt}
     found["phases"] = drawn(model, other, team)
     (out / f"rank_{rank}.json").write_text(json.dumps(found))
     shut_down()

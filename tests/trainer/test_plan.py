@@ -189,6 +189,19 @@ def test_micro_batches_are_filled_with_what_is_longest_or_fills_best():
     assert work.micro_batches(4, 4608) == 128 * 8 // 4 // 2
 
 
+def test_a_colocated_engine_has_the_gpu_while_it_samples():
+    """And its weights are there while prompts are scored, beside all of the trainer's."""
+    options = ["rollout.engine=vllm", "vllm.gpu_memory_utilization=0.5"]
+    plan = make_plan(configuration.load(QWEN_7B, options))
+    stay = make_plan(configuration.load(QWEN_7B, [*options, "rollout.offload_trainer=false"]))
+    scores, rollout, _, update = plan.phases
+    assert (rollout.weights, rollout.gradients, rollout.optimizer) == (0, 0, 0)
+    assert scores.engine == update.engine + 7_615_616_512 * 2
+    state = update.weights + update.gradients + update.optimizer
+    assert stay.phases[1].total == rollout.total + state and stay.phases[3] == update
+    assert plan.host_bytes - stay.host_bytes == 8 * (update.weights + update.optimizer)
+
+
 def test_rollout_of_the_embedded_engine():
     planned = make_plan(configuration.load(QWEN_7B))
     rollout = next(phase for phase in planned.phases if phase.phase == "rollout")
@@ -263,12 +276,15 @@ def test_the_table(capsys):
          "rollout: needs 82.2 GiB per GPU, a GPU of this cluster has 79.3; the largest part is kv cache with 31.5 GiB; "
          "it fits with rollout.max_running_sequences=64"),
         (["cluster.gpu_memory_gib=40"], "no layout on this cluster makes it fit; take more GPUs"),
-        (["cluster.host_memory_gib=32"], "the reference policy takes 56.7 GiB of host memory per node, cluster"),
+        (["cluster.host_memory_gib=32"], "host memory for the reference policy is 56.7 GiB per node, cluster"),
         (["rollout.engine=vllm", "vllm.gpu_memory_utilization=0.2"], "leave -1.3 GiB of vllm.gpu_memory_utiliz"),
         (["rollout.engine=vllm", "vllm.tensor_parallel_size=8"], "vllm.tensor_parallel_size (8) does not divide the m"),
         (["rollout.engine=vllm", "vllm.tensor_parallel_size=4", "cluster.gpus_per_node=2", "cluster.nodes=4"],
          "vllm.tensor_parallel_size (4) does not divide the ranks of a node (2)"),
-        (["rollout.engine=vllm", "vllm.gpu_memory_utilization=0.6"], "it fits with vllm.gpu_memory_utilization=0.5"),
+        (["rollout.engine=vllm", "vllm.gpu_memory_utilization=0.6", "rollout.offload_trainer=false"],
+         "it fits with rollout.offload_trainer=true"),
+        (["rollout.engine=vllm", "vllm.gpu_memory_utilization=0.97"],
+         "it fits with vllm.gpu_memory_utilization=0.92"),
         (["train.max_tokens_per_micro_batch=40000"], "update: needs"),
         (["megatron.virtual_pipeline_model_parallel_size=2"], "interleaves the stages of a pipeline, but"),
         (["megatron.sequence_parallel=true", "megatron.tensor_model_parallel_size=1"], "or set sequence_parallel to f"),

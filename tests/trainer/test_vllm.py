@@ -347,7 +347,7 @@ def test_heads_that_vllm_has_no_attention_for_are_refused(toy: Toy):
         make(toy.model, [])
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_program_trains_on_rollouts_of_vllm(roomy: Toy, ranks: int, tmp_path: Path):
     tree = roomy.tree(tmp_path / "run", rollout={"engine": "vllm"}, data={"eval": [str(roomy.eval)]})
     rows = launch(tree, tmp_path, ranks)

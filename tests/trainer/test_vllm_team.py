@@ -43,6 +43,8 @@ def test_the_ranks_of_an_engine_draw_the_same_and_it_is_the_models(ranks: int, t
         (r // 2, r % 2 == 0, ranks // 2) for r in range(ranks)
     ]
     for rank, here in enumerate(found):
+        assert here["led"] == ([] if rank % 2 else [10 * rank, 10 * rank + 10, 10 * rank + 11])
+        assert here["back"] == ([10 * rank, 10 * rank + 1] if rank % 2 else [10 * rank])
         assert here["said"].startswith(f"the 2 ranks of engine {here['team']} drew different tokens")
         wanted = {request.request_id: request for request in team_run.requests(here["team"])}
         phases = [completions(phase) for phase in here["phases"]]
