@@ -6,6 +6,7 @@ import signal
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -24,12 +25,13 @@ from lens_megatron.policy.model import DTYPES, build_policy, check_layout
 from lens_megatron.policy.parallel import build_mesh, shut_down
 from lens_megatron.prompts import DataError, PromptStream, load_prompts
 from lens_megatron.reward import GraderPool, GraderStartError
-from lens_megatron.rollout import replay, vllm_options
-from lens_megatron.rollout.engine import RolloutEngine
+from lens_megatron.rollout import replay, server_engine, vllm_options
+from lens_megatron.rollout.engine import EnginesLostError, RolloutEngine
 from lens_megatron.rollout.local import LocalEngine
 from lens_megatron.rollout.meter import SamplingProgress
 from lens_megatron.rollout.replay import ReplayError
 from lens_megatron.rollout.scheduler import Sampler
+from lens_megatron.rollout.server_process import ServerProcess, start_servers, stop_all
 from lens_megatron.rollout.unfinished import UnfinishedGroups
 from lens_megatron.rollout.vllm_engine import VllmEngine
 from lens_megatron.run import Run
@@ -62,6 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     try:
         train(run_folder.restarted(configuration.load(parsed.config, parsed.overrides)))
+    except EnginesLostError as error:
+        metrics.say(f"error: {error}")  # by the rank that has lost them
+        metrics.say("what was graded is kept: the same command goes on from there")
+        return exit_codes.ENGINES_LOST
     except (*USER_ERRORS, NonFiniteError) as error:
         if int(os.environ.get("RANK", 0)) == 0:
             metrics.say(f"error: {error}")
@@ -127,7 +133,7 @@ def build_run(config: Config, *, resuming: bool) -> Run:
     device = platform.install()
     hf_config = read_hf_config(config.model.path)
     check_layout(config, hf_config)
-    if config.rollout.engine == "vllm":
+    if config.rollout.engine in ("vllm", "vllm_server"):
         vllm_options.check(config, hf_config)
     tokenizer = load_tokenizer(config.model.path, hf_config.vocab_size)
     if config.debug.load_rollouts:
@@ -137,10 +143,14 @@ def build_run(config: Config, *, resuming: bool) -> Run:
     patience = config.run.phase_timeout_minutes + 10 if config.run.phase_timeout_minutes else 30
     platform.init_process_group(device, patience)  # the watchdog, which knows more, must speak first
     mesh = build_mesh(config.megatron, config.run.seed, device, patience)
-    policy = build_policy(config, mesh)
-    graders.wait_ready()
-    _prepare_folder(config, mesh.rank, mesh.device, resuming)
-    engine = _build_engine(config, hf_config, device)
+    servers = start_servers(config, hf_config, mesh.rank, mesh.world_size)  # they need longer than all that follows
+    with ExitStack() as on_failure:
+        on_failure.callback(stop_all, servers)
+        policy = build_policy(config, mesh)
+        graders.wait_ready()
+        _prepare_folder(config, mesh.rank, mesh.device, resuming)
+        engine = _build_engine(config, hf_config, device, servers)
+        on_failure.pop_all()
     share = mesh.dp_rank + mesh.dp_size * mesh.model_rank  # as `step.sample_groups` deals the prompts
     unfinished = UnfinishedGroups(Path(config.run.directory) / "unfinished", share, mesh.world_size)
     sampler = Sampler(engine, graders, tokenizer.decode, config.rollout, config.lens, config.run.seed, unfinished)
@@ -150,10 +160,21 @@ def build_run(config: Config, *, resuming: bool) -> Run:
     return run
 
 
-def _build_engine(config: Config, hf_config: PretrainedConfig, device: torch.device) -> RolloutEngine:
+def _build_engine(
+    config: Config, hf_config: PretrainedConfig, device: torch.device, servers: Sequence[ServerProcess]
+) -> RolloutEngine:
     """A collective where the engine is vLLM's."""
     if config.rollout.engine == "vllm":
         return VllmEngine(config, hf_config)
+    if config.rollout.engine == "vllm_server":
+        engine, failure = None, None
+        try:
+            engine = server_engine.build(config, hf_config, servers, metrics.say)
+        except ConfigError as error:
+            failure = error
+            metrics.say(f"rank {torch.distributed.get_rank()}: {error}")
+        _raise_together(failure, "the servers of another rank cannot be used", device)
+        return engine
     return LocalEngine(
         config.model.path,
         max_running_sequences=config.rollout.max_running_sequences,
@@ -203,10 +224,15 @@ def _prepare_folder(config: Config, rank: int, device: torch.device, resuming: b
             run_folder.prepare(config, topology, resuming=resuming)
         except RunFolderError as error:
             failure = error
+    _raise_together(failure, "the run folder could not be prepared", device)
+
+
+def _raise_together(failure: Exception | None, otherwise: str, device: torch.device) -> None:
+    """Raises on every rank if any has a failure: its own, or ConfigError(otherwise). A collective."""
     failed = torch.tensor([failure is not None], dtype=torch.int32, device=device)
     torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX)
     if failed.item():
-        raise failure or RunFolderError("the run folder could not be prepared")
+        raise failure or ConfigError(otherwise)
 
 
 def _describe(run: Run) -> None:

@@ -49,6 +49,10 @@ class WeightManifestError(RuntimeError):
     """The streamed weights are not exactly the engine's: names missing, unknown, duplicate, or of another shape."""
 
 
+class EnginesLostError(RuntimeError):
+    """No engine is left that could serve what is asked for."""
+
+
 class WeightManifest:
     """What a stream of weights must hold, and what was wrong with the part of it that has come."""
 

@@ -1,8 +1,8 @@
-"""Runs a command that must not outlive whoever started it: `python -m lens_megatron.rollout.leash PARENT_PID command...`
+"""Runs a command that must not outlive its parent: `python -m lens_megatron.rollout.leash PARENT_PID command...`
 
 Ends the command's whole process group when the parent is gone, however it went, or on SIGTERM; ends when the command
-does. A process of its own, because a killed trainer can no longer end anything, and a death signal would reach its child
-but not that child's children.
+does. A process of its own: a killed trainer can no longer end anything, and a death signal would reach its child but
+not that child's children.
 """
 
 import ctypes

@@ -32,6 +32,8 @@ OWNED = {
     "speculative_config": "drafted tokens ignore the requests' seeds",
     "enable_lora": "the trainer's weights are whole",
     "distributed_executor_backend": "torchrun starts the processes",
+    "weight_transfer_config": "weights come from the trainer",
+    "generation_config": "requests say all that there is to sampling",
     "pipeline_parallel_size": "the embedded engine is not cut into stages",
     "data_parallel_size": "every rank has an engine",
 }
@@ -51,14 +53,14 @@ def check(config: Config, hf_config: PretrainedConfig) -> None:
     install = "pip install -e '.[gpu]'" if cuda else "make setup-vllm"
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(
-            f"rollout.engine=vllm needs the package {package}, which is not installed: {install}, "
+            f"rollout.engine={config.rollout.engine} needs the package {package}, which is not installed: {install}, "
             "or train with rollout.engine=local"
         )
     for name in sorted(OWNED.keys() & options.keys()):
         raise ConfigError(f"vllm.{name} cannot be set: {OWNED[name]}; remove it")
-    if config.rollout.schedule == "speculative":
+    if config.rollout.schedule == "speculative" and config.rollout.engine == "vllm":
         raise ConfigError(
-            "rollout.schedule=speculative takes requests back, which only rollout.engine=local can; choose streamed"
+            "rollout.schedule=speculative takes requests back, which rollout.engine=vllm cannot; choose streamed"
         )
     for name in ("rollout.temperature", "train.eval_temperature"):
         section, _, key = name.partition(".")

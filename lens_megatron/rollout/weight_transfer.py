@@ -131,6 +131,11 @@ def address_towards(host: str, port: int) -> str:
         return probe.getsockname()[0]
 
 
+def payload(bucket: Bucket) -> Any:
+    """What this machine's links send of a bucket; made once for all of them."""
+    return [tensor.contiguous() for tensor in bucket.tensors] if torch.cuda.is_available() else pack(bucket.tensors)
+
+
 class Link(Protocol):
     """The trainer's end of one server's group."""
 
@@ -140,8 +145,11 @@ class Link(Protocol):
     def join(self) -> None:
         """Waits for the server's workers. Raises RuntimeError when they do not come in time."""
 
-    def send(self, bucket: Bucket) -> None:
-        """Sends a bucket, while the server receives it under /update_weights. Raises RuntimeError if it breaks off."""
+    def send(self, payload: Any) -> None:
+        """Sends what `payload` made, while the server receives it under /update_weights.
+
+        Raises RuntimeError if that breaks off.
+        """
 
     def close(self) -> None: ...
 
@@ -176,8 +184,8 @@ class GlooLink:
     def join(self) -> None:
         self.group = gloo_group(self.host, self.store, 0, self.size, self.timeout)
 
-    def send(self, bucket: Bucket) -> None:
-        self.group.broadcast(pack(bucket.tensors), 0).wait()
+    def send(self, payload: Tensor) -> None:
+        self.group.broadcast(payload, 0).wait()
 
     def close(self) -> None:
         self.group = None
@@ -202,14 +210,18 @@ class NcclLink:
         there = {"master_address": self.host, "master_port": self.port, "world_size": self.size}
         self.communicator = trainer_init(there)
 
-    def send(self, bucket: Bucket) -> None:
-        stream = torch.cuda.current_stream()
-        sent = [tensor.contiguous() for tensor in bucket.tensors]
-        for tensor in sent:
-            self.communicator.broadcast(tensor, src=0, stream=stream)
-        stream.synchronize()
+    def send(self, payload: list[Tensor]) -> None:
+        with torch.cuda.device(payload[0].device):
+            stream = torch.cuda.current_stream()
+            for tensor in payload:
+                self.communicator.broadcast(tensor, src=0, stream=stream)
+            stream.synchronize()
 
     def close(self) -> None:
         if self.communicator is not None:
             self.communicator.destroy()
             self.communicator = None
+
+
+def make_link(host: str, port: int, workers: int, timeout_s: float) -> Link:
+    return (NcclLink if torch.cuda.is_available() else GlooLink)(host, port, workers, timeout_s)
