@@ -142,9 +142,10 @@ def completion_of(reply: Any, request: Request, expected: Expected) -> Completio
         tokens, reason, spans = choice["token_ids"], choice["finish_reason"], choice["weight_versions"]
         entries = [(entry["token_id"], entry["logprob"]) for entry in choice["logprobs"]["content"]]
         versions = [(span["version"], span["start"], span["end"]) for span in spans]
+        length = len(tokens)
     except (KeyError, TypeError, ValueError):
         raise ServerError(f"request {request.request_id}: not a completion: {str(reply)[:200]}") from None
-    if versions != [(expected.label, 0, len(tokens))]:
+    if versions != [(expected.label, 0, length)]:
         raise OtherVersionError(f"it sampled with weights {versions}, the trainer's are {expected.label}")
     wrong = _what_is_wrong(tokens, entries, reason, request, expected)
     if wrong:
