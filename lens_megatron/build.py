@@ -1,6 +1,8 @@
 """A configuration -> everything one rank of a run holds, checked in the order in which mistakes are cheapest."""
 
 import os
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -16,12 +18,13 @@ from lens_megatron.policy.offload import TrainerMemory, is_enabled
 from lens_megatron.policy.parallel import build_mesh
 from lens_megatron.prompts import DataError, PromptStream, load_prompts
 from lens_megatron.reward import GraderPool
-from lens_megatron.rollout import replay, vllm_options
+from lens_megatron.rollout import replay, server_engine, vllm_options
 from lens_megatron.rollout.ahead import Ahead
 from lens_megatron.rollout.board import Board, job_store
 from lens_megatron.rollout.engine import RolloutEngine
 from lens_megatron.rollout.local import LocalEngine
 from lens_megatron.rollout.scheduler import Sampler
+from lens_megatron.rollout.server_process import ServerProcess, start_servers, stop_all
 from lens_megatron.rollout.team import Team, TeamEngine, build_team
 from lens_megatron.rollout.unfinished import UnfinishedGroups
 from lens_megatron.rollout.vllm_engine import VllmEngine
@@ -37,7 +40,7 @@ def build_run(config: Config, *, resuming: bool) -> Run:
     device = platform.install()
     hf_config = read_hf_config(config.model.path)
     check_layout(config, hf_config)
-    if config.rollout.engine == "vllm":
+    if config.rollout.engine in ("vllm", "vllm_server"):
         vllm_options.check(config, hf_config)
     tokenizer = load_tokenizer(config.model.path, hf_config.vocab_size)
     if config.debug.load_rollouts:
@@ -47,14 +50,18 @@ def build_run(config: Config, *, resuming: bool) -> Run:
     patience = config.run.phase_timeout_minutes + 10 if config.run.phase_timeout_minutes else 30
     platform.init_process_group(device, patience)  # the watchdog, which knows more, must speak first
     mesh = build_mesh(config.megatron, config.run.seed, device, patience)
-    policy = build_policy(config, mesh)
-    graders.wait_ready()
-    _prepare_folder(config, mesh.rank, mesh.device, resuming)
-    memory = TrainerMemory(policy, enabled=is_enabled(config, device))
-    memory.to_host()  # vLLM counts what is free before it takes its share
     team = build_team(config.ranks_per_engine, patience)
-    engine = _build_engine(config, hf_config, device, team)
-    memory.to_device()
+    servers = start_servers(config, hf_config, mesh.rank, mesh.world_size)  # they need longer than all that follows
+    with ExitStack() as on_failure:
+        on_failure.callback(stop_all, servers)
+        policy = build_policy(config, mesh)
+        graders.wait_ready()
+        _prepare_folder(config, mesh.rank, mesh.device, resuming)
+        memory = TrainerMemory(policy, enabled=is_enabled(config, device))
+        memory.to_host()  # vLLM counts what is free before it takes its share
+        engine = _build_engine(config, hf_config, device, team, servers)
+        memory.to_device()
+        on_failure.pop_all()
     share = mesh.dp_rank + mesh.dp_size * mesh.model_rank  # as `sampling.prepare` deals the prompts
     staleness = config.rollout.off_policy_steps * config.train.updates_per_batch
     unfinished = UnfinishedGroups(Path(config.run.directory) / "unfinished", share, mesh.world_size, staleness)
@@ -83,13 +90,24 @@ def build_run(config: Config, *, resuming: bool) -> Run:
     return run
 
 
-def _build_engine(config: Config, hf_config: PretrainedConfig, device: torch.device, team: Team) -> RolloutEngine:
+def _build_engine(
+    config: Config, hf_config: PretrainedConfig, device: torch.device, team: Team, servers: Sequence[ServerProcess]
+) -> RolloutEngine:
     """A collective where the engine is vLLM's."""
     if config.rollout.engine == "vllm":
         engine = VllmEngine(config, hf_config)
         if engine.left_by_sleep is not None and torch.distributed.get_rank() == 0:
             metrics.say(f"vLLM asleep leaves {engine.left_by_sleep / 2**30:.2f} GiB of the GPU in use")
         return engine if team.size == 1 else TeamEngine(engine, team)
+    if config.rollout.engine == "vllm_server":
+        engine, failure = None, None
+        try:
+            engine = server_engine.build(config, hf_config, servers, metrics.say)
+        except ConfigError as error:
+            failure = error
+            metrics.say(f"rank {torch.distributed.get_rank()}: {error}")
+        _raise_together(failure, "the servers of another rank cannot be used", device)
+        return engine
     return LocalEngine(
         config.model.path,
         max_running_sequences=config.rollout.max_running_sequences,
@@ -145,10 +163,15 @@ def _prepare_folder(config: Config, rank: int, device: torch.device, resuming: b
             run_folder.prepare(config, topology, resuming=resuming)
         except RunFolderError as error:
             failure = error
+    _raise_together(failure, "the run folder could not be prepared", device)
+
+
+def _raise_together(failure: Exception | None, otherwise: str, device: torch.device) -> None:
+    """Raises on every rank if any has a failure: its own, or ConfigError(otherwise). A collective."""
     failed = torch.tensor([failure is not None], dtype=torch.int32, device=device)
     torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX)
     if failed.item():
-        raise failure or RunFolderError("the run folder could not be prepared")
+        raise failure or ConfigError(otherwise)
 
 
 def _describe(run: Run) -> None:

@@ -5,11 +5,12 @@ under Megatron's own names. Cross-checks that need more than one option are in `
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lens_megatron.config_files import ConfigError, apply_override, read_tree
 from lens_megatron.config_section import Section, explain
@@ -56,8 +57,12 @@ class DataConfig(Section):
 
 
 class RolloutConfig(Section):
-    engine: Literal["local", "vllm"] = "local"
-    """local: transformers, a whole model in every process. vllm: colocated in the trainer's processes."""
+    engine: Literal["local", "vllm", "vllm_server"] = "local"
+    """local: transformers, a whole model in every process. vllm: colocated in the trainer's processes. vllm_server: in
+    processes of their own, here or on other machines."""
+    servers: int | tuple[str, ...] = 1
+    """Of vllm_server: how many to start, each beside the rank that drives it; or addresses of running ones,
+    http://host:port. Server i is driven by rank i modulo the number of ranks."""
     prompts_per_step: int = Field(128, ge=1)
     rollouts_per_prompt: int = Field(8, ge=1)
     max_response_length: int = Field(1024, ge=1)
@@ -77,6 +82,17 @@ class RolloutConfig(Section):
     share_work: bool | None = None
     """All engines pull from one queue, so that none is idle while another has much to do. Which engine serves a request
     is then a matter of timing, and log-probabilities differ by rounding from run to run. Default: not with `local`."""
+
+    @field_validator("servers", mode="before")
+    @classmethod
+    def check_servers(cls, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            bad = [v for v in value if not isinstance(v, str) or not re.fullmatch(r"http://[^/:\s]+:\d+", v)]
+            if bad or not value or len(set(value)) < len(value):
+                raise ValueError("expected different addresses such as [http://10.0.0.7:8000]")
+        elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError("expected a number of servers, 1 or more, or a list of their addresses")
+        return value
 
 
 class RewardConfig(Section):

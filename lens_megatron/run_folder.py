@@ -21,7 +21,7 @@ MAY_CHANGE = ("run.", "debug.", "cluster", "reward.workers_per_rank", "train.ste
               "train.save_", "train.async_save", "train.metric_for_best_model", "train.max_tokens_per_micro_batch",
               "train.max_skipped_updates", "megatron.tensor_model_parallel_size", "megatron.sequence_parallel",
               "megatron.pipeline_model_parallel_size", "megatron.virtual_pipeline_model_parallel_size",
-              "megatron.context_parallel_size", "megatron.use_distributed_optimizer")  # fmt: skip
+              "megatron.context_parallel_size", "megatron.use_distributed_optimizer", "rollout.servers")  # fmt: skip
 """Options that a resumed run may set differently: none of them changes what a step computes, but for rounding."""
 PACKAGES = (
     "torch",

@@ -23,6 +23,7 @@ from lens_megatron.policy.parallel import shut_down
 from lens_megatron.prompts import DataError
 from lens_megatron.reward import GraderStartError
 from lens_megatron.rollout import replay
+from lens_megatron.rollout.engine import EnginesLostError
 from lens_megatron.rollout.meter import SamplingProgress
 from lens_megatron.rollout.replay import ReplayError
 from lens_megatron.run import Run
@@ -57,6 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     try:
         train(run_folder.restarted(configuration.load(parsed.config, parsed.overrides)))
+    except EnginesLostError as error:
+        metrics.say(f"error: {error}")  # by the rank that has lost them
+        metrics.say("what was graded is kept: the same command goes on from there")
+        return exit_codes.ENGINES_LOST
     except (*USER_ERRORS, NonFiniteError) as error:
         if int(os.environ.get("RANK", 0)) == 0:
             metrics.say(f"error: {error}")

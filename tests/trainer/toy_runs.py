@@ -55,7 +55,7 @@ def torchrun(ranks: int) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests" / "trainer")]
+    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests" / "trainer"), os.environ.get("PYTHONPATH", "")]
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     return {**kept, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 

@@ -1,0 +1,252 @@
+"""The servers that one rank drives: requests dealt out, answers checked, the dead buried and started again.
+
+Everything here runs in one asyncio loop; `server_engine.py` is what other threads see. Which server may do what is
+decided by `fleet.py`; here its events are found out and its decisions carried out.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+
+from lens_megatron.rollout import fleet
+from lens_megatron.rollout.engine import Completion, Request
+from lens_megatron.rollout.fleet import Event, Limits, Server, State
+from lens_megatron.rollout.server_client import (
+    UNLOADED,
+    Client,
+    Expected,
+    OtherVersionError,
+    ServerError,
+    completion_of,
+    generate_body,
+)
+from lens_megatron.rollout.server_process import ServerProcess
+from lens_megatron.rollout.weight_transfer import Link
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """One server of the pool."""
+
+    name: str
+    session: aiohttp.ClientSession
+    process: ServerProcess | None = None
+    """None: somebody else started it."""
+    address: str = ""
+    """Of a server that somebody else started."""
+    known: Server = Server()
+    link: Link | None = None
+    running: dict[int, asyncio.Task] = field(default_factory=dict)
+    """Requests that it works on."""
+    started_at: float = 0.0
+    trouble: ServerError | None = None
+    """Why it counts as not started yet."""
+
+    @property
+    def client(self) -> Client:
+        return Client(self.process.address if self.process else self.address, self.session)
+
+    def close_link(self) -> None:
+        if self.link is not None:
+            self.link.close()
+            self.link = None
+
+
+class ServerPool:
+    """Args:
+    per_server: requests that a server is given at once.
+    expected: what completions must agree with, but for the weights.
+    say: tells people.
+    """
+
+    def __init__(self, per_server: int, expected: Expected, limits: Limits, say: Callable[[str], None]):
+        self.per_server, self.expected, self.limits, self.say = per_server, expected, limits, say
+        self.members: list[Member] = []
+        self.version: int | None = None
+        """Of the weights last loaded."""
+        self.requests: dict[int, Request] = {}
+        """Neither finished nor lost."""
+        self.waiting: deque[Request] = deque()
+        self.finished: list[Completion] = []
+        self.lost: list[Request] = []
+        """No server of this pool can serve them."""
+        self.generated = 0
+        self.news = asyncio.Event()
+        """Something is finished or lost."""
+        self.revives = False
+        """Dead servers are started again without being asked to."""
+        self.failure: BaseException | None = None
+        """A mistake of ours in a background task."""
+        self.background: set[asyncio.Task] = set()
+
+    def add(self, name: str, key: str, process: ServerProcess | None = None, address: str = "") -> None:
+        session = aiohttp.ClientSession(
+            headers={"Authorization": f"Bearer {key}"}, connector=aiohttp.TCPConnector(limit=0)
+        )
+        member = Member(name, session, process, address, started_at=time.monotonic())
+        self.members.append(member)
+        self._spawn(self._watch(member))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task:
+        task = asyncio.create_task(work)
+        self.background.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task) -> None:
+        self.background.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            self.failure = task.exception()
+            self.news.set()
+
+    async def close(self) -> None:
+        tasks = [*self.background]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for member in self.members:
+            member.close_link()
+            await member.session.close()
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        self.requests |= {request.request_id: request for request in requests}
+        self.waiting += requests
+        self.deal()
+
+    def cancel(self, request_ids: set[int]) -> None:
+        """Closing a connection makes vLLM forget the request."""
+        for member in self.members:
+            for number in request_ids & member.running.keys():
+                member.running.pop(number).cancel()
+        self.waiting = deque(r for r in self.waiting if r.request_id not in request_ids)
+        self.finished = [c for c in self.finished if c.request_id not in request_ids]
+        self.lost = [r for r in self.lost if r.request_id not in request_ids]
+        for number in request_ids:
+            self.requests.pop(number, None)
+        self.deal()
+
+    def capacity(self) -> int:
+        return self.per_server * sum(fleet.serving(member.known, self.version) for member in self.members)
+
+    def running(self) -> int:
+        return sum(len(member.running) for member in self.members)
+
+    def deal(self) -> None:
+        """Gives what waits to the servers with the fewest requests. Gives up what no server can serve any more."""
+        eligible = [member for member in self.members if fleet.eligible(member.known, self.version)]
+        while self.waiting and eligible:
+            member = min(eligible, key=lambda member: len(member.running))
+            if len(member.running) >= self.per_server:
+                break
+            request = self.waiting.popleft()
+            member.running[request.request_id] = self._spawn(self._serve(member, request))
+        if self.waiting and not self.capacity():
+            for request in self.waiting:
+                del self.requests[request.request_id]
+            self.lost += self.waiting
+            self.waiting.clear()
+            self.news.set()
+
+    async def _serve(self, member: Member, request: Request) -> None:
+        sent_at, bad_news = time.monotonic(), None
+        try:
+            body = generate_body(request, self.expected.end_tokens)
+            reply = await member.client.post("/inference/v1/generate", None, body)
+            completion = completion_of(reply, request, self.expected)
+        except OtherVersionError as error:
+            bad_news = error
+            self._move(member, fleet.after(member.known, Event.OTHER_VERSION, self.limits, reason=str(error)))
+        except ServerError as error:
+            bad_news = error
+            self._move(member, fleet.failed(member.known, sent_at, time.monotonic(), self.limits, str(error)))
+        if member.running.get(request.request_id) is not asyncio.current_task():
+            return  # it was taken from this server meanwhile
+        del member.running[request.request_id]
+        if bad_news is None:
+            self._move(member, fleet.after(member.known, Event.SERVED, self.limits))
+            del self.requests[request.request_id]
+            self.finished.append(completion)
+            self.generated += len(completion.token_ids)
+            self.news.set()
+        else:
+            self.waiting.appendleft(request)
+        self.deal()
+
+    def _move(self, member: Member, known: Server) -> None:
+        """Takes `known` for what is known now, and does what follows from it."""
+        before, member.known = member.known, known
+        if known.state is before.state:
+            return
+        bad = known.state in (State.DEAD, State.SUSPECT) or (known.state is State.STALE and not known.loading)
+        first_start = before.state is State.RESTARTING and known.starts == 0 and known.state is State.STALE
+        if (bad and not first_start) or before.state in (State.DEAD, State.SUSPECT):
+            why = f": {known.reason}" * bool(bad and known.reason)
+            self.say(f"{member.name}: {before.state} -> {known.state}{why}")
+        if not fleet.serving(known, self.version):
+            for number, task in member.running.items():
+                task.cancel()
+                self.waiting.appendleft(self.requests[number])
+            member.running.clear()
+        if known.state is State.DEAD:
+            member.close_link()
+        self.deal()
+
+    def tell(self, member: Member, event: Event, *, version: int | None = None, reason: str = "") -> None:
+        self._move(member, fleet.after(member.known, event, self.limits, version=version, reason=reason))
+
+    async def _watch(self, member: Member) -> None:
+        """For as long as the pool lives: looks after one server."""
+        while True:
+            status = member.process.status() if member.process else None
+            if status is not None and member.known.state is not State.DEAD:
+                self.tell(member, Event.EXITED, reason=f"ended with status {status}; {member.process.log}")
+            match member.known.state:
+                case State.RESTARTING:
+                    await self._await_start(member)
+                case State.DEAD:
+                    if self.revives:
+                        await self.revive(member)
+                case _:
+                    await self._probe(member)
+            await asyncio.sleep(self.limits.probe_interval_s)
+
+    async def _await_start(self, member: Member) -> None:
+        try:
+            await member.client.version(self.limits.answer_s)
+            self.tell(member, Event.STARTED)
+            return
+        except ServerError as error:
+            member.trouble = error
+        if time.monotonic() - member.started_at > self.limits.start_s:
+            self.tell(member, Event.GIVEN_UP, reason=f"no answer {self.limits.start_s:.0f} s after its start")
+
+    async def revive(self, member: Member) -> None:
+        if member.process is None:
+            with suppress(ServerError):
+                if await member.client.version(self.limits.answer_s) == UNLOADED:
+                    self.tell(member, Event.EXITED, reason=member.known.reason)  # another process than before
+                self.tell(member, Event.STARTED)
+        elif fleet.restartable(member.known, self.limits):
+            await asyncio.to_thread(member.process.stop)  # it may be there still, and hang
+            member.process.start()
+            member.started_at = time.monotonic()
+            self.tell(member, Event.STARTING)
+        else:
+            await asyncio.to_thread(member.process.stop)
+
+    async def _probe(self, member: Member) -> None:
+        try:
+            load = await member.client.load(self.limits.answer_s)
+        except ServerError as error:
+            self.tell(member, Event.SILENT, reason=str(error))
+            return
+        self.tell(member, Event.ANSWERED)
+        busy, now = bool(member.running), time.monotonic()
+        self._move(member, fleet.progressed(member.known, load.tokens, busy, now, self.limits))
+        self.deal()

@@ -1,0 +1,152 @@
+"""The servers' state machine, in every order that events can have."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Self
+
+import pytest
+
+from lens_megatron.rollout import fleet
+from lens_megatron.rollout.fleet import Event, Limits, Server, State
+
+LIMITS = Limits()
+CURRENT = 7
+
+DOUBT = {Event.EXITED, Event.LOAD_BROKE_OFF, Event.OTHER_VERSION, Event.GIVEN_UP}
+"""After any of these nobody can know that the weights are those of before."""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What the events so far allow to be known of a server's weights, whatever its state."""
+
+    being_sent: bool = False
+    version: int | None = None
+
+    def after(self, event: Event, version: int | None) -> Self:
+        if event is Event.LOADING:
+            return Truth(being_sent=True)
+        if event is Event.LOADED:
+            return Truth(version=version) if self.being_sent else self
+        return Truth() if event in DOUBT else self
+
+
+def next_states(server: Server) -> Iterator[tuple[Event | None, int | None, Server]]:
+    """All that can happen to a server. Reasons are left out: they would make equal states different."""
+    for event in Event:
+        if event is Event.STARTING and not fleet.restartable(server, LIMITS):
+            continue
+        for version in (CURRENT - 1, CURRENT) if event is Event.LOADED else (None,):
+            yield event, version, replace(fleet.after(server, event, LIMITS, version=version), reason="")
+    yield None, None, replace(fleet.failed(server, 1.0, 0.0, LIMITS, ""), reason="")
+    yield None, None, replace(fleet.progressed(server, server.tokens, True, 1e9, LIMITS), reason="")
+
+
+def reachable() -> Iterator[tuple[Server, Truth, Event | None, Server, Truth]]:
+    """Every step that any sequence of events can lead to."""
+    seen = {(Server(), Truth())}
+    todo = [*seen]
+    while todo:
+        server, truth = todo.pop()
+        for event, version, after in next_states(server):
+            known = truth.after(event, version) if event else truth
+            yield server, truth, event, after, known
+            if (after, known) not in seen:
+                seen.add((after, known))
+                todo.append((after, known))
+
+
+def test_in_no_sequence_of_events_does_a_server_sample_with_weights_that_may_be_others():
+    steps, eligible = 0, set()
+    for _, _, _, server, truth in reachable():
+        steps += 1
+        for version in (CURRENT - 1, CURRENT):
+            if fleet.serving(server, version) or fleet.eligible(server, version):
+                assert truth.version == version, (server, truth)
+        if fleet.eligible(server, CURRENT):
+            eligible.add(server)
+    assert steps > 1000 and len(eligible) > 5
+
+
+def test_what_always_holds():
+    for before, _, event, server, _ in reachable():
+        assert (server.version is None) == (server.state not in (State.HEALTHY, State.SUSPECT))
+        assert not (server.mixed and fleet.loadable(server)) and not (server.mixed and server.version is not None)
+        if before.state is State.DEAD and server.state is not State.DEAD:
+            assert event in (Event.STARTING, Event.STARTED)
+        if fleet.eligible(server, CURRENT):
+            assert fleet.serving(server, CURRENT) and fleet.loadable(server)
+        if fleet.loadable(server):  # weights are all that it takes
+            loaded = fleet.after(fleet.after(server, Event.LOADING, LIMITS), Event.LOADED, LIMITS, version=CURRENT)
+            assert fleet.eligible(loaded, CURRENT)
+
+
+def healthy() -> Server:
+    server = Server()
+    for event in (Event.STARTED, Event.LOADING, Event.LOADED):
+        server = fleet.after(server, event, LIMITS, version=CURRENT)
+    assert fleet.eligible(server, CURRENT) and not fleet.eligible(server, CURRENT + 1)
+    return server
+
+
+def test_silence_makes_suspect_and_then_dead_and_an_answer_forgives():
+    server = fleet.after(healthy(), Event.SILENT, LIMITS, reason="timeout")
+    assert server.state is State.SUSPECT and fleet.serving(server, CURRENT) and not fleet.eligible(server, CURRENT)
+    assert fleet.after(server, Event.ANSWERED, LIMITS) == healthy_again(server)
+    server = fleet.after(fleet.after(server, Event.SILENT, LIMITS), Event.SILENT, LIMITS, reason="timeout")
+    assert server.state is State.DEAD and "3 probes" in server.reason and "timeout" in server.reason
+
+
+def healthy_again(server: Server) -> Server:
+    return replace(server, state=State.HEALTHY, silent=0)
+
+
+def test_failures_count_once_for_requests_that_were_under_way_together():
+    server = healthy()
+    for _ in range(64):
+        server = fleet.failed(server, sent_at=1.0, now=5.0, limits=LIMITS, reason="reset")
+    assert server.state is State.SUSPECT and server.failures == 1
+    for sent in (6.0, 8.0):
+        server = fleet.after(server, Event.ANSWERED, LIMITS)
+        server = fleet.failed(server, sent_at=sent, now=sent + 1, limits=LIMITS, reason="garbage")
+    assert server.state is State.DEAD and "garbage" in server.reason
+
+
+def test_a_completion_forgives_failures():
+    server = healthy()
+    for sent in range(1, 20, 2):
+        server = fleet.failed(server, float(sent), sent + 1.0, LIMITS, "reset")
+        server = fleet.after(fleet.after(server, Event.ANSWERED, LIMITS), Event.SERVED, LIMITS)
+    assert fleet.eligible(server, CURRENT)
+
+
+def test_no_token_for_long_with_requests_waiting_is_death():
+    server = fleet.progressed(healthy(), 10.0, False, 100.0, LIMITS)
+    idle = fleet.progressed(server, 10.0, False, 9999.0, LIMITS)
+    assert fleet.eligible(idle, CURRENT)
+    slow = fleet.progressed(fleet.progressed(server, 10.0, True, 219.0, LIMITS), 11.0, True, 221.0, LIMITS)
+    assert fleet.eligible(slow, CURRENT) and slow.progress_at == 221.0
+    stuck = fleet.progressed(server, 10.0, True, 221.0, LIMITS)
+    assert stuck.state is State.DEAD and "no token in 121 s" in stuck.reason
+
+
+def test_restarts_are_limited_until_it_has_served_again():
+    server = healthy()
+    for _ in range(LIMITS.restarts):
+        server = fleet.after(server, Event.EXITED, LIMITS)
+        assert fleet.restartable(server, LIMITS)
+        server = fleet.after(fleet.after(server, Event.STARTING, LIMITS), Event.STARTED, LIMITS)
+        assert server.state is State.STALE and not fleet.serving(server, CURRENT)
+    dead = fleet.after(server, Event.EXITED, LIMITS)
+    assert not fleet.restartable(dead, LIMITS)
+    served = fleet.after(fleet.after(server, Event.LOADING, LIMITS), Event.LOADED, LIMITS, version=CURRENT)
+    served = fleet.after(served, Event.SERVED, LIMITS)
+    assert fleet.restartable(fleet.after(served, Event.EXITED, LIMITS), LIMITS)
+
+
+@pytest.mark.parametrize("event", [Event.STARTED, Event.ANSWERED, Event.LOADING])
+def test_a_server_with_parts_of_two_models_needs_a_new_process(event: Event):
+    server = fleet.after(fleet.after(healthy(), Event.LOADING, LIMITS), Event.LOAD_BROKE_OFF, LIMITS, reason="cut")
+    assert server.state is State.DEAD and fleet.after(server, event, LIMITS) == server
+    fresh = fleet.after(fleet.after(server, Event.EXITED, LIMITS), Event.STARTED, LIMITS)
+    assert fleet.loadable(fresh)
