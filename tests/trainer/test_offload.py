@@ -1,13 +1,15 @@
 """The trainer's state goes to host memory and comes back the same: on CPU tensors, by the code that a GPU runs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoint_policy import config, exported, train_step
-from test_policy import saved_model
+from test_policy import add_tokenizer, saved_model
 
+from lens_megatron import handover
+from lens_megatron.clock import Clock
 from lens_megatron.config import Config, ConfigError, from_tree
 from lens_megatron.policy import platform
 from lens_megatron.policy.forward import prompt_scores
@@ -15,6 +17,9 @@ from lens_megatron.policy.model import Policy, build_policy
 from lens_megatron.policy.offload import TrainerMemory, is_enabled
 from lens_megatron.policy.parallel import Mesh, build_mesh, shut_down
 from lens_megatron.policy.sharded_state import optimizers
+from lens_megatron.rollout.engine import Request
+from lens_megatron.rollout.local import LocalEngine
+from lens_megatron.run import Run
 
 STEPS = 3
 
@@ -110,6 +115,52 @@ def test_scores_against_the_reference_are_the_same_afterwards(mesh: Mesh, tmp_pa
     memory.to_host()
     memory.to_device()
     assert all(map(torch.equal, prompt_scores(policy, prompts, max_tokens=64), before))
+
+
+class Engine(LocalEngine):
+    """Writes down what it is told, and loses its weights asleep, as vLLM does."""
+
+    log: list[str]
+    memory: TrainerMemory
+
+    def _note(self, what: str) -> None:
+        self.log.append(f"{what}, trainer {'away' if self.memory.is_away else 'here'}")
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        self._note("load")
+        super().load_weights(weights, version)
+
+    def wake(self) -> None:
+        self._note("wake")
+
+    def sleep(self) -> None:
+        self._note("sleep")
+        super().sleep()
+        self.version = None
+
+
+def test_the_device_changes_hands_in_the_one_right_order(mesh: Mesh, tmp_path: Path):
+    """Weights are read while the trainer is there; it comes back when the engine is asleep. Twice: an evaluation in
+    between has cost the engine its weights."""
+    saved_model("qwen3", True, tmp_path / "model")
+    add_tokenizer(tmp_path / "model")
+    built = config(tmp_path, {})
+    policy, engine = build_policy(built, mesh), Engine(str(tmp_path / "model"), max_running_sequences=4)
+    engine.memory, engine.log = TrainerMemory(policy, enabled=True), []
+    run = Run(built, mesh, policy, None, None, (), engine, None, None, None, engine.memory, Clock())
+    handover.push_weights(run)
+    drawn = []
+    for _ in range(2):
+        with handover.engine_awake(run):
+            engine.submit([Request(0, (5, 6, 7), 8, 1.0, 3)])
+            engine.log.append("sample")
+            while not (ended := engine.step()):
+                pass
+            drawn.append(ended)
+        assert not engine.memory.is_away and engine.version is None
+    phase = ["load, trainer here", "wake, trainer away", "sample", "sleep, trainer away"]
+    assert engine.log == phase + phase and drawn[0] == drawn[1]
+    assert run.clock.take().keys() == {"update_weights", "wake", "sleep"}
 
 
 def test_what_is_offloaded_and_what_cannot_be():
