@@ -1,10 +1,9 @@
 """One YAML file and dotted overrides -> a validated, frozen `Config`.
 
 Every option, its type, bound and meaning stands here once. `megatron.*` dictionaries pass through to Megatron-Core
-under Megatron's own names. Cross-checks that need more than one option are in `Config.check`.
+under Megatron's own names. Rules over more than one option are in config_rules.py.
 """
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from lens_megatron import config_rules
 from lens_megatron.config_files import ConfigError, apply_override, read_tree
 from lens_megatron.config_section import Section, explain
 
@@ -284,62 +284,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def check(self) -> Self:
-        rollouts, keep = self.rollout.rollouts_per_prompt, self.lens.min_keep_failures
-        if keep > rollouts:
-            raise ValueError(
-                f"lens.min_keep_failures ({keep}) exceeds rollout.rollouts_per_prompt ({rollouts}); lower it"
-            )
-        if rollouts == 1 and self.algorithm.advantage == "grpo":
-            raise ValueError("algorithm.advantage=grpo needs rollout.rollouts_per_prompt >= 2, got 1; raise it")
-        prompts, updates = self.rollout.prompts_per_step, self.train.updates_per_batch
-        if prompts % updates:
-            raise ValueError(
-                f"rollout.prompts_per_step ({prompts}) is not divisible by train.updates_per_batch ({updates}); "
-                "choose a divisor"
-            )
-        if self.train.save_best_limit and not self.data.eval:
-            raise ValueError("train.save_best_limit compares evaluations; set data.eval or unset it")
-        if self.debug.rollout_only and self.debug.load_rollouts:
-            raise ValueError("debug.rollout_only and debug.load_rollouts exclude each other; unset one")
-        correction, ratio = self.algorithm.correction, self.algorithm.ratio
-        if correction.startswith("token") and ratio != "token":
-            raise ValueError(
-                f"algorithm.correction={correction} weighs tokens, algorithm.ratio={ratio} whole responses; "
-                "choose a sequence_ correction or algorithm.ratio=token"
-            )
-        if self.rollout.off_policy_steps:
-            self._check_off_policy()
-        if narrowed := self.vllm.narrowed():
-            raise ValueError(
-                f"{narrowed}: sampled tokens would have other probabilities than the trainer's, so ratios would be "
-                "wrong; remove it"
-            )
-        offloads = self.rollout.offload_trainer
-        if self.rollout.engine == "vllm" if offloads is None else offloads:
-            fixed = [("ddp", "nccl_ub"), ("transformer", "enable_cuda_graph"), ("transformer", "cuda_graph_impl")]
-            for section, name in fixed:
-                if getattr(self.megatron, section).get(name) not in (None, False, "none"):
-                    raise ValueError(
-                        f"megatron.{section}.{name} needs buffers that stay where they are, rollout.offload_trainer "
-                        "gives their memory up; remove it or set rollout.offload_trainer=false"
-                    )
-        if self.optimizer.min_lr > self.optimizer.lr:
-            raise ValueError(
-                f"optimizer.min_lr ({self.optimizer.min_lr}) exceeds optimizer.lr ({self.optimizer.lr}); lower it"
-            )
+        for mistake in config_rules.mistakes(self):
+            raise ValueError(mistake)
         return self
-
-    def _check_off_policy(self) -> None:
-        if self.rollout.engine == "vllm":
-            raise ValueError(
-                "rollout.off_policy_steps=1 samples while the trainer trains, rollout.engine=vllm in the trainer's "
-                "memory; choose vllm_server, or set it to 0"
-            )
-        if self.algorithm.correction == "none":
-            raise ValueError(
-                "rollout.off_policy_steps=1 trains on samples of an older policy; algorithm.correction=none takes them "
-                "for the current one's; choose token_truncate or another correction"
-            )
 
     @property
     def ranks_per_engine(self) -> int:
@@ -348,35 +295,8 @@ class Config(Section):
 
     def check_world(self, world_size: int, ranks_per_node: int | None = None) -> None:
         """Raises ConfigError unless `world_size` processes can carry the layout and the batch."""
-        size = self.ranks_per_engine
-        for count, where in ((world_size, "world size"), (ranks_per_node or world_size, "the ranks of a node")):
-            if count % size:
-                raise ConfigError(
-                    f"vllm.tensor_parallel_size ({size}) does not divide {where} ({count}): consecutive ranks of one "
-                    f"node hold an engine together; choose a divisor of {count}"
-                )
-        tp, pp = self.megatron.tensor_model_parallel_size, self.megatron.pipeline_model_parallel_size
-        cp = self.megatron.context_parallel_size
-        if world_size % (tp * pp * cp):
-            raise ConfigError(
-                f"world size {world_size} is not divisible by megatron.tensor_model_parallel_size ({tp}) x "
-                f"megatron.pipeline_model_parallel_size ({pp}) x megatron.context_parallel_size ({cp}) = "
-                f"{tp * pp * cp}; start torchrun with a multiple of {tp * pp * cp} processes or change the layout"
-            )
-        ep, etp = self.megatron.expert_model_parallel_size, self.megatron.expert_tensor_parallel_size or tp
-        if world_size % (ep * etp * pp):
-            raise ConfigError(
-                f"world size {world_size} is not divisible by megatron.expert_model_parallel_size ({ep}) x "
-                f"expert_tensor_parallel_size ({etp}; by default tensor_model_parallel_size) x "
-                f"pipeline_model_parallel_size ({pp}) = {ep * etp * pp}; start torchrun with a multiple of "
-                f"{math.lcm(ep * etp * pp, tp * pp * cp)} processes or change the layout"
-            )
-        dp, updates = world_size // (tp * pp * cp), self.train.updates_per_batch
-        if self.rollout.prompts_per_step % (dp * updates):
-            raise ConfigError(
-                f"rollout.prompts_per_step ({self.rollout.prompts_per_step}) is not divisible by data-parallel size "
-                f"({dp}) x train.updates_per_batch ({updates}); choose a multiple of {dp * updates}"
-            )
+        for mistake in config_rules.world_mistakes(self, world_size, ranks_per_node or world_size):
+            raise ConfigError(mistake)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -159,7 +159,7 @@ def _base(phase: str, shape: ModelShape, layout: Layout, stage: int, **more: int
     state = state_bytes(shape, layout, stage)
     engine = engine_weight_bytes(shape, layout)
     if layout.engine == "vllm":
-        # It gets the new weights at a step's end and keeps them while prompts are scored.
+        # It gets the new weights when prompts are scored, while the trainer is there: counted with that phase.
         engine = VLLM_ASLEEP_BYTES + (engine if phase == "scores" else 0)
     framework = 0 if layout.spec is LayerSpec.LOCAL_CPU else FRAMEWORK_BYTES
     values = {"engine": engine, "framework": framework, **more}

@@ -17,9 +17,13 @@ from lens_megatron.policy.model import Policy, build_policy
 from lens_megatron.policy.offload import TrainerMemory, is_enabled
 from lens_megatron.policy.parallel import Mesh, build_mesh, shut_down
 from lens_megatron.policy.sharded_state import optimizers
+from lens_megatron.prompts import PromptStream
 from lens_megatron.rollout.engine import Request
 from lens_megatron.rollout.local import LocalEngine
+from lens_megatron.rollout.team import build_team
 from lens_megatron.run import Run
+from lens_megatron.types import Prompt
+from lens_megatron.weight_sync import LastSync
 
 STEPS = 3
 
@@ -147,8 +151,23 @@ def test_the_device_changes_hands_in_the_one_right_order(mesh: Mesh, tmp_path: P
     built = config(tmp_path, {})
     policy, engine = build_policy(built, mesh), Engine(str(tmp_path / "model"), max_running_sequences=4)
     engine.memory, engine.log = TrainerMemory(policy, enabled=True), []
-    run = Run(built, mesh, policy, None, None, (), engine, None, None, None, engine.memory, Clock())
-    handover.push_weights(run)
+    prompt = Prompt(0, (5, 6, 7), (False, True, True), "1", "p", "toy")
+    run = Run(
+        config=built,
+        mesh=mesh,
+        policy=policy,
+        tokenizer=None,
+        prompts=PromptStream((prompt,), 1, seed=0, shuffle=False),
+        eval_prompts=(),
+        engine=engine,
+        team=build_team(1),
+        graders=None,
+        sampler=None,
+        ahead=None,
+        trainer_memory=engine.memory,
+        last_sync=LastSync(),
+        clock=Clock(),
+    )
     drawn = []
     for _ in range(2):
         with handover.engine_awake(run):
@@ -160,7 +179,8 @@ def test_the_device_changes_hands_in_the_one_right_order(mesh: Mesh, tmp_path: P
         assert not engine.memory.is_away and engine.version is None
     phase = ["load, trainer here", "wake, trainer away", "sample", "sleep, trainer away"]
     assert engine.log == phase + phase and drawn[0] == drawn[1]
-    assert run.clock.take().keys() == {"update_weights", "wake", "sleep"}
+    assert run.clock.take().keys() == {"update_weights", "wake", "canary", "sleep"}
+    assert 0 < run.last_sync.stats.canary_difference < 1e-4
 
 
 def test_what_is_offloaded_and_what_cannot_be():

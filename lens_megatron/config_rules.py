@@ -1,0 +1,94 @@
+"""Rules over more than one option, each with both values and the remedy. `config.Config` asks for them."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+
+def mistakes(config: Any) -> Iterator[str]:
+    """What in a configuration goes wrong on any machine."""
+    rollouts, keep = config.rollout.rollouts_per_prompt, config.lens.min_keep_failures
+    if keep > rollouts:
+        yield (f"lens.min_keep_failures ({keep}) exceeds rollout.rollouts_per_prompt ({rollouts}); lower it")
+    if rollouts == 1 and config.algorithm.advantage == "grpo":
+        yield ("algorithm.advantage=grpo needs rollout.rollouts_per_prompt >= 2, got 1; raise it")
+    prompts, updates = config.rollout.prompts_per_step, config.train.updates_per_batch
+    if prompts % updates:
+        yield (
+            f"rollout.prompts_per_step ({prompts}) is not divisible by train.updates_per_batch ({updates}); "
+            "choose a divisor"
+        )
+    if config.train.save_best_limit and not config.data.eval:
+        yield ("train.save_best_limit compares evaluations; set data.eval or unset it")
+    if config.debug.rollout_only and config.debug.load_rollouts:
+        yield ("debug.rollout_only and debug.load_rollouts exclude each other; unset one")
+    correction, ratio = config.algorithm.correction, config.algorithm.ratio
+    if correction.startswith("token") and ratio != "token":
+        yield (
+            f"algorithm.correction={correction} weighs tokens, algorithm.ratio={ratio} whole responses; "
+            "choose a sequence_ correction or algorithm.ratio=token"
+        )
+    if config.rollout.off_policy_steps:
+        yield from _off_policy_mistakes(config)
+    if narrowed := config.vllm.narrowed():
+        yield (
+            f"{narrowed}: sampled tokens would have other probabilities than the trainer's, so ratios would be "
+            "wrong; remove it"
+        )
+    offloads = config.rollout.offload_trainer
+    if config.rollout.engine == "vllm" if offloads is None else offloads:
+        fixed = [("ddp", "nccl_ub"), ("transformer", "enable_cuda_graph"), ("transformer", "cuda_graph_impl")]
+        for section, name in fixed:
+            if getattr(config.megatron, section).get(name) not in (None, False, "none"):
+                yield (
+                    f"megatron.{section}.{name} needs buffers that stay where they are, rollout.offload_trainer "
+                    "gives their memory up; remove it or set rollout.offload_trainer=false"
+                )
+    if config.optimizer.min_lr > config.optimizer.lr:
+        yield (f"optimizer.min_lr ({config.optimizer.min_lr}) exceeds optimizer.lr ({config.optimizer.lr}); lower it")
+
+
+def _off_policy_mistakes(config: Any) -> Iterator[str]:
+    if config.rollout.engine == "vllm":
+        yield (
+            "rollout.off_policy_steps=1 samples while the trainer trains, rollout.engine=vllm in the trainer's "
+            "memory; choose vllm_server, or set it to 0"
+        )
+    if config.algorithm.correction == "none":
+        yield (
+            "rollout.off_policy_steps=1 trains on samples of an older policy; algorithm.correction=none takes them "
+            "for the current one's; choose token_truncate or another correction"
+        )
+
+
+def world_mistakes(config: Any, world_size: int, ranks_per_node: int) -> Iterator[str]:
+    """Why `world_size` processes cannot carry layout and batch. Read the first: later ones may follow from it."""
+    size = config.ranks_per_engine
+    for count, where in ((world_size, "world size"), (ranks_per_node, "the ranks of a node")):
+        if count % size:
+            yield (
+                f"vllm.tensor_parallel_size ({size}) does not divide {where} ({count}): consecutive ranks of one "
+                f"node hold an engine together; choose a divisor of {count}"
+            )
+    tp, pp = config.megatron.tensor_model_parallel_size, config.megatron.pipeline_model_parallel_size
+    cp = config.megatron.context_parallel_size
+    if world_size % (tp * pp * cp):
+        yield (
+            f"world size {world_size} is not divisible by megatron.tensor_model_parallel_size ({tp}) x "
+            f"megatron.pipeline_model_parallel_size ({pp}) x megatron.context_parallel_size ({cp}) = "
+            f"{tp * pp * cp}; start torchrun with a multiple of {tp * pp * cp} processes or change the layout"
+        )
+    ep, etp = config.megatron.expert_model_parallel_size, config.megatron.expert_tensor_parallel_size or tp
+    if world_size % (ep * etp * pp):
+        yield (
+            f"world size {world_size} is not divisible by megatron.expert_model_parallel_size ({ep}) x "
+            f"expert_tensor_parallel_size ({etp}; by default tensor_model_parallel_size) x "
+            f"pipeline_model_parallel_size ({pp}) = {ep * etp * pp}; start torchrun with a multiple of "
+            f"{math.lcm(ep * etp * pp, tp * pp * cp)} processes or change the layout"
+        )
+    dp, updates = world_size // (tp * pp * cp), config.train.updates_per_batch
+    if config.rollout.prompts_per_step % (dp * updates):
+        yield (
+            f"rollout.prompts_per_step ({config.rollout.prompts_per_step}) is not divisible by data-parallel size "
+            f"({dp}) x train.updates_per_batch ({updates}); choose a multiple of {dp * updates}"
+        )
