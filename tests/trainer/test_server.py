@@ -31,7 +31,7 @@ from lens_megatron.rollout.server_process import ServerProcess, server_options
 pytest.importorskip("vllm", reason="make setup-vllm")
 
 KEY = "the key of these tests"
-QUICK = Limits(probe_interval_s=0.2, answer_s=2.0, silent_probes=2, stuck_s=2.0, bucket_s=20.0, start_s=90.0)
+QUICK = Limits(probe_interval_s=0.2, answer_s=2.0, silent_probes=2, stuck_s=2.0, bucket_s=20.0, start_s=300.0)
 
 
 class Fleet:
