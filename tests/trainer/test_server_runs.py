@@ -1,0 +1,103 @@
+"""Whole runs with servers that are killed, and trainers that are. Slow: every one starts servers, some twice."""
+
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from servers import announce_plugin
+from test_vllm import save
+from toy_runs import Toy, command, environment
+
+from lens_megatron import exit_codes
+from lens_megatron.config import from_tree
+from lens_megatron.policy.hf_weights import read_hf_config
+from lens_megatron.rollout.server_engine import ServerEngine
+from lens_megatron.rollout.server_process import ServerProcess, server_options
+
+pytest.importorskip("vllm", reason="make setup-vllm")
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def model(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    folder = tmp_path_factory.mktemp("model")
+    announce_plugin(tmp_path_factory.mktemp("plugin"))
+    torch.manual_seed(0)
+    save(toy, folder, tied=True)
+    return Toy(folder, toy.train, toy.eval)
+
+
+def processes_of(model: Toy) -> list[psutil.Process]:
+    """Of servers: their command lines name the model."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if str(model.model) in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            pass
+    return found
+
+
+def servers_of(model: Toy) -> list[psutil.Process]:
+    return [p for p in processes_of(model) if "lens_megatron.rollout.leash" not in p.cmdline()]
+
+
+def rows(directory: Path) -> int:
+    path = directory / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def running(process: subprocess.Popen, seconds: float) -> Iterator[None]:
+    """Until it ends or `seconds` are over."""
+    end = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < end:
+        yield
+        time.sleep(0.2)
+
+
+def test_a_port_that_is_taken_meanwhile_is_left_to_others(model: Toy, tmp_path: Path):
+    config = from_tree(model.tree(tmp_path / "run", rollout={"engine": "vllm_server"}))
+    hf_config = read_hf_config(config.model.path)
+    process, said = ServerProcess("server 0", server_options(config, hf_config), tmp_path / "log"), []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        taken = listener.getsockname()[1]
+        process.start(taken)
+        ServerEngine(config, hf_config, [process], say=said.append).close()
+    assert "server 0: its port was taken meanwhile; starting it on another one" in said
+    assert process.port != taken and not processes_of(model)
+
+
+def test_a_run_whose_servers_die_again_and_again_ends_and_goes_on_later(model: Toy, tmp_path: Path):
+    directory = tmp_path / "run"
+    options = {"engine": "vllm_server", "max_response_length": 150, "prompts_per_step": 8}
+    tree = model.tree(directory, rollout=options, train={"steps": 1000, "save_interval": 1})
+    with (tmp_path / "output").open("w+") as output:
+        start = {"env": environment(), "stdout": output, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command(tree, tmp_path, 1), **start)
+        for _ in running(process, 240):
+            if rows(directory) >= 2:
+                for server in servers_of(model):
+                    server.kill()
+        said = (tmp_path / "output").read_text()
+        assert process.poll() is not None and f"exitcode  : {exit_codes.ENGINES_LOST} " in said, said[-4000:]
+        assert "no server is left for" in said and "ended with status 137" in said and "what was graded is kept" in said
+        assert not processes_of(model)
+        done = rows(directory)
+        process = subprocess.Popen(command(tree, tmp_path, 1), **start)
+        for _ in running(process, 240):
+            if rows(directory) > done + 1:
+                break
+        ranks = [p for p in psutil.Process(process.pid).children() if "pretrain_lens.py" in " ".join(p.cmdline())]
+        assert process.poll() is None and ranks and processes_of(model)
+        for each in (psutil.Process(process.pid), *ranks):
+            each.kill()
+        for _ in running(process, 5):
+            pass
+        time.sleep(2)
+        assert not processes_of(model), "servers outlived a trainer that was killed"
