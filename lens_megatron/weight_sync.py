@@ -15,7 +15,7 @@ from lens_megatron.rollout.engine import RolloutEngine
 from lens_megatron.types import SyncStats
 
 CHECKSUM_EVERY = 10
-"""Versions. Reading every weight once more is a third of a sync within a process; see benchmarks/TRAINER_NOTES.md."""
+"""Versions. Reading every weight once more costs a large part of a sync on a CPU; see benchmarks/TRAINER_NOTES.md."""
 
 
 @dataclass(slots=True)
