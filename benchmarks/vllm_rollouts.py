@@ -109,6 +109,7 @@ def throughput(engines: dict[str, tuple[RolloutEngine, float]], model: PreTraine
         for name, (engine, _) in engines.items():
             start = time.perf_counter()
             engine.load_weights(weights(model), number)
+            engine.wake()
             synced = time.perf_counter()
             done = finish(engine, requests(model.config.vocab_size, number))
             seconds = time.perf_counter() - synced
@@ -218,6 +219,7 @@ def measure(size: measured.Size, folder: Path, options: argparse.Namespace) -> d
     half = timed_engine(VllmEngine, configuration(folder, "bfloat16"), hf_config)[0]
     half.eos = []
     half.load_weights(((name, tensor.bfloat16()) for name, tensor in weights(model)), 0)
+    half.wake()
     found["bfloat16"] = differences(half, copy.deepcopy(model).bfloat16())
     vllm.eos = list(range(measured.ENDS))
     return found | {"lens_over_grpo": ratios(size, vllm, options.seeds, options.calibration)}

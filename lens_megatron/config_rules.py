@@ -70,6 +70,13 @@ def world_mistakes(config: Any, world_size: int, ranks_per_node: int) -> Iterato
                 f"vllm.tensor_parallel_size ({size}) does not divide {where} ({count}): consecutive ranks of one "
                 f"node hold an engine together; choose a divisor of {count}"
             )
+    servers = config.rollout.servers
+    count = servers if isinstance(servers, int) else len(servers)
+    if config.rollout.engine == "vllm_server" and config.rollout.share_work is False and count < world_size:
+        yield (
+            f"rollout.servers ({count}) are fewer than the ranks ({world_size}), and with rollout.share_work=false a "
+            "rank without a server cannot sample; leave share_work empty, or start more"
+        )
     tp, pp = config.megatron.tensor_model_parallel_size, config.megatron.pipeline_model_parallel_size
     cp = config.megatron.context_parallel_size
     if world_size % (tp * pp * cp):

@@ -447,6 +447,10 @@ def test_vllm_options_pass_through_and_engines_take_whole_nodes(base):
         "engine together; choose a divisor of 3"
     )
     load(base, ["vllm.tensor_parallel_size=2"]).check_world(1)
+    alone = load(base, ["rollout.engine=vllm_server", "rollout.share_work=false", "rollout.servers=2"])
+    alone.check_world(2)
+    assert error(alone.check_world, 4).startswith("rollout.servers (2) are fewer than the ranks (4), and with")
+    load(base, ["rollout.engine=vllm_server", "rollout.servers=2"]).check_world(4)
 
 
 def test_servers_are_a_number_or_addresses(base):
