@@ -29,8 +29,9 @@ def memory_mistakes(
 ) -> list[str]:
     """Phases that need more than a GPU has, an engine without room for one sequence, too little host memory."""
     mistakes = []
+    here = layout.engine != "vllm_server"
     for phase in phases:
-        if phase.kv_cache < memory.kv_bytes_per_sequence(shape, layout, work) and phase.phase == "rollout":
+        if here and phase.phase == "rollout" and phase.kv_cache < memory.kv_bytes_per_sequence(shape, layout, work):
             mistakes.append(_no_cache(phase, shape, layout, work))
         elif phase.total > cluster.memory_bytes:
             mistakes.append(_too_much(phase, shape, layout, work, cluster))
@@ -51,6 +52,8 @@ def gib(size: float) -> str:
 
 def running_sequences(phases: Sequence[PhaseBytes], shape: ModelShape, layout: Layout, work: Workload) -> int:
     """Sequences of full length that one engine decodes at once."""
+    if layout.engine == "vllm_server":
+        return work.running  # what their GPUs can hold is not known here
     cache = next(phase.kv_cache for phase in phases if phase.phase == "rollout")
     return max(1, min(work.running, cache // memory.kv_bytes_per_sequence(shape, layout, work)))
 

@@ -47,6 +47,8 @@ class Layout:
     fused_head_gradient: bool
     """The head adds its weight's gradient to Megatron's buffer; else a second tensor of it is made."""
     engine: str
+    engines: int
+    """Of the whole job."""
     engine_tp: int
     engine_share: float
     """vLLM's gpu_memory_utilization."""
@@ -123,7 +125,8 @@ def layout_of(config: Config, world: int, spec: LayerSpec) -> Layout:
     """`world` processes, one GPU each. Options of `megatron.transformer` and `megatron.ddp` that matter are read."""
     megatron, transformer = config.megatron, config.megatron.transformer
     tp = megatron.tensor_model_parallel_size
-    vllm = config.rollout.engine == "vllm"
+    vllm, servers = config.rollout.engine == "vllm", config.rollout.servers
+    servers = servers if isinstance(servers, int) else len(servers)
     return Layout(
         world=world,
         tp=tp,
@@ -141,7 +144,8 @@ def layout_of(config: Config, world: int, spec: LayerSpec) -> Layout:
         fused_head_gradient=megatron.ddp.get("grad_reduce_in_fp32", True)
         and not megatron.ddp.get("overlap_grad_reduce", False),
         engine=config.rollout.engine,
-        engine_tp=config.vllm.tensor_parallel_size if vllm else 1,
+        engines=servers if config.rollout.engine == "vllm_server" else world // config.ranks_per_engine,
+        engine_tp=1 if config.rollout.engine == "local" else config.vllm.tensor_parallel_size,
         engine_share=config.vllm.gpu_memory_utilization if vllm else 0.0,
         reference=config.algorithm.kl_coef > 0 or config.lens.enabled,
         offload=vllm and spec is not LayerSpec.LOCAL_CPU

@@ -147,8 +147,7 @@ def engine_weight_bytes(shape: ModelShape, layout: Layout) -> int:
 
 def sequences_per_engine(layout: Layout, work: Workload) -> int:
     """Rollouts of a wave that one engine gets: prompts are dealt out to engines in turn."""
-    engines = layout.world // layout.engine_tp
-    return -(-work.prompts // engines) * work.rollouts_per_prompt
+    return -(-work.prompts // layout.engines) * work.rollouts_per_prompt
 
 
 def kv_bytes_per_sequence(shape: ModelShape, layout: Layout, work: Workload) -> int:
@@ -157,7 +156,7 @@ def kv_bytes_per_sequence(shape: ModelShape, layout: Layout, work: Workload) -> 
 
 def _base(phase: str, shape: ModelShape, layout: Layout, stage: int, **more: int) -> PhaseBytes:
     state = state_bytes(shape, layout, stage)
-    engine = engine_weight_bytes(shape, layout)
+    engine = engine_weight_bytes(shape, layout) if layout.engine != "vllm_server" else 0
     if layout.engine == "vllm":
         # It gets the new weights when prompts are scored, while the trainer is there: counted with that phase.
         engine = VLLM_ASLEEP_BYTES + (engine if phase == "scores" else 0)
@@ -203,6 +202,8 @@ def _fullest(layout: Layout, work: Workload, length: int, rows: int) -> Packed:
 
 def _rollout(shape: ModelShape, layout: Layout, work: Workload, cluster: Cluster, stage: int) -> PhaseBytes:
     weights = engine_weight_bytes(shape, layout)
+    if layout.engine == "vllm_server":
+        return _base("rollout", shape, layout, stage)  # servers have GPUs of their own
     if layout.engine == "vllm":
         # It fills its share: what weights and workspace leave is cache.
         share = int(cluster.memory_bytes * layout.engine_share)

@@ -87,7 +87,9 @@ class ServerPool:
 
     def add(self, name: str, key: str, process: ServerProcess | None = None, address: str = "") -> None:
         session = aiohttp.ClientSession(
-            headers={"Authorization": f"Bearer {key}"}, connector=aiohttp.TCPConnector(limit=0)
+            headers={"Authorization": f"Bearer {key}"},
+            # The server closes a connection after 5 s without a request, and a request sent just then would be lost.
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2),
         )
         member = Member(name, session, process, address, started_at=time.monotonic())
         self.members.append(member)

@@ -202,6 +202,14 @@ def test_a_colocated_engine_has_the_gpu_while_it_samples():
     assert plan.host_bytes - stay.host_bytes == 8 * (update.weights + update.optimizer)
 
 
+def test_servers_take_nothing_of_the_trainers_gpus():
+    options = ["rollout.engine=vllm_server", "rollout.servers=4"]
+    planned = make_plan(configuration.load(QWEN_7B, options))
+    _, rollout, _, update = planned.phases
+    assert (rollout.engine, rollout.kv_cache, update.engine) == (0, 0, 0)
+    assert rollout.total < update.total and planned.running == 64  # 32 prompts x 8 are each server's share
+
+
 def test_rollout_of_the_embedded_engine():
     planned = make_plan(configuration.load(QWEN_7B))
     rollout = next(phase for phase in planned.phases if phase.phase == "rollout")
