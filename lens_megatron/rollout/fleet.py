@@ -86,8 +86,8 @@ class Server:
     """A load broke off: only a new process can be loaded again."""
     tokens: float = 0.0
     """That it had generated when it was last asked."""
-    progress_at: float = 0.0
-    """When that number last grew, or it had nothing to do."""
+    progress_at: float | None = None
+    """When that number last grew, or it had nothing to do. None: it has not been asked yet."""
     reason: str = ""
     """Why it is not healthy."""
 
@@ -113,7 +113,7 @@ def progressed(server: Server, tokens: float, busy: bool, now: float, limits: Li
         busy: it has had requests since it last said so.
         now: seconds of a clock that never goes back.
     """
-    if tokens != server.tokens or not busy:
+    if tokens != server.tokens or not busy or server.progress_at is None:
         return replace(server, tokens=tokens, progress_at=now)
     if server.state in (State.HEALTHY, State.SUSPECT) and now - server.progress_at > limits.stuck_s:
         return _dead(server, f"no token in {now - server.progress_at:.0f} s, with requests waiting for it")

@@ -122,7 +122,7 @@ def train(
 
 
 def main(model: str, out: Path, cases: dict) -> None:
-    device = platform.install()
+    device, exported = platform.install(), set()
     for name, case in cases.items():
         platform.init_process_group(device)
         config = configuration(case.get("model", model), case.get("algorithm", {}), case["megatron"])
@@ -131,9 +131,17 @@ def main(model: str, out: Path, cases: dict) -> None:
         if "model" not in case:
             found = run(policy, config, case["max_tokens"], case["share"])
             torch.save(found, out / f"{name} rank {mesh.rank}.pt")
-        check_export(policy)
+        # Once per way of cutting the model: the rest of a layout does not change what is exported.
+        cut = (case.get("model"), mesh.tp_size, mesh.pp_size, mesh.vp_size, *_expert_sizes(config))
+        if cut not in exported:
+            check_export(policy)
+            exported.add(cut)
         parallel_state.destroy_model_parallel()
     shut_down()
+
+
+def _expert_sizes(config: Config) -> tuple[int, int | None]:
+    return config.megatron.expert_model_parallel_size, config.megatron.expert_tensor_parallel_size
 
 
 def configuration(model: str, algorithm: dict, options: dict) -> Config:

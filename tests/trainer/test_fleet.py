@@ -150,3 +150,9 @@ def test_a_server_with_parts_of_two_models_needs_a_new_process(event: Event):
     assert server.state is State.DEAD and fleet.after(server, event, LIMITS) == server
     fresh = fleet.after(fleet.after(server, Event.EXITED, LIMITS), Event.STARTED, LIMITS)
     assert fleet.loadable(fresh)
+
+
+def test_a_server_that_was_never_asked_is_not_stuck():
+    """It may get requests before its first probe; a clock may count from the machine's start."""
+    fresh = fleet.progressed(healthy(), 0.0, True, 41_709.0, LIMITS)
+    assert fleet.eligible(fresh, CURRENT) and fresh.progress_at == 41_709.0

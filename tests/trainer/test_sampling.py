@@ -17,6 +17,7 @@ def completions(folder: Path, step: int) -> list[tuple]:
     return sorted((row["prompt_index"], row["origin"], row["completion"]) for row in rollout_rows(folder, step))
 
 
+@pytest.mark.slow
 def test_sharing_work_changes_no_group(toy: Toy, tmp_path: Path):
     """Two steps on two ranks, of which the first is trained on: the second shows that the updates were equal too."""
     eval_data = {"eval": [str(toy.eval)]}

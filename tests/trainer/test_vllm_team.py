@@ -66,10 +66,8 @@ def test_the_ranks_of_an_engine_draw_the_same_and_it_is_the_models(ranks: int, t
 TP2 = {"tensor_model_parallel_size": 2}
 
 
-@pytest.mark.parametrize(
-    ("ranks", "layout"),
-    [(2, {}), pytest.param(2, TP2, marks=pytest.mark.slow), pytest.param(4, TP2, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "layout"), [(2, {}), (2, TP2), (4, TP2)])
 def test_the_program_trains_on_an_engine_over_two_ranks(ranks: int, layout: dict, roomy: Toy, tmp_path: Path):  # noqa: F811
     """In the first layout the two ranks of the engine train on different prompts. The trainer's state moves away."""
     tree = roomy.tree(
