@@ -84,14 +84,16 @@ class OwnQueue:
         return self.engine.capacity() - len(self.running) - len(self.heap)
 
     def step(self) -> list[Completion]:
+        if not self.running and not self.engine.capacity():
+            self._feed(len(self.heap))  # an engine that serves nothing can say why
         completions = self.serve()
-        if self.engine.capacity() == 0 and self.heap:
+        if not self.running and not self.engine.capacity() and self.heap:
             raise EnginesLostError(f"no engine is left for {len(self.heap)} requests")
         return completions
 
     def serve(self) -> list[Completion]:
         """`step`, where a queue without an engine is no mistake."""
-        self._feed()
+        self._feed(self.engine.capacity())
         if not self.running:
             return []
         with self.timed():
@@ -103,9 +105,9 @@ class OwnQueue:
             heapq.heappush(self.heap, (late, length, request.request_id, request))
         return completions
 
-    def _feed(self) -> None:
+    def _feed(self, places: int) -> None:
         requests: list[Request] = []
-        while self.heap and len(self.running) < self.engine.capacity():
+        while self.heap and len(self.running) < places:
             late, length, number, request = heapq.heappop(self.heap)
             self.running[number] = (late, length, request)
             requests.append(request)
