@@ -42,6 +42,9 @@ class Totals:
     """Those that need nothing more of it."""
 
 
+TOTALS = ("unfinished", "capacity", "ranks_here", "ranks_done")
+
+
 def job_store() -> Store:
     """torchrun's store, on a connection of its own; keys of an attempt that was restarted are not seen."""
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
@@ -57,11 +60,10 @@ class Board:
         self.keys: set[str] = set()
         self.keys_before: set[str] = set()
         """Touched by this rank in the phase before, which another may still be leaving."""
-        self.counters = self._new_counters()
-
-    def _new_counters(self) -> dict[str, int]:
-        """How far this rank has read what grows."""
-        return {"parcels": 0, f"results/{self.rank}": 0, "withdrawn": 0}
+        self.counts: dict[str, int] = {}
+        """Of this phase, as last read: what has been appended, and the totals."""
+        self.read: dict[str, int] = {}
+        """How far this rank has read what is appended."""
 
     def begin(self, capacity: int) -> None:
         """Enters the next phase with an engine of this capacity."""
@@ -69,7 +71,8 @@ class Board:
             self.store.delete_key(key)
         self.keys_before, self.keys = self.keys, set()
         self.phase += 1
-        self.counters = self._new_counters()
+        self.read = {"parcels": 0, f"results/{self.rank}": 0, "withdrawn": 0}
+        self.counts = {name: self._add(name, 0) for name in (*self.read, *TOTALS)}
         self.add_capacity(capacity)
         self._add("ranks_here", 1)
 
@@ -80,8 +83,11 @@ class Board:
         """Says that this rank waits for nothing more."""
         self._add("ranks_done", 1)
 
-    def totals(self) -> Totals:
-        return Totals(*(self._add(name, 0) for name in ("unfinished", "capacity", "ranks_here", "ranks_done")))
+    def look(self) -> Totals:
+        """Reads all counters, in one question to the store; what is new is told by the methods below."""
+        values = self.store.multi_get([self._key(name) for name in self.counts])
+        self.counts = {name: int(value) for name, value in zip(self.counts, values, strict=True)}
+        return Totals(*(self.counts[name] for name in TOTALS))
 
     def post(self, parcel: Parcel) -> int:
         """Returns its number. Requests given back after a claim are posted again with `post_again`."""
@@ -92,8 +98,8 @@ class Board:
         return self._append("parcels", _parcel_bytes(parcel))
 
     def new_parcels(self) -> list[tuple[int, Parcel]]:
-        """Those posted since the last call, this rank's too, with their numbers."""
-        first = self.counters["parcels"]
+        """Those posted between the last two looks, this rank's too, with their numbers."""
+        first = self.read["parcels"]
         found = self._read_new("parcels")
         return [(first + place, _read_parcel(data)) for place, data in enumerate(found)]
 
@@ -109,9 +115,9 @@ class Board:
         self._append(f"results/{owner}", _completion_bytes(completion))
 
     def received(self) -> list[Completion]:
-        """Of this rank's requests, what other engines have completed since the last call."""
+        """Of this rank's requests, what other engines have completed, at the last look."""
         name = f"results/{self.rank}"
-        first = self.counters[name]
+        first = self.read[name]
         found = [_read_completion(data) for data in self._read_new(name)]
         for place in range(len(found)):
             self.store.delete_key(self._key(f"{name}/{first + place}"))
@@ -140,8 +146,8 @@ class Board:
         return number
 
     def _read_new(self, name: str) -> list[bytes]:
-        count, seen = self._add(name, 0), self.counters[name]
-        self.counters[name] = max(seen, count)
+        count, seen = self.counts[name], self.read[name]
+        self.read[name] = max(seen, count)
         if count <= seen:
             return []
         # It waits for a key whose writer has raised the counter and not written it yet.

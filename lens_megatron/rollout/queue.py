@@ -186,8 +186,8 @@ class SharedQueue:
         if capacity != self.capacity:
             self.board.add_capacity(capacity - self.capacity)
             self.capacity = capacity
+        totals = self.board.look()
         self._stop_withdrawn()
-        totals = self.board.totals()
         if totals.capacity == 0 and totals.unfinished and totals.ranks_here == self.board.world_size:
             raise EnginesLostError(f"no engine of any rank is left for {totals.unfinished} requests")
         for number, parcel in self.board.new_parcels():
@@ -228,7 +228,7 @@ class SharedQueue:
 
     def finish(self) -> None:
         self.board.leave()
-        while self.board.totals().ranks_done < self.board.world_size:
+        while self.board.look().ranks_done < self.board.world_size:
             self.step()
         self.claimed.cancel(
             {*self.claimed.running, *(entry[2] for entry in self.claimed.heap)}
