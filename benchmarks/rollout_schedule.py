@@ -22,6 +22,7 @@ from tqdm import tqdm
 from benchmarks.operators.results import environment
 from benchmarks.sampling import measured, work
 from benchmarks.sampling.simulator import Cost, Setting, simulate
+from lens_megatron.rollout.engine import RolloutEngine
 
 VARIANTS = {
     "sequential": ("sequential", {}),
@@ -45,10 +46,15 @@ def spread(values: list[float]) -> dict:
 def measure(size: measured.Size, seeds: int, calibration: int) -> dict:
     """Seconds of every schedule, and those that the fit and the simulator give for the same lengths."""
     with tempfile.TemporaryDirectory() as name:
-        engine, runs = measured.make_engine(size, Path(name)), []
-        measured.run(engine, size, 10_000, "sequential")  # the first run pays for everyone's warm-up
-        for seed in tqdm(range(seeds), desc=size.name):
-            runs.append({policy: measured.run(engine, size, seed, policy) for policy in measured.POLICIES})
+        return measure_on(measured.make_engine(size, Path(name)), size, seeds, calibration)
+
+
+def measure_on(engine: RolloutEngine, size: measured.Size, seeds: int, calibration: int) -> dict:
+    """The same on an engine that writes its steps down in `log`, as `measured.Timed` does."""
+    measured.run(engine, size, 10_000, "sequential")  # the first run pays for everyone's warm-up
+    runs = []
+    for seed in tqdm(range(seeds), desc=size.name):
+        runs.append({policy: measured.run(engine, size, seed, policy) for policy in measured.POLICIES})
     cost = measured.fit([row for run in runs[:calibration] for result in run.values() for row in result["log"]])
     rows = [{policy: describe(result, cost, policy) for policy, result in run.items()} for run in runs]
     for row, run in zip(rows, runs, strict=True):

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from benchmarks.operators.results import environment
-from benchmarks.rollout_schedule import drawn_tokens, rounded, spread, summary
+from benchmarks.rollout_schedule import measure_on, rounded, spread
 from benchmarks.sampling import measured
 from lens_megatron.config import Config, from_tree
 from lens_megatron.policy import platform
@@ -32,7 +32,6 @@ from lens_megatron.policy.parallel import shut_down
 from lens_megatron.rollout.engine import Completion, Request, RolloutEngine
 from lens_megatron.rollout.local import LocalEngine
 from lens_megatron.rollout.vllm_engine import VllmEngine
-from lens_megatron.types import Group
 
 SIZES = (measured.Size("host_bound", 128, 4, 4, heads=4), measured.Size("arithmetic_bound", 384, 6, 8, heads=6))
 """About 1 and 15 million parameters, with heads that vLLM's attention on a CPU has."""
@@ -128,38 +127,6 @@ def throughput(engines: dict[str, tuple[RolloutEngine, float]], model: PreTraine
     } | {"model_bytes": size}
 
 
-def ratios(size: measured.Size, engine: LoggedVllm, seeds: int, calibration: int) -> dict:
-    """As `rollout_schedule` measures them with the local engine."""
-    measured.run(engine, size, 10_000, "sequential")
-    runs = [
-        {policy: measured.run(engine, size, seed, policy) for policy in measured.POLICIES}
-        for seed in tqdm(range(seeds), desc=f"LENS over GRPO, {size.name}")
-    ]
-    cost = measured.fit([row for run in runs[:calibration] for result in run.values() for row in result["log"]])
-    rows = []
-    for run in runs:
-        row = {policy: _describe(result, cost, policy) for policy, result in run.items()}
-        drawn = [drawn_tokens(run[policy]) for policy in list(measured.POLICIES)[1:]]
-        row["same_groups"] = all(tokens == drawn[0] for tokens in drawn)
-        row["hard"] = sum(bool(group.rescue) for group in run["sequential"]["groups"])
-        rows.append(row)
-    return {"size": size.name, "rows": rows, **summary(rows, calibration)}
-
-
-def _describe(result: dict, cost: measured.Cost, policy: str) -> dict:
-    groups: list[Group] = result["groups"]
-    return {
-        "wall_s": result["wall_s"],
-        "cpu_s": result["cpu_s"],
-        "steps": len(result["log"]),
-        "work_s": measured.work_seconds(result["log"], cost),
-        "predicted_s": measured.predict(groups, cost, policy),
-        "tokens": sum(len(tokens) for group in drawn_tokens(result) for tokens in group),
-        "engine_seconds": result["stats"].engine_seconds,
-        "discarded_tokens": result["stats"].discarded_tokens,
-    }
-
-
 @torch.no_grad()
 def differences(engine: RolloutEngine, model: PreTrainedModel) -> dict:
     """Of the engine's log-probabilities and transformers' in the same dtype, in nats and as probabilities."""
@@ -222,7 +189,7 @@ def measure(size: measured.Size, folder: Path, options: argparse.Namespace) -> d
     half.wake()
     found["bfloat16"] = differences(half, copy.deepcopy(model).bfloat16())
     vllm.eos = list(range(measured.ENDS))
-    return found | {"lens_over_grpo": ratios(size, vllm, options.seeds, options.calibration)}
+    return found | {"lens_over_grpo": measure_on(vllm, size, options.seeds, options.calibration)}
 
 
 if __name__ == "__main__":

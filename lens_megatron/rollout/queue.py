@@ -230,9 +230,7 @@ class SharedQueue:
         self.board.leave()
         while self.board.look().ranks_done < self.board.world_size:
             self.step()
-        self.claimed.cancel(
-            {*self.claimed.running, *(entry[2] for entry in self.claimed.heap)}
-        )  # withdrawn, all of them
+        self.claimed.cancel(self.claimed.requests())  # their owners have withdrawn them
 
 
 def open_queue(engine: RolloutEngine, board: Board | None, timed: Timed = nullcontext) -> RequestQueue:
