@@ -19,8 +19,8 @@ OWNERS = {
     "yaml": ("lens_megatron/config_files.py", "lens_megatron/run_folder.py"),
     "matplotlib": "lens_megatron/report.py",
 }
-LAYERS = ["types", "files", "config_files", "config_section", "config_rules", "config", "layout_rules", "planning", "plan",
-          "seeds", "exit_codes", "clock", "supervision", "tokenizer", "algorithms", "interference",
+LAYERS = ["types", "files", "config_files", "config_section", "config_rules", "config", "layout_rules", "planning",
+          "plan", "seeds", "exit_codes", "clock", "supervision", "tokenizer", "algorithms", "interference",
           "purify", "samples", "schedule", "pack", "exchange", "reward", "datasets", "prompts",
           "rollout", "policy", "weight_sync", "run", "canary", "handover", "sampling", "update_batch", "step",
           "evaluate", "run_folder", "metrics", "report", "build", "train", "diagnosis", "doctor"]  # fmt: skip
