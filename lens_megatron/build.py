@@ -9,13 +9,13 @@ import torch
 from transformers import PretrainedConfig
 
 from lens_megatron import metrics, run_folder
+from lens_megatron.agreement import raise_together, told_by_main
 from lens_megatron.clock import Clock
 from lens_megatron.config import Config, ConfigError
-from lens_megatron.policy import platform
 from lens_megatron.policy.hf_weights import read_hf_config
 from lens_megatron.policy.model import DTYPES, build_policy, check_layout
 from lens_megatron.policy.offload import TrainerMemory, is_enabled
-from lens_megatron.policy.parallel import build_mesh
+from lens_megatron.policy.parallel import Mesh, build_mesh
 from lens_megatron.prompts import DataError, PromptStream, load_prompts
 from lens_megatron.reward import GraderPool
 from lens_megatron.rollout import replay, server_engine, vllm_options
@@ -30,14 +30,17 @@ from lens_megatron.rollout.unfinished import UnfinishedGroups
 from lens_megatron.rollout.vllm_engine import VllmEngine
 from lens_megatron.run import Run
 from lens_megatron.run_folder import RunFolderError
+from lens_megatron.run_lease import RunLease
 from lens_megatron.tokenizer import Tokenizer, load_tokenizer
 from lens_megatron.types import Prompt
 from lens_megatron.weight_sync import LastSync
 
 
-def build_run(config: Config, *, resuming: bool) -> Run:
-    """Checks model, tokenizer and data, then takes the device, and only then creates the run folder."""
-    device = platform.install()
+def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
+    """The run, and whether it goes on with an earlier one. torch.distributed is up.
+
+    Checks model, tokenizer and data, then takes the device's memory, and only then creates the run folder.
+    """
     hf_config = read_hf_config(config.model.path)
     check_layout(config, hf_config)
     if config.rollout.engine in ("vllm", "vllm_server"):
@@ -47,8 +50,7 @@ def build_run(config: Config, *, resuming: bool) -> Run:
         replay.read_groups(config.debug.load_rollouts, step=1)
     graders = _start_graders(config)
     prompts, eval_prompts = _load_data(config, tokenizer)
-    patience = config.run.phase_timeout_minutes + 10 if config.run.phase_timeout_minutes else 30
-    platform.init_process_group(device, patience)  # the watchdog, which knows more, must speak first
+    patience = collective_patience(config)
     mesh = build_mesh(config.megatron, config.run.seed, device, patience)
     team = build_team(config.ranks_per_engine, patience)
     servers = start_servers(config, hf_config, mesh.rank, mesh.world_size)  # they need longer than all that follows
@@ -56,7 +58,7 @@ def build_run(config: Config, *, resuming: bool) -> Run:
         on_failure.callback(stop_all, servers)
         policy = build_policy(config, mesh)
         graders.wait_ready()
-        _prepare_folder(config, mesh.rank, mesh.device, resuming)
+        resuming, lease = _take_folder(config, mesh, on_failure)
         memory = TrainerMemory(policy, enabled=is_enabled(config, device))
         memory.to_host()  # vLLM counts what is free before it takes its share
         engine = _build_engine(config, hf_config, device, team, servers)
@@ -83,11 +85,17 @@ def build_run(config: Config, *, resuming: bool) -> Run:
         ahead=Ahead() if config.rollout.off_policy_steps else None,
         trainer_memory=memory,
         last_sync=LastSync(),
+        lease=lease,
         clock=Clock(),
     )
     if run.is_main:
         _describe(run)
-    return run
+    return run, resuming
+
+
+def collective_patience(config: Config) -> float:
+    """Minutes that a collective may take: more than the watchdog's, which knows more and must speak first."""
+    return config.run.phase_timeout_minutes + 10 if config.run.phase_timeout_minutes else 30
 
 
 def _build_engine(
@@ -105,8 +113,7 @@ def _build_engine(
             engine = server_engine.build(config, hf_config, servers, metrics.say)
         except ConfigError as error:
             failure = error
-            metrics.say(f"rank {torch.distributed.get_rank()}: {error}")
-        _raise_together(failure, "the servers of another rank cannot be used", device)
+        raise_together(failure, ConfigError("the servers of another rank cannot be used"), device)
         return engine
     return LocalEngine(
         config.model.path,
@@ -150,28 +157,33 @@ def _load_data(config: Config, tokenizer: Tokenizer) -> tuple[PromptStream, tupl
     return stream, eval_prompts
 
 
-def _prepare_folder(config: Config, rank: int, device: torch.device, resuming: bool) -> None:
-    layout = config.megatron
+def _take_folder(config: Config, mesh: Mesh, on_failure: ExitStack) -> tuple[bool, RunLease | None]:
+    """Rank 0 takes the folder and tells the others whether to resume; every rank makes sure that it has the same one.
+
+    The lease is rank 0's. A collective. Raises RunFolderError, FolderInUseError; on other ranks ToldError.
+    """
+    layout, taken = config.megatron, []
     topology = {
-        "world_size": torch.distributed.get_world_size(),
+        "world_size": mesh.world_size,
         "tensor_model_parallel_size": layout.tensor_model_parallel_size,
         "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
     }
+
+    def take() -> str:
+        taken.append(run_folder.take(config, topology))
+        on_failure.callback(taken[0].lease.release)
+        if taken[0].moved:
+            metrics.say(f"the run that was in {taken[0].path} is now in {taken[0].moved}")
+        return f"{taken[0].token} {'resume' if taken[0].resuming else 'begin'}"
+
+    token, what = told_by_main(take, mesh.device).split()
     failure = None
-    if rank == 0:
-        try:
-            run_folder.prepare(config, topology, resuming=resuming)
-        except RunFolderError as error:
-            failure = error
-    _raise_together(failure, "the run folder could not be prepared", device)
-
-
-def _raise_together(failure: Exception | None, otherwise: str, device: torch.device) -> None:
-    """Raises on every rank if any has a failure: its own, or ConfigError(otherwise). A collective."""
-    failed = torch.tensor([failure is not None], dtype=torch.int32, device=device)
-    torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX)
-    if failed.item():
-        raise failure or ConfigError(otherwise)
+    try:
+        run_folder.check_shared(config, token)
+    except RunFolderError as error:
+        failure = error
+    raise_together(failure, ConfigError("another rank has another run.directory, see its message"), mesh.device)
+    return what == "resume", taken[0].lease if taken else None
 
 
 def _describe(run: Run) -> None:

@@ -24,7 +24,7 @@ class RunConfig(Section):
     directory: str
     """Folder of this run: configuration, metrics, rollouts, checkpoints, pictures."""
     if_exists: Literal["resume", "restart", "fail"] = "resume"
-    """What to do when the folder holds a run already. `restart` deletes that run."""
+    """What to do when the folder holds a run already. `restart` moves it aside, to NAME.old-1, and starts over."""
     seed: int = Field(0, ge=0, lt=2**31)
     phase_timeout_minutes: float = Field(60.0, ge=0)
     """A phase that lasts longer ends the run, with every rank's stacks and the late ranks' names. 0: never."""

@@ -13,6 +13,7 @@ from lens_megatron.rollout.ahead import Ahead
 from lens_megatron.rollout.engine import RolloutEngine
 from lens_megatron.rollout.scheduler import Sampler
 from lens_megatron.rollout.team import Team
+from lens_megatron.run_lease import RunLease
 from lens_megatron.tokenizer import Tokenizer
 from lens_megatron.types import Prompt
 from lens_megatron.weight_sync import LastSync
@@ -35,6 +36,8 @@ class Run:
     """Given: the next step is sampled while this one trains."""
     trainer_memory: TrainerMemory
     last_sync: LastSync
+    lease: RunLease | None
+    """The right to write to the run's folder; on the main rank."""
     clock: Clock
 
     @property
@@ -43,5 +46,9 @@ class Run:
         return self.mesh.rank == 0
 
     def close(self) -> None:
-        self.engine.close()
-        self.graders.close()
+        try:
+            self.engine.close()
+            self.graders.close()
+        finally:
+            if self.lease:
+                self.lease.release()

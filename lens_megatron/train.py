@@ -13,10 +13,12 @@ from tqdm import tqdm
 
 from lens_megatron import config as configuration
 from lens_megatron import exit_codes, metrics, report, run_folder
-from lens_megatron.build import build_run
+from lens_megatron.agreement import ToldError, told_by_main
+from lens_megatron.build import build_run, collective_patience
 from lens_megatron.config import Config, ConfigError
+from lens_megatron.errors import say_error
 from lens_megatron.evaluate import evaluate
-from lens_megatron.policy import checkpoint
+from lens_megatron.policy import checkpoint, platform
 from lens_megatron.policy.checkpoint import CheckpointError, CheckpointWriter
 from lens_megatron.policy.hf_weights import ModelError
 from lens_megatron.policy.parallel import shut_down
@@ -28,9 +30,11 @@ from lens_megatron.rollout.meter import SamplingProgress
 from lens_megatron.rollout.replay import ReplayError
 from lens_megatron.run import Run
 from lens_megatron.run_folder import RunFolderError
+from lens_megatron.run_lease import FolderInUseError
 from lens_megatron.step import run_step
 from lens_megatron.supervision import non_finite
 from lens_megatron.supervision.non_finite import NonFiniteError
+from lens_megatron.supervision.parent import end_with_launcher
 from lens_megatron.supervision.watchdog import watch
 from lens_megatron.tokenizer import TokenizerError
 from lens_megatron.types import StepResult
@@ -42,6 +46,8 @@ USER_ERRORS = (
     ModelError,
     TokenizerError,
     RunFolderError,
+    FolderInUseError,
+    ToldError,
     CheckpointError,
     GraderStartError,
     ReplayError,
@@ -57,14 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     logging.getLogger("megatron").setLevel(logging.ERROR)
     try:
-        train(run_folder.restarted(configuration.load(parsed.config, parsed.overrides)))
+        train(configuration.load(parsed.config, parsed.overrides))
     except EnginesLostError as error:
-        metrics.say(f"error: {error}")  # by the rank that has lost them
-        metrics.say("what was graded is kept: the same command goes on from there")
+        say_error(f"{error}\nwhat was graded is kept: the same command goes on from there")
         return exit_codes.ENGINES_LOST
     except (*USER_ERRORS, NonFiniteError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            metrics.say(f"error: {error}")
+        say_error(str(error))
         return exit_codes.NON_FINITE if isinstance(error, NonFiniteError) else exit_codes.MISTAKE
     finally:
         shut_down()
@@ -74,16 +78,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(config: Config) -> None:
     """Trains as configured. Raises one of USER_ERRORS, before anything is written, when it cannot; NonFiniteError."""
     stop = StopRequest()
+    end_with_launcher()
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     config.check_world(world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
-    resuming = run_folder.check(config)
-    if resuming and checkpoint.steps_saved(run_folder.checkpoints(config)) >= config.train.steps:
+    device = platform.install()
+    platform.init_process_group(device, collective_patience(config))
+    if _is_done(config, device):
         if rank == 0:
             metrics.say(f"{config.run.directory} has done its {config.train.steps} steps already; raise train.steps")
-            metrics.say("to go on, or set run.if_exists=restart to start over.")
+            metrics.say("to go on, or set run.if_exists=restart to move that run aside and start over.")
             metrics.say(report.write(Path(config.run.directory)))
         return
-    run = build_run(config, resuming=resuming)
+    run, resuming = build_run(config, device)
     try:
         directory, deadline = Path(config.run.directory), config.run.phase_timeout_minutes
         with watch(run.clock, directory, deadline), _saver(run) as saver:
@@ -92,6 +98,17 @@ def train(config: Config) -> None:
         run.close()
     if run.is_main:
         metrics.say(report.write(Path(config.run.directory)))
+
+
+def _is_done(config: Config, device: torch.device) -> bool:
+    """Whether the folder holds a run with nothing left to do. Rank 0 looks and tells the others. A collective."""
+
+    def look() -> str:
+        resuming = run_folder.check(config)
+        saved = checkpoint.steps_saved(run_folder.checkpoints(config)) if resuming else -1
+        return "done" if saved >= config.train.steps else "not done"
+
+    return told_by_main(look, device) == "done"
 
 
 class StopRequest:
@@ -154,6 +171,8 @@ def _loop(run: Run, done: int, stop: StopRequest, saver: CheckpointWriter) -> No
         with run.clock("step"):
             result = run_step(run, step)
         bar.close()
+        if run.lease:
+            run.lease.check()
         with run.clock("write_rollouts"):
             _write_rollouts(run, result)
             run.sampler.store.remove(step)
@@ -192,6 +211,7 @@ def _saver(run: Run) -> CheckpointWriter:
         keep_last=options.save_total_limit,
         keep_best=options.save_best_limit,
         background=options.async_save,
+        before_publishing=run.lease.check if run.lease else None,
     )
 
 

@@ -80,16 +80,25 @@ class CheckpointWriter:
     Args:
         keep_last, keep_best: newest checkpoints to keep, and best ones by their metric besides.
         background: write in a thread while training goes on.
+        before_publishing: called on rank 0 when all is written; raises to prevent that it takes its place.
 
     Raises:
         CheckpointError: an optimizer or a module whose state cannot be saved.
     """
 
     def __init__(
-        self, policy: Policy, folder: Path, *, model_path: str, keep_last: int, keep_best: int, background: bool
+        self,
+        policy: Policy,
+        folder: Path,
+        *,
+        model_path: str,
+        keep_last: int,
+        keep_best: int,
+        background: bool,
+        before_publishing: Callable[[], None] | None = None,
     ):
         self.policy, self.folder, self.model_path, self.background = policy, folder, model_path, background
-        self.keep_last, self.keep_best = keep_last, keep_best
+        self.keep_last, self.keep_best, self.before_publishing = keep_last, keep_best, before_publishing
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
         self._group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
@@ -179,6 +188,8 @@ class CheckpointWriter:
         _write_json(temporary / shards.INDEX, shards.make_index(temporary, files), indent=None)
         _write_json(temporary / "state.json", asdict(state))
         _flush(temporary)
+        if self.before_publishing:
+            self.before_publishing()
         final = self.folder / f"iter_{state.step:07d}"
         _delete(final)
         temporary.rename(final)
@@ -249,7 +260,7 @@ def resume(policy: Policy, folder: Path) -> TrainingState | None:
     if paths:
         raise CheckpointError(
             f"none of the {len(paths)} checkpoints in {folder} can be used, see above; restore one, start a new run "
-            "from an hf/ folder, or set run.if_exists=restart to delete this run"
+            "from an hf/ folder, or set run.if_exists=restart to move this run aside"
         )
     return None
 

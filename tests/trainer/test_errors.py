@@ -6,7 +6,8 @@ import pytest
 import yaml
 from toy_runs import Toy
 
-from lens_megatron import train
+from lens_megatron import run_folder, train
+from lens_megatron.config import from_tree
 
 
 def run(tree: dict, tmp_path: Path, capsys: pytest.CaptureFixture, *overrides: str) -> str:
@@ -91,11 +92,8 @@ def test_a_folder_that_is_not_a_run(toy: Toy, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_a_folder_of_another_run(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture):
-    from lens_megatron.config import from_tree
-
-    (tmp_path / "run").mkdir()
     other = from_tree(toy.tree(tmp_path / "run", optimizer={"lr": 5e-4}, lens={"tau": 0.25}))
-    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(other.model_dump(mode="json")))
+    run_folder.take(other, {}).lease.release()
     message = run(toy.tree(tmp_path / "run"), tmp_path, capsys)
     assert "belongs to a run with other options: lens.tau, optimizer.lr;" in message
     assert "holds a run already" in run(toy.tree(tmp_path / "run"), tmp_path, capsys, "run.if_exists=fail")

@@ -2,21 +2,17 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from records import PROMPT, group, rollout, sample
 from safetensors.torch import load_file
 from toy_runs import ROOT, Toy, command, environment
 
-from lens_megatron import config, run_folder
 from lens_megatron.metrics import read_metrics
 from lens_megatron.prompts import PromptStream
 from lens_megatron.rollout import replay, unfinished
@@ -218,20 +214,3 @@ def test_a_full_disk_loses_kept_groups_but_not_the_run(tmp_path: Path, capsys: p
     store.append(1, of(prompts(1)[0]))
     store.append(1, of(prompts(1)[0]))
     assert capsys.readouterr().err.count("are not kept for a restart") == 1
-
-
-@pytest.mark.parametrize("wanted", ["restart", "fail", "resume"])
-def test_a_restart_by_torchrun_goes_on_with_what_this_launch_began(toy: Toy, wanted: str, tmp_path: Path, monkeypatch):
-    made = config.from_tree(toy.tree(tmp_path / "run", run={"if_exists": wanted}))
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert run_folder.restarted(made).run.if_exists == wanted, "nothing was begun"
-    (tmp_path / "run").mkdir()
-    recorded = tmp_path / "run" / "config.yaml"
-    recorded.touch()
-    assert run_folder.restarted(made).run.if_exists == "resume"
-    older = psutil.Process(os.getppid()).create_time() - 60
-    os.utime(recorded, (older, older))
-    assert run_folder.restarted(made).run.if_exists == wanted, "the folder is an earlier launch's"
-    os.utime(recorded, (time.time(), time.time()))
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert run_folder.restarted(made).run.if_exists == wanted

@@ -1,0 +1,44 @@
+"""What one rank finds out and all must know. Only tensors travel; every function is a collective of the whole world."""
+
+from collections.abc import Callable
+
+import torch
+
+
+def told_by_main(tell: Callable[[], str], device: torch.device) -> str:
+    """What `tell` returns on rank 0, on every rank. Raises what it raises there; elsewhere ToldError with its text."""
+    failure: Exception | None = None
+    text = ""
+    if torch.distributed.get_rank() == 0:
+        try:
+            text = tell()
+        except Exception as error:  # the others wait: they must hear of it, whatever it is
+            failure, text = error, str(error)
+    failed, text = _broadcast(failure is not None, text, device)
+    if failed:
+        raise failure or ToldError(text)
+    return text
+
+
+class ToldError(ValueError):
+    """Rank 0 cannot go on, and says why."""
+
+
+def raise_together(failure: Exception | None, otherwise: Exception, device: torch.device) -> None:
+    """Raises on every rank if any has a failure: its own, or `otherwise`."""
+    failed = torch.tensor([failure is not None], dtype=torch.int32, device=device)
+    torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX)
+    if failed.item():
+        raise failure or otherwise
+
+
+def _broadcast(flag: bool, text: str, device: torch.device) -> tuple[bool, str]:
+    data = text.encode("utf-8", errors="backslashreplace")
+    head = torch.tensor([flag, len(data)], dtype=torch.int64, device=device)
+    torch.distributed.broadcast(head, 0)
+    body = torch.zeros(int(head[1]), dtype=torch.uint8, device=device)
+    if torch.distributed.get_rank() == 0 and data:
+        body.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    if len(body):
+        torch.distributed.broadcast(body, 0)
+    return bool(head[0]), bytes(body.cpu().numpy()).decode()

@@ -1,0 +1,57 @@
+"""Ends a rank whose torchrun is gone: killed with -9, it can no longer end its ranks, and nobody supervises them.
+
+An ordinary SIGTERM comes first, so that the run saves what it has and stops; after GRACE_S the process ends regardless.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+
+import psutil
+
+POLL_S = 1.0
+GRACE_S = 60.0
+
+
+def launcher() -> psutil.Process | None:
+    """torchrun's process; None when this process was not started by it, or that cannot be told.
+
+    It is the nearest ancestor without the variables that torchrun sets for its ranks: a script may stand between.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    try:
+        ancestors = psutil.Process().parents()
+        return next((p for p in ancestors if "TORCHELASTIC_RUN_ID" not in p.environ()), None)
+    except (psutil.Error, OSError):
+        return None
+
+
+def end_with_launcher() -> None:
+    """Starts a thread that ends this process soon after torchrun's has gone. Without torchrun: nothing."""
+    parent = launcher()
+    if parent is not None:
+        threading.Thread(target=_watch, args=(parent,), name="parent", daemon=True).start()
+
+
+def _watch(parent: psutil.Process) -> None:
+    while _lives(parent):
+        time.sleep(POLL_S)
+    rank = os.environ.get("RANK", "0")
+    sys.__stderr__.write(f"rank {rank}: torchrun (process {parent.pid}) is gone; stopping\n")
+    sys.__stderr__.flush()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE_S)
+    os._exit(128 + signal.SIGTERM)
+
+
+def _lives(process: psutil.Process) -> bool:
+    """By number and time of creation; a zombie that nobody has waited for does not live."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.Error:
+        return True
