@@ -1,8 +1,11 @@
-"""Entry: `torchrun --nproc-per-node N pretrain_lens.py --config configs/demo.yaml [section.option=value ...]`."""
+"""Entry point: `torchrun --nproc-per-node 8 pretrain_lens.py --config configs/demo.yaml [section.option=value ...]`."""
 
 import sys
 
 if __name__ == "__main__":
-    from lens_megatron.train import main
+    try:
+        from lens_megatron.train import main  # seconds of imports, which Ctrl-C may interrupt
 
-    sys.exit(main())
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

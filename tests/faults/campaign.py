@@ -1,15 +1,16 @@
-"""Faults at random on whole runs, one a round, and what must hold after each: python tests/faults/campaign.py --rounds 200
+"""Faults at random on whole runs, one a round: python tests/faults/campaign.py --rounds 200 --log campaign.jsonl
 
 A round starts the run's command, waits for a random time, does one fault to it, and waits for its end. The next round
-goes on from there; a run that has done all its steps is compared with one that nothing happened to, and a new one begun.
-After every round: no checkpoint is lost or damaged, no process of the run is left, nor its temporary files and shared
-memory; the exit status is one that the fault may lead to, and a rank that ends by itself has said why.
+goes on from there; a run that has done all its steps is compared with one that nothing happened to, and a new one is
+begun. After every round: no checkpoint is lost or damaged, no process of the run is left, nor its temporary files and
+shared memory; the exit status is one that the fault may lead to, and a rank that ends by itself has said why.
 """
 
 import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -31,9 +32,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(ROOT))
 
 from lens_megatron.metrics import read_metrics
-from lens_megatron.policy import checkpoint
+from lens_megatron.policy import checkpoint, shards
 
-RANKS, STEPS = 2, 8
+RANKS, STEPS = 2, 12
 MARK = "LENS_CAMPAIGN"
 END_S = 150.0
 """How long a run may take to end after a fault, or its processes after torchrun's end."""
@@ -233,6 +234,7 @@ class Campaign:
         tree = self.toy.tree(
             place / "run",
             data={"eval": [str(self.toy.eval)]},
+            rollout={"prompts_per_step": 8},
             train={"steps": STEPS, "save_interval": 1, "eval_interval": 4},
         )
         words, mark = command(tree, place, RANKS), f"{os.getpid()}-{self.rng.getrandbits(64):x}"
@@ -251,7 +253,7 @@ class Campaign:
         written = log.stat().st_size if log.exists() else 0
         result.steps_before = newest(place / "run")
         job = self.start(place)
-        result.after_s = round(self.rng.uniform(0.5, 14), 2)
+        result.after_s = round(self.rng.uniform(0.5, 20), 2)
         with suppress(subprocess.TimeoutExpired):
             job.process.wait(result.after_s)
         if job.process.poll() is None:
@@ -276,7 +278,9 @@ class Campaign:
         result.problems += statuses(result, said)
         result.steps_after = newest(place / "run")
         if result.steps_after < result.steps_before:
-            result.problems.append(f"a checkpoint was lost: {result.steps_before} steps before, {result.steps_after} now")
+            result.problems.append(
+                f"a checkpoint was lost: {result.steps_before} steps before, {result.steps_after} now"
+            )
         result.problems += damaged(place / "run")
         # torchrun's own folder of logs is left when torchrun is killed.
         rest = [path for path in self.temporary.iterdir() if not path.name.startswith("torchelastic_")]
@@ -286,7 +290,10 @@ class Campaign:
             result.problems.append(f"shared memory: {sorted(more)}")
         if result.steps_after == STEPS and not result.problems and result.status == 0:
             result.problems += self._compare(place / "run")
+        if result.problems:
+            shutil.copyfile(place / "output.log", self.folder.parent / f"problem_{result.number}.log")
         if result.steps_after == STEPS or result.problems:
+            shutil.rmtree(place)
             self.runs += 1
 
     def _compare(self, run: Path) -> list[str]:
@@ -306,8 +313,11 @@ def damaged(run: Path) -> list[str]:
     """Every published checkpoint must be whole."""
     problems = []
     for path in checkpoint.published(run / "checkpoints"):
-        if reason := checkpoint.damage(path):
-            problems.append(f"{path.name} is damaged: {reason}")
+        try:
+            checkpoint.read_state(path)
+            shards.check_sizes(path)
+        except Exception as error:  # whatever it is, the checkpoint is not whole
+            problems.append(f"{path.name} is damaged: {error}")
     return problems
 
 
