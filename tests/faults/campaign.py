@@ -253,9 +253,7 @@ class Campaign:
         written = log.stat().st_size if log.exists() else 0
         result.steps_before = newest(place / "run")
         job = self.start(place)
-        result.after_s = round(self.rng.uniform(0.5, 20), 2)
-        with suppress(subprocess.TimeoutExpired):
-            job.process.wait(result.after_s)
+        self._wait(job, result)
         if job.process.poll() is None:
             FAULTS[result.fault][0](job, self.rng, result)
         try:
@@ -266,6 +264,20 @@ class Campaign:
         self._check(job, result, place, said)
         result.seconds = round(time.monotonic() - began, 1)
         return result
+
+    def _wait(self, job: Job, result: Round) -> None:
+        """For a moment of the start, or until some step is done and a moment more; not beyond the run's end."""
+        began = time.monotonic()
+        if self.rng.random() < 0.3:
+            delay = self.rng.uniform(0.2, 8)
+        else:
+            delay, done = self.rng.uniform(0, 1.5), self.rng.randrange(result.steps_before, STEPS)
+            metrics = job.folder / "metrics.jsonl"
+            while job.process.poll() is None and not (metrics.exists() and f'"step": {done},' in metrics.read_text()):
+                time.sleep(0.02)
+        with suppress(subprocess.TimeoutExpired):
+            job.process.wait(delay)
+        result.after_s = round(time.monotonic() - began, 2)
 
     def _check(self, job: Job, result: Round, place: Path, said: str) -> None:
         deadline = time.monotonic() + END_S
