@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, ValidationError, field_validator, model_
 
 from lens_megatron import config_rules
 from lens_megatron.config_files import ConfigError, apply_override, read_tree
-from lens_megatron.config_section import Section, explain
+from lens_megatron.config_section import Section, UserPath, explain
 
 __all__ = ["Config", "ConfigError", "from_tree", "load"]
 
@@ -21,29 +21,30 @@ BOXED_INSTRUCTION = "Please reason step by step, and put your final answer withi
 
 
 class RunConfig(Section):
-    directory: str
+    directory: UserPath
     """Folder of this run: configuration, metrics, rollouts, checkpoints, pictures."""
     if_exists: Literal["resume", "restart", "fail"] = "resume"
     """What to do when the folder holds a run already. `restart` moves it aside, to NAME.old-1, and starts over."""
     seed: int = Field(0, ge=0, lt=2**31)
-    phase_timeout_minutes: float = Field(60.0, ge=0)
-    """A phase that lasts longer ends the run, with every rank's stacks and the late ranks' names. 0: never."""
+    phase_timeout_minutes: float = Field(60.0, ge=0, le=10_080)
+    """A phase that lasts longer ends the run, with every rank's stacks and the late ranks' names. 0: never. At most a
+    week: timers of the operating system and of the collectives overflow soon after."""
     tensorboard: bool = True
     save_rollout_files: bool = True
 
 
 class ModelConfig(Section):
-    path: str
+    path: UserPath
     """Hugging Face model directory (Qwen2, Qwen3 or Llama) with its tokenizer."""
-    reference_path: str | None = None
+    reference_path: UserPath | None = None
     """Frozen reference policy; the initial policy when empty."""
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 class DataConfig(Section):
-    train: str
+    train: UserPath
     """A .jsonl or .parquet file, or the name of a Hugging Face dataset (`name` or `name:split`)."""
-    eval: tuple[str, ...] = ()
+    eval: tuple[UserPath, ...] = ()
     problem_key: str | None = None
     """Column of the problem; found among problem, question, prompt when empty."""
     answer_key: str | None = None
@@ -64,11 +65,12 @@ class RolloutConfig(Section):
     """Of vllm_server: how many to start, each beside the rank that drives it; or addresses of running ones,
     http://host:port. Server i is driven by rank i modulo the number of ranks."""
     prompts_per_step: int = Field(128, ge=1)
-    rollouts_per_prompt: int = Field(8, ge=1)
+    rollouts_per_prompt: int = Field(8, ge=1, le=10_000)
     max_response_length: int = Field(1024, ge=1)
     """Tokens per completion."""
-    temperature: float = Field(1.0, gt=0)
-    max_running_sequences: int = Field(256, ge=1)
+    temperature: float = Field(1.0, ge=1e-3, le=1e3)
+    """Below the lower bound logits overflow."""
+    max_running_sequences: int = Field(256, ge=1, le=65_536)
     """Sequences that one engine decodes at once."""
     offload_trainer: bool | None = None
     """Keep the trainer's weights, gradients and optimizer state in host memory while the engine samples. Default: on a
@@ -87,20 +89,26 @@ class RolloutConfig(Section):
     @classmethod
     def check_servers(cls, value: Any) -> Any:
         if isinstance(value, (list, tuple)):
-            bad = [v for v in value if not isinstance(v, str) or not re.fullmatch(r"http://[^/:\s]+:\d+", v)]
+            bad = [v for v in value if not isinstance(v, str) or not _is_address(v)]
             if bad or not value or len(set(value)) < len(value):
                 raise ValueError("expected different addresses such as [http://10.0.0.7:8000]")
-        elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError("expected a number of servers, 1 or more, or a list of their addresses")
+        elif not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1024:
+            raise ValueError("expected a number of servers, 1 to 1024, or a list of their addresses")
         return value
+
+
+def _is_address(text: str) -> bool:
+    found = re.fullmatch(r"http://[^/:\s@?#\0]{1,253}:([0-9]{1,5})", text)
+    return found is not None and 0 < int(found[1]) < 2**16
 
 
 class RewardConfig(Section):
     grader: str = "math_verify"
     """A registered grader, or `module:function`."""
-    timeout_s: float = Field(5.0, gt=0)
-    """Wall-clock limit for one answer, from the start of its grading."""
-    workers_per_rank: int = Field(1, ge=1)
+    timeout_s: float = Field(5.0, ge=1e-3, le=86_400)
+    """Wall-clock limit for one answer, from the start of its grading. At most a day."""
+    workers_per_rank: int = Field(1, ge=1, le=256)
+    """Processes that grade, of which every rank has its own."""
 
 
 class LensConfig(Section):
@@ -183,9 +191,9 @@ class TrainConfig(Section):
     """Optimizer steps per rollout batch; more than one makes the later ones off-policy."""
     eval_interval: int = Field(20, ge=0)
     """Steps between evaluations; 0: only before the first and after the last step."""
-    eval_samples: int = Field(1, ge=1)
-    eval_temperature: float = Field(1.0, ge=0)
-    """0: greedy."""
+    eval_samples: int = Field(1, ge=1, le=10_000)
+    eval_temperature: float = Field(1.0, ge=0, le=1e3)
+    """0: greedy; else 0.001 or more."""
     save_interval: int = Field(20, ge=1)
     """Steps between checkpoints; the last step is always saved."""
     async_save: bool = True
@@ -248,8 +256,8 @@ class ClusterConfig(Section):
 
     gpu: Literal["A800-80GB", "A100-80GB", "H800-80GB", "H100-80GB", "H200-141GB"] = "A800-80GB"
     """Names memory, arithmetic, memory bandwidth and links: lens_megatron/planning/hardware.py."""
-    nodes: int = Field(1, ge=1)
-    gpus_per_node: int = Field(8, ge=1)
+    nodes: int = Field(1, ge=1, le=100_000)
+    gpus_per_node: int = Field(8, ge=1, le=1024)
     gpu_memory_gib: float | None = Field(None, gt=0)
     """What torch reports as the GPU's total memory; the table's when empty."""
     host_memory_gib: float = Field(1024, gt=0)
@@ -259,9 +267,9 @@ class ClusterConfig(Section):
 
 
 class DebugConfig(Section):
-    save_rollouts: str | None = None
+    save_rollouts: UserPath | None = None
     """Folder to write each step's graded groups to, for `load_rollouts`."""
-    load_rollouts: str | None = None
+    load_rollouts: UserPath | None = None
     """Folder written by `save_rollouts`: train on it, sample nothing."""
     rollout_only: bool = False
     """Sample and grade, never update."""

@@ -5,47 +5,72 @@ base: [base/paper.yaml, base/a800.yaml]     # relative to this file; a later one
 model: {path: models/Qwen2.5-7B}            # mappings merge, everything else replaces
 """
 
+import os.path
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lens_megatron.files import read_regular
+
+LARGEST_FILE = 1 << 18
+"""Bytes of one YAML file: its parser takes seconds for more."""
+LARGEST_TREE = 20_000
+"""Values of a tree, each alias counted as what it stands for."""
+LARGEST_DEPTH = 100
+"""Levels of a tree."""
+
 
 class ConfigError(ValueError):
     """A mistake in the user's configuration; the message names the option, the value and the remedy."""
 
 
-def read_tree(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_tree(path: Path) -> dict[str, Any]:
     """The tree of `path` over those of its `base` files, which may have bases of their own.
-
-    Args:
-        inside: the files that led here, outermost first.
 
     Raises:
         ConfigError: missing file, bad YAML, not a mapping, `base` that is no file name, files that name each other.
     """
-    if path.resolve() in [p.resolve() for p in inside]:
+    return _read_over_bases(path, (), {})
+
+
+def _read_over_bases(path: Path, inside: tuple[Path, ...], done: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """`inside`: the files that led here, outermost first. `done`: trees read so far, so that each is read once."""
+    place = os.path.abspath(path)  # not the resolved path: resolving fails where links go in a circle
+    if place in map(os.path.abspath, inside):
         chain = " -> ".join(map(str, (*inside, path)))
         raise ConfigError(f"{path}: base: the files name each other in a circle: {chain}; remove one of them")
+    if len(inside) > LARGEST_DEPTH:
+        raise ConfigError(f"{inside[0]}: base: more than {LARGEST_DEPTH} files below each other; put some into one")
+    if place not in done:
+        tree = _read_one(path, inside)
+        bases = tree.pop("base", [])
+        bases = [bases] if isinstance(bases, str) else bases
+        if not (isinstance(bases, list) and all(isinstance(base, str) and base for base in bases)):
+            raise ConfigError(f"{path}: base: expected a file name or a list of file names relative to this file")
+        merged: dict[str, Any] = {}
+        for base in bases:
+            merged = merge(merged, _read_over_bases(path.parent / base, (*inside, path), done))
+        done[place] = merge(merged, tree)
+    return done[place]
+
+
+def _read_one(path: Path, inside: tuple[Path, ...]) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path, LARGEST_FILE).decode("utf-8")
     except FileNotFoundError as error:
         where = f"{inside[-1]}: base: " if inside else ""
         raise ConfigError(f"{where}no configuration file at {path}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}; give a YAML file") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: cannot be read: {error}; save it as UTF-8") from error
     tree = parse_yaml(text, f"{path}: cannot be read as YAML")
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected sections such as `model:` and `data:`, got {type(tree).__name__}")
-    bases = tree.pop("base", [])
-    bases = [bases] if isinstance(bases, str) else bases
-    if not (isinstance(bases, list) and all(isinstance(base, str) and base for base in bases)):
-        raise ConfigError(f"{path}: base: expected a file name or a list of file names relative to this file")
-    merged: dict[str, Any] = {}
-    for base in bases:
-        merged = merge(merged, read_tree(path.parent / base, (*inside, path)))
-    return merge(merged, tree)
+    return tree
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,14 +105,43 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     node[option] = value
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping: PyYAML takes the last one and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<")
+        for key, count in counts.most_common(1):
+            if count > 1:
+                why = f"{key[:80]!r} stands {count} times in one section; keep one"
+                raise yaml.constructor.ConstructorError(None, None, why, node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def parse_yaml(text: str, mistake: str) -> Any:
     """PyYAML lets errors of its scalar types through: `2024-99-99` is a ValueError, `!!bool x` a KeyError."""
     try:
-        return yaml.safe_load(text)
+        tree = yaml.load(text, _Loader)
     except RecursionError:
         raise ConfigError(f"{mistake}: nested too deeply") from None
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
         raise ConfigError(f"{mistake}: {error}") from error
+    if why := _too_large(tree):
+        raise ConfigError(f"{mistake}: {why}")
+    return tree
+
+
+def _too_large(tree: Any) -> str:
+    """Why no tree of that size is read: aliases let ten lines stand for a billion values, or for endlessly many."""
+    level, values = [tree], 0
+    for _ in range(LARGEST_DEPTH):
+        values += len(level)
+        inner = [node.values() if isinstance(node, dict) else node for node in level if isinstance(node, dict | list)]
+        if values + sum(map(len, inner)) > LARGEST_TREE:
+            return f"it stands for more than {LARGEST_TREE:,} values; write fewer, or fewer aliases"
+        level = [value for node in inner for value in node]
+        if not level:
+            return ""
+    return f"more than {LARGEST_DEPTH} levels below each other, or an alias that names itself; write plain values"
 
 
 _MISSING = object()

@@ -1,8 +1,13 @@
 """Rules over more than one option, each with both values and the remedy. `config.Config` asks for them."""
 
 import math
+import os.path
 from collections.abc import Iterator
 from typing import Any
+
+COLDEST = 1e-3
+"""The lowest temperature but 0: `rollout.temperature` has it as its bound."""
+WORKERS_PER_CORE = 16
 
 
 def mistakes(config: Any) -> Iterator[str]:
@@ -44,6 +49,22 @@ def mistakes(config: Any) -> Iterator[str]:
                     f"megatron.{section}.{name} needs buffers that stay where they are, rollout.offload_trainer "
                     "gives their memory up; remove it or set rollout.offload_trainer=false"
                 )
+    if 0 < config.train.eval_temperature < COLDEST:
+        yield (
+            f"train.eval_temperature ({config.train.eval_temperature}) is not 0 and below {COLDEST}, where logits "
+            "overflow; set it to 0 (greedy) or raise it"
+        )
+    if config.data.problem_key and config.data.problem_key == config.data.answer_key:
+        yield (
+            f"data.problem_key and data.answer_key are both {config.data.problem_key!r}, so that every problem would "
+            "be its own answer; name two columns"
+        )
+    saved, loaded = config.debug.save_rollouts, config.debug.load_rollouts
+    if saved and loaded and os.path.realpath(saved) == os.path.realpath(loaded):
+        yield (
+            f"debug.save_rollouts and debug.load_rollouts are one folder ({saved}), whose files would be overwritten "
+            "by what is read from them; choose two"
+        )
     if config.optimizer.min_lr > config.optimizer.lr:
         yield (f"optimizer.min_lr ({config.optimizer.min_lr}) exceeds optimizer.lr ({config.optimizer.lr}); lower it")
 
@@ -98,4 +119,14 @@ def world_mistakes(config: Any, world_size: int, ranks_per_node: int) -> Iterato
         yield (
             f"rollout.prompts_per_step ({config.rollout.prompts_per_step}) is not divisible by data-parallel size "
             f"({dp}) x train.updates_per_batch ({updates}); choose a multiple of {dp * updates}"
+        )
+
+
+def machine_mistakes(config: Any, ranks_here: int, cores: int) -> Iterator[str]:
+    """What this machine cannot carry."""
+    per_rank, most = config.reward.workers_per_rank, max(64, WORKERS_PER_CORE * cores)
+    if per_rank * ranks_here > most:
+        yield (
+            f"reward.workers_per_rank ({per_rank}) x {ranks_here} ranks on this machine = {per_rank * ranks_here} "
+            f"processes, for {cores} cores; lower it to {max(1, most // ranks_here)} or less"
         )

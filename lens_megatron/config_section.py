@@ -1,11 +1,45 @@
 """What all sections of the configuration have in common, and what is said about mistakes in them."""
 
 import difflib
+import os.path
 import reprlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, field_validator
+
+LARGEST_INTEGER = 2**31 - 1
+"""Of an option: what counts things fits in 32 bits, here and in Megatron-Core."""
+LARGEST_FLOAT, SMALLEST_FLOAT = 3.4e38, 1.2e-38
+"""Of an option: beyond them float32, in which the trainer computes, has infinity and zero."""
+_LONGEST_PATH, _LONGEST_NAME = 4095, 255
+"""Bytes, as Linux has it."""
+
+
+def user_path(text: str) -> str:
+    """`text` with `~` as the home folder. Raises ValueError for what no file can be called."""
+    if not text.strip():
+        raise ValueError("expected a path, got an empty text")
+    if "\0" in text:
+        raise ValueError("a path cannot hold a NUL byte; remove it")
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        raise ValueError("a path cannot hold half a character (a lone surrogate); write it anew") from None
+    path = os.path.expanduser(text)
+    if text.startswith("~") and path == text:
+        raise ValueError("there is no such home folder; write the path out")
+    size = len(os.fsencode(path))
+    if size > _LONGEST_PATH:
+        raise ValueError(f"a path may have {_LONGEST_PATH} bytes, this one has {size}; choose a shorter one")
+    longest = max(len(os.fsencode(part)) for part in path.split("/"))
+    if longest > _LONGEST_NAME:
+        raise ValueError(f"a file's name may have {_LONGEST_NAME} bytes, one has {longest}; choose a shorter one")
+    return path
+
+
+UserPath = Annotated[str, AfterValidator(user_path)]
+"""A file or folder of the user's, `~` expanded."""
 
 
 class Section(BaseModel):
@@ -19,6 +53,15 @@ class Section(BaseModel):
         """Without this, `lr: yes` is a learning rate of 1."""
         if isinstance(value, bool) and cls.model_fields[info.field_name].annotation in (int, float, float | None):
             raise ValueError("expected a number")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def refuse_numbers_out_of_range(cls, value: Any) -> Any:
+        if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+            raise ValueError(f"expected a number of at most {LARGEST_INTEGER}")
+        if isinstance(value, float) and value and not SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT:
+            raise ValueError(f"float32 has numbers from {SMALLEST_FLOAT} to {LARGEST_FLOAT}; give 0 or one of those")
         return value
 
 
@@ -39,6 +82,7 @@ def explain(error: Mapping[str, Any], root: type[Section], options: Sequence[str
     """One line on a mistake that pydantic found in `root`, which has `options`, dotted names."""
     location = tuple(str(part) for part in error["loc"])
     name = ".".join(location) or "configuration"
+    name = _SHORT.repr(name)[1:-1] if len(name) > _SHORT.maxstring else name
     if error["type"] == "extra_forbidden":
         return NOT_OFFERED.get(name) or f"unknown option {name}{_nearest(location, root, options)}"
     if error["type"] == "missing":

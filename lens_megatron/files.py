@@ -1,7 +1,49 @@
-"""Files that are whole or not there: written beside their place, flushed, then renamed into it."""
+"""Files that are whole or not there: written beside their place, flushed, then renamed into it; and users' files, read
+without waiting for what never comes."""
 
+import errno
 import os
+import stat
 from pathlib import Path
+from typing import BinaryIO
+
+_KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a file of the user's for reading. Does not block where `path` is a FIFO or a device.
+
+    Raises:
+        OSError: `strerror` says why, also of a name that no file can have and of what is not a regular file.
+    """
+    try:
+        _check_regular(os.stat(path).st_mode)  # before it is opened, which some devices take for a command
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError:  # a NUL byte, or half of a surrogate pair
+        raise OSError(errno.EINVAL, "no file can have this name") from None
+    file = os.fdopen(descriptor, "rb")
+    try:
+        _check_regular(os.fstat(descriptor).st_mode)
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """The content of a file of the user's, as `open_regular` opens it. Raises OSError, also beyond `limit` bytes."""
+    with open_regular(path) as file:
+        content = file.read(limit + 1) or b""  # None: some files of /proc have nothing to say yet
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes")
+    return content
+
+
+def _check_regular(mode: int) -> None:
+    if stat.S_ISDIR(mode):
+        raise OSError(errno.EISDIR, "it is a folder, not a file")
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, f"it is {_KINDS.get(stat.S_IFMT(mode), 'something else')}, not a file")
 
 
 def write_atomically(path: Path, content: str | bytes, *, mode: int = 0o666) -> None:

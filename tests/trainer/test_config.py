@@ -113,7 +113,7 @@ def test_a_saved_config_is_the_same_config(base):
         ("train.save_interval=0", "train.save_interval: 0: Input should be greater than or equal to 1"),
         ("train.steps=-1", "train.steps: -1: Input should be greater than or equal to 0"),
         ("run.seed=2147483648", "run.seed: 2147483648: Input should be less than 2147483648"),
-        ("rollout.temperature=0", "rollout.temperature: 0: Input should be greater than 0"),
+        ("rollout.temperature=0", "rollout.temperature: 0: Input should be greater than or equal to 0.001"),
         ("optimizer.lr=.inf", "optimizer.lr: inf: Input should be a finite number"),
         ("optimizer.lr=.nan", "optimizer.lr: nan: Input should be a finite number"),
         ("optimizer.lr=true", "optimizer.lr: True: expected a number"),
@@ -211,7 +211,7 @@ def test_an_override_that_is_none(base, override, message):
     [
         (b"", "expected sections such as `model:` and `data:`, got NoneType"),
         (b"- 1", "expected sections such as `model:` and `data:`, got list"),
-        (b"a: \xff", "cannot be read: 'utf-8' codec can't decode byte 0xff in position 3: invalid start byte"),
+        (b"a: \xff", "cannot be read: 'utf-8' codec can't decode byte 0xff in position 3: invalid start byte; save it as UTF-8"),
         (b"[" * 3000, "cannot be read as YAML: nested too deeply"),
         (b"a: 2024-99-99", "cannot be read as YAML: month must be in 1..12"),
         (b"a: !!int ''", "cannot be read as YAML: string index out of range"),
@@ -236,11 +236,13 @@ def test_yaml_tags_do_not_run_code(base):
 def test_values_that_no_file_could_hold(base):
     """An alias to itself, or half a character: found now, not when the run writes its resolved configuration."""
     base.write_text(BASE + "megatron: {transformer: &x {again: *x}}\n")
-    assert error(load, base).startswith("configuration: a value cannot be saved: ")
+    assert error(load, base).endswith("or an alias that names itself; write plain values")
     base.write_text(BASE + 'debug: {save_rollouts: "\\ud800"}\n')
+    assert "half a character" in error(load, base)
+    base.write_text(BASE + 'megatron: {transformer: {a: "\\ud800"}}\n')
     assert error(load, base).startswith("configuration: a value cannot be saved: ")
     base.write_text(BASE + "lens: &x {tau: *x}\n")
-    assert error(load, base) == "lens.tau: {'tau': {'tau': {...}}}: Input should be a valid number"
+    assert error(load, base).endswith("or an alias that names itself; write plain values")
 
 
 def test_a_message_stays_short_when_aliases_multiply(base):
@@ -457,6 +459,6 @@ def test_servers_are_a_number_or_addresses(base):
     assert load(base, ["rollout.servers=3"]).rollout.servers == 3
     assert load(base, ["rollout.servers=[http://a:1, http://b:2]"]).rollout.servers == ("http://a:1", "http://b:2")
     for value in ("0", "yes", "1.5", "http://a:1"):
-        assert "expected a number of servers, 1 or more, or a list" in error(load, base, [f"rollout.servers={value}"])
+        assert "expected a number of servers, 1 to 1024, or a list" in error(load, base, [f"rollout.servers={value}"])
     for value in ("[]", "[https://a:1]", "[a:1]", "[http://a]", "[http://a:1, http://a:1]", "[http://a:1/v1]"):
         assert "expected different addresses such as [http://" in error(load, base, [f"rollout.servers={value}"])
