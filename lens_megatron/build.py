@@ -12,7 +12,8 @@ from lens_megatron import metrics, run_folder
 from lens_megatron.agreement import raise_together, told_by_main
 from lens_megatron.clock import Clock
 from lens_megatron.config import Config, ConfigError
-from lens_megatron.policy.hf_weights import read_hf_config
+from lens_megatron.config_rules import machine_mistakes
+from lens_megatron.policy.hf_weights import ModelError, read_hf_config
 from lens_megatron.policy.model import DTYPES, build_policy, check_layout
 from lens_megatron.policy.offload import TrainerMemory, is_enabled
 from lens_megatron.policy.parallel import Mesh, build_mesh
@@ -41,13 +42,17 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
 
     Checks model, tokenizer and data, then takes the device's memory, and only then creates the run folder.
     """
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
+    for mistake in machine_mistakes(config, ranks_here, os.cpu_count() or 1):
+        raise ConfigError(mistake)
     hf_config = read_hf_config(config.model.path)
     check_layout(config, hf_config)
+    if config.model.reference_path:
+        _check_reference(config.model.reference_path, hf_config)
     if config.rollout.engine in ("vllm", "vllm_server"):
         vllm_options.check(config, hf_config)
     tokenizer = load_tokenizer(config.model.path, hf_config.vocab_size)
-    if config.debug.load_rollouts:
-        replay.read_groups(config.debug.load_rollouts, step=1)
+    _check_replay(config, hf_config.vocab_size)
     graders = _start_graders(config)
     prompts, eval_prompts = _load_data(config, tokenizer)
     patience = collective_patience(config)
@@ -127,6 +132,29 @@ def _build_board(config: Config, team: Team) -> Board | None:
     """Between engines: of those over several ranks the first one speaks."""
     shared = config.rollout.engine != "local" if config.rollout.share_work is None else config.rollout.share_work
     return Board(job_store(), team.number, team.engines) if shared and team.leads and team.engines > 1 else None
+
+
+def _check_reference(path: str, policy: PretrainedConfig) -> None:
+    """Raises ModelError where the reference is no model, or one of another shape than the policy."""
+    try:
+        reference = read_hf_config(path)
+    except ModelError as error:
+        raise ModelError(f"model.reference_path: {error}") from error
+    for name in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"):
+        ours, theirs = getattr(policy, name), getattr(reference, name)
+        if ours != theirs:
+            raise ModelError(
+                f"model.reference_path {path}: its {name} is {theirs}, that of model.path {ours}; give a model of the "
+                "same shape, or leave it empty"
+            )
+
+
+def _check_replay(config: Config, vocab_size: int) -> None:
+    """Raises ReplayError where saved rollouts cannot be read, or none saved. Of later steps it sees only the files."""
+    loaded = config.debug.load_rollouts
+    replay.check_folders(loaded, config.debug.save_rollouts, config.train.steps)
+    if loaded and config.train.steps:
+        replay.read_groups(loaded, 1, count=config.rollout.prompts_per_step, vocab_size=vocab_size)
 
 
 def _start_graders(config: Config) -> GraderPool:

@@ -15,6 +15,7 @@ import math
 import os.path
 import re
 import reprlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -25,6 +26,7 @@ import pyarrow
 import pyarrow.parquet
 
 from lens_megatron.config import DataConfig
+from lens_megatron.files import open_regular
 from lens_megatron.reward.boxed import last_box
 
 PROBLEM_KEYS = ("problem", "question", "prompt")
@@ -34,6 +36,19 @@ SOURCE_KEY = "data_source"
 _FILE_SUFFIXES = {".jsonl", ".parquet", ".json", ".csv", ".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst"}
 _DATASET_NAME = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
 _PARQUET_BATCH = 1024
+_LONGEST_LINE = 16 << 20
+_LONGEST_TEXT = 1_000_000
+"""Characters of a message: a tokenizer takes a gigabyte of memory for them, and ends the process where there is none."""
+_SIGNATURES = (
+    (b"\x1f\x8b", "compressed by gzip", "decompress it with gunzip"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd", "decompress it with unzstd"),
+    (b"PK\x03\x04", "a zip archive", "unpack it"),
+    (b"PAR1", "parquet", "call it .parquet"),
+    (codecs.BOM_UTF32_LE, "UTF-32", "save it as UTF-8"),
+    (codecs.BOM_UTF16_LE, "UTF-16", "save it as UTF-8"),
+    (codecs.BOM_UTF16_BE, "UTF-16", "save it as UTF-8"),
+)
+"""What other files begin with; the longer signature first."""
 
 
 class DataError(ValueError):
@@ -95,6 +110,8 @@ def _open(source: str, data: DataConfig) -> tuple[Iterator[_Row], str]:
     path = Path(expanded)
     if os.path.isdir(expanded):
         raise DataError(f"{source}: is a folder; name one .jsonl or .parquet file in it")
+    if os.path.islink(expanded) and not os.path.exists(expanded):
+        raise DataError(f"{source}: is a link that leads to no file (to {os.readlink(expanded)}); mend or replace it")
     if os.path.exists(expanded):
         if path.suffix.lower() == ".jsonl":
             return _jsonl_rows(path), path.stem
@@ -116,20 +133,30 @@ def _wanted_columns(data: DataConfig) -> set[str]:
 
 def _jsonl_rows(path: Path) -> Iterator[_Row]:
     try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+        with open_regular(path) as file:
+            for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE + 1), b""), 1):
+                where = f"{path}:{number}"
                 if number == 1:
+                    _refuse_other_formats(line, where)
                     line = line.removeprefix(codecs.BOM_UTF8)
+                if len(line) > _LONGEST_LINE:
+                    raise DataError(f"{where}: the line has more than {_LONGEST_LINE:,} bytes; shorten or remove it")
                 if line.strip():
-                    values = _parse(line.rstrip(), where := f"{path}:{number}")
+                    values = _parse(line.rstrip(), where)
                     yield _Row(where, values, list(values))
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}; use a .jsonl or .parquet file") from error
+
+
+def _refuse_other_formats(start: bytes, where: str) -> None:
+    for signature, name, remedy in _SIGNATURES:
+        if start.startswith(signature):
+            raise DataError(f"{where}: the file is {name}, not JSON lines; {remedy}")
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = json.loads(line.decode("utf-8"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
         raise DataError(
             f"{where}: not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}; save the file as UTF-8"
@@ -145,17 +172,29 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     return value
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a key that stands twice: which value is meant, nobody can tell."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"{reprlib.repr(twice)} stands twice in one object; remove one")
+    return values
+
+
 def _parquet_rows(path: Path, wanted: set[str]) -> Iterator[_Row]:
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with open_regular(path) as opened, pyarrow.parquet.ParquetFile(opened) as file:
             columns, number = file.schema_arrow.names, 0
+            for column in wanted:
+                if columns.count(column) > 1:
+                    raise DataError(f"{path}: {columns.count(column)} columns are called {column!r}; rename them")
             for batch in file.iter_batches(_PARQUET_BATCH, columns=_choose(columns, wanted, str(path))):
                 for values in batch.to_pylist():
                     number += 1
                     yield _Row(f"{path}, row {number}", values, columns)
     except DataError:
         raise
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         raise DataError(f"{path}: cannot be read as parquet: {error}") from error
 
 
@@ -232,6 +271,8 @@ def _text(value: Any, where: str, *, may_be_empty: bool = False) -> str:
         raise DataError(f"{where}: expected text, got {type(value).__name__} ({reprlib.repr(value)})")
     if not may_be_empty and not value.strip():
         raise DataError(f"{where}: is empty")
+    if len(value) > _LONGEST_TEXT:
+        raise DataError(f"{where}: has {len(value):,} characters, the most is {_LONGEST_TEXT:,}; shorten or remove it")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -5,9 +5,16 @@ from typing import Any
 
 from lens_megatron.config import Config
 
+_DIMENSIONS = ("num_attention_heads", "num_key_value_heads", "num_hidden_layers", "hidden_size", "intermediate_size",
+               "head_dim", "vocab_size", "max_position_embeddings")  # fmt: skip
+
 
 def model_mistakes(config: Config, shape: Any) -> Iterator[str]:
     """Why a model of this shape (a Hugging Face config, or planning's ModelShape) cannot be cut as asked."""
+    broken = list(_shape_mistakes(shape))
+    yield from broken
+    if broken:
+        return
     tp, pp = config.megatron.tensor_model_parallel_size, config.megatron.pipeline_model_parallel_size
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         size = getattr(shape, name)
@@ -45,6 +52,21 @@ def model_mistakes(config: Config, shape: Any) -> Iterator[str]:
             f"data.max_prompt_length ({config.data.max_prompt_length}) + rollout.max_response_length "
             f"({config.rollout.max_response_length}) = {length} exceeds the model's max_position_embeddings "
             f"({shape.max_position_embeddings}); lower one of them"
+        )
+
+
+def _shape_mistakes(shape: Any) -> Iterator[str]:
+    """Dimensions that no model has."""
+    for name in _DIMENSIONS:
+        size = getattr(shape, name, None)
+        if type(size) is not int or not 1 <= size < 2**31:
+            yield f"model.path: {name} in config.json is {size!r}, expected a whole number from 1; download it again"
+            return
+    heads, groups = shape.num_attention_heads, shape.num_key_value_heads
+    if heads % groups:
+        yield (
+            f"model.path: num_key_value_heads ({groups}) in config.json does not divide num_attention_heads ({heads}); "
+            "take both from the model"
         )
 
 

@@ -317,4 +317,6 @@ def console_line(step: int, steps: int, metrics: Metrics) -> str:
 
 
 def say(text: str) -> None:
-    print(text, flush=True, file=sys.stdout)
+    """Prints what can be printed; the rest, such as half a character of a file's name, as an escape sequence."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True, file=sys.stdout)

@@ -9,9 +9,9 @@ characters of the rendered text and carried to tokens by their offsets: a token 
 problem is kept.
 """
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,9 +27,12 @@ if TYPE_CHECKING:
 
 __all__ = ["DataError", "LoadedPrompts", "PromptStream", "load_prompts"]
 
-_BATCH = 512
+_BATCH, _BATCH_CHARACTERS = 512, 1_000_000
 _PROGRESS_FROM = 2_000
-_PLACEHOLDER = "<<the text of the user>>"
+_FRAMES = 16
+_LONGEST_RENDERED = 4_000_000
+"""Characters: a conversation of several long messages, or a template that multiplies them."""
+_PLACEHOLDER, _OTHER = "<<the text of the user>>", "<<another text>>"
 
 Span = tuple[int, int]
 """Characters [start, end) of a text."""
@@ -65,8 +68,7 @@ def load_prompts(
     shortest_dropped = None
     silent = True if len(records) <= _PROGRESS_FROM else None  # None: shown on a terminal only
     with tqdm(total=len(records), desc=f"Tokenizing {source}", unit=" prompts", disable=silent) as bar:
-        for start in range(0, len(records), _BATCH):
-            batch = records[start : start + _BATCH]
+        for batch in _batches(records):
             drafts = [renderer.draft(record) for record in batch]
             for record, draft, (ids, offsets) in zip(batch, drafts, _tokenize(tokenizer, drafts), strict=True):
                 if not ids:
@@ -83,6 +85,20 @@ def load_prompts(
             f"the shortest has {shortest_dropped} tokens"
         )
     return LoadedPrompts(tuple(prompts), len(records) - len(prompts), source)
+
+
+def _batches(records: Sequence[Record]) -> Iterator[list[Record]]:
+    """Records that are tokenized together: few of long ones, of which a tokenizer makes a thousand bytes per character."""
+    batch, characters = [], 0
+    for record in records:
+        size = sum(len(message.content) for message in record.messages)
+        if batch and (len(batch) == _BATCH or characters + size > _BATCH_CHARACTERS):
+            yield batch
+            batch, characters = [], 0
+        batch.append(record)
+        characters += size
+    if batch:
+        yield batch
 
 
 @dataclass(frozen=True)
@@ -149,19 +165,20 @@ class _Renderer:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", data: DataConfig, lens: LensConfig):
         self.tokenizer, self.instruction, self.lens = tokenizer, data.instruction, lens
-        self.frame = lru_cache(maxsize=16)(self._frame)
+        self.frames: dict[tuple[Message, ...], tuple[str, str]] = {}
 
     def draft(self, record: Record) -> _Draft:
         *earlier, last = record.messages
         content, problem, spans = self._add_instruction(last.content, record.where)
         text = self._render((*earlier, Message("user", content)), record.where)
+        frame = self._frame(tuple(earlier), record.where)
         if not self.lens.enabled:
             return _Draft(text, problem, ())
         if self.lens.eligible in ("all", "all_nonspecial"):
             return _Draft(text, problem, None)
         if self.lens.eligible == "user":
             spans = ((0, len(content)),)
-        return _Draft(text, problem, self._locate(spans, content, text, tuple(earlier), record.where))
+        return _Draft(text, problem, self._locate(spans, content, text, frame, record.where))
 
     def _add_instruction(self, text: str, where: str) -> tuple[str, str, tuple[Span, ...]]:
         """Content of the user's message, the problem in it, and its spans there, instructions excluded."""
@@ -184,25 +201,43 @@ class _Renderer:
             return "".join(f"{message.content}\n" for message in messages)
         conversation = [{"role": message.role, "content": message.content} for message in messages]
         try:
-            return self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-        except (TemplateError, TypeError, ValueError) as error:
-            roles = ", ".join(message.role for message in messages)
-            raise DataError(f"{where}: the chat template refuses the messages ({roles}): {error}") from error
+            text = self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # a template is a program: `1 / 0` in it is a ZeroDivisionError here
+            roles = textwrap.shorten(", ".join(message.role for message in messages), 200)
+            why = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+            raise DataError(f"{where}: the chat template refuses the messages ({roles}): {why}") from error
+        if len(text) > _LONGEST_RENDERED:
+            raise DataError(
+                f"{where}: the chat template makes {len(text):,} characters of the messages, the most is "
+                f"{_LONGEST_RENDERED:,}; shorten the row, or correct the template"
+            )
+        return text
 
-    def _frame(self, earlier: tuple[Message, ...]) -> tuple[str, str]:
-        """What the template puts before and after the user's last message."""
-        text = self._render((*earlier, Message("user", _PLACEHOLDER)), "a row of plain text")
+    def _frame(self, earlier: tuple[Message, ...], where: str) -> tuple[str, str]:
+        """What the template puts before and after the user's last message, which it must not leave out or repeat."""
+        if earlier in self.frames:
+            return self.frames[earlier]
+        text, other = (self._render((*earlier, Message("user", mark)), where) for mark in (_PLACEHOLDER, _OTHER))
+        times = text.count(_PLACEHOLDER)
+        if times > 1 or text == other:
+            raise DataError(
+                f"{where}: the chat template writes the user's message {times} times instead of once; correct "
+                "chat_template in the model directory"
+            )
         before, _, after = text.rpartition(_PLACEHOLDER)
+        if len(self.frames) == _FRAMES:
+            self.frames.clear()
+        self.frames[earlier] = before, after
         return before, after
 
     def _locate(
-        self, spans: tuple[Span, ...], content: str, text: str, earlier: tuple[Message, ...], where: str
+        self, spans: tuple[Span, ...], content: str, text: str, frame: tuple[str, str], where: str
     ) -> tuple[Span, ...]:
         """Spans of `content` as spans of the rendered `text`.
 
         By what stands around it, not by searching for it: a problem such as "a" stands in every "assistant".
         """
-        before, after = self.frame(earlier)
+        before, after = frame
         inside = text[len(before) : len(text) - len(after)]
         if not (text == before + inside + after and inside.strip() == content.strip()):
             raise DataError(

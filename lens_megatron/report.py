@@ -1,6 +1,8 @@
 """Summary and picture of a run, from its metrics.jsonl alone: `python -m lens_megatron.report runs/demo`."""
 
 import sys
+import warnings
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,17 +11,18 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (the backend must be chosen first)
 
-from lens_megatron.metrics import read_metrics  # noqa: E402
+from lens_megatron.metrics import read_metrics, say  # noqa: E402
 
 PHASES = ("score", "gen", "exchange", "old_log_prob", "ref", "update_actor", "update_weights", "wake", "sleep", "step",
           "testing", "save_checkpoint")  # fmt: skip
+_LONGEST_SOURCE = 80
 
 
 def write(folder: Path) -> str:
     """Writes summary.txt and learning_curve.png into `folder`; returns the summary."""
     rows = read_metrics(folder)
     text = summary(rows, folder)
-    (folder / "summary.txt").write_text(text + "\n")
+    (folder / "summary.txt").write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
     if rows:
         draw(rows, folder / "learning_curve.png")
     return text
@@ -31,8 +34,7 @@ def summary(rows: Sequence[dict], folder: Path) -> str:
     lines = [f"run {folder}: {len(steps)} steps"]
     for name in _accuracies(rows):
         curve = [row[name] for row in rows if name in row]
-        source = name.split("/")[1]
-        lines.append(f"  accuracy on {source}: {100 * curve[0]:.1f} % before, {100 * curve[-1]:.1f} % after")
+        lines.append(f"  accuracy on {_source(name)}: {100 * curve[0]:.1f} % before, {100 * curve[-1]:.1f} % after")
     if steps:
         prompts, purified, rescued = (
             int(sum(row[f"lens/{name}"] for row in steps))
@@ -56,7 +58,7 @@ def draw(rows: Sequence[dict], path: Path) -> None:
     left.plot(x, [row["critic/rewards/mean"] for row in steps], color="0.7", label="training reward (first wave)")
     for name in _accuracies(rows):
         points = [(row["step"], row[name]) for row in rows if name in row]
-        left.plot(*zip(*points, strict=True), marker="o", label=f"accuracy, {name.split('/')[1]}")
+        left.plot(*zip(*points, strict=True), marker="o", label=f"accuracy, {_source(name)}")
     left.set(xlabel="step", ylabel="share correct", ylim=(0, 1), title="learning curve")
     for name, label in (
         ("lens/purified_rate", "prompts sampled again, purified"),
@@ -67,9 +69,12 @@ def draw(rows: Sequence[dict], path: Path) -> None:
         right.plot(x, [row[name] for row in steps], label=label)
     right.set(xlabel="step", ylabel="share of prompts", ylim=(0, 1), title="purification")
     for axes in (left, right):
-        axes.legend(fontsize="small")
+        for text in axes.legend(fontsize="small").get_texts():
+            text.set_parse_math(False)  # a `$` in a source's name is no formula
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # it draws a box instead
+        figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
@@ -77,5 +82,31 @@ def _accuracies(rows: Sequence[dict]) -> list[str]:
     return sorted({name for row in rows for name in row if name.startswith("val-core/")})
 
 
+def _source(name: str) -> str:
+    """What `metrics.accuracy_name` was given, on one line and short: `val-core/a/b/acc/mean@1` -> `a/b`."""
+    source = name.removeprefix("val-core/").rpartition("/acc/")[0]
+    shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in source)
+    return shown if len(shown) <= _LONGEST_SOURCE else f"{shown[: _LONGEST_SOURCE - 3]}..."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the summary; returns the exit status, 2 for a folder without a run."""
+    parser = ArgumentParser(prog="python -m lens_megatron.report", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="run.directory")
+    folder = parser.parse_args(arguments).folder
+    try:
+        if not (folder / "metrics.jsonl").is_file():
+            raise OSError(f"{folder} has no metrics.jsonl; give the folder of a run")
+        say(write(folder))
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        why = f"{type(error).__name__}: {error}"
+        print(f"error: {folder}/metrics.jsonl is not as a run writes it ({why}); restore it", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    print(write(Path(sys.argv[1])))
+    sys.exit(main())

@@ -23,8 +23,9 @@ from lens_megatron.types import Group, Prompt, PurifiedPrompt, Sampled
 def take_groups(run: Run, step: int) -> Sampled:
     """Of this data-parallel rank, in the order of the prompts. A collective."""
     if run.config.debug.load_rollouts:
-        groups = replay.read_groups(run.config.debug.load_rollouts, step)[run.mesh.dp_rank :: run.mesh.dp_size]
-        return Sampled(groups)
+        count, vocab_size = run.config.rollout.prompts_per_step, run.policy.vocab_size
+        groups = replay.read_groups(run.config.debug.load_rollouts, step, count=count, vocab_size=vocab_size)
+        return Sampled(groups[run.mesh.dp_rank :: run.mesh.dp_size])
     sampled = _sample_now(run, step) if run.ahead is None else _take_and_go_ahead(run, run.ahead, step)
     with run.clock("exchange"):
         return Sampled(replay.interleave(replay.exchange(sampled.groups, run.mesh.model_group)), sampled.stats)

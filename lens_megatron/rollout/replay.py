@@ -1,13 +1,19 @@
 """Groups <-> JSON lines and bytes: for `debug.save_rollouts` / `load_rollouts`, and for exchange between ranks."""
 
 import json
-from collections.abc import Iterable, Sequence
+import math
+import os
+import reprlib
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch.distributed import ProcessGroup
 
+from lens_megatron.files import open_regular
 from lens_megatron.types import Group, Origin, Prompt, PurifiedPrompt, Rollout, Status
+
+_LONGEST_LINE = 1 << 29
 
 
 class ReplayError(ValueError):
@@ -28,16 +34,70 @@ def to_json(group: Group) -> str:
     )
 
 
-def from_json(line: str) -> Group:
-    """Raises ValueError or KeyError when the line is not a group."""
-    row = json.loads(line)
-    purified = row["purified"]
-    return Group(
-        prompt=Prompt(**{**row["prompt"], **_tuples(row["prompt"], "token_ids", "eligible")}),
-        native=tuple(map(_read_rollout, row["native"])),
-        purified=purified and PurifiedPrompt(**_tuples(purified, "token_ids", "deleted", "scores")),
-        rescue=tuple(map(_read_rollout, row["rescue"])),
-    )
+def from_json(line: str | bytes) -> Group:
+    """Raises ValueError when the line is not a group."""
+    try:
+        row = json.loads(line)
+        purified = row["purified"]
+        group = Group(
+            prompt=Prompt(**{**row["prompt"], **_tuples(row["prompt"], "token_ids", "eligible")}),
+            native=tuple(map(_read_rollout, row["native"])),
+            purified=purified and PurifiedPrompt(**_tuples(purified, "token_ids", "deleted", "scores")),
+            rescue=tuple(map(_read_rollout, row["rescue"])),
+        )
+    except KeyError as error:
+        raise ValueError(f"it has no {error}") from error
+    except (TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+    for mistake in _mistakes(group):
+        raise ValueError(mistake)
+    return group
+
+
+def _mistakes(group: Group) -> Iterator[str]:
+    """What a group cannot hold, whatever wrote it."""
+    prompt, purified = group.prompt, group.purified
+    yield from _token_mistakes("prompt", prompt.token_ids)
+    if not all(isinstance(text, str) for text in (prompt.answer, prompt.problem, prompt.source)):
+        yield "prompt: answer, problem and source are not all text"
+    if type(prompt.index) is not int or prompt.index < 0:
+        yield f"prompt: index {reprlib.repr(prompt.index)} is no row"
+    if len(prompt.eligible) != len(prompt.token_ids) or set(map(type, prompt.eligible)) - {bool}:
+        yield f"prompt: eligible has {len(prompt.eligible)} entries for {len(prompt.token_ids)} tokens, or no booleans"
+    if purified:
+        yield from _token_mistakes("purified", purified.token_ids)
+        if len(purified.scores) != len(prompt.token_ids) or not _are_finite(purified.scores):
+            yield f"purified: {len(purified.scores)} scores for {len(prompt.token_ids)} tokens, or not finite"
+        if not set(purified.deleted) <= set(range(len(prompt.token_ids))):
+            yield f"purified: deleted {reprlib.repr(purified.deleted)} are no positions of the prompt"
+    if not group.native:
+        yield "native: no rollouts"
+    if group.rescue and not purified:
+        yield "rescue: rollouts of a purified prompt that is not there"
+    for name, rollouts, origin in (("native", group.native, Origin.NATIVE), ("rescue", group.rescue, Origin.RESCUED)):
+        for place, rollout in enumerate(rollouts):
+            yield from _rollout_mistakes(f"{name}[{place}]", rollout, origin)
+
+
+def _rollout_mistakes(name: str, rollout: Rollout, origin: Origin) -> Iterator[str]:
+    yield from _token_mistakes(name, rollout.token_ids)
+    if len(rollout.log_probs) != len(rollout.token_ids) or not _are_finite(rollout.log_probs):
+        yield f"{name}: {len(rollout.log_probs)} log_probs for {len(rollout.token_ids)} tokens, or not finite"
+    if not _are_finite([rollout.reward]):
+        yield f"{name}: reward {reprlib.repr(rollout.reward)} is no finite number"
+    if type(rollout.weight_version) is not int or rollout.weight_version < 0 or type(rollout.finished) is not bool:
+        yield f"{name}: weight_version is no version, or finished no boolean"
+    if rollout.origin is not origin:
+        yield f"{name}: origin is {rollout.origin}, expected {origin}"
+
+
+def _token_mistakes(name: str, token_ids: Sequence[int]) -> Iterator[str]:
+    if not token_ids or set(map(type, token_ids)) != {int} or min(token_ids) < 0:
+        yield f"{name}: token_ids {reprlib.repr(token_ids)} are no token ids"
+
+
+def _are_finite(values: Sequence[float]) -> bool:
+    return set(map(type, values)) <= {int, float} and all(map(math.isfinite, values))
 
 
 def _prompt(prompt: Prompt) -> dict:
@@ -61,24 +121,64 @@ def replay_path(folder: str, step: int) -> Path:
     return Path(folder) / f"step_{step:06d}.jsonl"
 
 
-def read_groups(folder: str, step: int) -> list[Group]:
-    """The groups of `step`. Raises ReplayError."""
-    path = replay_path(folder, step)
+def read_groups(folder: str, step: int, *, count: int, vocab_size: int) -> list[Group]:
+    """The `count` groups of `step`. Raises ReplayError, also for fewer or more, or another vocabulary."""
+    path, groups = replay_path(folder, step), []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with open_regular(path) as file:
+            for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE + 1), b""), 1):
+                groups.append(_read_line(line, f"{path}:{number}", vocab_size))
     except OSError as error:
         saved = len(list(Path(folder).glob("step_*.jsonl")))
         raise ReplayError(
             f"debug.load_rollouts: {path} cannot be read ({error.strerror}); the folder holds {saved} steps, "
             "lower train.steps or save more with debug.save_rollouts"
         ) from error
-    groups = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            groups.append(from_json(line))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ReplayError(f"{path}:{number}: not a saved group: {error}") from error
+    if len(groups) != count:
+        remedy = f"set that to {len(groups)}" if groups else "save it again with debug.save_rollouts"
+        raise ReplayError(
+            f"debug.load_rollouts: {path} holds {len(groups)} groups, rollout.prompts_per_step asks for {count}; "
+            f"{remedy}"
+        )
     return groups
+
+
+def _read_line(line: bytes, where: str, vocab_size: int) -> Group:
+    if len(line) > _LONGEST_LINE:
+        raise ReplayError(f"{where}: the line has more than {_LONGEST_LINE:,} bytes; save it again")
+    try:
+        group = from_json(line)
+    except ValueError as error:
+        raise ReplayError(f"{where}: not a saved group: {error}; save it again") from error
+    largest = max(max(tokens) for tokens in _all_tokens(group))
+    if largest >= vocab_size:
+        raise ReplayError(
+            f"{where}: token {largest} is beyond the model's vocabulary of {vocab_size}; load rollouts of this model"
+        )
+    return group
+
+
+def _all_tokens(group: Group) -> Iterator[Sequence[int]]:
+    yield group.prompt.token_ids
+    if group.purified:
+        yield group.purified.token_ids
+    yield from (rollout.token_ids for rollout in (*group.native, *group.rescue))
+
+
+def check_folders(load: str | None, save: str | None, steps: int) -> None:
+    """Raises ReplayError unless `load` has a file for each of `steps` steps and `save` can be a folder."""
+    if save:
+        above = next(path for path in (Path(save), *Path(save).absolute().parents) if os.path.lexists(path))
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            raise ReplayError(f"debug.save_rollouts {save}: {above} is no folder to write to; choose another")
+    if load:
+        saved = {path.name for path in Path(load).glob("step_*.jsonl")}
+        lacking = next((s for s in range(1, steps + 1) if replay_path(load, s).name not in saved), None)
+        if saved and lacking is not None:
+            raise ReplayError(
+                f"debug.load_rollouts: {load} has no {replay_path(load, lacking).name}, train.steps is {steps}; the "
+                f"folder holds {len(saved)} steps, lower train.steps or save more with debug.save_rollouts"
+            )
 
 
 def exchange(groups: Iterable[Group], group: ProcessGroup) -> list[list[Group]]:

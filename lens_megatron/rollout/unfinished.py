@@ -87,6 +87,6 @@ def _read(path: Path) -> list[Group]:
     for line in lines:
         try:
             groups.append(from_json(line))
-        except (ValueError, KeyError, TypeError):
+        except ValueError:
             continue  # blank, or cut off
     return groups

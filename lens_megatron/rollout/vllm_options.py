@@ -7,12 +7,14 @@ import importlib.util
 import math
 import os
 import random
+import reprlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter, ValidationError
 from transformers import PretrainedConfig
 
 from lens_megatron.config import Config, ConfigError
@@ -49,6 +51,9 @@ REPLACED = (
 """What vLLM replaces for good where there is no GPU, and the trainer needs as `policy.platform` made it: with vLLM's
 streams Megatron's experts would find no event to wait for."""
 
+COUNTS = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes", "block_size")
+"""Options that this module reckons with."""
+
 COLDEST = 0.01
 """vLLM raises any temperature between 0 and this to this, without changing what it says of it."""
 
@@ -73,6 +78,10 @@ def check(config: Config, hf_config: PretrainedConfig) -> None:
         temperature = getattr(getattr(config, section), key)
         if 0 < temperature < COLDEST:
             raise ConfigError(f"{name} ({temperature}): vLLM samples at {COLDEST} and above; raise it")
+    for name in COUNTS:
+        value = options.get(name)
+        if value is not None and not (type(value) is int and 1 <= value < 2**63):
+            raise ConfigError(f"vllm.{name} ({reprlib.repr(value)}): expected a whole number from 1, or leave it out")
     longest = config.data.max_prompt_length + config.rollout.max_response_length
     if longest > (limit := options.get("max_model_len") or longest):
         raise ConfigError(
@@ -99,6 +108,13 @@ def _check_installed(package: str, install: str, options: Mapping[str, Any], hea
     for name in sorted(options.keys() - set(known)):
         near = difflib.get_close_matches(name, known, n=1)
         raise ConfigError(f"vllm.{name}: vLLM has no such option" + f"; did you mean vllm.{near[0]}?" * bool(near))
+    types = get_type_hints(EngineArgs)
+    for name, value in options.items():
+        try:
+            TypeAdapter(types[name], config={"arbitrary_types_allowed": True}).validate_python(value)
+        except ValidationError as error:
+            why = error.errors()[0]["msg"]
+            raise ConfigError(f"vllm.{name} ({reprlib.repr(value)}): {why}; see vLLM's engine arguments") from None
     if current_platform.is_cpu():
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 

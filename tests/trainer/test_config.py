@@ -211,7 +211,10 @@ def test_an_override_that_is_none(base, override, message):
     [
         (b"", "expected sections such as `model:` and `data:`, got NoneType"),
         (b"- 1", "expected sections such as `model:` and `data:`, got list"),
-        (b"a: \xff", "cannot be read: 'utf-8' codec can't decode byte 0xff in position 3: invalid start byte; save it as UTF-8"),
+        (
+            b"a: \xff",
+            "cannot be read: 'utf-8' codec can't decode byte 0xff in position 3: invalid start byte; save it as UTF-8",
+        ),
         (b"[" * 3000, "cannot be read as YAML: nested too deeply"),
         (b"a: 2024-99-99", "cannot be read as YAML: month must be in 1..12"),
         (b"a: !!int ''", "cannot be read as YAML: string index out of range"),

@@ -258,7 +258,8 @@ def test_a_template_that_refuses_the_messages(one):
 def test_a_template_that_renders_nothing(one):
     tokenizer = make_tokenizer("{{ '' }}")
     assert error(one, "How", tokenizer=tokenizer, lens=LensConfig(enabled=False)).endswith(
-        "one.jsonl:1: the tokenizer makes no token of ''"
+        "one.jsonl:1: the chat template writes the user's message 0 times instead of once; correct chat_template in "
+        "the model directory"
     )
 
 
@@ -476,7 +477,6 @@ def test_sources_that_are_nothing(tmp_path, monkeypatch):
         str(tmp_path): f"{tmp_path}: is a folder; name one .jsonl or .parquet file in it",
         "a.csv": "a.csv: cannot read .csv; use .jsonl or .parquet",
         "plain": "plain: cannot read a file without suffix; use .jsonl or .parquet",
-        "": "'': neither a .jsonl or .parquet file nor the name of a dataset (name or name:split)",
         "no name": "'no name': neither a .jsonl or .parquet file nor the name of a dataset (name or name:split)",
     }.items():
         assert error(load, source) == message
