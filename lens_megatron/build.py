@@ -13,6 +13,7 @@ from lens_megatron.agreement import raise_together, told_by_main
 from lens_megatron.clock import Clock
 from lens_megatron.config import Config, ConfigError
 from lens_megatron.config_rules import machine_mistakes
+from lens_megatron.files import why_no_folder
 from lens_megatron.policy.hf_weights import ModelError, read_hf_config
 from lens_megatron.policy.model import DTYPES, build_policy, check_layout
 from lens_megatron.policy.offload import TrainerMemory, is_enabled
@@ -45,6 +46,8 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
     for mistake in machine_mistakes(config, ranks_here, os.cpu_count() or 1):
         raise ConfigError(mistake)
+    if why := why_no_folder(Path(config.run.directory)):
+        raise RunFolderError(f"run.directory {config.run.directory}: {why}; choose another folder")
     hf_config = read_hf_config(config.model.path)
     check_layout(config, hf_config)
     if config.model.reference_path:

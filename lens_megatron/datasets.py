@@ -38,7 +38,7 @@ _DATASET_NAME = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
 _PARQUET_BATCH = 1024
 _LONGEST_LINE = 16 << 20
 _LONGEST_TEXT = 1_000_000
-"""Characters of a message: a tokenizer takes a gigabyte of memory for them, and ends the process where there is none."""
+"""Characters of a message: a tokenizer takes a gigabyte of memory for so many, and aborts where there is none."""
 _SIGNATURES = (
     (b"\x1f\x8b", "compressed by gzip", "decompress it with gunzip"),
     (b"\x28\xb5\x2f\xfd", "compressed by zstd", "decompress it with unzstd"),
@@ -230,8 +230,13 @@ def _choose(columns: Sequence[str], wanted: set[str], where: str) -> list[str]:
 
 def _record(index: int, row: _Row, data: DataConfig, name: str) -> Record:
     key, value = _find(row, data.problem_key, PROBLEM_KEYS, "problem")
-    messages = _messages(value, f"{row.where}: {key}", data.system_prompt)
+    messages, problem_key = _messages(value, f"{row.where}: {key}", data.system_prompt), key
     key, value = _find(row, data.answer_key, ANSWER_KEYS, "answer")
+    if key == problem_key:
+        raise DataError(
+            f"{row.where}: {key!r} would be both problem and answer (data.problem_key={data.problem_key!r}, "
+            f"data.answer_key={data.answer_key!r}); set one of them to another column"
+        )
     # A `solution` found by itself is a worked solution; one that the user names may as well be a bare answer.
     answer = _answer(value, f"{row.where}: {key}", needs_mark=key == "solution" and data.answer_key is None)
     source = row.values.get(SOURCE_KEY)

@@ -39,6 +39,19 @@ def read_regular(path: Path, limit: int) -> bytes:
     return content
 
 
+def why_no_folder(path: Path) -> str:
+    """Why no folder can be made at `path`, or written to if there is one; empty if it can. Makes nothing."""
+    try:
+        above = next(part for part in (path, *path.absolute().parents) if os.path.lexists(part))
+    except ValueError:
+        return "no folder can have this name"
+    if not os.path.exists(above):
+        return f"{above} is a link that leads nowhere"
+    if not above.is_dir():
+        return f"{above} is a file, not a folder"
+    return "" if os.access(above, os.W_OK | os.X_OK) else f"{above} may not be written to"
+
+
 def _check_regular(mode: int) -> None:
     if stat.S_ISDIR(mode):
         raise OSError(errno.EISDIR, "it is a folder, not a file")

@@ -88,7 +88,7 @@ def load_prompts(
 
 
 def _batches(records: Sequence[Record]) -> Iterator[list[Record]]:
-    """Records that are tokenized together: few of long ones, of which a tokenizer makes a thousand bytes per character."""
+    """Records that are tokenized together: few of long ones, for each character takes a tokenizer a thousand bytes."""
     batch, characters = [], 0
     for record in records:
         size = sum(len(message.content) for message in record.messages)

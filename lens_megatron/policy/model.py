@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lens_megatron.config import Config, ConfigError
 from lens_megatron.layout_rules import model_mistakes
+from lens_megatron.policy import passthrough
 from lens_megatron.policy.export_plan import ExportPlan, plan_export
 from lens_megatron.policy.hf_weights import build_bridge, import_weights, read_hf_config
 from lens_megatron.policy.parallel import Mesh
@@ -98,7 +99,8 @@ def build_policy(config: Config, mesh: Mesh) -> Policy:
 
 
 def check_layout(config: Config, hf_config: Any) -> None:
-    """Raises ConfigError where the model cannot be cut as asked."""
+    """Raises ConfigError where the model cannot be cut as asked, or Megatron-Core not be configured so."""
+    passthrough.check(config.megatron)
     for mistake in model_mistakes(config, hf_config):
         raise ConfigError(mistake)
 
@@ -140,7 +142,7 @@ def _set_passthrough(bridge: Bridge, options: dict[str, Any]) -> None:
         )
     try:
         bridge.set_extra_args(**options)
-    except (TypeError, ValueError, AssertionError) as error:
+    except Exception as error:  # its checks raise anything: a ZeroDivisionError for no heads
         raise ConfigError(f"megatron.transformer: Megatron-Core refuses {options}: {error}") from error
 
 
@@ -167,14 +169,9 @@ def _wrap(model: GPTModel, config: Config) -> DistributedDataParallel:
         "use_distributed_optimizer": config.megatron.use_distributed_optimizer,
         **config.megatron.ddp,
     }
-    if options.get("overlap_param_gather"):
-        raise ConfigError(
-            "megatron.ddp.overlap_param_gather: the engine's weights and the head are read outside the modules whose "
-            "forward would wait for the gather; leave it false"
-        )
     try:
         ddp_config = DistributedDataParallelConfig(**options)
-    except TypeError as error:
+    except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"megatron.ddp: {error}") from error
     # Later chunks of a stage in one bucket, as Megatron-LM does: their gradients become ready together.
     later = bool(model.vp_stage)
@@ -199,7 +196,7 @@ def _build_optimizer(config: Config, chunks: list[torch.nn.Module]) -> MegatronO
     }
     try:
         return get_megatron_optimizer(MegatronOptimizerConfig(**options), chunks)
-    except TypeError as error:
+    except Exception as error:  # an optimizer that it does not know is an Exception, and no more than that
         raise ConfigError(f"megatron.optimizer: {error}") from error
 
 

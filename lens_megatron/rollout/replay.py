@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.distributed import ProcessGroup
 
-from lens_megatron.files import open_regular
+from lens_megatron.files import open_regular, why_no_folder
 from lens_megatron.types import Group, Origin, Prompt, PurifiedPrompt, Rollout, Status
 
 _LONGEST_LINE = 1 << 29
@@ -167,10 +166,8 @@ def _all_tokens(group: Group) -> Iterator[Sequence[int]]:
 
 def check_folders(load: str | None, save: str | None, steps: int) -> None:
     """Raises ReplayError unless `load` has a file for each of `steps` steps and `save` can be a folder."""
-    if save:
-        above = next(path for path in (Path(save), *Path(save).absolute().parents) if os.path.lexists(path))
-        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-            raise ReplayError(f"debug.save_rollouts {save}: {above} is no folder to write to; choose another")
+    if save and (why := why_no_folder(Path(save))):
+        raise ReplayError(f"debug.save_rollouts {save}: {why}; choose another folder")
     if load:
         saved = {path.name for path in Path(load).glob("step_*.jsonl")}
         lacking = next((s for s in range(1, steps + 1) if replay_path(load, s).name not in saved), None)
