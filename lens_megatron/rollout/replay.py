@@ -44,11 +44,12 @@ def from_json(line: str | bytes) -> Group:
             purified=purified and PurifiedPrompt(**_tuples(purified, "token_ids", "deleted", "scores")),
             rescue=tuple(map(_read_rollout, row["rescue"])),
         )
+        mistake = next(_mistakes(group), "")
     except KeyError as error:
         raise ValueError(f"it has no {error}") from error
     except (TypeError, AttributeError, RecursionError) as error:
         raise ValueError(str(error)) from error
-    for mistake in _mistakes(group):
+    if mistake:
         raise ValueError(mistake)
     return group
 
