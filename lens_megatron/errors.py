@@ -19,7 +19,9 @@ def say_error(text: str) -> None:
     if rank:
         time.sleep(HEAD_START_S)
     if _is_first(text):
-        print(f"rank {rank}: error: {text}" if rank else f"error: {text}", flush=True, file=sys.stdout)
+        message = f"rank {rank}: error: {text}" if rank else f"error: {text}"
+        encoding = sys.stdout.encoding or "utf-8"  # which may lack what stands in a file's name
+        print(message.encode(encoding, "backslashreplace").decode(encoding), flush=True, file=sys.stdout)
 
 
 def _is_first(text: str) -> bool:
