@@ -1,166 +1,128 @@
-"""Grading in persistent worker processes, with a hard deadline per answer, kill and respawn.
+"""Grading in persistent processes, with a hard deadline per answer, kill and respawn.
 
-The deadline runs from the start of an answer's grading, so a long queue times nobody out. A worker that overruns it is
-killed (a C-level computation listens to nothing else) and replaced; the others go on meanwhile. A worker holds a few
+The deadline runs from the start of an answer's grading, so a long queue times nobody out. A process that overruns it is
+killed (a C-level computation listens to nothing else) and replaced; the others go on meanwhile. A process holds a few
 answers at a time, so that it is never idle between two looks of the trainer; it works on the first, and if it dies,
 the others go back to the queue.
+
+An answer whose process died is graded once more before it counts as a crash: somebody may have killed an innocent
+one. Where a verdict depends on nothing but an answer and the expected answer, equal pairs are graded once.
 """
 
 import os
 import selectors
-import subprocess
-import sys
+import threading
 import time
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-from lens_megatron.reward.boxed import excerpt
+from lens_megatron.reward.boxed import excerpt, last_box
+from lens_megatron.reward.process import GradingProcess, Task, end
 from lens_megatron.reward.registry import check_name
 from lens_megatron.reward.types import Grade, GradeStatus
-from lens_megatron.reward.worker import encode_frame, split_frames
+from lens_megatron.reward.worker import encode_frame
 
 START_TIMEOUT_S = 120.0
 MAX_FAILED_STARTS = 3
 ANSWERS_PER_WORKER = 16
-ROOT = Path(__file__).resolve().parents[2]
+MAX_WORKERS_PER_CORE = 16
+MAX_TIMEOUT_S = 3600.0
+CACHED_VERDICTS = 4096
+LOOK_S = 0.5
+"""Between two looks at whether processes live, while nothing arrives from them."""
 
 
 class GraderStartError(RuntimeError):
     """No worker could be started; the message holds the reason."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Task:
-    ticket: int
-    frame: bytes
-
-
-class _Worker:
-    """One process and the answers it holds, the first of which it is grading."""
-
-    def __init__(self, grader: str):
-        paths = [str(ROOT), *(p for p in sys.path if p)]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "lens_megatron.reward.worker", grader],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-            start_new_session=True,  # Ctrl-C is for the trainer
-        )
-        for stream in (self.process.stdin, self.process.stdout):
-            os.set_blocking(stream.fileno(), False)
-        self.ready = False
-        self.tasks: deque[_Task] = deque()
-        self.started = time.monotonic()
-        self.inbox = self.outbox = b""
-
-    def assign(self, task: _Task) -> None:
-        if not self.tasks:
-            self.started = time.monotonic()
-        self.tasks.append(task)
-        self.outbox += task.frame
-        self.flush()
-
-    def flush(self) -> None:
-        """Writes what the pipe takes; a worker that stopped reading must not stop the trainer."""
-        try:
-            while self.outbox:
-                self.outbox = self.outbox[os.write(self.process.stdin.fileno(), self.outbox) :]
-        except BlockingIOError:
-            pass
-        except OSError:
-            self.outbox = b""  # it died, which its closed output tells
-
-    def receive(self) -> tuple[list[dict], bool]:
-        """(whole frames, whether the process has closed its output)."""
-        closed = False
-        try:
-            while chunk := os.read(self.process.stdout.fileno(), 1 << 16):
-                self.inbox += chunk
-            closed = True
-        except BlockingIOError:
-            pass
-        frames, self.inbox = split_frames(self.inbox)
-        return frames, closed
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout):
-            try:
-                stream.close()
-            except OSError:
-                pass  # bytes that it never read
-
-
-def _kill_all(workers: list[_Worker]) -> None:
-    while workers:
-        workers.pop().kill()
-
-
 class GraderPool:
-    """`workers` processes that grade; tickets in, grades out. Not thread-safe.
+    """`workers` processes that grade at the same time; tickets in, grades out. Threads may share it.
 
-    Raises ValueError for an unknown grader or a bound out of range, GraderStartError (from `poll`, `wait`) when workers
-    cannot start.
+    After the first loss of a process one more is kept ready, so that further losses do not wait for a start.
+
+    Raises ValueError for an unknown grader or a bound out of range, GraderStartError (from `poll`, `wait` too) when
+    workers cannot start.
     """
 
     def __init__(self, workers: int, timeout_s: float, grader: str = "math_verify"):
-        if workers < 1:
-            raise ValueError(f"workers {workers}; give at least 1")
-        if not timeout_s > 0:
-            raise ValueError(f"timeout_s {timeout_s}; give a positive number of seconds")
+        most = MAX_WORKERS_PER_CORE * (os.cpu_count() or 1)
+        if not 1 <= workers <= most:
+            raise ValueError(
+                f"reward.workers_per_rank {workers}: give at least 1 and, on this machine, at most {most} "
+                f"({MAX_WORKERS_PER_CORE} for each of {os.cpu_count()} cores)"
+            )
+        if not 0 < timeout_s <= MAX_TIMEOUT_S:
+            raise ValueError(f"reward.timeout_s {timeout_s}: give more than 0 and at most {MAX_TIMEOUT_S:g} seconds")
         check_name(grader)
-        self.timeout_s, self.grader = timeout_s, grader
-        self._queue: deque[_Task] = deque()
+        self.workers, self.timeout_s, self.grader = workers, timeout_s, grader
+        self._lock = threading.Lock()
+        self._queue: deque[Task] = deque()
+        self._under_way: dict[tuple[str, str], Task] = {}
+        self._verdicts: OrderedDict[tuple[str, str], Grade] = OrderedDict()
+        self._open: set[int] = set()
         self._done: dict[int, Grade] = {}
         self._tickets = self._failed_starts = 0
-        self._workers: list[_Worker] = []
-        self._finalizer = weakref.finalize(self, _kill_all, self._workers)
-        self._workers += [_Worker(grader) for _ in range(workers)]
+        self._looked = time.monotonic()
+        self._processes: list[GradingProcess] = []
+        self._finalizer = weakref.finalize(self, _end_all, self._processes)
+        self._start(workers)
 
     def submit(self, completion: str, answer: str, *, meta: dict | None = None) -> int:
         """Queues one completion; returns its ticket."""
-        if not self._finalizer.alive:
-            raise RuntimeError("the pool is closed")
-        text = excerpt(completion) if self.grader == "math_verify" else completion
-        frame = encode_frame({"completion": text, "answer": answer, "meta": meta or {}})
-        self._tickets += 1
-        self._queue.append(_Task(self._tickets, frame))
-        self._dispatch()
-        return self._tickets
+        text, pair = completion, None
+        if self.grader == "math_verify":
+            text = excerpt(completion)
+            box, _ = last_box(text)
+            pair = None if box is None else (box, answer)
+        with self._lock:
+            self._check_open()
+            self._tickets += 1
+            ticket = self._tickets
+            if pair in self._verdicts:
+                self._verdicts.move_to_end(pair)
+                self._done[ticket] = self._verdicts[pair]
+                return ticket
+            self._open.add(ticket)
+            if pair in self._under_way:
+                self._under_way[pair].tickets.append(ticket)
+                return ticket
+            frame = encode_frame({"completion": text, "answer": answer, "meta": meta or {}})
+            task = Task([ticket], frame, pair)
+            if pair is not None:
+                self._under_way[pair] = task
+            self._queue.append(task)
+            self._dispatch()
+        return ticket
 
     def wait_ready(self) -> None:
         """Blocks until every worker has loaded the grader. Raises GraderStartError when one cannot."""
-        while not all(worker.ready for worker in self._workers):
-            self._advance(self._next_deadline(), starting=True)
+        while not all(process.ready for process in list(self._processes)):
+            self._advance(LOOK_S)
 
     def poll(self) -> list[tuple[int, Grade]]:
         """Grades that are there and were not yet taken. Does not block."""
         self._advance(0.0)
-        taken, self._done = list(self._done.items()), {}
+        with self._lock:
+            taken = list(self._done.items())
+            self._done.clear()
         return taken
 
     def wait(self, tickets: Sequence[int]) -> dict[int, Grade]:
-        """Blocks until all of `tickets` are graded, and takes them."""
-        missing = [t for t in tickets if t not in self._done]
-        if missing:
-            self._advance(0.0)
-        while any(ticket not in self._done for ticket in missing):
-            known = {task.ticket for worker in self._workers for task in worker.tasks}
-            known |= {task.ticket for task in self._queue} | set(self._done)
-            if unknown := set(missing) - known:
-                raise KeyError(f"tickets {sorted(unknown)} were never given out or were taken already")
-            self._advance(self._next_deadline())
-        return {ticket: self._done.pop(ticket) for ticket in tickets}
+        """Blocks until all of `tickets` are graded, and takes them. Raises KeyError for one that is not to be had."""
+        for ticket in tickets:
+            while ticket not in self._done:
+                if ticket not in self._open and ticket not in self._done:
+                    raise KeyError(f"ticket {ticket} was never given out or was taken already")
+                self._advance(LOOK_S)
+        with self._lock:
+            return {ticket: self._done.pop(ticket) for ticket in tickets}
 
     def close(self) -> None:
-        """Kills the workers. Idempotent; also happens when the pool is collected or the program ends."""
-        self._finalizer()
+        """Ends the processes and theirs. Idempotent; also happens when the pool is collected or the program ends."""
+        with self._lock:
+            self._finalizer()
 
     def __enter__(self) -> "GraderPool":
         return self
@@ -168,72 +130,120 @@ class GraderPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _next_deadline(self) -> float:
-        busy = [w.started + (self.timeout_s if w.ready else START_TIMEOUT_S) for w in self._workers]
-        return max(0.0, min(busy) - time.monotonic()) if busy else 0.0
+    def _check_open(self) -> None:
+        if not self._finalizer.alive:
+            raise RuntimeError("the pool is closed")
 
-    def _advance(self, timeout: float, *, starting: bool = False) -> None:
+    def _start(self, count: int) -> None:
+        """Brings the number of processes up to `count`."""
+        try:
+            while len(self._processes) < count:
+                self._processes.append(GradingProcess(self.grader))
+        except OSError as error:
+            self._finalizer()
+            raise GraderStartError(
+                f"grading process {len(self._processes) + 1} of {count} could not be started: {error}; "
+                "lower reward.workers_per_rank"
+            ) from error
+
+    def _advance(self, timeout: float) -> None:
         """Reads what workers sent, waiting up to `timeout` for the first of it; kills the late; hands out the queue."""
         with selectors.DefaultSelector() as selector:
-            for worker in self._workers:
-                selector.register(worker.process.stdout, selectors.EVENT_READ)
-                if worker.outbox:
-                    selector.register(worker.process.stdin, selectors.EVENT_WRITE)
-            busy = starting or self._queue or any(w.tasks for w in self._workers)
-            selector.select(timeout if busy else 0)
-        for worker in list(self._workers):
-            worker.flush()
-            self._receive(worker)
-        self._dispatch()
+            with self._lock:
+                self._check_open()
+                timeout = min(timeout, self._until_next_deadline())
+                for process in self._processes:
+                    selector.register(process.keeper.stdout, selectors.EVENT_READ)
+                    if process.outbox:
+                        selector.register(process.keeper.stdin, selectors.EVENT_WRITE)
+            selector.select(timeout)  # without the lock, so that another thread can submit or close
+        with self._lock:
+            self._check_open()
+            unwatched, self._looked = time.monotonic() - self._looked, time.monotonic()
+            for process in list(self._processes):
+                process.flush()
+                self._look_after(process, unwatched)
+            self._dispatch()
 
-    def _receive(self, worker: _Worker) -> None:
-        frames, closed = worker.receive()
+    def _until_next_deadline(self) -> float:
+        limits = [p.started + self.timeout_s for p in self._processes if p.ready and p.tasks]
+        return max(0.0, min(limits, default=float("inf")) - time.monotonic())
+
+    def _look_after(self, process: GradingProcess, unwatched: float) -> None:
+        """Takes its verdicts; replaces it if it is lost or late. `unwatched`: seconds since the last look."""
+        frames, closed = process.receive()
         for frame in frames:
             if "ready" in frame:
-                self._started(worker, frame)
+                self._greeted(process, frame)
                 continue
-            task = worker.tasks.popleft()
-            worker.started = time.monotonic()
-            grade = Grade(
-                GradeStatus(frame["status"]), frame["score"], frame["seconds"], frame["extracted"], frame["detail"]
+            task = process.tasks.popleft()
+            process.started = time.monotonic()
+            status, regraded = GradeStatus(frame["status"]), task.losses > 0
+            self._finish(
+                task, Grade(status, frame["score"], frame["seconds"], frame["extracted"], frame["detail"], regraded)
             )
-            self._done[task.ticket] = grade
-        age = time.monotonic() - worker.started
-        if closed:
-            self._replace(worker, GradeStatus.CRASH, "the grading process died")
-        elif worker.ready and worker.tasks and age > self.timeout_s:
-            self._replace(worker, GradeStatus.TIMEOUT, f"longer than {self.timeout_s} s")
-        elif not worker.ready and age > START_TIMEOUT_S:
-            raise GraderStartError(f"a grading process was not ready after {START_TIMEOUT_S:.0f} s")
+        age = time.monotonic() - process.started
+        if closed or process.has_died():
+            self._replace(process, GradeStatus.CRASH, "the grading process died", again=True)
+        elif not process.ready and age > START_TIMEOUT_S + unwatched:
+            self._replace(process, GradeStatus.CRASH, f"was not ready after {START_TIMEOUT_S:.0f} s", again=True)
+        elif process.ready and process.tasks and age > self.timeout_s:
+            if unwatched > self.timeout_s:
+                process.started = time.monotonic()  # the job may have been suspended, and this process with it
+                return
+            late = f"longer than {self.timeout_s} s"
+            self._replace(process, GradeStatus.TIMEOUT, late, again=process.is_stopped())
 
-    def _started(self, worker: _Worker, frame: dict) -> None:
+    def _greeted(self, process: GradingProcess, frame: dict) -> None:
         if not frame["ready"]:
-            self.close()
+            self._finalizer()
             raise GraderStartError(f"reward.grader {self.grader}: cannot be loaded: {frame['why']}")
-        worker.ready, worker.started, self._failed_starts = True, time.monotonic(), 0
+        process.pid, process.started, self._failed_starts = frame["pid"], time.monotonic(), 0
 
-    def _replace(self, worker: _Worker, status: GradeStatus, why: str) -> None:
-        """Blames the first answer of the worker, puts the others back in order, starts a new process."""
-        worker.kill()
-        self._workers.remove(worker)
-        if not worker.ready:
+    def _replace(self, process: GradingProcess, status: GradeStatus, why: str, *, again: bool) -> None:
+        """Blames the first answer of the process, unless it may be graded `again`; puts the others back in order."""
+        self._processes.remove(process)
+        end([process])
+        if not process.ready:
             self._failed_starts += 1
             if self._failed_starts >= MAX_FAILED_STARTS:
-                self.close()
-                raise GraderStartError(f"{MAX_FAILED_STARTS} grading processes died before they were ready")
-        elif worker.tasks:
-            task = worker.tasks.popleft()
-            self._done[task.ticket] = Grade(status, 0.0, time.monotonic() - worker.started, None, why)
-        self._queue.extendleft(reversed(worker.tasks))
-        self._workers.append(_Worker(self.grader))
+                self._finalizer()
+                raise GraderStartError(f"{MAX_FAILED_STARTS} grading processes in a row died or hung as they started")
+        if process.tasks:
+            first = process.tasks[0]
+            first.losses += 1
+            if not again or first.losses > 1:
+                process.tasks.popleft()
+                seconds = time.monotonic() - process.started
+                self._finish(first, Grade(status, 0.0, seconds, None, why, first.losses > 1))
+        self._queue.extendleft(reversed(process.tasks))
+        self._start(self.workers + 1)
+
+    def _finish(self, task: Task, grade: Grade) -> None:
+        self._done.update(dict.fromkeys(task.tickets, grade))
+        self._open.difference_update(task.tickets)  # afterwards, for who waits without the lock
+        if task.pair is not None:
+            del self._under_way[task.pair]
+            if grade.status is not GradeStatus.CRASH:
+                self._verdicts[task.pair] = grade
+                if len(self._verdicts) > CACHED_VERDICTS:
+                    self._verdicts.popitem(last=False)
 
     def _dispatch(self) -> None:
-        """The least loaded ready worker gets the next answer; nobody holds more than ANSWERS_PER_WORKER."""
+        """The least loaded process gets the next answer; `workers` of them work, and none holds too many answers."""
         while self._queue:
-            ready = [w for w in self._workers if w.ready and len(w.tasks) < ANSWERS_PER_WORKER]
+            ready = [p for p in self._processes if p.ready]
+            if sum(bool(p.tasks) for p in ready) >= self.workers:
+                ready = [p for p in ready if p.tasks]
+            ready = [p for p in ready if len(p.tasks) < ANSWERS_PER_WORKER and not p.has_died()]
             if not ready:
                 return
-            min(ready, key=lambda w: len(w.tasks)).assign(self._queue.popleft())
+            min(ready, key=lambda p: len(p.tasks)).assign(self._queue.popleft())
+
+
+def _end_all(processes: list[GradingProcess]) -> None:
+    end(processes)
+    processes.clear()
 
 
 def grade(

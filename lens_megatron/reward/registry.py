@@ -3,11 +3,16 @@
 import difflib
 import importlib
 import inspect
+import reprlib
 from collections.abc import Callable
+from typing import Any
 
 from lens_megatron.reward.types import GradeStatus, Verdict
 
 Grader = Callable[[str, str, dict], Verdict]
+
+MAX_SCORE = 1e12
+"""Differences of scores are squared, and the squares summed in single precision."""
 
 
 def _math_verify() -> Grader:
@@ -42,12 +47,14 @@ def _adapt(function: Callable) -> Grader:
     names = list(inspect.signature(function).parameters)
     if "completions" in names:
         return lambda completion, answer, meta: _scored(
-            function(
-                prompts=[meta.get("prompt", "")],
-                completions=[completion],
-                answer=[answer],
-                **{k: [v] for k, v in meta.items() if k != "prompt"},
-            )[0]
+            _only(
+                function(
+                    prompts=[meta.get("prompt", "")],
+                    completions=[completion],
+                    answer=[answer],
+                    **{k: [v] for k, v in meta.items() if k != "prompt"},
+                )
+            )
         )
     if "solution_str" in names:
         return lambda completion, answer, meta: _scored(
@@ -64,12 +71,36 @@ def _adapt(function: Callable) -> Grader:
     )
 
 
-def _scored(result: float | dict) -> Verdict:
+def _only(scores: Any) -> Any:
+    """The score of the one completion that was given."""
+    if isinstance(scores, str | bytes | dict) or not hasattr(scores, "__getitem__") or len(scores) != 1:
+        raise TypeError(f"the grader returned {reprlib.repr(scores)} for one completion; return a list of one number")
+    return scores[0]
+
+
+def _scored(result: Any) -> Verdict:
     """A custom score; `acc` says what counts as correct, else a score of 1 or more."""
     if isinstance(result, dict):
-        score = float(result["score"])
-        correct = bool(result.get("acc", score >= 1))
+        if "score" not in result:
+            raise TypeError(f"the grader returned {reprlib.repr(result)}; return a number, or a dict with 'score'")
+        score = _number(result["score"])
+        correct = bool(_number(result.get("acc", score >= 1)))
     else:
-        score = float(result)
+        score = _number(result)
         correct = score >= 1
     return Verdict(GradeStatus.CORRECT if correct else GradeStatus.WRONG, score)
+
+
+def _number(value: Any) -> float:
+    """Python's numbers, NumPy's, and tensors of one element."""
+    number = None
+    if not isinstance(value, str | bytes | bytearray):
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            pass  # RuntimeError: a tensor of more elements
+    if number is None or not abs(number) <= MAX_SCORE:
+        raise ValueError(
+            f"the grader returned {reprlib.repr(value)}; return a finite number of at most {MAX_SCORE:g} in magnitude"
+        )
+    return number

@@ -17,7 +17,7 @@ class GradeStatus(StrEnum):
     TIMEOUT = "timeout"
     """Grading took longer than the deadline and was killed: nothing is known about the answer."""
     CRASH = "crash"
-    """The grader raised or its process died: nothing is known about the answer."""
+    """The grader raised, returned no finite number, or its process died twice: nothing is known about the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,8 @@ class Grade:
     """What was read out of the completion as its answer, None if nothing was."""
     detail: str = ""
     """Why, in words, where the status alone does not say it."""
+    regraded: bool = False
+    """The process that graded it first was lost; this is what a second one found."""
 
     @property
     def correct(self) -> bool:

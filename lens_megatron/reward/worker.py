@@ -1,10 +1,9 @@
 """The worker process: reads (completion, answer) frames from standard input, writes verdicts to standard output.
 
 A frame is a 4-byte length and JSON. The first frame out is `ready` (or why not), so that start-up is never graded.
-The process ends when its parent's pipe closes, however the parent died.
+The keeper (keeper.py) forks this process and ends it.
 """
 
-import ctypes
 import json
 import os
 import resource
@@ -50,36 +49,39 @@ def _limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES,) * 2)
 
 
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
 def main(grader_name: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        _die_with_parent()
-    frames_in = os.fdopen(os.dup(0), "rb")
-    frames_out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a grader prints must not look like a frame
+    """Grades until standard input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer
+    own = os.getpid()
+    frames_in, frames_out = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    # What a grader prints must not look like a frame, and a program that it starts must not read our frames.
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
     try:
         grader = load_grader(grader_name)
         if sys.platform == "linux":
             _limit_memory()
-        answer = {"ready": True}
-    except Exception as error:  # whatever a user's module raises, the trainer shows it
-        answer = {"ready": False, "why": f"{type(error).__name__}: {error}"}
-    frames_out.write(encode_frame(answer))
-    frames_out.flush()
-    while answer["ready"] and (task := read_frame(frames_in)) is not None:
-        frames_out.write(encode_frame(_grade(grader, task)))
-        frames_out.flush()
+        hello = {"ready": True, "pid": own}
+    except (Exception, SystemExit) as error:  # whatever a user's module raises, the trainer shows it
+        hello = {"ready": False, "why": f"{type(error).__name__}: {error}"}
+    _send(frames_out, hello)
+    while hello["ready"] and (task := read_frame(frames_in)) is not None:
+        answer = _grade(grader, task)
+        if os.getpid() != own:
+            os._exit(1)  # a process forked by the grader came back from it
+        _send(frames_out, answer)
+
+
+def _send(stream: BinaryIO, content: dict) -> None:
+    stream.write(encode_frame(content))
+    stream.flush()
 
 
 def _grade(grader: Grader, task: dict) -> dict:
     start = time.monotonic()
     try:
         verdict = grader(task["completion"], task["answer"], task["meta"])
-    except (Exception, MemoryError) as error:  # a grader's failure is a status of the sample, not of the run
+    except (Exception, SystemExit) as error:  # a grader's failure is a status of the sample, not of the run
         verdict = Verdict(GradeStatus.CRASH, 0.0, None, f"{type(error).__name__}: {error}"[:500])
     return {
         "status": verdict.status,
@@ -88,7 +90,3 @@ def _grade(grader: Grader, task: dict) -> dict:
         "detail": verdict.detail,
         "seconds": time.monotonic() - start,
     }
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

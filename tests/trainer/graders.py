@@ -16,5 +16,9 @@ def murderous_score(data_source: str, solution_str: str, ground_truth: str, extr
     kept = [path for path in folder.glob("run/unfinished/step_000002_*") if path.stat().st_size]
     if kept and (folder / "armed").exists():
         (folder / "armed").unlink(missing_ok=True)
-        os.kill(os.getppid(), signal.SIGKILL)
+        os.kill(parent(os.getppid()), signal.SIGKILL)  # the parent itself is the keeper
     return float(len(solution_str) % 2 == 0)
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])

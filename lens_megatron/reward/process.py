@@ -1,0 +1,124 @@
+"""The trainer's end of one grading process: its pipes, the answers it holds, whether it lives."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lens_megatron.reward.worker import split_frames
+
+ROOT = Path(__file__).resolve().parents[2]
+GRACE_S = 5.0
+"""For a keeper to end what is below it, before its process group is killed."""
+
+
+@dataclass(slots=True)
+class Task:
+    """One answer, graded for every ticket that asks for the same."""
+
+    tickets: list[int]
+    frame: bytes
+    pair: tuple[str, str] | None
+    """(answer, expected answer) that decide the verdict, where nothing else does."""
+    losses: int = 0
+    """Processes that were lost while they graded it."""
+
+
+class GradingProcess:
+    """One process and the answers it holds, the first of which it is grading."""
+
+    def __init__(self, grader: str):
+        """Raises OSError when the system starts no more processes."""
+        paths = [str(ROOT), *(p for p in sys.path if p)]
+        self.keeper = subprocess.Popen(
+            [sys.executable, "-m", "lens_megatron.reward.keeper", str(os.getpid()), grader],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+            start_new_session=True,  # Ctrl-C is for the trainer; and one process group, to be killed as a whole
+        )
+        for stream in (self.keeper.stdin, self.keeper.stdout):
+            os.set_blocking(stream.fileno(), False)
+        self.pid: int | None = None
+        """Of the grading process, known once it is ready."""
+        self.tasks: deque[Task] = deque()
+        self.started = time.monotonic()
+        self.inbox = self.outbox = b""
+
+    @property
+    def ready(self) -> bool:
+        return self.pid is not None
+
+    def assign(self, task: Task) -> None:
+        if not self.tasks:
+            self.started = time.monotonic()
+        self.tasks.append(task)
+        self.outbox += task.frame
+        self.flush()
+
+    def flush(self) -> None:
+        """Writes what the pipe takes; a process that stopped reading must not stop the trainer."""
+        try:
+            while self.outbox:
+                self.outbox = self.outbox[os.write(self.keeper.stdin.fileno(), self.outbox) :]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.outbox = b""  # it died, which `receive` and `has_died` tell
+
+    def receive(self) -> tuple[list[dict], bool]:
+        """(whole frames, whether the process has closed its output)."""
+        closed = False
+        try:
+            while chunk := os.read(self.keeper.stdout.fileno(), 1 << 16):
+                self.inbox += chunk
+            closed = True
+        except BlockingIOError:
+            pass
+        frames, self.inbox = split_frames(self.inbox)
+        return frames, closed
+
+    def has_died(self) -> bool:
+        """The keeper, which ends when the grading process does. It stays a zombie, so that its id stays its own."""
+        try:
+            return os.waitid(os.P_PID, self.keeper.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:
+            return True
+
+    def is_stopped(self) -> bool:
+        """Whether somebody has stopped the grading process with a signal (SIGSTOP), so that it cannot grade."""
+        try:
+            return Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in "Tt"
+        except OSError:
+            return False
+
+
+def end(processes: Sequence[GradingProcess]) -> None:
+    """Ends them, and all that their graders have started; waits for it."""
+    for process in processes:
+        for number in (signal.SIGTERM, signal.SIGCONT):  # a keeper that was stopped goes on, and hears the first
+            _signal(os.kill, process.keeper.pid, number)
+    deadline = time.monotonic() + GRACE_S
+    for process in processes:
+        while not process.has_died() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        _signal(os.killpg, process.keeper.pid, signal.SIGKILL)  # whatever a killed keeper has left
+        process.keeper.wait()
+        for stream in (process.keeper.stdin, process.keeper.stdout):
+            try:
+                stream.close()
+            except OSError:
+                pass  # bytes that it never read
+
+
+def _signal(send, target: int, number: int) -> None:
+    try:
+        send(target, number)
+    except ProcessLookupError:
+        pass  # it has ended
