@@ -108,7 +108,7 @@ class RewardConfig(Section):
     timeout_s: float = Field(5.0, ge=1e-3, le=86_400)
     """Wall-clock limit for one answer, from the start of its grading. At most a day."""
     workers_per_rank: int = Field(1, ge=1, le=256)
-    """Processes that grade, of which every rank has its own."""
+    """Processes that grade, of which every rank has its own; at most 16 for each of the machine's cores."""
 
 
 class LensConfig(Section):

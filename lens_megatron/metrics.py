@@ -224,7 +224,7 @@ def sampling_metrics(stats: SamplingStats, device: torch.device, ranks_per_engin
     own = torch.tensor(astuple(stats), dtype=torch.float64, device=device)
     every = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(every, own)
-    seconds, engine, second, early, discarded = torch.stack(every[::ranks_per_engine]).T.tolist()
+    seconds, engine, second, early, discarded, regraded = torch.stack(every[::ranks_per_engine]).T.tolist()
     idle = [1 - busy / max(seconds) if max(seconds) else 0.0 for busy in engine]
     return {
         "perf/engine_idle_share/mean": sum(idle) / len(idle),
@@ -233,6 +233,7 @@ def sampling_metrics(stats: SamplingStats, device: torch.device, ranks_per_engin
         "timing_s/second_wave": max(second),
         "lens/early_decisions": sum(early),
         "lens/discarded_tokens": sum(discarded),
+        "reward/regraded": sum(regraded),
     }
 
 

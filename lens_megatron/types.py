@@ -318,6 +318,8 @@ class SamplingStats:
     """Groups found hard before the end of their first wave."""
     discarded_tokens: int = 0
     """Generated for second waves that were taken back."""
+    regraded: int = 0
+    """Answers that were graded a second time because their grading process was lost."""
 
 
 @dataclass(frozen=True, slots=True)

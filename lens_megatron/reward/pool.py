@@ -27,7 +27,7 @@ START_TIMEOUT_S = 120.0
 MAX_FAILED_STARTS = 3
 ANSWERS_PER_WORKER = 16
 MAX_WORKERS_PER_CORE = 16
-MAX_TIMEOUT_S = 3600.0
+MAX_TIMEOUT_S = 86_400.0
 CACHED_VERDICTS = 4096
 LOOK_S = 0.5
 """Between two looks at whether processes live, while nothing arrives from them."""

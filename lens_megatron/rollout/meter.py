@@ -36,6 +36,7 @@ class Meter:
         self.ended = dict.fromkeys(Origin, self.start)
         self.total = dict.fromkeys(Origin, 0)
         self.engine_seconds, self.finished, self.early_decisions, self.discarded_tokens = 0.0, 0, 0, 0
+        self.regraded = 0
 
     def queued(self, origin: Origin, rollouts: int) -> None:
         self.total[origin] += rollouts
@@ -69,4 +70,4 @@ class Meter:
         second = max(0.0, self.ended[Origin.RESCUED] - self.ended[Origin.NATIVE])
         seconds = time.perf_counter() - self.start
         discarded = self.discarded_tokens + cancelled_tokens
-        return SamplingStats(seconds, self.engine_seconds, second, self.early_decisions, discarded)
+        return SamplingStats(seconds, self.engine_seconds, second, self.early_decisions, discarded, self.regraded)

@@ -236,6 +236,7 @@ class _Run:
 
     def _read(self, wave: _Wave, samples: Sequence[int]) -> None:
         grades = self.sampler.grader.wait([wave.tickets[sample] for sample in samples])
+        self.meter.regraded += sum(grade.regraded for grade in grades.values())
         wave.grades |= {sample: grades[wave.tickets.pop(sample)] for sample in samples}
 
     def _rescue(self, wave: _Wave) -> None:
