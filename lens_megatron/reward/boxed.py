@@ -6,44 +6,81 @@ Standard library only and linear in the length of the text: the trainer process 
 import re
 from decimal import Decimal
 
-MAX_BOX_CHARS = 2_000
+MAX_BOX_CHARS = 1_000
 """A longer answer is not an answer; it is a degenerate completion that would only cost parsing time."""
+MAX_BOXES = 16
+"""That are read as one answer."""
 
 _BOX = "\\boxed"
 _MAX_GAP = 20  # white space allowed between \boxed and its brace
 _EXCERPT_CHARS = len(_BOX) + _MAX_GAP + MAX_BOX_CHARS + 4
+_MAX_JOINT = 40
+# Between boxes that list answers side by side, in or out of formulas.
+_JOINT = re.compile(
+    r"(?:[\s$,;]|\\[,;:! ()\[\]]|\\q?quad(?![a-zA-Z])|\\text\s*\{\s*,?\s*(?:and|or)?\s*\}"
+    r"|(?<![a-zA-Z])(?:and|or)(?![a-zA-Z]))*"
+)
 
 
 def excerpt(completion: str) -> str:
-    r"""The part of a completion that `last_box` looks at: at most about 2,000 characters from the last `\boxed` on.
+    r"""The part of a completion that `last_box` looks at: at most about 1,000 characters from the last `\boxed` on,
+    with the boxes that it belongs to before it.
 
     `last_box(excerpt(text)) == last_box(text)` for every text. Empty when there is no box.
     """
-    start = completion.rfind(_BOX)
-    return "" if start < 0 else completion[start : start + _EXCERPT_CHARS]
+    last = completion.rfind(_BOX)
+    return "" if last < 0 else completion[_chain(completion, last)[0] : last + _EXCERPT_CHARS]
 
 
 def last_box(completion: str) -> tuple[str | None, str]:
     r"""Content of the last `\boxed{...}` and, if there is none, the reason.
 
-    Braces must balance; as in TeX, `\{` and `\}` do not count. The last box decides even if it is unusable: an earlier
-    one is an intermediate result as far as anyone can know.
+    Boxes of a paragraph with nothing but separators between them are one answer: `\boxed{1}, \boxed{2}` is `1, 2`, and
+    `\boxed{1} or \boxed{1}` is `1`. The last
+    box decides even if it is unusable: an earlier one is an intermediate result as far as anyone can know.
 
     Returns (content, "") with the outer white space removed, or (None, why).
     """
-    start = completion.rfind(_BOX)
-    if start < 0:
+    last = completion.rfind(_BOX)
+    if last < 0:
         return None, "no \\boxed in the completion"
+    content, why, _ = _read_box(completion, last)
+    if content is None:
+        return None, why
+    contents = [_read_box(completion, start)[0] or "" for start in _chain(completion, last)]
+    if len({normalise(item) for item in contents}) == 1:
+        return content, ""
+    whole = ", ".join(contents)
+    return (None, _too_long()) if len(whole) > MAX_BOX_CHARS else (whole, "")
+
+
+def _chain(text: str, last: int) -> list[int]:
+    """Where the boxes begin that form one answer with the one that begins at `last`."""
+    starts = [last]
+    while len(starts) < MAX_BOXES and (before := text.rfind(_BOX, 0, starts[0])) >= 0:
+        content, _, end = _read_box(text, before)
+        gap = text[end : starts[0]]
+        if content is None or end > starts[0] or len(gap) > _MAX_JOINT or "\n\n" in gap or not _JOINT.fullmatch(gap):
+            break
+        starts.insert(0, before)
+    return starts
+
+
+def _read_box(text: str, start: int) -> tuple[str | None, str, int]:
+    r"""(content, "", end) of the box that begins at `start`, or (None, why, start).
+
+    Braces must balance; as in TeX, `\{` and `\}` do not count.
+    """
     opening = start + len(_BOX)
     gap_end = opening + _MAX_GAP
-    while opening < min(gap_end, len(completion)) and completion[opening].isspace():
+    while opening < min(gap_end, len(text)) and text[opening].isspace():
         opening += 1
-    if opening >= len(completion) or completion[opening] != "{":
-        return None, "no brace after the last \\boxed"
+    if opening >= len(text) or text[opening] != "{":
+        return None, "no brace after the last \\boxed", start
     depth, position = 1, opening + 1
     limit = position + MAX_BOX_CHARS
-    while position < len(completion) and position <= limit:
-        char = completion[position]
+    while position < len(text) and position <= limit:
+        char = text[position]
         if char == "\\":
             position += 1
         elif char == "{":
@@ -51,12 +88,14 @@ def last_box(completion: str) -> tuple[str | None, str]:
         elif char == "}":
             depth -= 1
             if depth == 0:
-                content = completion[opening + 1 : position].strip()
-                return (content, "") if content else (None, "the last \\boxed is empty")
+                content = text[opening + 1 : position].strip()
+                return (content, "", position + 1) if content else (None, "the last \\boxed is empty", start)
         position += 1
-    if position > limit:
-        return None, f"the last \\boxed is longer than {MAX_BOX_CHARS} characters"
-    return None, "the last \\boxed is not closed"
+    return None, _too_long() if position > limit else "the last \\boxed is not closed", start
+
+
+def _too_long() -> str:
+    return f"the last \\boxed is longer than {MAX_BOX_CHARS} characters"
 
 
 _LAYOUT = re.compile(r"\\(?:left|right)(?![a-zA-Z])|\\displaystyle(?![a-zA-Z])|(?<!\\)\\[!,;:> $]|~|\s+|\$")

@@ -6,12 +6,15 @@ cannot interrupt a C-level computation. The pool's deadline takes their place.
 """
 
 import logging
-import re
+from dataclasses import dataclass
 from functools import lru_cache
 
+import sympy
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
 from lens_megatron.reward.boxed import compare_cheaply, last_box
+from lens_megatron.reward.effort import is_too_large, too_complex
+from lens_megatron.reward.notation import count_items, tidy
 from lens_megatron.reward.types import GradeStatus, Verdict
 
 # Both libraries warn about every string that they cannot read and about the time limits that we switch off.
@@ -21,33 +24,6 @@ for _name in ("math_verify", "latex2sympy2_extended"):
 _WHOLE = [LatexExtractionConfig(boxed_match_priority=-1)]
 _ANYWHERE = [LatexExtractionConfig(), ExprExtractionConfig()]
 
-_SPACED_THOUSANDS = re.compile(r"(?<![0-9.])[0-9]{1,3}(?:(?:\\[,;:! ]|~|,\\!\s*|\s)[0-9]{3})+(?![0-9])")
-_SCIENTIFIC = re.compile(r"(?<![0-9a-zA-Z.])([0-9]+\.?[0-9]*|\.[0-9]+)[eE]([+-]?[0-9]+)(?![0-9a-zA-Z.])")
-_MIXED = re.compile(r"([+-]?[0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)")
-# Words after a number that are more than its unit.
-_NOT_A_UNIT = (
-    "and or to by over plus minus times hundred thousand million billion trillion dozen percent pct pi sqrt mod"
-)
-_NUMBER_WITH_UNIT = re.compile(
-    r"([+-]?[0-9][0-9,]*(?:\.[0-9]+)?)\s+"
-    rf"(?!.*\b(?:{_NOT_A_UNIT.replace(' ', '|')})\b)[a-zA-Z]{{2,}}(?:\s[a-zA-Z]+)*\.?"
-)
-
-
-def tidy(latex: str) -> str:
-    r"""Rewrite what math-verify is known to read wrongly, without changing the meaning; one line of LaTeX, no `$`.
-
-    `1\,234` and `1 234` -> `1234`; `3 1/2` -> `3\frac{1}{2}`; `1.5e-3` -> `1.5 \times 10^{-3}`; `90°` -> `90^\circ`;
-    `58 square units` -> `58`.
-    """
-    text = latex.replace("\\$", "").replace("$", "").replace("\n", " ").replace("\u00b0", "^\\circ ").strip()
-    if unit := _NUMBER_WITH_UNIT.fullmatch(text):
-        text = unit[1]
-    if mixed := _MIXED.fullmatch(text):
-        text = f"{mixed[1]}\\frac{{{mixed[2]}}}{{{mixed[3]}}}"
-    text = _SPACED_THOUSANDS.sub(lambda match: re.sub("[^0-9]", "", match[0]), text)
-    return _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", text)
-
 
 def _parse_whole(latex: str) -> list:
     """The string as one expression: [] if it cannot be read as a whole, never a part of it."""
@@ -55,9 +31,20 @@ def _parse_whole(latex: str) -> list:
     return parse(f"${text}$", _WHOLE, fallback_mode="no_fallback", extraction_mode="first_match", parsing_timeout=None)
 
 
+@dataclass(frozen=True, slots=True)
+class _Gold:
+    """An expected answer that was read."""
+
+    text: str
+    """As LaTeX, for comparison as text."""
+    parsed: tuple
+    items: int | None
+    """How many answers it lists; None for prose."""
+
+
 @lru_cache(maxsize=4096)
-def _read_gold(answer: str) -> tuple[str, tuple]:
-    """(the answer as LaTeX for comparison as text, the parsed answer), cached: a group has one answer."""
+def _read_gold(answer: str) -> _Gold:
+    """Cached: a group has one answer."""
     box, _ = last_box(answer)
     text = box if box is not None else answer.strip()
     for opening, closing in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
@@ -67,7 +54,26 @@ def _read_gold(answer: str) -> tuple[str, tuple]:
             break
     is_prose = "$" in text.replace("\\$", "") or "\\(" in text or answer.count("\\boxed") > 1
     parsed = parse(answer, _ANYWHERE, fallback_mode="no_fallback", parsing_timeout=None) if is_prose else None
-    return text, tuple(parsed or _parse_whole(text))
+    return _Gold(text, tuple(parsed or _parse_whole(text)), None if is_prose else count_items(text))
+
+
+def _is_other_list(box: str, predicted: list, gold: _Gold) -> bool:
+    """Whether one is a single answer and the other a list of it or of it and more: `1,1,1` and `0.5,1/2`.
+
+    math-verify reads lists as sets, which forget repetitions, and rounds their members.
+    """
+    items = count_items(box)
+    if gold.items is None or (items == 1) == (gold.items == 1):
+        return False
+    if items == 1:
+        return _repeats(gold.parsed[0], gold.items)
+    several = isinstance(gold.parsed[0], sympy.Expr) and isinstance(predicted[0], sympy.FiniteSet)
+    return several or _repeats(predicted[0], items)
+
+
+def _repeats(parsed: object, items: int) -> bool:
+    members = parsed.rhs if isinstance(parsed, sympy.Eq) else parsed
+    return isinstance(members, sympy.FiniteSet) and items > len(members)
 
 
 def grade_answer(completion: str, answer: str) -> Verdict:
@@ -82,17 +88,24 @@ def grade_answer(completion: str, answer: str) -> Verdict:
     cheap = compare_cheaply(box, answer)
     if cheap is not None:
         return Verdict(GradeStatus.CORRECT if cheap else GradeStatus.WRONG, float(cheap), box)
-    gold_text, gold = _read_gold(answer)
-    cheap = compare_cheaply(box, gold_text)
+    gold = _read_gold(answer)
+    cheap = compare_cheaply(box, gold.text)
     if cheap is not None:
         return Verdict(GradeStatus.CORRECT if cheap else GradeStatus.WRONG, float(cheap), box)
+    if why := too_complex(box):
+        return Verdict(GradeStatus.UNPARSED, 0.0, box, why)
     predicted = _parse_whole(box)
     if not predicted:
         return Verdict(GradeStatus.UNPARSED, 0.0, box, "the last \\boxed does not hold mathematics")
-    if not gold:
+    if not gold.parsed:
         return Verdict(GradeStatus.WRONG, 0.0, box, "the expected answer is not mathematics; compared as text")
+    if any(map(is_too_large, (predicted[0], gold.parsed[0]))):
+        same = predicted[0] == gold.parsed[0]
+        return Verdict(GradeStatus.CORRECT if same else GradeStatus.WRONG, float(same), box, "too large to compute")
+    if _is_other_list(box, predicted, gold):
+        return Verdict(GradeStatus.WRONG, 0.0, box, "a list, compared with a single answer")
     try:
-        same = verify(list(gold), predicted, timeout_seconds=None, raise_on_error=True)
+        same = verify(list(gold.parsed), predicted, timeout_seconds=None, raise_on_error=True)
     except MemoryError:
         raise
     except Exception as error:

@@ -48,7 +48,7 @@ def test_literal_answers(completion: str, answer: str, status: GradeStatus):
 
 
 HOSTILE = [
-    r"\boxed{9^{9^{9^9}}}",
+    r"\boxed{\binom{100000000}{50000000}}",  # computed while it is read
     r"\boxed{" + "{" * 50_000 + "}" * 50_000 + "}",
     "{" * 100_000,
     r"\boxed{" + r"\frac{1}{" * 200 + "2" + "}" * 200 + "}",
@@ -128,7 +128,7 @@ def test_custom_graders_of_verl_and_trl(tmp_path: Path, monkeypatch: pytest.Monk
 def test_workers_die_with_a_killed_parent():
     code = (
         "from lens_megatron.reward import GraderPool\n"
-        "pool = GraderPool(2, 60.0); pool.wait_ready(); pool.submit(r'\\boxed{9^{9^{9^9}}}', '1')\n"
+        "pool = GraderPool(2, 60.0); pool.wait_ready(); pool.submit(r'\\boxed{\\binom{100000000}{50000000}}', '1')\n"
         "print(*[n for p in pool._processes for n in (p.pid, p.keeper.pid)], flush=True)\n"
         "import time; time.sleep(60)\n"
     )
