@@ -108,7 +108,7 @@ def test_hostile_answers_are_refused_and_not_waited_for():
     [
         (0, 5.0, "reward.workers_per_rank 0: give at least 1"),
         (100_000, 5.0, "at most"),
-        (1, 1e300, "reward.timeout_s 1e.300: give more than 0 and at most 3600"),
+        (1, 1e300, "reward.timeout_s 1e.300: give more than 0 and at most 86400"),
         (1, float("nan"), "reward.timeout_s nan"),
         (1, 0.0, "reward.timeout_s 0.0"),
     ],
