@@ -12,8 +12,8 @@ from lens_megatron import metrics, run_folder
 from lens_megatron.agreement import raise_together, told_by_main
 from lens_megatron.clock import Clock
 from lens_megatron.config import Config, ConfigError
-from lens_megatron.policy.hf_weights import read_hf_config
 from lens_megatron.policy.model import DTYPES, build_policy, check_layout
+from lens_megatron.policy.model_check import check_model
 from lens_megatron.policy.offload import TrainerMemory, is_enabled
 from lens_megatron.policy.parallel import Mesh, build_mesh
 from lens_megatron.prompts import DataError, PromptStream, load_prompts
@@ -41,7 +41,7 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
 
     Checks model, tokenizer and data, then takes the device's memory, and only then creates the run folder.
     """
-    hf_config = read_hf_config(config.model.path)
+    hf_config = check_model(config)
     check_layout(config, hf_config)
     if config.rollout.engine in ("vllm", "vllm_server"):
         vllm_options.check(config, hf_config)

@@ -75,7 +75,8 @@ def _header(path: Path, option: str) -> dict[str, StoredTensor]:
             return {n: StoredTensor(path.name, tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
     except (OSError, SafetensorError) as error:
         raise ModelError(
-            f"{option}: {path} cannot be read as safetensors, it is truncated or damaged ({error}); download it again"
+            f"{option}: {path} cannot be read as safetensors, it is truncated or damaged ({in_one_line(error)}); "
+            "download it again"
         ) from error
 
 
@@ -104,7 +105,7 @@ def configured_end_tokens(path: str) -> set[int]:
         configured = GenerationConfig.from_pretrained(path).eos_token_id
     except Exception as error:  # transformers raises anything at all on a damaged file
         raise ModelError(
-            f"model.path {path}: generation_config.json cannot be read: {_first_line(error)}; download it again, or "
+            f"model.path {path}: generation_config.json cannot be read: {in_one_line(error)}; download it again, or "
             "move it away if the tokenizer's end token is the only one"
         ) from error
     ends = configured if isinstance(configured, list) else [] if configured is None else [configured]
@@ -125,5 +126,6 @@ def small_files(path: str) -> dict[str, bytes]:
     }
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def in_one_line(error: BaseException) -> str:
+    """The message of a library that writes paragraphs."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
