@@ -210,9 +210,7 @@ def resume(policy: Policy, folder: Path) -> TrainingState | None:
         if checkpoint is None:
             continue
         if policy.mesh.rank == 0 and not checkpoint.has_checksums:
-            print(
-                f"checkpoint {path} is from before there were checksums: only its files' sizes were checked", flush=True
-            )
+            print(f"checkpoint {path} has no checksums, only sizes; it was saved by an older version", flush=True)
         if _together(policy, path, lambda checkpoint=checkpoint: _load(policy, checkpoint)) is None:
             continue
         state = checkpoint.state

@@ -93,14 +93,21 @@ def published(folder: Path) -> list[Path]:
     """
     try:
         with os.scandir(folder) as entries:
-            found = [(int(match[1]), entry) for entry in entries if (match := _NAME.fullmatch(entry.name))]
-            return [folder / entry.name for _, entry in sorted(found, key=lambda f: f[0]) if entry.is_dir()]
+            found = [folder / entry.name for entry in entries if entry.is_dir()]
     except FileNotFoundError:
         return []
     except OSError as error:
         raise CheckpointError(
             f"checkpoints in {folder} cannot be listed: {error}; correct its permissions, or set another run.directory"
         ) from error
+    steps = {path: step for path in found if (step := step_of(path)) is not None}
+    return sorted(steps, key=lambda path: (steps[path], path.name))
+
+
+def step_of(path: Path) -> int | None:
+    """The step in a checkpoint's name; None where the name is of something else."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else None
 
 
 def inspect(path: Path) -> Checkpoint:
@@ -119,17 +126,19 @@ def inspect(path: Path) -> Checkpoint:
     return Checkpoint(path, state, index)
 
 
-def verify(checkpoint: Checkpoint, part: int = 0, parts: int = 1, *, export: bool = False) -> None:
-    """Reads every `parts`-th file from `part` on, so that ranks share the work; with `export` those below hf/ too.
+def verify(checkpoint: Checkpoint, part: int = 0, parts: int = 1) -> None:
+    """Reads every `parts`-th file from `part` on, so that ranks share the work.
 
     Raises DamageError naming the file and both checksums.
     """
-    path, index = checkpoint.path, checkpoint.index
-    files = [(path / name, record) for name, record in sorted(index.files.items())]
-    if export:
-        files += [(path / EXPORT / name, record) for name, record in sorted(index.export.items())]
-    for file, record in files[part::parts]:
-        check_content(file, record)
+    for name, record in sorted(checkpoint.index.files.items())[part::parts]:
+        check_content(checkpoint.path / name, record)
+
+
+def verify_export(checkpoint: Checkpoint) -> None:
+    """Reads what is below hf/. Raises DamageError naming the file and both checksums."""
+    for name, record in sorted(checkpoint.index.export.items()):
+        check_content(checkpoint.path / EXPORT / name, record)
 
 
 def steps_saved(folder: Path) -> int:
