@@ -18,6 +18,7 @@ setup(
         "math-verify==0.9.0",
         "safetensors>=0.8",
         "datasets>=5.2",
+        "xxhash>=4.1",
         "pyarrow>=26",
         "pydantic>=2.14",
         "pyyaml>=6.0.3",

@@ -14,8 +14,8 @@ from lens_megatron.clock import Clock
 from lens_megatron.config import Config, ConfigError
 from lens_megatron.config_rules import machine_mistakes
 from lens_megatron.files import why_no_folder
-from lens_megatron.policy.hf_weights import ModelError, read_hf_config
 from lens_megatron.policy.model import DTYPES, build_policy, check_layout
+from lens_megatron.policy.model_check import check_model
 from lens_megatron.policy.offload import TrainerMemory, is_enabled
 from lens_megatron.policy.parallel import Mesh, build_mesh
 from lens_megatron.prompts import DataError, PromptStream, load_prompts
@@ -48,10 +48,8 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
         raise ConfigError(mistake)
     if why := why_no_folder(Path(config.run.directory)):
         raise RunFolderError(f"run.directory {config.run.directory}: {why}; choose another folder")
-    hf_config = read_hf_config(config.model.path)
+    hf_config = check_model(config)
     check_layout(config, hf_config)
-    if config.model.reference_path:
-        _check_reference(config.model.reference_path, hf_config)
     if config.rollout.engine in ("vllm", "vllm_server"):
         vllm_options.check(config, hf_config)
     tokenizer = load_tokenizer(config.model.path, hf_config.vocab_size)
@@ -135,21 +133,6 @@ def _build_board(config: Config, team: Team) -> Board | None:
     """Between engines: of those over several ranks the first one speaks."""
     shared = config.rollout.engine != "local" if config.rollout.share_work is None else config.rollout.share_work
     return Board(job_store(), team.number, team.engines) if shared and team.leads and team.engines > 1 else None
-
-
-def _check_reference(path: str, policy: PretrainedConfig) -> None:
-    """Raises ModelError where the reference is no model, or one of another shape than the policy."""
-    try:
-        reference = read_hf_config(path)
-    except ModelError as error:
-        raise ModelError(f"model.reference_path: {error}") from error
-    for name in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"):
-        ours, theirs = getattr(policy, name), getattr(reference, name)
-        if ours != theirs:
-            raise ModelError(
-                f"model.reference_path {path}: its {name} is {theirs}, that of model.path {ours}; give a model of the "
-                "same shape, or leave it empty"
-            )
 
 
 def _check_replay(config: Config, vocab_size: int) -> None:

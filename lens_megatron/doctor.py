@@ -1,38 +1,52 @@
 r"""Is this machine ready for this run? `python -m lens_megatron.doctor CONFIG [section.option=value ...]`.
 
 Versions, devices, links, shared memory, disk, model, tokenizer, template, and grading of real rows, each with a remedy.
-Changes nothing. Exit status: 0 ready (perhaps with warnings), 1 a check failed, 2 the configuration is wrong.
+`--checkpoint PATH` (a run folder or one iter_* folder) reads every file of its checkpoints instead, without CONFIG.
+Changes nothing. Exit status: 0 ready (perhaps with warnings), 1 a check failed, 2 CONFIG or PATH cannot be used.
 """
 
 import logging
 import sys
 from argparse import ArgumentParser
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 from lens_megatron import config as configuration
 from lens_megatron.config import Config, ConfigError
-from lens_megatron.diagnosis import machine, project
+from lens_megatron.diagnosis import checkpoints, machine, project
 from lens_megatron.diagnosis.check import Check, Status
 from lens_megatron.planning.hardware import cluster_of
 from lens_megatron.planning.layout import LayerSpec
 from lens_megatron.planning.model_shape import read_shape
 from lens_megatron.planning.plan import LayoutError, make_plan
+from lens_megatron.policy.checkpoint_files import CheckpointError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints one line per check as it is done, then how many failed; returns the exit status."""
     parser = ArgumentParser(prog="python -m lens_megatron.doctor", description=__doc__.splitlines()[0])
-    parser.add_argument("config", help="YAML file; see configs/")
+    parser.add_argument("config", nargs="?", help="YAML file; see configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.option=value")
+    parser.add_argument("--checkpoint", metavar="PATH", help="a run folder or one checkpoint: is all of it whole?")
     parsed = parser.parse_intermixed_args(arguments)
     logging.getLogger("megatron").setLevel(logging.ERROR)
+    if (parsed.checkpoint is None) == (parsed.config is None):
+        parser.error("give either a configuration or --checkpoint PATH")
     try:
-        config = configuration.load(parsed.config, parsed.overrides)
-    except ConfigError as error:
+        if parsed.checkpoint is not None:
+            found = checkpoints.examine(Path(parsed.checkpoint))
+        else:
+            found = examine(configuration.load(parsed.config, parsed.overrides))
+    except (ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    return report(found)
+
+
+def report(found: Iterable[Check]) -> int:
+    """Prints each check as it is done; returns the exit status."""
     checks = []
-    for check in examine(config):
+    for check in found:
         print(line(check), flush=True)
         checks.append(check)
     failed, warned = (sum(c.status is status for c in checks) for status in (Status.FAIL, Status.WARN))

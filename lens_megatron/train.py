@@ -18,9 +18,9 @@ from lens_megatron.build import build_run, collective_patience
 from lens_megatron.config import Config, ConfigError
 from lens_megatron.errors import say_error
 from lens_megatron.evaluate import evaluate
-from lens_megatron.policy import checkpoint, platform
+from lens_megatron.model_files import ModelError
+from lens_megatron.policy import checkpoint, checkpoint_files, platform
 from lens_megatron.policy.checkpoint import CheckpointError, CheckpointWriter
-from lens_megatron.policy.hf_weights import ModelError
 from lens_megatron.policy.parallel import shut_down
 from lens_megatron.prompts import DataError
 from lens_megatron.reward import GraderStartError
@@ -105,7 +105,7 @@ def _is_done(config: Config, device: torch.device) -> bool:
 
     def look() -> str:
         resuming = run_folder.check(config)
-        saved = checkpoint.steps_saved(run_folder.checkpoints(config)) if resuming else -1
+        saved = checkpoint_files.steps_saved(run_folder.checkpoints(config)) if resuming else -1
         return "done" if saved >= config.train.steps else "not done"
 
     return told_by_main(look, device) == "done"

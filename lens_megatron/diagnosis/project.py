@@ -4,11 +4,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from lens_megatron.config import Config
 from lens_megatron.datasets import DataError
 from lens_megatron.diagnosis.check import Check, Status
+from lens_megatron.model_files import ModelError, stored_tensors
 from lens_megatron.planning.model_shape import ModelShape
 from lens_megatron.planning.plan import Plan
 from lens_megatron.prompts import LoadedPrompts, load_prompts
@@ -32,15 +31,13 @@ def layout(plan: Plan) -> Check:
 
 def model(config: Config, shape: ModelShape) -> Check:
     """Directory, config.json and weights as training reads them; every weight file's header."""
-    from lens_megatron.policy.hf_weights import ModelError, read_hf_config  # imports Megatron-Core
+    from lens_megatron.policy.model_check import check_model  # imports Megatron-Core
 
     try:
-        read_hf_config(config.model.path)
+        check_model(config)
         stored = stored_parameters(Path(config.model.path))
     except ModelError as error:
         return Check("model", Status.FAIL, str(error), "download the model there, or set model.path")
-    except (OSError, SafetensorError) as error:
-        return Check("model", Status.FAIL, f"{config.model.path} cannot be read: {error}", "download it again")
     found = f"{shape.model_type}, {stored:,} parameters in {config.model.path}"
     tied = shape.vocab_size * shape.hidden_size  # some save a tied head as a second tensor
     if stored not in (shape.parameters, shape.parameters + tied * shape.tie_word_embeddings):
@@ -50,16 +47,8 @@ def model(config: Config, shape: ModelShape) -> Check:
 
 
 def stored_parameters(folder: Path) -> int:
-    """Elements of all tensors in the folder's safetensors files. Reads headers only."""
-    total = 0
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():
-                size = 1
-                for dimension in file.get_slice(name).get_shape():
-                    size *= dimension
-                total += size
-    return total
+    """Elements of all tensors in the folder's safetensors files. Reads headers only. Raises ModelError."""
+    return sum(tensor.elements for tensor in stored_tensors(folder).values())
 
 
 def tokenizer(config: Config, vocab_size: int) -> tuple[Check, Tokenizer | None]:

@@ -1,33 +1,46 @@
 """Checkpoints that are whole or not there, exact to the bit on the same layout, readable under any other.
 
     checkpoints/iter_0000020/rank_00000.safetensors   this rank's pieces of weights and optimizer; its generators
-                             index.json               file sizes, and where each piece stands in its global tensor
+                             index.json               size and checksum of each file, place of each piece in its tensor
                              state.json               step, schedule, layout, metric
                              hf/                      the policy as a Hugging Face directory
     checkpoints/latest_checkpointed_iteration.txt     written last
 
 A save copies everything to host memory; a thread writes the copies to a hidden folder, and when those of all ranks
-are done, rank 0 renames it. The threads agree over a group of their own, so training goes on meanwhile. Megatron's own
-torch_dist format is not used because its metadata is a pickle; ours is safetensors and JSON, cut by Megatron's
-`sharded_state_dict`.
+are done, rank 0 renames it. The threads agree over a group of their own, so training goes on meanwhile. Checksums are
+computed from the copies, and compared with every file before anything is loaded. Megatron's own torch_dist format is
+not used because its metadata is a pickle; ours is safetensors and JSON, cut by Megatron's `sharded_state_dict`.
 """
 
-import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed import ReduceOp
 
-from lens_megatron.policy import hf_export, shards
+from lens_megatron.files import flush, write_atomically
+from lens_megatron.model_files import small_files
+from lens_megatron.policy import checkpoint_files, hf_export, shards
+from lens_megatron.policy.checked_files import DamageError
+from lens_megatron.policy.checkpoint_files import (
+    EXPORT,
+    Checkpoint,
+    CheckpointError,
+    TrainingState,
+    WrittenFiles,
+    folder_name,
+    published,
+    rank_file,
+    superfluous,
+)
 from lens_megatron.policy.hf_export import StagedExport
 from lens_megatron.policy.model import Policy
 from lens_megatron.policy.sharded_state import (
@@ -43,25 +56,8 @@ from lens_megatron.policy.shards import Piece, ShardError, ShardReader
 TRACKER = "latest_checkpointed_iteration.txt"
 _PATIENCE = timedelta(hours=6)
 """How long one rank's writer waits for the slowest; a rank that dies ends the wait at once."""
-_FAILURES = (OSError, ValueError, KeyError, TypeError, SafetensorError)
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read; earlier ones are untouched."""
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingState:
-    """state.json: what resuming needs besides tensors. Data cursor and seeds are functions of `step`."""
-
-    step: int
-    """Steps done."""
-    version: int
-    scheduler_steps: int
-    optimizer_steps: int
-    layout: dict[str, int]
-    metric: float | None = None
-    """What `keep_best` compares, higher is better; None where nothing was evaluated."""
+_FAILURES = (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError, SafetensorError)
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +74,13 @@ class CheckpointWriter:
     """Saves into `folder`; at most one save is being written at a time. Building one is a collective.
 
     Args:
+        model_path: whose configuration and tokenizer go into every export; read once, now.
         keep_last, keep_best: newest checkpoints to keep, and best ones by their metric besides.
         background: write in a thread while training goes on.
         before_publishing: called on rank 0 when all is written; raises to prevent that it takes its place.
 
     Raises:
-        CheckpointError: an optimizer or a module whose state cannot be saved.
+        CheckpointError: an optimizer or a module whose state cannot be saved; the model's small files cannot be read.
     """
 
     def __init__(
@@ -97,7 +94,7 @@ class CheckpointWriter:
         background: bool,
         before_publishing: Callable[[], None] | None = None,
     ):
-        self.policy, self.folder, self.model_path, self.background = policy, folder, model_path, background
+        self.policy, self.folder, self.background = policy, folder, background
         self.keep_last, self.keep_best, self.before_publishing = keep_last, keep_best, before_publishing
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
@@ -105,10 +102,14 @@ class CheckpointWriter:
         problem = _attempt(lambda: local_pieces(policy))
         if problem is not None:
             raise CheckpointError(f"this policy could not be saved: {problem}")
-        if policy.mesh.rank == 0:
-            for leftover in [*folder.glob(".writing_*"), *folder.glob(".deleting_*")]:
-                shutil.rmtree(leftover, ignore_errors=True)
-        torch.distributed.barrier()
+        self._small_files: dict[str, bytes] = {}
+        if problem := self._agree(_attempt(lambda: self._prepare(model_path)) if policy.mesh.rank == 0 else None):
+            raise CheckpointError(f"nothing could be saved to {folder}: {problem}")
+
+    def _prepare(self, model_path: str) -> None:
+        """Rank 0's part: tidies up after a process that was killed, and reads what every export needs."""
+        _tidy(self.folder)
+        self._small_files = small_files(model_path)
 
     def save(self, step: int, metric: float | None = None) -> None:
         """Copies the state after `step` and has it written. Raises CheckpointError, on every rank, as `poll` does."""
@@ -152,7 +153,7 @@ class CheckpointWriter:
 
     def _stage(self, step: int, metric: float | None) -> _Staged:
         policy = self.policy
-        export = hf_export.stage(policy, self.model_path)
+        export = hf_export.stage(policy, self._small_files)
         pieces = [(p.piece, p.tensor.to("cpu", copy=True)) for p in local_pieces(policy) if p.is_main_replica]
         steps = optimizer_steps(policy)
         state = TrainingState(step, policy.version, policy.scheduler.num_steps, steps, layout(), metric)
@@ -173,7 +174,7 @@ class CheckpointWriter:
         except RuntimeError as error:  # gloo's, when a rank dies
             self._failure = f"another rank was lost: {error}"
         if main and self._failure is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove(temporary)
 
     def _agree(self, failure: str | None) -> str | None:
         """The failure of this rank or of another, None when all ranks succeeded."""
@@ -184,85 +185,63 @@ class CheckpointWriter:
         return failure or ("another rank failed" if failed.item() else None)
 
     def _publish(self, temporary: Path, state: TrainingState) -> None:
-        files = [f"rank_{rank:05d}.safetensors" for rank in range(state.layout["world_size"])]
-        _write_json(temporary / shards.INDEX, shards.make_index(temporary, files), indent=None)
-        _write_json(temporary / "state.json", asdict(state))
-        _flush(temporary)
+        checkpoint_files.write_index(temporary, state)
+        flush(temporary)
         if self.before_publishing:
             self.before_publishing()
-        final = self.folder / f"iter_{state.step:07d}"
-        _delete(final)
-        temporary.rename(final)
-        _flush(self.folder)
-        partial = self.folder / f".{TRACKER}"
-        partial.write_text(f"{state.step}\n")
-        _flush(partial)
-        partial.rename(self.folder / TRACKER)
-        _flush(self.folder)
+        _replace(self.folder / folder_name(state.step), temporary)
+        write_atomically(self.folder / TRACKER, f"{state.step}\n")
         # Later steps are damaged ones that were passed over: counted, they would crowd out the one just written.
-        past = [(path, old) for path, old in _readable_states(self.folder) if old.step <= state.step]
+        past = [(c.path, c.state) for c in checkpoint_files.whole(self.folder) if c.state.step <= state.step]
         for path in superfluous(past, self.keep_last, self.keep_best):
             _delete(path)
-
-
-def superfluous(states: Sequence[tuple[Path, TrainingState]], keep_last: int, keep_best: int) -> list[Path]:
-    """Of checkpoints, oldest first: those neither among the newest nor among the best. Newer beats equal."""
-    kept = {path for path, _ in states[-keep_last:]}
-    scored = [(state.metric, state.step, path) for path, state in states if state.metric is not None]
-    kept |= {path for *_, path in sorted(scored, reverse=True)[:keep_best]}
-    return [path for path, _ in states if path not in kept]
-
-
-def published(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("iter_*") if (path / "state.json").is_file())
-
-
-def read_state(path: Path) -> TrainingState:
-    return TrainingState(**json.loads((path / "state.json").read_text()))
-
-
-def steps_saved(folder: Path) -> int:
-    """Steps done by the newest checkpoint whose files are all there and whole; 0 when there is none."""
-    for path in reversed(published(folder)):
-        try:
-            shards.check_sizes(path)
-            return read_state(path).step
-        except _FAILURES:
-            continue
-    return 0
 
 
 def resume(policy: Policy, folder: Path) -> TrainingState | None:
     """Loads the newest checkpoint that all ranks can read, with a line for each that was passed over. A collective.
 
-    Weights, optimizer and schedule load under any layout; the generators' states only under the one that wrote them.
+    Every file is compared with its checksum, by one of the ranks, before anything is loaded. Weights, optimizer and
+    schedule load under any layout; the generators' states only under the one that wrote them.
     Returns None when there is no checkpoint. Raises CheckpointError when there are some and none can be read.
     """
-    mesh = policy.mesh
     paths = published(folder)
     for path in reversed(paths):
-        result: list = []
-        failure = _attempt(lambda path=path, result=result: result.append(_load(policy, path)))
-        if failure is not None:
-            print(f"checkpoint {path} cannot be used: {failure}; trying the one before it", flush=True)
-        failed = torch.tensor([failure is not None], dtype=torch.int32, device=mesh.device)
-        torch.distributed.all_reduce(failed, op=ReduceOp.MAX)
-        if failed.item():
+        checkpoint = _together(policy, path, lambda path=path: _verified(policy, path))
+        if checkpoint is None:
             continue
-        state, generators = result[0]
-        if generators:
-            restore_generators(generators)
+        if policy.mesh.rank == 0 and not checkpoint.has_checksums:
+            print(f"checkpoint {path} has no checksums, only sizes; it was saved by an older version", flush=True)
+        if _together(policy, path, lambda checkpoint=checkpoint: _load(policy, checkpoint)) is None:
+            continue
+        state = checkpoint.state
         policy.version = state.version
         policy.scheduler.num_steps = 0
         policy.scheduler.step(increment=state.scheduler_steps)
         return state
     if paths:
         raise CheckpointError(
-            f"none of the {len(paths)} checkpoints in {folder} can be used, see above; restore one, start a new run "
-            "from an hf/ folder, or set run.if_exists=restart to move this run aside"
+            f"none of the {len(paths)} checkpoints in {folder} can be used, see above (all that is wrong: "
+            f"python -m lens_megatron.doctor --checkpoint {folder}); restore one from a copy, start another run with "
+            "model.path at an hf/ folder, or set run.if_exists=restart, which moves this run aside"
         )
     return None
+
+
+def _together(policy: Policy, path: Path, action: Callable[[], _Result]) -> _Result | None:
+    """Its result, or None on every rank when it failed on any, with a line by those where it did. A collective."""
+    results: list[_Result] = []
+    failure = _attempt(lambda: results.append(action()))
+    if failure is not None:
+        print(f"checkpoint {path} cannot be used: {failure}; trying the one before it", flush=True)
+    failed = torch.tensor([failure is not None], dtype=torch.int32, device=policy.mesh.device)
+    torch.distributed.all_reduce(failed, op=ReduceOp.MAX)
+    return None if failed.item() else results[0]
+
+
+def _verified(policy: Policy, path: Path) -> Checkpoint:
+    checkpoint = checkpoint_files.inspect(path)
+    checkpoint_files.verify(checkpoint, policy.mesh.rank, policy.mesh.world_size)
+    return checkpoint
 
 
 def layout_change(state: TrainingState) -> str:
@@ -271,53 +250,69 @@ def layout_change(state: TrainingState) -> str:
     return ", ".join(f"{name} {old.get(name)} -> {size}" for name, size in layout().items() if old.get(name) != size)
 
 
-def _load(policy: Policy, path: Path) -> tuple[TrainingState, dict[str, Tensor]]:
-    state, mesh = read_state(path), policy.mesh
-    shards.check_sizes(path, mesh.rank, mesh.world_size)
-    with ShardReader(path) as reader:
+def _load(policy: Policy, checkpoint: Checkpoint) -> TrainingState:
+    state = checkpoint.state
+    with ShardReader(checkpoint.path, checkpoint.index.pieces) as reader:
         restore(policy, reader, state.optimizer_steps)
-        if state.layout != layout():
-            return state, {}
-        own = f"rank_{mesh.rank:05d}.safetensors"
-        return state, {name: reader.other(own, name) for name in reader.other_names(own)}
-
-
-def _readable_states(folder: Path) -> Iterator[tuple[Path, TrainingState]]:
-    for path in published(folder):
-        try:
-            yield path, read_state(path)
-        except _FAILURES:
-            continue  # not ours to delete: the user may want to mend it
+        if state.layout == layout():
+            own = rank_file(policy.mesh.rank)
+            restore_generators({name: reader.other(own, name) for name in reader.other_names(own)})
+    return state
 
 
 def _write_rank(folder: Path, rank: int, staged: _Staged) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"rank_{rank:05d}.safetensors"
-    shards.write_file(path, staged.pieces, staged.generators)
-    for written in [path, *hf_export.write(staged.export, folder / "hf"), folder / "hf"]:
-        _flush(written)
+    name = rank_file(rank)
+    files = {name: shards.write_file(folder / name, staged.pieces, staged.generators)}
+    export = hf_export.write(staged.export, folder / EXPORT)
+    checkpoint_files.write_receipt(folder, rank, WrittenFiles(files, export))
+
+
+def _replace(final: Path, temporary: Path) -> None:
+    """Puts `temporary` in the place of `final`, which may be there: the step has been trained and saved again.
+
+    Raises OSError: then the old one is in its place. A process killed in between leaves that to `_tidy`.
+    """
+    aside = final.with_name(f".replaced_{final.name}")
+    old = os.path.lexists(final)
+    if old:
+        _remove(aside)
+        final.rename(aside)
+    try:
+        temporary.rename(final)
+    except OSError:
+        if old:
+            aside.rename(final)
+        raise
+    flush(final.parent)
+    _remove(aside)
+
+
+def _tidy(folder: Path) -> None:
+    """Removes what a killed process has left half written or half deleted; puts back what it was about to replace."""
+    for aside in folder.glob(".replaced_*"):
+        final = folder / aside.name.removeprefix(".replaced_")
+        if not os.path.lexists(final):
+            aside.rename(final)
+    for pattern in (".writing_*", ".deleting_*", ".replaced_*"):
+        for leftover in folder.glob(pattern):
+            _remove(leftover)
 
 
 def _delete(path: Path) -> None:
     """By renaming first: a folder that is killed half deleted must not look like a checkpoint."""
-    if path.exists():
-        hidden = path.with_name(f".deleting_{path.name}")
-        shutil.rmtree(hidden, ignore_errors=True)
-        path.rename(hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
+    hidden = path.with_name(f".deleting_{path.name}")
+    _remove(hidden)
+    path.rename(hidden)
+    _remove(hidden)
 
 
-def _write_json(path: Path, content: dict, indent: int | None = 1) -> None:
-    path.write_text(json.dumps(content, indent=indent) + "\n")
-    _flush(path)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _remove(path: Path) -> None:
+    """As far as that is possible; of a link only the link, not the folder that a user keeps elsewhere."""
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _attempt(action: Callable[[], object], failures: tuple | type = _FAILURES) -> str | None:
@@ -325,5 +320,5 @@ def _attempt(action: Callable[[], object], failures: tuple | type = _FAILURES) -
     try:
         action()
     except failures as error:
-        return str(error) if isinstance(error, ShardError) else f"{type(error).__name__}: {error}"
+        return str(error) if isinstance(error, (DamageError, ShardError)) else f"{type(error).__name__}: {error}"
     return None

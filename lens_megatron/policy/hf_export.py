@@ -1,18 +1,18 @@
 """The policy as a Hugging Face directory: staged to host memory by all ranks together, written by each on its own."""
 
 import json
-import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
+from lens_megatron.files import flush
+from lens_megatron.policy.checked_files import FileRecord, save_file, write_file
 from lens_megatron.policy.export import export_weights
 from lens_megatron.policy.model import Policy
 
 MAX_SHARD_BYTES = 2 << 30
-_SMALL_FILES = (".json", ".txt", ".model", ".jinja")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +24,13 @@ class StagedExport:
     weight_map: dict[str, str]
     """{name: file} of the whole policy."""
     total_bytes: int
-    model_path: str
-    """Where the configuration and the tokenizer come from."""
+    small_files: Mapping[str, bytes]
+    """Of the model that training began with: configuration, tokenizer. The main rank's."""
     is_main: bool
     """Of the rank that writes what is there once."""
 
 
-def stage(policy: Policy, model_path: str, max_shard_bytes: int = MAX_SHARD_BYTES) -> StagedExport:
+def stage(policy: Policy, small_files: Mapping[str, bytes], max_shard_bytes: int = MAX_SHARD_BYTES) -> StagedExport:
     """Gathers the policy under Hugging Face names. A collective. Shards go around the ranks, so that none holds all."""
     rank, ranks = policy.mesh.rank, policy.mesh.world_size
     own: dict[int, dict[str, Tensor]] = {}
@@ -51,25 +51,22 @@ def stage(policy: Policy, model_path: str, max_shard_bytes: int = MAX_SHARD_BYTE
         {files[i]: tensors for i, tensors in own.items()},
         {name: files[i] for name, i in shard_of.items()},
         total,
-        model_path,
+        small_files,
         rank == 0,
     )
 
 
-def write(export: StagedExport, folder: Path) -> list[Path]:
-    """Writes this rank's share; returns the files. Raises OSError or SafetensorError."""
+def write(export: StagedExport, folder: Path) -> dict[str, FileRecord]:
+    """Writes this rank's share and waits until it is on the disk; returns what the files hold. Raises OSError."""
     folder.mkdir(exist_ok=True)
-    for name, tensors in export.own.items():
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-    written = [folder / name for name in export.own]
-    if not export.is_main:
-        return written
-    if len(set(export.weight_map.values())) > 1:
-        index = {"metadata": {"total_size": export.total_bytes}, "weight_map": export.weight_map}
-        written.append(folder / "model.safetensors.index.json")
-        written[-1].write_text(json.dumps(index, indent=1) + "\n")
-    for path in Path(export.model_path).iterdir():
-        if path.is_file() and path.suffix in _SMALL_FILES and "index.json" not in path.name:
-            written.append(folder / path.name)
-            shutil.copyfile(path, written[-1])
+    written = {
+        name: save_file(tensors, folder / name, metadata={"format": "pt"}) for name, tensors in export.own.items()
+    }
+    if export.is_main:
+        small = dict(export.small_files)
+        if len(set(export.weight_map.values())) > 1:
+            index = {"metadata": {"total_size": export.total_bytes}, "weight_map": export.weight_map}
+            small["model.safetensors.index.json"] = json.dumps(index, indent=1).encode() + b"\n"
+        written |= {name: write_file(folder / name, content) for name, content in small.items()}
+    flush(folder)
     return written

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from mbridge.core.bridge import _MODEL_REGISTRY, Bridge
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.utils import unwrap_model
+from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig
 
+from lens_megatron.model_files import ModelError, in_one_line
 from lens_megatron.policy.layers import use_own_layers
 
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
@@ -30,42 +31,45 @@ _LOCAL_NORMS = {
 }
 
 
-class ModelError(ValueError):
-    """The user's model directory cannot be used; the message says why and what to do."""
-
-
-def read_hf_config(path: str) -> PretrainedConfig:
-    """Reads and checks config.json of a model directory.
+def read_hf_config(path: str, option: str = "model.path") -> PretrainedConfig:
+    """Reads and checks config.json of the model directory that `option` names.
 
     Raises:
         ModelError: no such directory, unreadable, a family or rope type that is not supported, weights missing.
     """
     folder = Path(path)
     if not (folder / "config.json").is_file():
-        raise ModelError(f"model.path {path}: no config.json there; give a Hugging Face model directory")
+        raise ModelError(f"{option} {path}: no config.json there; give a Hugging Face model directory")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise ModelError(f"model.path {path}: config.json cannot be read: {error}") from error
+    except Exception as error:  # transformers raises anything at all on a damaged file
+        raise ModelError(
+            f"{option} {path}: config.json cannot be read: {in_one_line(error)}; download it again"
+        ) from error
     if config.model_type not in FAMILIES:
-        raise ModelError(f"model.path {path}: model type {config.model_type!r}; supported: {', '.join(FAMILIES)}")
+        raise ModelError(f"{option} {path}: model type {config.model_type!r}; supported: {', '.join(FAMILIES)}")
     if not list(folder.glob("*.safetensors")):
-        raise ModelError(f"model.path {path}: no *.safetensors file there; weights in other formats are not read")
-    if getattr(config, "head_dim", None) is None:
-        config.head_dim = config.hidden_size // config.num_attention_heads
-    rope = dict(config.rope_parameters)
-    config.rope_theta = rope["rope_theta"]
-    _check_rope(path, rope)
+        raise ModelError(f"{option} {path}: no *.safetensors file there; weights in other formats are not read")
+    try:
+        if getattr(config, "head_dim", None) is None:
+            config.head_dim = config.hidden_size // config.num_attention_heads
+        rope = dict(config.rope_parameters)
+        config.rope_theta = rope["rope_theta"]
+    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{option} {path}: config.json describes no model: {type(error).__name__}: {error}; download it again"
+        ) from error
+    _check_rope(f"{option} {path}", rope)
     return config
 
 
-def _check_rope(path: str, rope: dict) -> None:
+def _check_rope(where: str, rope: dict) -> None:
     kind = rope.get("rope_type", "default")
     if kind not in ("default", "linear", "llama3"):
-        raise ModelError(f"model.path {path}: rope type {kind!r}; supported: default, linear, llama3")
+        raise ModelError(f"{where}: rope type {kind!r}; supported: default, linear, llama3")
     for key, value in LLAMA3_ROPE.items() if kind == "llama3" else ():
         if rope.get(key) != value:
-            raise ModelError(f"model.path {path}: llama3 rope with {key}={rope.get(key)}; supported: {value}")
+            raise ModelError(f"{where}: llama3 rope with {key}={rope.get(key)}; supported: {value}")
 
 
 def build_bridge(
@@ -173,5 +177,5 @@ def import_weights(bridge: Bridge, chunks: list[torch.nn.Module], path: str) -> 
     try:
         with torch.no_grad():
             bridge.load_weights([GroupedNames(model) for model in unwrap_model(chunks)], path)
-    except (KeyError, OSError, RuntimeError, AssertionError) as error:
+    except (KeyError, OSError, RuntimeError, AssertionError, ValueError, TypeError, SafetensorError) as error:
         raise ModelError(f"{path}: the weights do not fit its config.json: {error}") from error

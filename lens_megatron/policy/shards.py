@@ -1,10 +1,8 @@
-"""Global tensors in pieces: safetensors files of pieces, their index, and any other cut of them read back.
+"""Global tensors in pieces: safetensors files of pieces, and any other cut of them read back.
 
-    rank_00000.safetensors   pieces of one rank; its header's metadata says where each stands in its global tensor
-    index.json               file sizes, and every piece by the key of its global tensor
-
-A piece is a run of elements of a box: tensor and pipeline parallelism cut a global tensor into boxes, the distributed
-optimizer cuts the flattened box into runs. Nothing here knows Megatron or needs pickle.
+A file's header says in its metadata where each of its pieces stands in its global tensor. A piece is a run of elements
+of a box: tensor and pipeline parallelism cut a global tensor into boxes, the distributed optimizer cuts the flattened
+box into runs. Nothing here knows Megatron or needs pickle.
 """
 
 import json
@@ -18,10 +16,9 @@ from typing import Any, Self
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-INDEX = "index.json"
+from lens_megatron.policy.checked_files import FileRecord, save_file
 
 
 class ShardError(ValueError):
@@ -58,36 +55,51 @@ class Piece:
     def is_whole_box(self) -> bool:
         return (self.start, self.stop) == (0, math.prod(self.shape))
 
+    def problem(self) -> str | None:
+        """Why there is no such piece, None when there can be."""
+        if not len(self.global_shape) == len(self.offset) == len(self.shape):
+            return f"offset {list(self.offset)} and shape {list(self.shape)} in {list(self.global_shape)}"
+        ends = [offset + size for offset, size in zip(self.offset, self.shape, strict=True)]
+        if min(self.offset + self.shape, default=0) < 0 or any(
+            e > n for e, n in zip(ends, self.global_shape, strict=True)
+        ):
+            return f"a box to {ends} in {list(self.global_shape)}"
+        if not 0 <= self.start <= self.stop <= math.prod(self.shape):
+            return f"elements {self.start} to {self.stop} of a box of {math.prod(self.shape)}"
+        return None
+
 
 @dataclass(frozen=True, slots=True)
-class _Stored:
+class StoredPiece:
     file: str
     piece: Piece
 
 
-def write_file(path: Path, pieces: Iterable[tuple[Piece, Tensor]], others: Mapping[str, Tensor]) -> None:
-    """Writes 1-D pieces (a whole box in its shape) and `others`, which no index will name. Raises SafetensorError."""
+def write_file(path: Path, pieces: Iterable[tuple[Piece, Tensor]], others: Mapping[str, Tensor]) -> FileRecord:
+    """Writes 1-D pieces (a whole box in its shape) and `others`, which no index will name.
+
+    Raises OSError; ShardError when two pieces have one name.
+    """
     pieces = list(pieces)
     tensors = {p.name: t.view(p.shape) if p.is_whole_box else t for p, t in pieces}
     if len(tensors) != len(pieces):
         raise ShardError(f"{path}: two pieces have one name")
     metadata = {"pieces": json.dumps([asdict(piece) for piece, _ in pieces])}
-    save_file({**others, **tensors}, path, metadata=metadata)
+    return save_file({**others, **tensors}, path, metadata=metadata)
 
 
-def make_index(folder: Path, files: Iterable[str]) -> dict[str, Any]:
-    """Reads the headers of `files` into the content of index.json.
+def read_pieces(folder: Path, files: Iterable[str]) -> tuple[StoredPiece, ...]:
+    """What the headers of `files` say.
 
     Raises ShardError when a file is missing, or the pieces of a tensor do not add up to it.
     """
-    sizes, found = {}, []
+    found = []
     for name in files:
         path = folder / name
         if not path.is_file():
             raise ShardError(f"{path} is missing; is the folder on a file system that all nodes share?")
-        sizes[name] = path.stat().st_size
         with safe_open(path, "pt") as file:
-            found += [_Stored(name, _piece(record)) for record in json.loads(file.metadata()["pieces"])]
+            found += [StoredPiece(name, _piece(record)) for record in json.loads(file.metadata()["pieces"])]
     counts: dict[str, int] = {}
     for stored in found:
         counts[stored.piece.key] = counts.get(stored.piece.key, 0) + stored.piece.stop - stored.piece.start
@@ -95,30 +107,16 @@ def make_index(folder: Path, files: Iterable[str]) -> dict[str, Any]:
         whole, count = math.prod(stored.piece.global_shape), counts[stored.piece.key]
         if count != whole:
             raise ShardError(f"the pieces of {stored.piece.key} hold {count} elements, the tensor has {whole}")
-    return {"files": sizes, "pieces": [{"file": stored.file, **asdict(stored.piece)} for stored in found]}
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / INDEX).read_text())
-
-
-def check_sizes(folder: Path, part: int = 0, parts: int = 1) -> None:
-    """Raises ShardError for a missing, truncated or overlong file; looks at every `parts`-th, from `part` on."""
-    for name, size in sorted(read_index(folder)["files"].items())[part::parts]:
-        path = folder / name
-        actual = path.stat().st_size if path.is_file() else None
-        if actual != size:
-            raise ShardError(f"{name} has {actual} bytes instead of {size}" if actual else f"{name} is missing")
+    return tuple(found)
 
 
 class ShardReader:
     """Reads any piece of the tensors of a folder, however they were cut. Use as a context manager."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, pieces: Iterable[StoredPiece]):
         self.folder, self._files, self._open = folder, ExitStack(), {}
-        self._by_key: dict[str, list[_Stored]] = {}
-        for record in read_index(folder)["pieces"]:
-            stored = _Stored(record.pop("file"), _piece(record))
+        self._by_key: dict[str, list[StoredPiece]] = {}
+        for stored in pieces:
             self._by_key.setdefault(stored.piece.key, []).append(stored)
 
     def __enter__(self) -> Self:
@@ -159,7 +157,7 @@ class ShardReader:
             return self._join(same, wanted.start, wanted.stop)
         return self._cut_from_boxes(stored, wanted)
 
-    def _join(self, stored: Iterable[_Stored], start: int, stop: int) -> Tensor:
+    def _join(self, stored: Iterable[StoredPiece], start: int, stop: int) -> Tensor:
         """Elements [start, stop) of one box from its runs."""
         parts, position = [], start
         for s in sorted(stored, key=lambda s: s.piece.start):
@@ -172,9 +170,9 @@ class ShardReader:
             raise ShardError(f"{s.piece.key}: elements {position} to {stop} of a box are in no file")
         return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0)
 
-    def _cut_from_boxes(self, stored: list[_Stored], wanted: Piece) -> Tensor:
+    def _cut_from_boxes(self, stored: list[StoredPiece], wanted: Piece) -> Tensor:
         """The wanted box, filled from every stored box that overlaps it, then its run."""
-        boxes: dict[tuple, list[_Stored]] = {}
+        boxes: dict[tuple, list[StoredPiece]] = {}
         for s in stored:
             boxes.setdefault(s.piece.box, []).append(s)
         result, filled = None, 0

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from lens_megatron.model_files import configured_end_tokens
 from lens_megatron.rollout.engine import Completion, EngineProgress, Request, WeightManifest, check_request
 
 
@@ -242,12 +243,6 @@ def _completion(sequence: _Sequence, finished: bool, version: int) -> Completion
 
 
 def end_tokens(model_path: str) -> set[int]:
-    """Ids that end a completion: the generation configuration's and the tokenizer's."""
-    ends = set()
-    try:
-        configured = GenerationConfig.from_pretrained(model_path).eos_token_id
-        ends |= {configured} if isinstance(configured, int) else set(configured or ())
-    except OSError:
-        pass  # the file is optional
+    """Ids that end a completion: the generation configuration's and the tokenizer's. Raises ModelError."""
     tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
-    return ends | ({tokenizer.eos_token_id} - {None})
+    return configured_end_tokens(model_path) | ({tokenizer.eos_token_id} - {None})

@@ -32,7 +32,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(ROOT))
 
 from lens_megatron.metrics import read_metrics
-from lens_megatron.policy import checkpoint, shards
+from lens_megatron.policy import checkpoint_files
 
 RANKS, STEPS = 2, 12
 MARK = "LENS_CAMPAIGN"
@@ -318,16 +318,15 @@ class Campaign:
 
 
 def newest(run: Path) -> int:
-    return checkpoint.steps_saved(run / "checkpoints")
+    return checkpoint_files.steps_saved(run / "checkpoints")
 
 
 def damaged(run: Path) -> list[str]:
     """Every published checkpoint must be whole."""
     problems = []
-    for path in checkpoint.published(run / "checkpoints"):
+    for path in checkpoint_files.published(run / "checkpoints"):
         try:
-            checkpoint.read_state(path)
-            shards.check_sizes(path)
+            checkpoint_files.verify(checkpoint_files.inspect(path))
         except Exception as error:  # whatever it is, the checkpoint is not whole
             problems.append(f"{path.name} is damaged: {error}")
     return problems

@@ -25,8 +25,9 @@ from test_policy import SIZES, saved_model
 from toy_runs import environment
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from lens_megatron.policy import checkpoint, hf_export, platform, shards
-from lens_megatron.policy.checkpoint import CheckpointError, TrainingState, superfluous
+from lens_megatron.model_files import small_files
+from lens_megatron.policy import checkpoint, checkpoint_files, hf_export, platform, shards
+from lens_megatron.policy.checkpoint_files import CheckpointError, TrainingState, superfluous
 from lens_megatron.policy.model import Policy, build_policy
 from lens_megatron.policy.parallel import Mesh, build_mesh, shut_down
 from lens_megatron.policy.sharded_state import local_pieces, optimizer_steps
@@ -130,7 +131,7 @@ def test_only_safetensors_json_and_text_and_the_export_loads(root, mesh, tmp_pat
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "iter_0000001" / "hf")
     weights = dict(model.named_parameters())
     assert all(torch.equal(weights[name], tensor) for name, tensor in exported(policy).items())
-    staged = hf_export.stage(policy, str(root / "model"), max_shard_bytes=100_000)
+    staged = hf_export.stage(policy, small_files(str(root / "model")), max_shard_bytes=100_000)
     assert len(staged.own) > 2
     hf_export.write(staged, tmp_path / "sharded")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "sharded")
@@ -197,7 +198,7 @@ def test_training_goes_on_while_the_state_of_the_save_is_written(root, mesh, tmp
     # The state is in host memory already, as under CPU offload, where `.cpu()` copies nothing.
     policy, algorithm = fresh(root, mesh)
     go, save_file = threading.Event(), shards.save_file
-    monkeypatch.setattr(shards, "save_file", lambda *a, **k: (go.wait(60), save_file(*a, **k)))
+    monkeypatch.setattr(shards, "save_file", lambda *a, **k: go.wait(60) and save_file(*a, **k))
     states = []
     with writer(policy, tmp_path, root, background=True) as saver:
         train_step(policy, algorithm)
@@ -205,7 +206,7 @@ def test_training_goes_on_while_the_state_of_the_save_is_written(root, mesh, tmp
         saver.save(1)
         train_step(policy, algorithm)
         saver.poll()
-        assert checkpoint.published(tmp_path) == [] and not same(tensors(policy), states[0])
+        assert checkpoint_files.published(tmp_path) == [] and not same(tensors(policy), states[0])
         states.append(tensors(policy))
         go.set()
         saver.save(2)
@@ -290,7 +291,7 @@ def test_nothing_names_a_checkpoint_before_it_is_there_nor_while_it_is_deleted(r
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.shutil, "rmtree", lambda *a, **k: None)  # killed at its first file
         checkpoint._delete(tmp_path / "iter_0000001")
-    assert checkpoint.published(tmp_path) == []
+    assert checkpoint_files.published(tmp_path) == []
     with writer(policy, tmp_path, root):
         assert names(tmp_path) == []
 
@@ -323,10 +324,10 @@ def test_a_folder_that_cannot_be_written(root, mesh, tmp_path):
 DAMAGES = {
     "rank_00000.safetensors has": lambda p: os.truncate(p / "rank_00000.safetensors", 1000),
     "rank_00000.safetensors is missing": lambda p: (p / "rank_00000.safetensors").unlink(),
-    "JSONDecodeError": lambda p: os.truncate(p / "index.json", 1000),
-    "KeyError": lambda p: (p / "index.json").write_text("{}"),
-    "TypeError": lambda p: (p / "state.json").write_text('{"step": 3}'),
-    "Error while deserializing": lambda p: scramble(p / "rank_00000.safetensors"),
+    "index.json is not JSON": lambda p: os.truncate(p / "index.json", 1000),
+    "index.json is of format None": lambda p: (p / "index.json").write_text("{}"),
+    "state.json has 11 bytes instead of": lambda p: (p / "state.json").write_text('{"step": 3}'),
+    "rank_00000.safetensors has the checksum": lambda p: scramble(p / "rank_00000.safetensors"),
 }
 
 
@@ -345,8 +346,8 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_line(message, root, mesh, tm
     DAMAGES[message](tmp_path / "iter_0000001")
     with pytest.raises(CheckpointError, match="none of the 2 checkpoints .* run.if_exists=restart"):
         checkpoint.resume(policy, tmp_path)
-    if "Error while" not in message:  # sizes alone do not show it
-        assert checkpoint.steps_saved(tmp_path) == 0
+    if "has the checksum" not in message:  # sizes alone do not show it
+        assert checkpoint_files.steps_saved(tmp_path) == 0
 
 
 def test_a_damaged_checkpoint_does_not_crowd_out_the_one_written_after_it(root, mesh, tmp_path):

@@ -26,11 +26,12 @@ from transformers import (
 from lens_megatron import pack
 from lens_megatron.algorithms.objectives import OBJECTIVES
 from lens_megatron.config import AlgorithmConfig, ConfigError, from_tree
+from lens_megatron.model_files import ModelError
 from lens_megatron.pack import make_sequences
 from lens_megatron.policy import platform
 from lens_megatron.policy.export import export_weights
 from lens_megatron.policy.forward import model_output, prompt_scores, response_log_probs
-from lens_megatron.policy.hf_weights import ModelError, read_hf_config
+from lens_megatron.policy.hf_weights import read_hf_config
 from lens_megatron.policy.model import Policy, build_policy, reference_weights
 from lens_megatron.policy.parallel import Mesh, build_mesh, shut_down
 from lens_megatron.policy.update import update

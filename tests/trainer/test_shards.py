@@ -1,6 +1,5 @@
 """Any cut of a tensor reads back as any other cut; files that do not fit are named."""
 
-import json
 import math
 import random
 from itertools import pairwise, product
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from lens_megatron.policy import shards
-from lens_megatron.policy.shards import Piece, ShardError, ShardReader
+from lens_megatron.policy.shards import Piece, ShardError, ShardReader, StoredPiece
 
 
 def cut(shape: tuple[int, ...], chance: random.Random, padded: bool = False) -> list[Piece]:
@@ -30,7 +29,7 @@ def values(whole: torch.Tensor, piece: Piece) -> torch.Tensor:
     return box.reshape(-1)[piece.start : piece.stop].clone()
 
 
-def write(folder: Path, pieces: list[Piece], whole: torch.Tensor, files: int) -> None:
+def write(folder: Path, pieces: list[Piece], whole: torch.Tensor, files: int) -> tuple[StoredPiece, ...]:
     """Runs of one box go to different files, as they belong to different ranks."""
     shares: list[dict[str, Piece]] = [{} for _ in range(files)]
     for piece in pieces:
@@ -38,7 +37,7 @@ def write(folder: Path, pieces: list[Piece], whole: torch.Tensor, files: int) ->
     names = [f"rank_{i:05d}.safetensors" for i in range(files)]
     for name, share in zip(names, shares, strict=True):
         shards.write_file(folder / name, [(p, values(whole, p)) for p in share.values()], {"rng/x": torch.ones(2)})
-    (folder / shards.INDEX).write_text(json.dumps(shards.make_index(folder, names)))
+    return shards.read_pieces(folder, names)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -46,8 +45,7 @@ def test_any_cut_is_read_as_any_other(seed: int, tmp_path: Path):
     chance = random.Random(seed)
     shape = tuple(chance.randrange(1, 9) for _ in range(chance.randrange(1, 4)))
     whole = torch.arange(math.prod(shape)).view(shape)
-    write(tmp_path, cut(shape, chance), whole, 4)
-    with ShardReader(tmp_path) as reader:
+    with ShardReader(tmp_path, write(tmp_path, cut(shape, chance), whole, 4)) as reader:
         for piece in cut(shape, chance) + [Piece("model/w", shape, (0,) * len(shape), shape, 0, whole.numel())]:
             assert torch.equal(reader.read(piece), values(whole, piece)), piece
         assert reader.other_names("rank_00000.safetensors") == ["rng/x"]
@@ -55,9 +53,9 @@ def test_any_cut_is_read_as_any_other(seed: int, tmp_path: Path):
 
 def test_padding_is_cut_off_or_read_as_0(tmp_path: Path):
     whole = torch.arange(1, 11).view(5, 2)
-    write(tmp_path, cut((5, 2), random.Random(0), padded=True), whole, 3)
+    stored = write(tmp_path, cut((5, 2), random.Random(0), padded=True), whole, 3)
     padded = torch.cat([whole, torch.zeros(3, 2, dtype=torch.int64)])
-    with ShardReader(tmp_path) as reader:
+    with ShardReader(tmp_path, stored) as reader:
         for first, rows in ((0, 4), (4, 4), (6, 2), (0, 8)):
             piece = Piece("model/w", (8, 2), (first, 0), (rows, 2), 0, rows * 2, True)
             assert torch.equal(reader.read(piece).long(), values(padded, piece))
@@ -73,16 +71,15 @@ def test_files_that_lack_something_are_named(tmp_path: Path):
     with pytest.raises(ShardError, match="pieces of model/w hold 12 elements, the tensor has 16"):
         write(tmp_path, pieces, whole, 1)
     with pytest.raises(ShardError, match="rank_00001.safetensors is missing; is the folder on a file system that all"):
-        shards.make_index(tmp_path, ["rank_00000.safetensors", "rank_00001.safetensors"])
+        shards.read_pieces(tmp_path, ["rank_00000.safetensors", "rank_00001.safetensors"])
     with pytest.raises(ShardError, match="two pieces have one name"):
         shards.write_file(tmp_path / "x", [(pieces[0], torch.zeros(4))] * 2, {})
-    write(tmp_path, [*pieces, Piece("model/w", (4, 4), (3, 0), (1, 4), 0, 4)], whole, 1)
-    shards.check_sizes(tmp_path)
-    path = tmp_path / "rank_00000.safetensors"
-    size = path.stat().st_size
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ShardError, match=f"rank_00000.safetensors has {size - 1} bytes instead of {size}"):
-        shards.check_sizes(tmp_path)
-    path.unlink()
-    with pytest.raises(ShardError, match="rank_00000.safetensors is missing"):
-        shards.check_sizes(tmp_path)
+
+
+def test_a_piece_that_cannot_be_is_told():
+    assert Piece("w", (4, 4), (0, 2), (4, 2), 0, 8).problem() is None and Piece("w", (), (), (), 0, 1).problem() is None
+    for wrong in (
+        Piece("w", (4, 4), (0,), (4, 4), 0, 1), Piece("w", (4,), (2,), (3,), 0, 1), Piece("w", (4,), (-1,), (2,), 0, 1),
+        Piece("w", (4,), (0,), (-2,), 0, 0), Piece("w", (4,), (0,), (4,), 2, 5), Piece("w", (4,), (0,), (4,), 3, 2),
+    ):  # fmt: skip
+        assert wrong.problem()
