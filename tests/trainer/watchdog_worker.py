@@ -31,6 +31,7 @@ def main() -> None:
     clock = Clock()
     clock.step = 7
     with watch(clock, Path(folder), TIMEOUT_S / 60):
+        (Path(folder) / f"begun_{rank}").touch()
         with clock("gen"):
             if how == "earlier" and int(rank) == LATE:
                 time.sleep(60)
