@@ -3,7 +3,8 @@
     clock.moment --thread of every rank--> heartbeat --TCPStore--> the first rank past its deadline raises the alarm
     alarm --> every rank answers and prints its stacks --> the first one names the late ranks --> all exit with HANG
 
-A deadline counts the time in which its rank ran: a job that is suspended as a whole goes on when it is resumed.
+A deadline counts the time in which its rank ran: a job that is suspended as a whole goes on when it is resumed. The
+time-outs of collectives count all time, so they are put off.
 
 Two threads need nothing of the main thread, which may hang in a collective: one keeps the deadline, and one talks to
 the store, whose host may be what hangs. They use a connection to the store of their own, because a store's client
@@ -20,6 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -32,6 +34,8 @@ from lens_megatron.supervision.deadman import Deadman
 from lens_megatron.supervision.heartbeat import Heartbeat
 
 MAX_TICK_S = 5.0
+COLLECTIVE_TIMEOUT = timedelta(days=7)
+"""While there is a watchdog, which ends what hangs. It bounds for how long a job may be suspended."""
 FILE_SECONDS = 5.0
 """How long a report may take to reach the run folder, whose file system may be what hangs."""
 
@@ -45,6 +49,8 @@ def watch(clock: Clock, folder: Path, timeout_minutes: float) -> Iterator[None]:
     if not timeout_minutes:
         yield
         return
+    for group in list(torch.distributed.distributed_c10d._world.pg_map):
+        torch.distributed.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT, group)
     with clock.run_time.ticking():
         watchdog = Watchdog(clock, folder / "watchdog", timeout_minutes * 60)
         watchdog.start()
