@@ -32,6 +32,14 @@ def raise_together(failure: Exception | None, otherwise: Exception, device: torc
         raise failure or otherwise
 
 
+def first_to_fail(failed: bool, device: torch.device) -> int | None:
+    """The lowest rank that has failed; None: no rank has."""
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    first = torch.tensor([rank if failed else world_size], dtype=torch.int32, device=device)
+    torch.distributed.all_reduce(first, op=torch.distributed.ReduceOp.MIN)
+    return int(first.item()) if first.item() < world_size else None
+
+
 def _broadcast(flag: bool, text: str, device: torch.device) -> tuple[bool, str]:
     data = text.encode("utf-8", errors="backslashreplace")
     head = torch.tensor([flag, len(data)], dtype=torch.int64, device=device)

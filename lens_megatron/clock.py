@@ -1,9 +1,51 @@
-"""Seconds per named phase of a step, and where this rank stands now."""
+"""Seconds per named phase of a step, where this rank stands now, and seconds in which the process ran."""
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+
+class RunTime:
+    """A clock that stands still while the process does not run: stopped by a signal, frozen, or its machine paused.
+
+    Every call of `now` counts the time since the call before, at most `LONGEST_S` of it. So somebody must call it more
+    often than that: `ticking` does. Any thread may read it.
+    """
+
+    TICK_S = 0.25
+    LONGEST_S = 1.0
+    """More than a tick on a loaded machine, and little enough for deadlines of seconds."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._seconds, self._seen = 0.0, time.monotonic()
+
+    def now(self) -> float:
+        """Seconds, from an arbitrary start."""
+        with self._lock:
+            seen = time.monotonic()
+            self._seconds += min(seen - self._seen, self.LONGEST_S)
+            self._seen = seen
+            return self._seconds
+
+    @contextmanager
+    def ticking(self) -> Iterator[None]:
+        """Within the block a thread reads the clock often enough."""
+        stopping = threading.Event()
+
+        def tick() -> None:
+            while not stopping.wait(self.TICK_S):
+                self.now()
+
+        thread = threading.Thread(target=tick, name="run time", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stopping.set()
+            thread.join()
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,8 +55,8 @@ class Moment:
     step: int = 0
     phase: str = "between phases"
     """The innermost one."""
-    since: float = field(default_factory=time.monotonic)
-    """`time.monotonic()` when a phase was last entered or left."""
+    since: float = 0.0
+    """By `Clock.run_time`, when a phase was last entered or left."""
     changes: int = 0
     """Phases entered and left so far: the same on every rank that is equally far."""
 
@@ -26,7 +68,13 @@ class Clock:
     seconds: dict[str, float] = field(default_factory=dict)
     step: int = 0
     """The step that the phases belong to; set by the loop."""
+    run_time: RunTime = field(default_factory=RunTime)
+    """What deadlines go by."""
     moment: Moment = field(default_factory=Moment)
+
+    def seconds_since(self, moment: Moment) -> float:
+        """In which the process ran."""
+        return self.run_time.now() - moment.since
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -43,4 +91,4 @@ class Clock:
         return taken
 
     def _enter(self, phase: str) -> None:
-        self.moment = Moment(self.step, phase, time.monotonic(), self.moment.changes + 1)
+        self.moment = Moment(self.step, phase, self.run_time.now(), self.moment.changes + 1)

@@ -4,6 +4,7 @@ without waiting for what never comes."""
 import errno
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -81,6 +82,24 @@ def write_atomically(path: Path, content: str | bytes, *, mode: int = 0o666) -> 
         partial.unlink(missing_ok=True)
         raise
     flush(path.parent)
+
+
+def append_whole(path: Path, data: bytes) -> None:
+    """Appends to `path`, which it creates.
+
+    Raises:
+        OSError: the file is as it was.
+    """
+    size = None
+    try:
+        with path.open("ab") as file:
+            size = file.tell()
+            file.write(data)
+    except OSError:
+        if size is not None:
+            with suppress(OSError):
+                os.truncate(path, size)
+        raise
 
 
 def flush(path: Path) -> None:

@@ -4,16 +4,21 @@ Names are verl's, plus `lens/*`. Every rank adds the same names in the same orde
 """
 
 import json
+import os
 import resource
+import socket
 import sys
+import time
+from contextlib import suppress
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 import torch
 from torch.distributed import ProcessGroup
-from torch.utils.tensorboard import SummaryWriter
 
+from lens_megatron import tensorboard_events
 from lens_megatron.algorithms.mismatch import mismatch, pooled
+from lens_megatron.side_log import SideLog
 from lens_megatron.types import (
     MismatchSums,
     Origin,
@@ -258,39 +263,54 @@ def time_metrics(seconds: dict[str, float], metrics: Metrics, world_size: int) -
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl and TensorBoard. On resume, lines of steps that will be done again are dropped."""
+    """Appends to metrics.jsonl and TensorBoard. On resume, lines of steps that will be done again are dropped.
+
+    No error of the disk ends the run: see `side_log.SideLog`.
+    """
 
     def __init__(self, folder: Path, *, first_step: int, tensorboard: bool):
-        self.path = folder / "metrics.jsonl"
-        kept = [row for row in read_metrics(folder) if row["step"] < first_step]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        partial.rename(self.path)
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step) if tensorboard else None
+        try:
+            kept = b"".join(_line(row) for row in read_metrics(folder) if row["step"] < first_step)
+        except OSError:
+            kept = None  # what cannot be read must not be replaced; readers take the last row of a step
+        self.rows = SideLog(folder / "metrics.jsonl", kept, say)
+        self.events = None
+        if tensorboard:
+            name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+            self.events = SideLog(folder / "tensorboard" / name, tensorboard_events.head(first_step), say)
 
     def write(self, step: int, metrics: Metrics) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
-        if self.board:
-            for name, value in metrics.items():
-                self.board.add_scalar(name, value, step)
-            self.board.flush()
+        self.rows.append(_line({"step": step, **metrics}))
+        if self.events:
+            self.events.append(tensorboard_events.scalars(step, metrics))
 
     def close(self) -> None:
-        if self.board:
-            self.board.close()
+        self.rows.close()
+        if self.events:
+            self.events.close()
+
+
+def _line(row: dict) -> bytes:
+    return json.dumps(row).encode() + b"\n"
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """Rows of metrics.jsonl; a last line that a killed writer left unfinished is ignored."""
-    path = folder / "metrics.jsonl"
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    """Rows of metrics.jsonl, the last one of each step. Lines that are no rows are ignored: a killed writer leaves half
+    of one, a broken disk anything. Raises OSError where the file is there and cannot be read."""
+    try:
+        lines = (folder / "metrics.jsonl").read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    rows: dict[int, dict] = {}
+    for line in lines:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            rows.pop(row["step"], None)
+            rows[row["step"]] = row
+    return list(rows.values())
 
 
 def console_line(step: int, steps: int, metrics: Metrics) -> str:
@@ -318,6 +338,10 @@ def console_line(step: int, steps: int, metrics: Metrics) -> str:
 
 
 def say(text: str) -> None:
-    """Prints what can be printed; the rest, such as half a character of a file's name, as an escape sequence."""
+    """Prints what can be printed; the rest, such as half a character of a file's name, as an escape sequence.
+
+    A console that takes nothing, because its file is on a full disk, must not end a run.
+    """
     encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True, file=sys.stdout)
+    with suppress(OSError):
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True, file=sys.stdout)

@@ -1,5 +1,6 @@
 """Summary and picture of a run, from its metrics.jsonl alone: `python -m lens_megatron.report runs/demo`."""
 
+import io
 import sys
 import warnings
 from argparse import ArgumentParser
@@ -11,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (the backend must be chosen first)
 
+from lens_megatron.files import write_atomically  # noqa: E402
 from lens_megatron.metrics import read_metrics, say  # noqa: E402
 
 PHASES = ("score", "gen", "exchange", "old_log_prob", "ref", "update_actor", "update_weights", "wake", "sleep", "step",
@@ -19,13 +21,19 @@ _LONGEST_SOURCE = 80
 
 
 def write(folder: Path) -> str:
-    """Writes summary.txt and learning_curve.png into `folder`; returns the summary."""
-    rows = read_metrics(folder)
-    text = summary(rows, folder)
-    (folder / "summary.txt").write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
-    if rows:
-        draw(rows, folder / "learning_curve.png")
-    return text
+    """Writes summary.txt and learning_curve.png into `folder`; returns the summary, and what was not written."""
+    try:
+        rows = read_metrics(folder)
+    except OSError as error:
+        return f"warning: {folder / 'metrics.jsonl'} cannot be read: {error}; there is no summary"
+    lines = [summary(rows, folder)]
+    contents = {"summary.txt": lines[0] + "\n"} | ({"learning_curve.png": draw(rows)} if rows else {})
+    for name, content in contents.items():
+        try:
+            write_atomically(folder / name, content)
+        except OSError as error:
+            lines.append(f"  warning: {folder / name} cannot be written: {error}")
+    return "\n".join(lines)
 
 
 def summary(rows: Sequence[dict], folder: Path) -> str:
@@ -50,8 +58,8 @@ def summary(rows: Sequence[dict], folder: Path) -> str:
     return "\n".join(lines)
 
 
-def draw(rows: Sequence[dict], path: Path) -> None:
-    """Training reward, held-out accuracy, and what purification did, against steps."""
+def draw(rows: Sequence[dict]) -> bytes:
+    """A PNG image. Training reward, held-out accuracy, and what purification did, against steps."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     steps = [row for row in rows if "critic/rewards/mean" in row]
     x = [row["step"] for row in steps]
@@ -72,10 +80,12 @@ def draw(rows: Sequence[dict], path: Path) -> None:
         for text in axes.legend(fontsize="small").get_texts():
             text.set_parse_math(False)  # a `$` in a source's name is no formula
         axes.grid(alpha=0.3)
+    image = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # it draws a box instead
-        figure.savefig(path, dpi=120)
+        figure.savefig(image, format="png", dpi=120)
     pyplot.close(figure)
+    return image.getvalue()
 
 
 def _accuracies(rows: Sequence[dict]) -> list[str]:

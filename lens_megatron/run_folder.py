@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, what it records of the machine, the rollout file of each step.
+"""The folder of a run: whose it is, what it records of the machine.
 
 Rank 0 alone decides what becomes of it, under a lease (run_lease.py), and tells the others.
 """
@@ -11,7 +11,6 @@ import secrets
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,8 +23,6 @@ from lens_megatron.config_files import differing_keys, parse_yaml
 from lens_megatron.files import write_atomically
 from lens_megatron.run_lease import LEASE, LOCK, RunLease, refuse_if_in_use
 from lens_megatron.supervision.parent import launcher
-from lens_megatron.tokenizer import Tokenizer
-from lens_megatron.types import Sample, StepResult, TrainingGroup
 
 MAY_CHANGE = ("run.", "debug.", "cluster", "reward.workers_per_rank", "train.steps", "train.eval_interval",
               "train.save_", "train.async_save", "train.metric_for_best_model", "train.max_tokens_per_micro_batch",
@@ -332,69 +329,3 @@ def environment() -> dict:
         "packages": {package: installed(package) for package in PACKAGES},
         "git_commit": commit,
     }
-
-
-def rollout_lines(result: StepResult, tokenizer: Tokenizer, step: int) -> list[str]:
-    """One JSON object per trained sample."""
-    lines, position = [], 0
-    for group in result.groups:
-        samples = result.samples[position : position + len(group.rollouts)]
-        position += len(group.rollouts)
-        lines += [json.dumps(_record(group, sample, tokenizer, step), ensure_ascii=False) for sample in samples]
-    return lines
-
-
-def _record(group: TrainingGroup, sample: Sample, tokenizer: Tokenizer, step: int) -> dict:
-    prompt, rollout = group.group.prompt, sample.rollout
-    return {
-        "step": step,
-        "prompt_index": prompt.index,
-        "source": prompt.source,
-        "prompt": tokenizer.decode_all(prompt.token_ids),
-        "purified_prompt": marked_prompt(group, tokenizer),
-        "completion": tokenizer.decode_all(rollout.token_ids),
-        "answer": prompt.answer,
-        "status": rollout.status,
-        "reward": rollout.reward,
-        "weight": sample.weight,
-        "advantage": sample.advantage,
-        "origin": rollout.origin,
-        "gate": group.gate,
-        "response_tokens": len(rollout.token_ids),
-        "finished": rollout.finished,
-        "weight_version": rollout.weight_version,
-    }
-
-
-def marked_prompt(group: TrainingGroup, tokenizer: Tokenizer) -> str | None:
-    """The prompt with each run of deleted tokens in [- -]; None where the prompt was not sampled again."""
-    if not group.group.rescue:
-        return None
-    deleted = set(group.group.purified.deleted)
-    parts: list[tuple[bool, list[int]]] = []
-    for position, token in enumerate(group.group.prompt.token_ids):
-        gone = position in deleted
-        if not parts or parts[-1][0] != gone:
-            parts.append((gone, []))
-        parts[-1][1].append(token)
-    texts = [(gone, tokenizer.decode_all(tokens)) for gone, tokens in parts]
-    return "".join(f"[-{text}-]" if gone else text for gone, text in texts)
-
-
-def write_part(folder: Path, step: int, part: int, lines: Sequence[str]) -> None:
-    """One data-parallel rank's share of a step's file; `join_parts` makes the file of them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = "".join(line + "\n" for line in lines)
-    (folder / f".step_{step:06d}.{part:05d}").write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
-def join_parts(folder: Path, step: int) -> None:
-    """Concatenates the parts into step_NNNNNN.jsonl, published by one rename."""
-    parts = sorted(folder.glob(f".step_{step:06d}.[0-9]*"))
-    partial = folder / f".step_{step:06d}.partial"
-    with partial.open("wb") as file:
-        for part in parts:
-            file.write(part.read_bytes())
-    partial.rename(folder / f"step_{step:06d}.jsonl")
-    for part in parts:
-        part.unlink()

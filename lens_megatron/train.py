@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from lens_megatron import config as configuration
-from lens_megatron import exit_codes, metrics, report, run_folder
+from lens_megatron import exit_codes, metrics, report, rollout_files, run_folder
 from lens_megatron.agreement import ToldError, told_by_main
 from lens_megatron.build import build_run, collective_patience
 from lens_megatron.config import Config, ConfigError
@@ -28,6 +28,7 @@ from lens_megatron.rollout import replay
 from lens_megatron.rollout.engine import EnginesLostError
 from lens_megatron.rollout.meter import SamplingProgress
 from lens_megatron.rollout.replay import ReplayError
+from lens_megatron.rollout_files import RolloutFileError, RolloutFiles
 from lens_megatron.run import Run
 from lens_megatron.run_folder import RunFolderError
 from lens_megatron.run_lease import FolderInUseError
@@ -51,6 +52,7 @@ USER_ERRORS = (
     CheckpointError,
     GraderStartError,
     ReplayError,
+    RolloutFileError,
     WeightSyncError,
 )
 
@@ -156,10 +158,11 @@ def _resume(run: Run) -> int:
 
 def _loop(run: Run, done: int, stop: StopRequest, saver: CheckpointWriter) -> None:
     config, skipped = run.config, 0
+    described, replayable = _rollout_files(run)
     writer = None
     if run.is_main:
         writer = metrics.MetricsWriter(
-            Path(config.run.directory), first_step=done + 1, tensorboard=config.run.tensorboard
+            Path(config.run.directory), first_step=done + 1 if done else 0, tensorboard=config.run.tensorboard
         )
     if done == 0:
         first = _evaluate(run)
@@ -174,7 +177,10 @@ def _loop(run: Run, done: int, stop: StopRequest, saver: CheckpointWriter) -> No
         if run.lease:
             run.lease.check()
         with run.clock("write_rollouts"):
-            _write_rollouts(run, result)
+            if described:
+                described.write(step, rollout_files.rollout_lines(result, run.tokenizer, step))
+            if replayable:
+                replayable.write(step, [replay.to_json(graded.group) for graded in result.groups])
             run.sampler.store.remove(step)
         stopping = stop.agreed(run.mesh.device)
         last = step == config.train.steps
@@ -253,20 +259,14 @@ def _step_metrics(run: Run, result: StepResult) -> metrics.Metrics:
     }
 
 
-def _write_rollouts(run: Run, result: StepResult) -> None:
-    """Every data-parallel rank writes its part; rank 0 joins them."""
-    config, folders = run.config, []
-    if config.run.save_rollout_files:
-        lines = run_folder.rollout_lines(result, run.tokenizer, result.step)
-        folders.append((Path(config.run.directory) / "rollouts", lines))
-    if config.debug.save_rollouts:
-        folders.append((Path(config.debug.save_rollouts), [replay.to_json(g.group) for g in result.groups]))
-    for folder, lines in folders:
-        if run.mesh.model_rank == 0:
-            run_folder.write_part(folder, result.step, run.mesh.dp_rank, lines)
-        torch.distributed.barrier()
-        if run.is_main:
-            run_folder.join_parts(folder, result.step)
+def _rollout_files(run: Run) -> tuple[RolloutFiles | None, RolloutFiles | None]:
+    """(of the run, of debug.save_rollouts)."""
+    own, asked = Path(run.config.run.directory) / "rollouts", run.config.debug.save_rollouts
+    wanted = run.config.run.save_rollout_files
+    return (
+        RolloutFiles(own, "rollouts", run.mesh, required=False, tell=metrics.say) if wanted else None,
+        RolloutFiles(Path(asked), "debug.save_rollouts", run.mesh, required=True, tell=metrics.say) if asked else None,
+    )
 
 
 class _Bar:

@@ -16,6 +16,7 @@ import sys
 import time
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,7 @@ class ServerProcess:
         self.name, self.options, self.log, self.visible = name, dict(options), log, visible_devices
         self.key = secrets.token_urlsafe(32)
         self.port = self.log_start = 0
+        self.kept_log: Path | None = None
         self.process: subprocess.Popen | None = None
 
     @property
@@ -168,9 +170,22 @@ class ServerProcess:
             return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
 
     def move_log(self, folder: Path) -> None:
-        """The process goes on writing to it there."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self.log = self.log.rename(folder / f"{self.name.replace(' ', '_')}.log")
+        """The process goes on writing to it there. On another file system that comes when it has ended: `keep_log`."""
+        self.kept_log = folder / f"{self.name.replace(' ', '_')}.log"
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            self.log = self.log.rename(self.kept_log)
+
+    def keep_log(self) -> None:
+        """After its end: a log that lies beside the run's folder still goes into it, or goes if there is none."""
+        if self.log == self.kept_log or not self.log.name.startswith("."):
+            return
+        try:
+            if self.kept_log is not None:
+                self.kept_log.write_bytes(self.log.read_bytes())
+            self.log.unlink(missing_ok=True)
+        except OSError as error:
+            print(f"{self.name}: its log stays in {self.log}: {error}", file=sys.stderr)
 
     def ask_to_stop(self) -> None:
         if self.process is not None and self.process.poll() is None:
@@ -219,8 +234,7 @@ def stop_all(servers: Sequence[ServerProcess]) -> None:
         server.ask_to_stop()
     for server in servers:
         server.stop()
-        if server.log.name.startswith("."):
-            server.log.unlink(missing_ok=True)
+        server.keep_log()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

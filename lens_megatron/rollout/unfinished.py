@@ -8,9 +8,11 @@ layout of as many ranks. A line is complete or it is no JSON, so whatever a kill
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lens_megatron.files import append_whole
 from lens_megatron.rollout.replay import from_json, to_json
 from lens_megatron.types import Group, Prompt
 
@@ -27,6 +29,7 @@ class UnfinishedGroups:
     found: tuple[Path, ...] = field(init=False)
     """Files of the attempt before, listed once: what others write later holds nothing of this rank's."""
     writable: bool = field(default=True, init=False)
+    """The last one could be written."""
 
     def __post_init__(self) -> None:
         self.found = tuple(sorted(self.folder.glob("step_*_of_*.jsonl")))
@@ -46,20 +49,23 @@ class UnfinishedGroups:
 
     def append(self, step: int, group: Group) -> None:
         """Handed to the operating system before it returns. Without room on the disk the run goes on, unkept."""
-        if not self.writable:
-            return
+        line = "\n" + to_json(group)  # the line break first: the file may end in half a line
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self._path(step).open("a", encoding="utf-8") as file:
-                file.write("\n" + to_json(group))  # the line break first: the file may end in half a line
+            append_whole(self._path(step), line.encode("utf-8", errors="backslashreplace"))
+            self.writable = True
         except OSError as error:
-            self.writable = False
-            print(f"{self.folder}: graded rollouts are not kept for a restart: {error}", file=sys.stderr, flush=True)
+            if self.writable:
+                self.writable = False
+                print(
+                    f"{self.folder}: graded rollouts are not kept for a restart: {error}", file=sys.stderr, flush=True
+                )
 
     def remove(self, step: int) -> None:
         """What is kept of `step`, once no rank needs it: each removes its own, the first also other numbers' files."""
         for path in (self._path(step), *(self._dealt_otherwise(step) if self.share == 0 else ())):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
 
     def _fresh(self, group: Group, version: int) -> bool:
         versions = {rollout.weight_version for rollout in (*group.native, *group.rescue)}

@@ -1,18 +1,25 @@
 """A timer in native code that ends the process when nobody rearms it: the last line where Python itself cannot run.
 
-A watchdog thread is no help while C code holds the interpreter's lock, or while the thread itself hangs in a network
-call. faulthandler then writes the stacks without the lock, and a POSIX timer calls `_exit`: faulthandler could end the
-process too, but only with status 1, which says nothing.
+A watchdog thread is no help while C code holds the interpreter's lock. Then a POSIX timer calls libc's `alarm`, and
+`RESUME_S` later SIGALRM makes faulthandler write all stacks, without the lock, and ends the process.
+
+The timer does not end it at once, because the clock goes on while the process is stopped: a process that was suspended
+for longer than its deadline finds the timer expired as soon as it goes on. Within `RESUME_S` its watchdog thread runs
+again, calls `arm`, and so takes the alarm back. The price is the status: libc has no function that a timer could call
+to end the process later with a code of ours.
 """
 
 import ctypes
 import faulthandler
 import os
+import signal
 import sys
 from typing import TextIO
 
-EXIT_AFTER_S = 2.0
-"""Between the stacks and the end, so that they are written."""
+EXIT_SIGNAL = signal.SIGALRM
+"""What ends the process."""
+RESUME_S = 15.0
+"""How long a process that goes on after a stop has to rearm the timer."""
 _CLOCK_MONOTONIC, _SIGEV_THREAD = 1, 2
 
 
@@ -34,32 +41,39 @@ class _TimerSpec(ctypes.Structure):
 
 
 class Deadman:
-    """After `arm(seconds)`, and no other call, stacks go to `file` and the process ends with `exit_code`."""
+    """After `arm(seconds)`, and no other call for `RESUME_S` more, stacks go to `file` and SIGALRM ends the process.
 
-    def __init__(self, exit_code: int, file: TextIO | None = None):
-        self.file = file or sys.__stderr__
+    Only the main thread may create and close it; SIGALRM is its own meanwhile. Without POSIX timers `arm` does nothing.
+    """
+
+    def __init__(self, file: TextIO | None = None):
         self._libc = ctypes.CDLL(None) if sys.platform == "linux" and sys.maxsize > 2**32 else None
         self._timer = ctypes.c_void_p()
-        if self._libc:
-            end = ctypes.cast(self._libc._exit, ctypes.c_void_p)
-            event = _SigEvent(value=exit_code, notify=_SIGEV_THREAD, function=end)
-            if self._libc.timer_create(_CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(self._timer)):
-                self._libc = None
+        if not self._libc:
+            return
+        alarm = ctypes.cast(self._libc.alarm, ctypes.c_void_p)
+        event = _SigEvent(value=round(RESUME_S), notify=_SIGEV_THREAD, function=alarm)
+        if self._libc.timer_create(_CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(self._timer)):
+            self._libc = None
+            return
+        signal.signal(EXIT_SIGNAL, signal.SIG_DFL)
+        faulthandler.register(EXIT_SIGNAL, file=file or sys.__stderr__, all_threads=True, chain=True)
 
     def arm(self, seconds: float) -> None:
-        """Starts over. Without POSIX timers the process ends at once after its stacks, with status 1."""
-        faulthandler.dump_traceback_later(seconds, file=self.file, exit=self._libc is None)
-        self._set(seconds + EXIT_AFTER_S)
+        """Starts over, and takes back an alarm that is under way."""
+        self._set(seconds)
 
     def disarm(self) -> None:
-        faulthandler.cancel_dump_traceback_later()
         self._set(0.0)
 
     def close(self) -> None:
+        if not self._libc:
+            return
         self.disarm()
-        if self._libc:
-            self._libc.timer_delete(self._timer)
-            self._libc = None
+        faulthandler.unregister(EXIT_SIGNAL)
+        signal.signal(EXIT_SIGNAL, signal.SIG_IGN)  # an expired timer's thread may be about to call `alarm` still
+        self._libc.timer_delete(self._timer)
+        self._libc = None
 
     def _set(self, seconds: float) -> None:
         if not self._libc:
@@ -67,3 +81,4 @@ class Deadman:
         spec = _TimerSpec(first_s=int(seconds), first_ns=int(seconds % 1 * 1e9))
         if self._libc.timer_settime(self._timer, 0, ctypes.byref(spec), None):
             raise OSError(f"timer_settime({seconds}) failed in process {os.getpid()}")
+        self._libc.alarm(0)

@@ -3,7 +3,6 @@
 import json
 import sys
 import threading
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from types import FrameType
@@ -54,14 +53,14 @@ class Verdict:
     why: str
 
 
-def take(rank: int, moment: Moment, *, answered: bool) -> Heartbeat:
-    """Of this process, from any thread."""
+def take(rank: int, moment: Moment, seconds: float, *, answered: bool) -> Heartbeat:
+    """Of this process, from any thread. `seconds`: since `moment`."""
     frame = sys._current_frames().get(threading.main_thread().ident)
     return Heartbeat(
         rank=rank,
         step=moment.step,
         phase=moment.phase,
-        seconds=round(time.monotonic() - moment.since, 1),
+        seconds=round(seconds, 1),
         changes=moment.changes,
         collectives=collectives_begun(),
         where=_describe(frame),

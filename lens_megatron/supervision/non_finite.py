@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from lens_megatron.files import write_atomically
 from lens_megatron.types import Sample, UpdateStats
 
 KEPT = 10
@@ -39,7 +40,7 @@ def dump(
         folder.mkdir(parents=True, exist_ok=True)
         rank = name.rsplit("_", 1)[-1]
         if len(list(folder.glob(f"*_{rank}.jsonl"))) < KEPT:
-            (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (head, *lines)))
+            write_atomically(folder / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in (head, *lines)))
     except OSError as error:
         print(f"{folder}: the batch of a skipped update cannot be written: {error}", file=sys.stderr, flush=True)
 

@@ -3,9 +3,13 @@
     clock.moment --thread of every rank--> heartbeat --TCPStore--> the first rank past its deadline raises the alarm
     alarm --> every rank answers and prints its stacks --> the first one names the late ranks --> all exit with HANG
 
-The thread needs nothing of the main thread, which may hang in a collective. It uses a connection to the store of its
-own, because a store's client serves one caller at a time. Where the thread itself cannot run, the dead-man timer ends
-the process; the others then name it as silent.
+A deadline counts the time in which its rank ran: a job that is suspended as a whole goes on when it is resumed. The
+time-outs of collectives count all time, so they are put off.
+
+Two threads need nothing of the main thread, which may hang in a collective: one keeps the deadline, and one talks to
+the store, whose host may be what hangs. They use a connection to the store of their own, because a store's client
+serves one caller at a time. Where no thread can run, the dead-man timer ends the process; the others then name it as
+silent.
 """
 
 import faulthandler
@@ -15,8 +19,9 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -29,6 +34,8 @@ from lens_megatron.supervision.deadman import Deadman
 from lens_megatron.supervision.heartbeat import Heartbeat
 
 MAX_TICK_S = 5.0
+COLLECTIVE_TIMEOUT = timedelta(days=7)
+"""While there is a watchdog, which ends what hangs. It bounds for how long a job may be suspended."""
 FILE_SECONDS = 5.0
 """How long a report may take to reach the run folder, whose file system may be what hangs."""
 
@@ -42,12 +49,15 @@ def watch(clock: Clock, folder: Path, timeout_minutes: float) -> Iterator[None]:
     if not timeout_minutes:
         yield
         return
-    watchdog = Watchdog(clock, folder / "watchdog", timeout_minutes * 60)
-    watchdog.start()
-    try:
-        yield
-    finally:
-        watchdog.stop()
+    for group in list(torch.distributed.distributed_c10d._world.pg_map):
+        torch.distributed.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT, group)
+    with clock.run_time.ticking():
+        watchdog = Watchdog(clock, folder / "watchdog", timeout_minutes * 60)
+        watchdog.start()
+        try:
+            yield
+        finally:
+            watchdog.stop()
 
 
 class Watchdog:
@@ -64,34 +74,56 @@ class Watchdog:
         self.tick = min(MAX_TICK_S, timeout_s / 10)
         self.grace = 3 * self.tick + 1.0
         """Seconds that the others have to see the alarm and answer."""
-        self._stopping = threading.Event()
-        self._deadman = Deadman(HANG)
-        self._thread = threading.Thread(target=self._guarded, name="watchdog", daemon=True)
+        self._stopping, self._alarmed, self._wake = threading.Event(), threading.Event(), threading.Event()
+        self._talking = threading.Lock()
+        """Held by the thread that uses the store."""
+        self._deadman = Deadman()
+        self._threads = [
+            threading.Thread(target=self._guarded, args=(self._keep_deadline,), name="watchdog", daemon=True),
+            threading.Thread(target=self._guarded, args=(self._listen,), name="watchdog talks", daemon=True),
+        ]
 
     def start(self) -> None:
         self._deadman.arm(self.timeout_s + 2 * self.tick + 1.0)  # the thread may never come to its first round
         self._beat(self.clock.moment)
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         self._stopping.set()
-        self._thread.join(self.grace)
+        self._wake.set()
+        for thread in self._threads:
+            thread.join(self.grace)
         self._deadman.close()
 
-    def _guarded(self) -> None:
+    def _guarded(self, body: Callable[[], None]) -> None:
         try:
-            self._run()
+            body()
         except Exception:  # whatever it is, a broken watchdog must not end a healthy run
             _say(f"watchdog: rank {self.rank} is unwatched from here:\n{traceback.format_exc()}")
+            self._stopping.set()
+            self._wake.set()
             self._deadman.disarm()
 
-    def _run(self) -> None:
-        while not self._stopping.wait(self.tick):
+    def _keep_deadline(self) -> None:
+        while True:
+            self._wake.wait(self.tick)
+            if self._stopping.is_set():
+                return
             moment = self.clock.moment
-            remaining = moment.since + self.timeout_s - time.monotonic()
+            remaining = self.timeout_s - self.clock.seconds_since(moment)
             self._deadman.arm(max(remaining, 0.0) + 2 * self.tick + 1.0)
-            if remaining <= 0 or self._beat(moment):
+            if remaining <= 0 or self._alarmed.is_set():
                 self._end(moment)
+
+    def _listen(self) -> None:
+        """Tells where this rank stands, and hears of alarms."""
+        while not self._stopping.wait(self.tick):
+            with self._talking:
+                if self._beat(self.clock.moment):
+                    self._alarmed.set()
+                    self._wake.set()
+                    return
 
     def _beat(self, moment: Moment) -> bool:
         """Tells where this rank stands. True when another rank has raised the alarm."""
@@ -104,16 +136,20 @@ class Watchdog:
     def _end(self, moment: Moment) -> None:
         """Does not return, whatever fails on the way."""
         try:
-            self._deadman.arm(4 * self.grace + FILE_SECONDS)
+            self._deadman.arm(5 * self.grace + FILE_SECONDS)
             stacks = f"watchdog: stacks of rank {self.rank}, step {moment.step}, {moment.phase}:\n{_stacks()}\n"
             _say(stacks)
-            self._write(stacks, self._ask_the_others(moment))
+            report: list[str] = []
+            _within(4 * self.grace, lambda: report.append(self._ask_the_others(moment)))
+            _within(FILE_SECONDS, lambda: self._write_files(stacks, "".join(report)))
         finally:
             os._exit(HANG)
 
     def _ask_the_others(self, moment: Moment) -> str:
         """The report, on the rank that raised the alarm; nothing on the others."""
         try:
+            if not self._talking.acquire(timeout=self.grace):
+                raise RuntimeError("the store that they share does not answer")
             first = self.store.add(self.alarm, 1) == 1
             self._tell(moment, answered=True)
             return self._make_report() if first else self._await_report()
@@ -122,7 +158,8 @@ class Watchdog:
             return ""
 
     def _tell(self, moment: Moment, *, answered: bool) -> None:
-        self.store.set(self._key(self.rank), heartbeat.take(self.rank, moment, answered=answered).to_json())
+        beat = heartbeat.take(self.rank, moment, self.clock.seconds_since(moment), answered=answered)
+        self.store.set(self._key(self.rank), beat.to_json())
 
     def _key(self, rank: int) -> str:
         return f"{self.prefix}/heartbeat/{rank}"
@@ -156,11 +193,6 @@ class Watchdog:
             pass  # the store's host has ended, so it has spoken
         return ""
 
-    def _write(self, stacks: str, report: str) -> None:
-        writer = threading.Thread(target=self._write_files, args=(stacks, report), daemon=True)
-        writer.start()
-        writer.join(FILE_SECONDS)
-
     def _write_files(self, stacks: str, report: str) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -169,6 +201,13 @@ class Watchdog:
                 (self.folder / f"attempt_{self.attempt}_report.txt").write_text(report + "\n")
         except OSError as error:
             _say(f"watchdog: rank {self.rank} cannot write to {self.folder}: {error}\n")
+
+
+def _within(seconds: float, action: Callable[[], None]) -> None:
+    """Waits so long for `action`, which may never return."""
+    thread = threading.Thread(target=action, daemon=True)
+    thread.start()
+    thread.join(seconds)
 
 
 def _stacks() -> str:

@@ -1,6 +1,6 @@
 """Real hangs of one rank of two: everyone prints its stacks, the late one is named, all exit with the same code.
 
-What is not covered: NCCL, and a frozen host of the store (then the dead-man timer ends every rank, unnamed).
+What is not covered: NCCL. Stops of whole jobs, and of the store's host, are in tests/faults/test_time.py.
 """
 
 import os
@@ -18,6 +18,7 @@ from watchdog_worker import LATE
 
 from lens_megatron.clock import Clock
 from lens_megatron.exit_codes import HANG
+from lens_megatron.supervision.deadman import EXIT_SIGNAL
 from lens_megatron.supervision.heartbeat import Heartbeat, late_ranks, report
 from lens_megatron.supervision.watchdog import watch
 
@@ -54,7 +55,7 @@ def run(folder: Path, how: str) -> tuple[list[int], list[str]]:
 )
 def test_a_hang_is_named_and_ends_every_rank(how: str, late: str, tmp_path: Path):
     codes, errors = run(tmp_path, how)
-    assert codes == [HANG, HANG], errors
+    assert codes == [HANG, -EXIT_SIGNAL if how == "locked" else HANG], errors
     text = "".join(errors)
     assert text.count(late) == 1 and "run.phase_timeout_minutes (0.05)" in text, text
     for rank, error in enumerate(errors):

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -28,9 +29,13 @@ def main() -> None:
     rank, world_size, port, folder, how = sys.argv[1:]
     os.environ.update(RANK=rank, WORLD_SIZE=world_size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     torch.distributed.init_process_group("gloo")
+    if how == "fine":  # shorter than a test stops its ranks for
+        torch.distributed.barrier()
+        torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=2 * TIMEOUT_S))
     clock = Clock()
     clock.step = 7
     with watch(clock, Path(folder), TIMEOUT_S / 60):
+        (Path(folder) / f"begun_{rank}").touch()
         with clock("gen"):
             if how == "earlier" and int(rank) == LATE:
                 time.sleep(60)

@@ -1,0 +1,60 @@
+"""Logs that a run can do without: one that cannot be written costs a warning, never the run."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from lens_megatron.files import append_whole, write_atomically
+
+MAX_WAITING = 64 << 20
+"""Bytes that a log keeps in memory while they cannot be written."""
+
+
+class SideLog:
+    """A file that records are appended to: each as a whole, and later when there is no room for it now.
+
+    Args:
+        content: replaces what is in the file, before anything is appended. None: that stays.
+        tell: prints a line.
+    """
+
+    def __init__(self, path: Path, content: bytes | None, tell: Callable[[str], None]):
+        self.path, self.tell = path, tell
+        self._content = content
+        self._waiting: list[bytes] = []
+        self._lost = 0
+        self._failing = False
+        self._write()
+
+    def append(self, record: bytes) -> None:
+        if sum(map(len, self._waiting)) + len(record) > MAX_WAITING:
+            self._lost += 1
+        else:
+            self._waiting.append(record)
+        self._write()
+
+    def close(self) -> None:
+        """Tries once more to write what waits. Says how much is lost."""
+        if self._waiting or self._content is not None:
+            self._write()
+        if self._failing:
+            self.tell(f"warning: {self.path} lacks its last {len(self._waiting) + self._lost} records")
+
+    def _write(self) -> None:
+        try:
+            self.path.parent.mkdir(exist_ok=True)
+            if self._content is not None:
+                write_atomically(self.path, self._content)
+                self._content = None
+            append_whole(self.path, b"".join(self._waiting))
+        except OSError as error:
+            if not self._failing:
+                self.tell(
+                    f"warning: {self.path} cannot be written: {error}; training goes on, and writes what is missing as "
+                    "soon as it can"
+                )
+            self._failing = True
+            return
+        if self._failing:
+            lost = f"{self._lost} records are lost" if self._lost else "nothing is lost"
+            self.tell(f"{self.path} can be written again; {lost}")
+        self._waiting, self._lost, self._failing = [], 0, False
