@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from torch.utils.tensorboard import SummaryWriter
 
 from lens_megatron.algorithms.mismatch import mismatch, pooled
+from lens_megatron.files import write_atomically
 from lens_megatron.types import (
     MismatchSums,
     Origin,
@@ -256,6 +257,12 @@ def time_metrics(seconds: dict[str, float], metrics: Metrics, world_size: int) -
     }
 
 
+def with_more_seconds(metrics: Metrics, seconds: dict[str, float]) -> Metrics:
+    """The timing_s/* of `metrics` for phases that went on after they were taken."""
+    names = {phase: f"timing_s/{phase}" for phase in seconds}
+    return {name: metrics.get(name, 0.0) + seconds[phase] for phase, name in names.items()}
+
+
 class MetricsWriter:
     """Appends to metrics.jsonl and TensorBoard. On resume, lines of steps that will be done again are dropped."""
 
@@ -270,6 +277,19 @@ class MetricsWriter:
     def write(self, step: int, metrics: Metrics) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._show(step, metrics)
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        """Adds to the row of `step`, which is the last one, or begins it."""
+        rows = read_metrics(self.path.parent)
+        if not rows or rows[-1]["step"] != step:
+            self.write(step, metrics)
+            return
+        rows[-1] |= metrics
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._show(step, metrics)
+
+    def _show(self, step: int, metrics: Metrics) -> None:
         if self.board:
             for name, value in metrics.items():
                 self.board.add_scalar(name, value, step)
