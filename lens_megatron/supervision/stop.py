@@ -176,16 +176,18 @@ class Stop:
             self._listen()
             if self.asked and self._group is None:
                 self._end(exit_codes.DONE, f"{self._name}: stopped before anything was begun")
-        rounds = 0
+        rounds, said = 0, False
         while not self._alone:
             self._listen()
             seen = self._told().combined(self._group)
             if seen.leaving:
                 return
-            if seen.asked and not seen.claimed:
-                if not rounds:
-                    self.asked = True
-                    self._say(f"{self._name or 'another rank was told to stop'}: stopping within seconds")
+            if not seen.asked:
+                continue
+            if not said:
+                self.asked = said = True
+                self._say(f"{self._name or 'another rank was told to stop'}: stopping within seconds")
+            if not seen.claimed:
                 rounds += 1
                 if rounds > GRACE_ROUNDS or not seen.attached:
                     self._take_over()

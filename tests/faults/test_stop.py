@@ -80,7 +80,7 @@ def assert_equal_runs(found: Path, expected: Path, ranks: int) -> None:
     assert a.keys() == b.keys() and [name for name in a if not torch.equal(a[name], b[name])] == []
     assert [row["step"] for row in rows_of(found)] == list(range(STEPS + 1))
     for row, reference in zip(rows_of(found), rows_of(expected), strict=True):
-        assert row.keys() ^ reference.keys() <= {"timing_s/load_checkpoint", "timing_s/save_checkpoint"}
+        assert all(name.startswith("timing_s/") for name in row.keys() ^ reference.keys())
         for name in ("actor/loss", "critic/rewards/mean", "val-core/eval/acc/mean@1"):
             assert row.get(name) == reference.get(name), (row["step"], name)
     assert (found / "run" / "checkpoints" / f"iter_{STEPS:07d}" / "hf" / "model.safetensors").is_file()
@@ -145,7 +145,7 @@ def test_a_stop_in_any_phase_loses_nothing(toy: Toy, straight: Path, phase: str,
     process.send_signal(signal.SIGTERM)
     output = await_end(process, alive, SECONDS)
     assert "got signal: 15" in output and "stopped as asked" in output, output
-    assert checkpoints(tmp_path) == [f"iter_{saved:07d}"] * bool(saved) if phase != "start" else True
+    assert phase == "start" or checkpoints(tmp_path) == [f"iter_{saved:07d}"] * bool(saved)
     launch(tree_of(toy, tmp_path), tmp_path, 2)
     assert_equal_runs(tmp_path, straight, 2)
 
