@@ -35,6 +35,8 @@ GRACE_ROUNDS = 8
 SETTLE_ROUNDS = 100
 """How often the threads look for a moment at which all ranks hold the same step."""
 HOLD_S = 0.2
+LOST_S = 20.0
+"""How long a rank that was told to stop goes on where another one is lost, so that nothing can be saved."""
 REPEAT_S = 5.0
 """Ctrl-C reaches a process from the terminal, and again from torchrun; one that comes later is meant."""
 _PATIENCE = timedelta(days=7)
@@ -165,9 +167,17 @@ class Stop:
     def _guarded(self) -> None:
         try:
             self._run()
-        except Exception as error:  # gloo's, when a rank is lost: the main thread finds that out too
+        except Exception as error:  # gloo's, when a rank is lost
+            lost = f"the last step could not be saved: another rank was lost: {error}"
             if self._frozen:
-                self._end(exit_codes.CRASH, f"rank lost while stopping: {error}")
+                self._end(exit_codes.CRASH, lost)
+            while not self.asked and not self._leaving:
+                self._listen()
+            deadline = time.monotonic() + LOST_S  # the main thread may find it out too, and say more
+            while not self._leaving and time.monotonic() < deadline:
+                self._listen()
+            if not self._leaving:
+                self._end(exit_codes.CRASH, lost)
 
     def _run(self) -> None:
         while self._group is None:

@@ -5,6 +5,7 @@ boundary   its step ends in time
 stuck      its step does not end; a save takes a second
 failing    likewise, and the disk is full
 impatient  likewise, and a save takes an hour
+lost       rank RANK of two, of which the last has gone
 """
 
 import os
@@ -51,6 +52,8 @@ def main(how: str) -> int:
         platform.init_process_group(device)
         stop.meet()
         stop.attach(Step(how))
+        if how == "lost" and torch.distributed.get_rank() == 1:
+            os._exit(9)
         print("training", flush=True)
         if how == "boundary":
             while not stop.agreed(device):
@@ -67,5 +70,4 @@ def main(how: str) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.pop("RANK", None)
     sys.exit(main(sys.argv[1]))

@@ -3,11 +3,12 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -234,8 +235,7 @@ def test_only_a_second_ctrl_c_that_is_meant_kills():
 
 
 def test_who_started_it_with_nohup_means_it():
-    ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
-    process = begin("alone", before=ignore)
+    process = begin("alone", before=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     process.send_signal(signal.SIGHUP)
     time.sleep(2)
     assert process.poll() is None
@@ -243,10 +243,38 @@ def test_who_started_it_with_nohup_means_it():
     assert process.wait(60) == 0
 
 
-def begin(how: str, before=None) -> subprocess.Popen:
+def test_a_rank_that_is_left_alone_does_not_outlive_its_launchers_patience():
+    """torchrun tells the others to stop when one fails; this one's main thread would not notice for an hour."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    other = subprocess.Popen([sys.executable, str(WORKER), "lost"], env=environment() | world | {"RANK": "1"})
+    process = begin("lost", **world, RANK="0")
+    assert other.wait(60) == 9
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and "could not be saved: another rank was lost" in output
+
+
+def test_a_signal_while_the_program_is_being_imported_ends_it_with_0():
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", str(ROOT / "pretrain_lens.py"), "--config", "none"],
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stderr:
+        if "torch." in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+
+
+def begin(how: str, before: Callable[[], object] | None = None, **variables: str) -> subprocess.Popen:
     process = subprocess.Popen(
         [sys.executable, str(WORKER), how],
-        env=environment(),
+        env=environment() | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
