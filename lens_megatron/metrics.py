@@ -262,6 +262,12 @@ def time_metrics(seconds: dict[str, float], metrics: Metrics, world_size: int) -
     }
 
 
+def with_more_seconds(metrics: Metrics, seconds: dict[str, float]) -> Metrics:
+    """The timing_s/* of `metrics` for phases that went on after they were taken."""
+    names = {phase: f"timing_s/{phase}" for phase in seconds}
+    return {name: metrics.get(name, 0.0) + seconds[phase] for phase, name in names.items()}
+
+
 class MetricsWriter:
     """Appends to metrics.jsonl and TensorBoard. On resume, lines of steps that will be done again are dropped.
 
@@ -269,8 +275,10 @@ class MetricsWriter:
     """
 
     def __init__(self, folder: Path, *, first_step: int, tensorboard: bool):
+        self._last: dict = {}
         try:
-            kept = b"".join(_line(row) for row in read_metrics(folder) if row["step"] < first_step)
+            rows = [row for row in read_metrics(folder) if row["step"] < first_step]
+            self._last, kept = (rows or [{}])[-1], b"".join(map(_line, rows))
         except OSError:
             kept = None  # what cannot be read must not be replaced; readers take the last row of a step
         self.rows = SideLog(folder / "metrics.jsonl", kept, say)
@@ -280,7 +288,20 @@ class MetricsWriter:
             self.events = SideLog(folder / "tensorboard" / name, tensorboard_events.head(first_step), say)
 
     def write(self, step: int, metrics: Metrics) -> None:
-        self.rows.append(_line({"step": step, **metrics}))
+        self._last = {"step": step, **metrics}
+        self.rows.append(_line(self._last))
+        self._show(step, metrics)
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        """Adds to the row of `step`, which is the last one, or begins it."""
+        if self._last.get("step") != step:
+            self.write(step, metrics)
+            return
+        self._last |= metrics
+        self.rows.replace_last(_line(self._last))
+        self._show(step, metrics)
+
+    def _show(self, step: int, metrics: Metrics) -> None:
         if self.events:
             self.events.append(tensorboard_events.scalars(step, metrics))
 

@@ -45,6 +45,14 @@ class Run:
         """The rank that writes metrics and talks to the user."""
         return self.mesh.rank == 0
 
+    def abandon(self) -> None:
+        """Before another thread than the main one ends the process. Servers end by themselves."""
+        try:
+            self.graders.close()
+        finally:
+            if self.lease:
+                self.lease.release()
+
     def close(self) -> None:
         try:
             self.engine.close()

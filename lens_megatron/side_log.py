@@ -32,6 +32,18 @@ class SideLog:
             self._waiting.append(record)
         self._write()
 
+    def replace_last(self, record: bytes) -> None:
+        """Puts `record`, one line, in the place of the last one; behind it where that cannot be read again."""
+        if self._waiting:
+            self._waiting[-1] = record
+        else:
+            try:
+                lines = self.path.read_bytes().splitlines(keepends=True)
+                self._content = b"".join((*lines[:-1], record))
+            except OSError:
+                self._waiting.append(record)
+        self._write()
+
     def close(self) -> None:
         """Tries once more to write what waits. Says how much is lost."""
         if self._waiting or self._content is not None:

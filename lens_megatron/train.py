@@ -1,9 +1,8 @@
 """The loop around `step`: check everything, build the run, resume, step, log, evaluate, save, stop."""
 
+import json
 import logging
 import os
-import signal
-import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from lens_megatron.evaluate import evaluate
 from lens_megatron.model_files import ModelError
 from lens_megatron.policy import checkpoint, checkpoint_files, platform
 from lens_megatron.policy.checkpoint import CheckpointError, CheckpointWriter
+from lens_megatron.policy.last_step import LastStep, is_exported
 from lens_megatron.policy.parallel import shut_down
 from lens_megatron.prompts import DataError
 from lens_megatron.reward import GraderStartError
@@ -36,6 +36,7 @@ from lens_megatron.step import run_step
 from lens_megatron.supervision import non_finite
 from lens_megatron.supervision.non_finite import NonFiniteError
 from lens_megatron.supervision.parent import end_with_launcher
+from lens_megatron.supervision.stop import Stop
 from lens_megatron.supervision.watchdog import watch
 from lens_megatron.tokenizer import TokenizerError
 from lens_megatron.types import StepResult
@@ -79,12 +80,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(config: Config) -> None:
     """Trains as configured. Raises one of USER_ERRORS, before anything is written, when it cannot; NonFiniteError."""
-    stop = StopRequest()
-    end_with_launcher()
+    with Stop() as stop:
+        end_with_launcher()
+        _train(config, stop)
+
+
+def _train(config: Config, stop: Stop) -> None:
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     config.check_world(world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
     device = platform.install()
     platform.init_process_group(device, collective_patience(config))
+    stop.meet()
     if _is_done(config, device):
         if rank == 0:
             metrics.say(f"{config.run.directory} has done its {config.train.steps} steps already; raise train.steps")
@@ -107,38 +113,11 @@ def _is_done(config: Config, device: torch.device) -> bool:
 
     def look() -> str:
         resuming = run_folder.check(config)
-        saved = checkpoint_files.steps_saved(run_folder.checkpoints(config)) if resuming else -1
-        return "done" if saved >= config.train.steps else "not done"
+        folder = run_folder.checkpoints(config)
+        saved = checkpoint_files.steps_saved(folder) if resuming else -1
+        return "done" if saved >= config.train.steps and is_exported(folder, saved) else "not done"
 
     return told_by_main(look, device) == "done"
-
-
-class StopRequest:
-    """SIGINT or SIGTERM asks for an orderly stop; another one, seconds later, interrupts at once.
-
-    Not at once: Ctrl-C reaches a process from the terminal, and again from torchrun.
-    """
-
-    SECONDS = 5.0
-
-    def __init__(self):
-        self.asked, self.since = False, 0.0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: object) -> None:
-        if self.asked:
-            if time.monotonic() - self.since > self.SECONDS:
-                raise KeyboardInterrupt
-            return
-        self.asked, self.since = True, time.monotonic()
-        metrics.say(f"{signal.Signals(number).name}: finishing this step, then saving and stopping")
-
-    def agreed(self, device: torch.device) -> bool:
-        """True on every rank when any rank was asked. A collective."""
-        asked = torch.tensor([self.asked], dtype=torch.int32, device=device)
-        torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
-        return bool(asked.item())
 
 
 def _resume(run: Run) -> int:
@@ -156,18 +135,19 @@ def _resume(run: Run) -> int:
     return state.step
 
 
-def _loop(run: Run, done: int, stop: StopRequest, saver: CheckpointWriter) -> None:
+def _loop(run: Run, done: int, stop: Stop, saver: CheckpointWriter) -> None:
     config, skipped = run.config, 0
     described, replayable = _rollout_files(run)
     writer = None
     if run.is_main:
         writer = metrics.MetricsWriter(
-            Path(config.run.directory), first_step=done + 1 if done else 0, tensorboard=config.run.tensorboard
+            Path(config.run.directory), first_step=done + 1, tensorboard=config.run.tensorboard
         )
-    if done == 0:
-        first = _evaluate(run)
-        if writer:
-            writer.write(0, first)
+    last_step = LastStep(run.policy, run.trainer_memory, saver, run.abandon)
+    saver.saved_step = done
+    last_step.finish(done)
+    stop.attach(last_step)
+    _catch_up(run, done, writer, saver)
     for step in range(done + 1, config.train.steps + 1):
         run.clock.step = step
         run.sampler.on_progress = bar = _progress_bar(run, step)
@@ -182,20 +162,26 @@ def _loop(run: Run, done: int, stop: StopRequest, saver: CheckpointWriter) -> No
             if replayable:
                 replayable.write(step, [replay.to_json(graded.group) for graded in result.groups])
             run.sampler.store.remove(step)
-        stopping = stop.agreed(run.mesh.device)
-        last = step == config.train.steps
-        interval = config.train.eval_interval
-        evaluated = _evaluate(run) if last or (interval and step % interval == 0) else {}
-        logged = _step_metrics(run, result) | evaluated
+        logged = _step_metrics(run, result)
         if writer:
-            writer.write(step, logged)  # before the save: a checkpoint whose row is missing would leave a gap for good
-            metrics.say(metrics.console_line(step, config.train.steps, logged))
-            if warning := metrics.mismatch_warning(logged, config.algorithm.correction):
-                metrics.say(warning)
+            writer.write(step, logged)  # before any save: a checkpoint whose row is missing would leave a gap for good
+        last_step.finish(step)
+        evaluated = _evaluate(run) if _evaluation_is_due(config, step) else {}
+        score = metrics.best_model_metric(evaluated, config.train.metric_for_best_model)
+        if evaluated:
+            evaluated |= metrics.with_more_seconds(logged, run.clock.take())
+            if writer:
+                writer.add(step, evaluated)
+            last_step.finish(step, score)
+        if writer:
+            _say_step(config, step, logged)
+        stopping, last = stop.agreed(run.mesh.device), step == config.train.steps
+        if stopping or last:
+            stop.claim()
         with run.clock("save_checkpoint"):
             saver.poll()
             if stopping or last or step % config.train.save_interval == 0:
-                saver.save(step, metrics.best_model_metric(evaluated, config.train.metric_for_best_model))
+                saver.save(step, score)
         skipped = non_finite.in_a_row(skipped, result.updates)
         non_finite.check(skipped, config.train.max_skipped_updates, step, Path(config.run.directory) / "non_finite")
         if stopping and not last:
@@ -206,6 +192,35 @@ def _loop(run: Run, done: int, stop: StopRequest, saver: CheckpointWriter) -> No
         saver.poll(wait=True)
     if writer:
         writer.close()
+
+
+def _evaluation_is_due(config: Config, step: int) -> bool:
+    interval = config.train.eval_interval
+    return step in (0, config.train.steps) or bool(interval and step % interval == 0)
+
+
+def _catch_up(run: Run, done: int, writer: metrics.MetricsWriter | None, saver: CheckpointWriter) -> None:
+    """What should follow `done` steps and was not done before the run was stopped: evaluation, export. A collective."""
+    config = run.config
+
+    def look() -> str:
+        rows = [row for row in metrics.read_metrics(Path(config.run.directory)) if row["step"] == done]
+        return json.dumps({name: value for row in rows for name, value in row.items() if name.startswith("val-")})
+
+    evaluated = json.loads(told_by_main(look, run.mesh.device))
+    if _evaluation_is_due(config, done) and not evaluated:
+        evaluated = _evaluate(run)
+        if writer:
+            writer.add(done, evaluated)
+    if done >= config.train.steps and not is_exported(run_folder.checkpoints(config), done):
+        with run.clock("save_checkpoint"):
+            saver.save(done, metrics.best_model_metric(evaluated, config.train.metric_for_best_model))
+
+
+def _say_step(config: Config, step: int, logged: metrics.Metrics) -> None:
+    metrics.say(metrics.console_line(step, config.train.steps, logged))
+    if warning := metrics.mismatch_warning(logged, config.algorithm.correction):
+        metrics.say(warning)
 
 
 def _saver(run: Run) -> CheckpointWriter:

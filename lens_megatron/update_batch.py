@@ -35,6 +35,8 @@ def train_on(run: Run, samples: Sequence[Sample], step: int) -> tuple[tuple[Upda
         reference = reference_log_probs(run, mine)
     updates, packings = [], []
     with run.clock("update_actor"):
+        if len(shares) > 1:
+            run.policy.guard.keep_copy()
         bounds = pairwise(accumulate((len(share.samples) for share in shares), initial=0))
         for number, (start, stop) in enumerate(bounds):
             rows = mine[start:stop], old[start:stop], reference[start:stop]

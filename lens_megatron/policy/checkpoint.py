@@ -61,13 +61,14 @@ _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
-class _Staged:
+class Staged:
     """Copies in host memory: the next optimizer step must not reach what is being written."""
 
     state: TrainingState
     pieces: list[tuple[Piece, Tensor]]
     generators: dict[str, Tensor]
-    export: StagedExport
+    export: StagedExport | None
+    """None where the policy is not to be written as a Hugging Face directory."""
 
 
 class CheckpointWriter:
@@ -96,6 +97,8 @@ class CheckpointWriter:
     ):
         self.policy, self.folder, self.background = policy, folder, background
         self.keep_last, self.keep_best, self.before_publishing = keep_last, keep_best, before_publishing
+        self.saved_step = 0
+        """The last one published by this writer, or loaded from `folder`."""
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
         self._group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
@@ -151,15 +154,15 @@ class CheckpointWriter:
             if self._failure is not None:
                 print(f"checkpoint not written to {self.folder}: {self._failure}", flush=True)
 
-    def _stage(self, step: int, metric: float | None) -> _Staged:
+    def _stage(self, step: int, metric: float | None) -> Staged:
         policy = self.policy
         export = hf_export.stage(policy, self._small_files)
         pieces = [(p.piece, p.tensor.to("cpu", copy=True)) for p in local_pieces(policy) if p.is_main_replica]
         steps = optimizer_steps(policy)
         state = TrainingState(step, policy.version, policy.scheduler.num_steps, steps, layout(), metric)
-        return _Staged(state, pieces, generator_states(policy), export)
+        return Staged(state, pieces, generator_states(policy), export)
 
-    def _write(self, staged: _Staged) -> None:
+    def _write(self, staged: Staged) -> None:
         """The thread. It raises nothing: every rank must reach the agreements, or the others would wait."""
         step, main = staged.state.step, self.policy.mesh.rank == 0
         temporary = self.folder / f".writing_iter_{step:07d}"
@@ -173,8 +176,32 @@ class CheckpointWriter:
                 )
         except RuntimeError as error:  # gloo's, when a rank dies
             self._failure = f"another rank was lost: {error}"
-        if main and self._failure is not None:
+        if self._failure is None:
+            self.saved_step = step
+        elif main:
             _remove(temporary)
+
+    def save_aside(self, staged: Staged, agree: Callable[[str | None], str | None], patience_s: float) -> str | None:
+        """Saves `staged` from another thread than the one that calls `save`; returns the failure.
+
+        A save in flight goes first, if it ends within `patience_s`. `agree` stands for this writer's own agreement,
+        whose group a save in flight uses.
+        """
+        step, main = staged.state.step, self.policy.mesh.rank == 0
+        temporary = self.folder / f".writing_aside_{step:07d}"
+        failure = agree(_attempt(lambda: _write_rank(temporary, self.policy.mesh.rank, staged), Exception))
+        self.wait_for_save(patience_s)
+        if failure is None:
+            failure = agree(_attempt(lambda: self._publish(temporary, staged.state), Exception) if main else None)
+        if main and failure is not None:
+            _remove(temporary)
+        return failure
+
+    def wait_for_save(self, seconds: float) -> None:
+        """Until a save in flight has ended, or `seconds` have passed. From any thread."""
+        writing = self._thread
+        if writing is not None:
+            writing.join(seconds)
 
     def _agree(self, failure: str | None) -> str | None:
         """The failure of this rank or of another, None when all ranks succeeded."""
@@ -260,11 +287,11 @@ def _load(policy: Policy, checkpoint: Checkpoint) -> TrainingState:
     return state
 
 
-def _write_rank(folder: Path, rank: int, staged: _Staged) -> None:
+def _write_rank(folder: Path, rank: int, staged: Staged) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     name = rank_file(rank)
     files = {name: shards.write_file(folder / name, staged.pieces, staged.generators)}
-    export = hf_export.write(staged.export, folder / EXPORT)
+    export = hf_export.write(staged.export, folder / EXPORT) if staged.export else {}
     checkpoint_files.write_receipt(folder, rank, WrittenFiles(files, export))
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from lens_megatron.config import Config, ConfigError
 from lens_megatron.layout_rules import model_mistakes
 from lens_megatron.policy import passthrough
 from lens_megatron.policy.export_plan import ExportPlan, plan_export
+from lens_megatron.policy.guard import StateGuard
 from lens_megatron.policy.hf_weights import build_bridge, import_weights, read_hf_config
 from lens_megatron.policy.parallel import Mesh
 from lens_megatron.types import Layout
@@ -56,6 +57,7 @@ class Policy:
     """The frozen reference policy's parameters of this rank, by Megatron name; None when nothing needs them."""
     version: int = 0
     """Optimizer steps done."""
+    guard: StateGuard = field(default_factory=StateGuard)
 
     @property
     def vocab_size(self) -> int:

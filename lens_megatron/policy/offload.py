@@ -37,6 +37,10 @@ class TrainerMemory:
         """Empties the device of the policy; returns the bytes this has freed there, 0 if it is away already."""
         if not self.enabled or self._away:
             return 0
+        with self.policy.guard.lock:
+            return self._to_host()
+
+    def _to_host(self) -> int:
         device = self.policy.mesh.device
         gradients = _storages(_gradients(self.policy), device)
         state = {key: s for key, s in _storages(_state(self.policy), device).items() if key not in gradients}
@@ -58,6 +62,19 @@ class TrainerMemory:
 
     def to_device(self) -> None:
         """Brings everything back, bit for bit; gradients as zeros. Does nothing when nothing is away."""
+        with self.policy.guard.lock:
+            self._to_device()
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """A copy, in host memory, of a 1-D part of the policy, wherever that is. With the policy's guard held."""
+        storage = tensor.untyped_storage()
+        host = self._host.get(storage._cdata) if storage.nbytes() == 0 else None
+        if host is None:
+            return tensor.to("cpu", copy=True)
+        first = tensor.storage_offset() * tensor.element_size()
+        return host[first : first + tensor.numel() * tensor.element_size()].view(tensor.dtype).clone()
+
+    def _to_device(self) -> None:
         for storage, size in self._away:
             storage.resize_(size)
             host = self._host.get(storage._cdata)

@@ -49,9 +49,10 @@ def update(
     grad_norm = float(policy.optimizer.get_grad_norm())
     finite = math.isfinite(grad_norm) and math.isfinite(float(sums[0]))
     if finite:
-        policy.optimizer.step()
-        policy.scheduler.step(increment=1)
-        policy.version += 1
+        with policy.guard.changing():
+            policy.optimizer.step()
+            policy.scheduler.step(increment=1)
+            policy.version += 1
     return _stats(sums, extremes, scale, grad_norm, learning_rate, skipped=not finite)
 
 

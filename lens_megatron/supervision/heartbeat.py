@@ -11,6 +11,8 @@ import torch
 
 from lens_megatron.clock import Moment
 
+UNCOUNTED = "uncounted"
+"""Description of a group whose collectives tell nothing about how far a rank is."""
 SHOWN = 32
 """Ranks that a report on the console lists; the file lists all."""
 
@@ -72,7 +74,8 @@ def take(rank: int, moment: Moment, seconds: float, *, answered: bool) -> Heartb
 def collectives_begun() -> dict[str, int]:
     """By name of the group. Gloo and NCCL count them; nothing public tells the count, or names all groups."""
     world = torch.distributed.distributed_c10d._world
-    return {group.group_name: group._get_sequence_number_for_group() for group in list(world.pg_map)}
+    counted = [group for group in list(world.pg_map) if group.group_desc != UNCOUNTED]
+    return {group.group_name: group._get_sequence_number_for_group() for group in counted}
 
 
 def late_ranks(beats: Sequence[Heartbeat | None]) -> Verdict:

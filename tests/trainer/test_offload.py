@@ -166,6 +166,7 @@ def test_the_device_changes_hands_in_the_one_right_order(mesh: Mesh, tmp_path: P
         ahead=None,
         trainer_memory=engine.memory,
         last_sync=LastSync(),
+        lease=None,
         clock=Clock(),
     )
     drawn = []

@@ -1,0 +1,109 @@
+"""The last finished step, kept ready to be saved by another thread while the main one is anywhere in the next step.
+
+Such a checkpoint lacks hf/, which takes a collective of the main threads; the next save has it again.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lens_megatron.policy.checkpoint import CheckpointWriter, Staged, TrainingState
+from lens_megatron.policy.guard import FinishedStep
+from lens_megatron.policy.model import Policy
+from lens_megatron.policy.offload import TrainerMemory
+from lens_megatron.policy.sharded_state import (
+    LocalPiece,
+    generator_states,
+    layout,
+    local_pieces,
+    optimizer_steps,
+    optimizers,
+)
+
+SAVE_PATIENCE_S = 10.0
+"""How long a stop waits for a save in flight."""
+
+
+class LastStep:
+    """Implements `supervision.stop.LastStep` for this rank's part of the policy.
+
+    Args:
+        abandon: called before the process ends.
+    """
+
+    def __init__(self, policy: Policy, memory: TrainerMemory, saver: CheckpointWriter, abandon: Callable[[], None]):
+        self.policy, self.memory, self.saver, self.abandon = policy, memory, saver, abandon
+
+    def finish(self, step: int, metric: float | None = None) -> None:
+        """To be called by the main thread when `step` is done, and what it leaves beside checkpoints is written."""
+        policy = self.policy
+        pieces = [local for local in local_pieces(policy) if local.is_main_replica]
+        policy.guard.finish(
+            FinishedStep(
+                step=step,
+                version=policy.version,
+                scheduler_steps=policy.scheduler.num_steps,
+                optimizer_steps=optimizer_steps(policy),
+                metric=metric,
+                pieces=tuple((local.piece, _kept(policy, local)) for local in pieces),
+                generators=generator_states(policy),
+            )
+        )
+
+    def hold(self, seconds: float) -> int | None:
+        guard = self.policy.guard
+        if not guard.lock.acquire(timeout=seconds):
+            return None
+        if guard.finished is None:
+            guard.lock.release()
+            return None
+        return guard.finished.step
+
+    def release(self) -> None:
+        self.policy.guard.lock.release()
+
+    def is_saved(self) -> bool:
+        step = self.policy.guard.finished.step
+        if step > self.saver.saved_step:
+            self.saver.wait_for_save(SAVE_PATIENCE_S)
+        return step <= self.saver.saved_step
+
+    def save(self, agree: Callable[[str | None], str | None]) -> str | None:
+        failure, staged = None, None
+        try:
+            staged = self._stage(self.policy.guard.finished)
+        except Exception as error:  # the other ranks wait: they must hear of it, whatever it is
+            failure = f"{type(error).__name__}: {error}"
+        failure = agree(failure)
+        return failure if failure else self.saver.save_aside(staged, agree, SAVE_PATIENCE_S)
+
+    def _stage(self, finished: FinishedStep) -> Staged:
+        with _own_stream(self.policy.mesh.device):
+            pieces = [(piece, self.memory.read(tensor)) for piece, tensor in finished.pieces]
+        state = TrainingState(
+            finished.step, finished.version, finished.scheduler_steps, finished.optimizer_steps, layout(),
+            finished.metric,
+        )  # fmt: skip
+        return Staged(state, pieces, finished.generators, None)
+
+
+def _kept(policy: Policy, local: LocalPiece) -> Tensor:
+    """The live tensor; where the optimizer gives a copy instead, that in host memory: it stays for a whole step."""
+    copies = any(optimizer.config.use_precision_aware_optimizer for optimizer in optimizers(policy))
+    return local.tensor.to("cpu") if copies and not local.piece.key.startswith("model/") else local.tensor
+
+
+def _own_stream(device: torch.device) -> AbstractContextManager:
+    """The main thread's stream may wait for other ranks for minutes."""
+    if device.type != "cuda":
+        return nullcontext()
+    torch.cuda.set_device(device)  # of this thread
+    return torch.cuda.stream(torch.cuda.Stream(device))
+
+
+def is_exported(folder: Path, step: int) -> bool:
+    """Whether the checkpoint of `step` in `folder` has its Hugging Face directory."""
+    return (folder / f"iter_{step:07d}" / "hf").is_dir()

@@ -1,0 +1,276 @@
+"""Ends a run within seconds of SIGTERM, SIGINT or SIGHUP, however long a step takes, with the last finished step saved.
+
+    signal --wakeup descriptor--> a thread of every rank --rounds over a group of their own--> all ranks know
+    the step ends within GRACE_ROUNDS --> the main threads save and return
+    it does not                       --> the threads save the last finished step and end their processes
+
+Python runs a signal's handler only between two instructions of the main thread, which may be in a collective or in C
+code for minutes; the wakeup descriptor is written at once. All ranks do the same in the same round, because each
+decides from what all have told.
+"""
+
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Protocol, Self
+
+import torch
+from torch.distributed import ProcessGroup, ReduceOp
+
+from lens_megatron import exit_codes
+from lens_megatron.supervision.heartbeat import UNCOUNTED
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ROUND_S = 0.5
+GRACE_ROUNDS = 8
+"""How long the main threads may take to end their step after a signal."""
+SETTLE_ROUNDS = 100
+"""How often the threads look for a moment at which all ranks hold the same step."""
+HOLD_S = 0.2
+LOST_S = 20.0
+"""How long a rank that was told to stop goes on where another one is lost, so that nothing can be saved."""
+REPEAT_S = 5.0
+"""Ctrl-C reaches a process from the terminal, and again from torchrun; one that comes later is meant."""
+_PATIENCE = timedelta(days=7)
+"""Of a round: a rank that is suspended is no reason to end anything here, and one that dies ends the wait at once."""
+
+Agree = Callable[[str | None], str | None]
+"""A collective: the failure of this rank or of another, None when all succeeded."""
+
+
+class LastStep(Protocol):
+    """What the threads need of the last finished step. Called on the thread, while the main thread goes on."""
+
+    def hold(self, seconds: float) -> int | None:
+        """Keeps the step's state as it is and returns the step; None when that cannot be done in time."""
+
+    def release(self) -> None:
+        """Undoes `hold`."""
+
+    def is_saved(self) -> bool:
+        """Whether the step that is held is on the disk, or there is nothing of it to save."""
+
+    def save(self, agree: Agree) -> str | None:
+        """Saves the step that is held; returns the failure. A collective of the threads."""
+
+    def abandon(self) -> None:
+        """Ends helpers and gives up what other processes wait for. The process ends next."""
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What one rank tells in a round, or what all have told."""
+
+    asked: bool
+    """By a signal. Of all: any was."""
+    claimed: bool
+    """The main thread is at the end of its step and will save. Of all: any is."""
+    unsaved: bool
+    """The step held is not on the disk. Of all: on any rank."""
+    leaving: bool
+    """The main thread is done. Of all: all are."""
+    attached: bool
+    """There is a last step. Of all: everywhere."""
+    held: bool
+    """Of all: everywhere."""
+    first: int = 0
+    """The step held. Of all: the earliest."""
+    last: int = 0
+
+    def combined(self, group: ProcessGroup) -> "Round":
+        """Of all ranks. A collective."""
+        alls = (self.leaving, self.attached, self.held, self.first)
+        told = torch.tensor([self.asked, self.claimed, self.unsaved, self.last, *(-value for value in alls)])
+        torch.distributed.all_reduce(told, op=ReduceOp.MAX, group=group)
+        asked, claimed, unsaved, last, *lows = told.tolist()
+        leaving, attached, held, first = (-value for value in lows)
+        return Round(*map(bool, (asked, claimed, unsaved, leaving, attached, held)), first, last)
+
+
+class Stop:
+    """Listens for signals within its block, which the main thread must enter. A SIGINT REPEAT_S after the first kills.
+
+    Before `meet` a signal ends this process at once, with exit code 0; afterwards it ends those of all ranks.
+    """
+
+    def __init__(self):
+        self.asked = False
+        self._name = ""
+        self._since: float | None = None
+        self._group: ProcessGroup | None = None
+        self._last_step: LastStep | None = None
+        self._turn = threading.Condition()
+        self._claimed = self._frozen = self._leaving = self._alone = False
+        self._thread = threading.Thread(target=self._guarded, name="stop", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._inbox, self._outbox = socket.socketpair()
+        for end in (self._inbox, self._outbox):
+            end.setblocking(False)
+        self._descriptor = signal.set_wakeup_fd(self._outbox.fileno(), warn_on_full_buffer=False)
+        # nohup: whoever has a run ignore hang-ups means it
+        heeded = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+        self._handlers = {number: signal.signal(number, self._handle) for number in heeded}
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
+        """Does not return once the threads have begun to end the processes: then `error` is but a consequence."""
+        self.claim()
+        self._leaving, self._alone = True, error is not None
+        self._thread.join(2.0 if self._alone else 20.0)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._descriptor)
+        if not self._thread.is_alive():
+            self._inbox.close()
+            self._outbox.close()
+
+    def meet(self) -> None:
+        """From here on a signal to any rank stops all. A collective; torch.distributed is up."""
+        self._group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE, group_desc=UNCOUNTED)
+
+    def attach(self, last_step: LastStep) -> None:
+        """From here on there is something to save."""
+        self._last_step = last_step
+
+    def agreed(self, device: torch.device) -> bool:
+        """At the end of a step: True on every rank when any was asked to stop. A collective of the main threads."""
+        asked = torch.tensor([self.asked], dtype=torch.int32, device=device)
+        torch.distributed.all_reduce(asked, op=ReduceOp.MAX)
+        return bool(asked.item())
+
+    def claim(self) -> None:
+        """The main threads, all of which call it after the same step, will save and return by themselves.
+
+        Does not return when the threads were first.
+        """
+        with self._turn:
+            self._turn.wait_for(lambda: not self._frozen)
+            self._claimed = True
+
+    def _handle(self, number: int, frame: object) -> None:
+        now = time.monotonic()
+        if self._since is None:
+            self._since = now
+        elif number == signal.SIGINT and now - self._since > REPEAT_S:
+            os._exit(128 + number)
+
+    def _guarded(self) -> None:
+        try:
+            self._run()
+        except Exception as error:  # gloo's, when a rank is lost
+            lost = f"the last step could not be saved: another rank was lost: {error}"
+            if self._frozen:
+                self._end(exit_codes.CRASH, lost)
+            while not self.asked and not self._leaving:
+                self._listen()
+            deadline = time.monotonic() + LOST_S  # the main thread may find it out too, and say more
+            while not self._leaving and time.monotonic() < deadline:
+                self._listen()
+            if not self._leaving:
+                self._end(exit_codes.CRASH, lost)
+
+    def _run(self) -> None:
+        while self._group is None:
+            if self._leaving:
+                return
+            self._listen()
+            if self.asked and self._group is None:
+                self._end(exit_codes.DONE, f"{self._name}: stopped before anything was begun")
+        rounds, said = 0, False
+        while not self._alone:
+            self._listen()
+            seen = self._told().combined(self._group)
+            if seen.leaving:
+                return
+            if not seen.asked:
+                continue
+            if not said:
+                self.asked = said = True
+                self._say(f"{self._name or 'another rank was told to stop'}: stopping within seconds")
+            if not seen.claimed:
+                rounds += 1
+                if rounds > GRACE_ROUNDS or not seen.attached:
+                    self._take_over()
+
+    def _listen(self) -> None:
+        if not select.select([self._inbox], [], [], ROUND_S)[0]:
+            return
+        heard = [number for number in self._inbox.recv(4096) if number in SIGNALS]
+        if heard and not self.asked:
+            self.asked, self._name = True, signal.Signals(heard[0]).name
+
+    def _told(self, *, held: bool = False, step: int = 0, unsaved: bool = False) -> Round:
+        attached = self._last_step is not None
+        return Round(self.asked, self._claimed, unsaved, self._leaving, attached, held, step, step)
+
+    def _take_over(self) -> None:
+        """Returns only where a main thread is at the end of its step after all: then all of them are."""
+        with self._turn:
+            self._frozen = not self._claimed
+        seen = self._told().combined(self._group)
+        if seen.claimed:
+            with self._turn:
+                self._frozen = False
+                self._turn.notify_all()
+            return
+        if not seen.attached:
+            self._end(exit_codes.DONE, "stopped as asked before the first step; the same command starts again")
+        step = self._settle()
+        if step is None:
+            self._end(exit_codes.MISTAKE, "the last step could not be saved: the ranks do not come to hold the same")
+        failure = None
+        if self._told(unsaved=not self._last_step.is_saved()).combined(self._group).unsaved:
+            failure = self._last_step.save(self._agree)
+        if failure:
+            self._end(exit_codes.MISTAKE, f"stopped as asked, but step {step} could not be saved: {failure}")
+        self._end(exit_codes.DONE, f"stopped as asked after step {step}; the same command goes on from here")
+
+    def _settle(self) -> int | None:
+        """Holds the last step when all ranks hold the same one; returns it."""
+        for _ in range(SETTLE_ROUNDS):
+            step = self._last_step.hold(HOLD_S)
+            seen = self._told(held=step is not None, step=step or 0).combined(self._group)
+            if seen.held and seen.first == seen.last:
+                return step
+            if step is not None:
+                self._last_step.release()  # another rank waits for this one's main thread
+            time.sleep(HOLD_S)
+        return None
+
+    def _agree(self, failure: str | None) -> str | None:
+        failed = torch.tensor([failure is not None], dtype=torch.int32)
+        torch.distributed.all_reduce(failed, op=ReduceOp.MAX, group=self._group)
+        if failure is not None and self._rank():
+            print(f"rank {self._rank()} could not save its part: {failure}", flush=True)
+        return failure or ("another rank failed" if failed.item() else None)
+
+    def _end(self, code: int, text: str) -> None:
+        """Does not return."""
+        try:
+            if self._last_step is not None:
+                self._last_step.abandon()
+            self._say(text)
+            with suppress(RuntimeError):  # nothing depends on it: the ranks end together where they can
+                if self._group is not None and code != exit_codes.CRASH:
+                    self._agree(None)
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+        finally:
+            os._exit(code)
+
+    def _say(self, text: str) -> None:
+        if self._rank() == 0:
+            print(text, flush=True)
+
+    def _rank(self) -> int:
+        return int(os.environ.get("RANK", 0))
