@@ -91,9 +91,9 @@ class ServerEngine:
         expected = Expected(self.vocabulary, self.ends, "", 0)
         pool = ServerPool(self.config.rollout.max_running_sequences, expected, self.limits, self.say)
         for process in self.processes:
-            pool.add(process.name, process.key, process)
+            pool.add_process(process)
         for address in addresses:
-            pool.add(f"server {address}", os.environ.get(KEY_VARIABLE, ""), address=address)
+            pool.add_given(address, os.environ.get(KEY_VARIABLE, ""))
         return pool
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
@@ -121,10 +121,6 @@ class ServerEngine:
                 f"VLLM_SERVER_DEV_MODE=1 and --enable-scale-out, and {KEY_VARIABLE} must be its key"
             )
         if member.known.state is not State.DEAD:
-            return
-        if member.process and member.process.port_was_taken() and member.known.starts < self.limits.restarts:
-            self.say(f"{member.name}: its port was taken meanwhile; starting it on another one")
-            self._call(self.pool.revive(member))
             return
         tail = f"; the end of {member.process.log}:\n{member.process.tail()}" if member.process else ""
         raise ConfigError(f"rollout.engine=vllm_server: {member.name} did not start: {member.known.reason}{tail}")

@@ -97,11 +97,15 @@ async def _connect(pool: ServerPool, member: Member) -> None:
     if member.link is not None:
         return
     workers = (await member.client.get("/get_world_size", pool.limits.answer_s))["world_size"]
-    link = make_link(*member.client.host_and_port, workers, pool.limits.bucket_s)
-    await asyncio.gather(
-        _post(pool, member, "/init_weight_transfer_engine", {"init_info": link.init_info()}),
-        asyncio.to_thread(link.join),
-    )
+    link = make_link(member.link_address(), workers, pool.limits.bucket_s)
+    joining = asyncio.create_task(asyncio.to_thread(link.join))
+    try:
+        await _post(pool, member, "/init_weight_transfer_engine", {"init_info": link.init_info()})
+        await joining
+    except BaseException:
+        link.close()  # the thread that waits for the workers ends by that
+        joining.cancel()
+        raise
     member.link = link
 
 

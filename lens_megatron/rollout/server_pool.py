@@ -5,6 +5,7 @@ decided by `fleet.py`; here its events are found out and its decisions carried o
 """
 
 import asyncio
+import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import aiohttp
 
+from lens_megatron.channel import Address
 from lens_megatron.rollout import fleet
 from lens_megatron.rollout.engine import Completion, Request
 from lens_megatron.rollout.fleet import Event, Limits, Server, State
@@ -27,7 +29,7 @@ from lens_megatron.rollout.server_client import (
     generate_body,
 )
 from lens_megatron.rollout.server_process import ServerProcess
-from lens_megatron.rollout.weight_transfer import Link
+from lens_megatron.rollout.weight_transfer import Link, address_towards
 
 
 @dataclass(slots=True, eq=False)
@@ -38,8 +40,8 @@ class Member:
     session: aiohttp.ClientSession
     process: ServerProcess | None = None
     """None: somebody else started it."""
-    address: str = ""
-    """Of a server that somebody else started."""
+    address: str = "http://localhost"
+    """http://host:port, of a server that somebody else started."""
     known: Server = Server()
     link: Link | None = None
     running: dict[int, asyncio.Task] = field(default_factory=dict)
@@ -50,7 +52,13 @@ class Member:
 
     @property
     def client(self) -> Client:
-        return Client(self.process.address if self.process else self.address, self.session)
+        return Client(self.address, self.session)
+
+    def link_address(self) -> Address:
+        """Where the trainer may listen so that this server reaches it, and as few others as possible."""
+        if self.process is not None:
+            return str(self.process.folder / f"weights_{secrets.token_hex(4)}")
+        return [address_towards(*self.client.host_and_port), 0]
 
     def close_link(self) -> None:
         if self.link is not None:
@@ -85,13 +93,15 @@ class ServerPool:
         """A mistake of ours in a background task."""
         self.background: set[asyncio.Task] = set()
 
-    def add(self, name: str, key: str, process: ServerProcess | None = None, address: str = "") -> None:
-        session = aiohttp.ClientSession(
-            headers={"Authorization": f"Bearer {key}"},
-            # The server closes a connection after 5 s without a request, and a request sent just then would be lost.
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2),
-        )
-        member = Member(name, session, process, address, started_at=time.monotonic())
+    def add_process(self, process: ServerProcess) -> None:
+        """One that was started."""
+        session = _session(process.key, process.socket_path)
+        self._add(Member(process.name, session, process, started_at=time.monotonic()))
+
+    def add_given(self, address: str, key: str) -> None:
+        self._add(Member(f"server {address}", _session(key), address=address, started_at=time.monotonic()))
+
+    def _add(self, member: Member) -> None:
         self.members.append(member)
         self._spawn(self._watch(member))
 
@@ -237,6 +247,8 @@ class ServerPool:
         elif fleet.restartable(member.known, self.limits):
             await asyncio.to_thread(member.process.stop)  # it may be there still, and hang
             member.process.start()
+            await member.session.close()
+            member.session = _session(member.process.key, member.process.socket_path)
             member.started_at = time.monotonic()
             self.tell(member, Event.STARTING)
         else:
@@ -252,3 +264,13 @@ class ServerPool:
         busy, now = bool(member.running), time.monotonic()
         self._move(member, fleet.progressed(member.known, load.tokens, busy, now, self.limits))
         self.deal()
+
+
+def _session(key: str, socket_path: str | None = None) -> aiohttp.ClientSession:
+    # The server closes a connection after 5 s without a request, and a request sent just then would be lost.
+    options = {"limit": 0, "keepalive_timeout": 2}
+    if socket_path is None:
+        connector: aiohttp.BaseConnector = aiohttp.TCPConnector(**options)
+    else:
+        connector = aiohttp.UnixConnector(socket_path, **options)
+    return aiohttp.ClientSession(headers={"Authorization": f"Bearer {key}"}, connector=connector)

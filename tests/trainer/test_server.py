@@ -10,18 +10,18 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
-from servers import Proxy, Rewrite, announce_plugin
+from servers import GivenServer, Proxy, Rewrite, announce_plugin
 from test_vllm import LONG, SHORT, error_in_log_probs, other, save, weights
 from toy_runs import Toy, environment, launch, rollout_rows
 from transformers import AutoModelForCausalLM
 
 from lens_megatron.config import Config, ConfigError, from_tree
 from lens_megatron.policy.hf_weights import read_hf_config
-from lens_megatron.rollout import server_process
 from lens_megatron.rollout.engine import Completion, EnginesLostError, Request, WeightManifestError
 from lens_megatron.rollout.fleet import Limits, State
 from lens_megatron.rollout.server_client import Expected, ServerError, completion_of
@@ -47,9 +47,8 @@ class Fleet:
             save(toy, folder / name, tied=tied)
             base = AutoModelForCausalLM.from_pretrained(folder / name)
             self.models[name] = [other(base if seed == 2 else _copy(folder / name), seed) for seed in (1, 2)]
-        self.processes = [self.process(f"server {i}", "tied") for i in range(2)]
-        for process in self.processes:
-            process.start()
+        options = self.options("tied")
+        self.processes = [GivenServer(options, folder / f"given {i}.log", KEY) for i in range(2)]
         self.said: list[str] = []
         self.own_said: list[str] = []
         """Of the engine that owns its server."""
@@ -72,12 +71,13 @@ class Fleet:
             }
         )
 
-    def process(self, name: str, model: str) -> ServerProcess:
+    def options(self, model: str) -> dict[str, Any]:
         config = self.config(model)
-        options = server_options(config, read_hf_config(config.model.path))
-        process = ServerProcess(name, options, self.folder / f"{name}.log")
-        process.key = KEY
-        return process
+        return server_options(config, read_hf_config(config.model.path))
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.stop()
 
     def engine(
         self, addresses: Sequence[str] | None = None, *, load: int | None = 1, limits: Limits = QUICK, **options: object
@@ -103,7 +103,7 @@ def fleet(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]
     os.environ["LENS_VLLM_API_KEY"] = KEY
     fleet = Fleet(toy, tmp_path_factory.mktemp("servers"))
     yield fleet
-    server_process.stop_all(fleet.processes)
+    fleet.stop()
     del os.environ["LENS_VLLM_API_KEY"]
 
 
@@ -117,7 +117,8 @@ def closed(fleet: Fleet) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def own(fleet: Fleet) -> Iterator[Future[ServerEngine]]:
     """An engine that has started its server itself; it starts while other tests run."""
-    process, config = fleet.process("server 9", "untied"), fleet.config("untied")
+    process = ServerProcess("server 9", fleet.options("untied"), fleet.folder / "server 9.log")
+    config = fleet.config("untied")
     process.start()
     hf_config = read_hf_config(config.model.path)
     with ThreadPoolExecutor(1) as pool:
@@ -257,8 +258,8 @@ def test_control_endpoints_need_the_key(fleet: Fleet):
             with socket.create_connection(("127.0.0.1", port)) as connection:
                 connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n{head}Connection: close\r\n\r\n".encode())
                 assert expected in connection.recv(100).splitlines()[0]
-    (process,) = psutil.Process(fleet.processes[0].process.pid).children()
-    assert KEY not in " ".join(process.cmdline()) and "127.0.0.1" in process.cmdline()
+    words = fleet.processes[0].api().cmdline()
+    assert KEY not in " ".join(words) and "127.0.0.1" in words
 
 
 def answer(**change: object) -> dict:
@@ -370,7 +371,7 @@ def test_cut_off_for_good_the_run_ends_or_others_take_over(fleet: Fleet, proxy: 
 @pytest.mark.parametrize("part", ["server", "engine"])
 def test_a_server_that_hangs_is_found_and_comes_back_only_with_new_weights(fleet: Fleet, part: str):
     """A stopped server answers no probe; one whose engine is stopped answers them all, and makes no tokens."""
-    (api,) = psutil.Process(fleet.processes[0].process.pid).children()
+    api = fleet.processes[0].api()
     stopped = api if part == "server" else max(api.children(), key=lambda child: child.memory_info().rss)
     engine, requests = fleet.engine(), requests_of(32, tokens=80)
     engine.submit(requests)
@@ -420,8 +421,7 @@ def test_a_server_that_dies_while_it_is_loaded_does_not_stop_the_others(fleet: F
     def stream() -> Iterator[tuple[str, torch.Tensor]]:
         for place, pair in enumerate(weights(model)):
             if place == 3:
-                (api,) = psutil.Process(fleet.processes[0].process.pid).children()
-                api.kill()
+                fleet.processes[0].api().kill()
             yield pair
 
     engine.load_weights(stream(), 3)
@@ -463,7 +463,7 @@ def test_nothing_that_a_trainer_started_outlives_it(tmp_path: Path):
 
 
 def test_the_program_trains_on_rollouts_of_two_servers(fleet: Fleet, toy: Toy, tmp_path: Path):
-    server_process.stop_all(fleet.processes)
+    fleet.stop()
     model = Toy(fleet.folder / "tied", toy.train, toy.eval)
     tree = model.tree(tmp_path / "run", rollout={"engine": "vllm_server", "servers": 2})
     rows = launch(tree, tmp_path, 2)
