@@ -16,6 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import closing
 
 Address = str | Sequence
 """Path of a Unix socket, or host and port."""
@@ -48,6 +49,14 @@ def address_of(listener: socket.socket) -> Address:
     """What `call` must be given to reach `listener`."""
     name = listener.getsockname()
     return name if isinstance(name, str) else list(name[:2])
+
+
+def address_towards(host: str, port: int) -> str:
+    """This machine's address on the network where `host` is. Raises OSError."""
+    family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with closing(socket.socket(family, socket.SOCK_DGRAM)) as probe:
+        probe.connect(target)  # sends nothing
+        return probe.getsockname()[0]
 
 
 def call(address: Address, secret: bytes, number: int, timeout_s: float) -> socket.socket:

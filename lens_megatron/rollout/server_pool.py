@@ -15,7 +15,7 @@ from typing import Any
 
 import aiohttp
 
-from lens_megatron.channel import Address
+from lens_megatron.channel import Address, address_towards
 from lens_megatron.rollout import fleet
 from lens_megatron.rollout.engine import Completion, Request
 from lens_megatron.rollout.fleet import Event, Limits, Server, State
@@ -29,7 +29,7 @@ from lens_megatron.rollout.server_client import (
     generate_body,
 )
 from lens_megatron.rollout.server_process import ServerProcess
-from lens_megatron.rollout.weight_transfer import Link, address_towards
+from lens_megatron.rollout.weight_transfer import Link
 
 
 @dataclass(slots=True, eq=False)

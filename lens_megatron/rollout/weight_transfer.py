@@ -9,7 +9,6 @@ import base64
 import socket
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -113,14 +112,6 @@ def _places(sizes: Sequence[int]) -> tuple[list[int], int]:
         places.append(end)
         end += -(-size // _ALIGNMENT) * _ALIGNMENT
     return places, end
-
-
-def address_towards(host: str, port: int) -> str:
-    """This machine's address on the network where `host` is."""
-    family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with closing(socket.socket(family, socket.SOCK_DGRAM)) as probe:
-        probe.connect(target)  # sends nothing
-        return probe.getsockname()[0]
 
 
 def payload(bucket: Bucket) -> Any:

@@ -15,7 +15,7 @@ import aiohttp
 import psutil
 from aiohttp import web
 
-from lens_megatron.rollout.server_process import command, environment
+from lens_megatron.rollout.server_process import command, environment, private_folder
 
 Rewrite = Callable[[str, bytes], bytes]
 
@@ -40,9 +40,11 @@ class GivenServer:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         words = command(options, ["--host", "127.0.0.1", "--port", str(self.port)])
-        leash = [sys.executable, "-m", "lens_megatron.rollout.leash", str(os.getpid())]
+        folder = str(private_folder())
+        leash = [sys.executable, "-m", "lens_megatron.rollout.leash", "--remove", folder, str(os.getpid())]
+        own = {"VLLM_RPC_BASE_PATH": folder}
         with log.open("w") as output:
-            kept = {"env": environment(key, None), "stdout": output, "stderr": subprocess.STDOUT}
+            kept = {"env": environment(key, None) | own, "stdout": output, "stderr": subprocess.STDOUT}
             self.process = subprocess.Popen([*leash, *words], **kept)
 
     @property

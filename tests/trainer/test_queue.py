@@ -2,20 +2,20 @@
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from itertools import count
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from test_scheduler import Nothing, Verdicts
 from test_streaming import GROUP, PROMPTS, PURIFIED, drawn, log_probs, odd
-from torch.distributed import PrefixStore, TCPStore
 from toy_runs import Toy
 from transformers import AutoModelForCausalLM
 
+from lens_megatron import channel, control_store
 from lens_megatron.config import LensConfig, RolloutConfig
+from lens_megatron.control_store import ControlStore, Storage
 from lens_megatron.rollout import board as boards
 from lens_megatron.rollout.board import Board, Parcel
 from lens_megatron.rollout.engine import Completion, EnginesLostError, Request
@@ -26,6 +26,12 @@ from lens_megatron.types import Group, Prompt
 
 WORLD = 3
 ROLLOUT = RolloutConfig(prompts_per_step=6, rollouts_per_prompt=GROUP, max_response_length=40)
+
+
+@dataclass(frozen=True)
+class Store:
+    connection: ControlStore
+    storage: Storage
 
 
 class Mortal(LocalEngine):
@@ -71,17 +77,16 @@ def engines(toy: Toy) -> list[Mortal]:
 
 
 @pytest.fixture(scope="module")
-def store() -> TCPStore:
-    return TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+def store() -> Iterator[Store]:
+    secret, listener = channel.new_secret(), channel.listen(["127.0.0.1", 0])
+    door, storage = control_store.serve(listener, secret)
+    yield Store(ControlStore(channel.address_of(listener), secret), storage)
+    door.close()
 
 
-_numbers = count()
-
-
-def make_boards(store: TCPStore) -> list[Board]:
-    prefix = str(next(_numbers))
-    clients = [TCPStore("localhost", store.port, is_master=False) for _ in range(WORLD)]
-    return [Board(PrefixStore(prefix, client), rank, WORLD) for rank, client in enumerate(clients)]
+def make_boards(store: Store) -> list[Board]:
+    store.storage.values.clear()
+    return [Board(store.connection.clone(), rank, WORLD) for rank in range(WORLD)]
 
 
 def on_every_rank(work: Callable[[int], object]) -> list:
@@ -246,5 +251,5 @@ def test_keys_of_phases_gone_by_are_deleted(engines, store):
     counts = []
     for _ in range(4):
         sample(engines, boards, [[0, 1], [2, 3], [4, 5]])
-        counts.append(store.num_keys())
+        counts.append(len(store.storage.values))
     assert counts[3] - counts[2] < 30, counts

@@ -17,6 +17,7 @@ from toy_runs import ROOT, Toy, command, environment
 from watchdog_worker import LATE
 
 from lens_megatron.clock import Clock
+from lens_megatron.control_store import ControlStore
 from lens_megatron.exit_codes import HANG
 from lens_megatron.supervision.heartbeat import Heartbeat, late_ranks, report
 from lens_megatron.supervision.watchdog import watch
@@ -75,7 +76,7 @@ def test_a_frozen_rank_is_named_by_the_others(tmp_path: Path):
 
 
 def test_zero_minutes_switch_it_off(tmp_path: Path):
-    with watch(Clock(), tmp_path, 0):
+    with watch(Clock(), ControlStore(["unused", 0], b""), tmp_path, 0):
         assert "watchdog" not in {thread.name for thread in threading.enumerate()}
 
 

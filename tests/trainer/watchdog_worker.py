@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from lens_megatron.clock import Clock
+from lens_megatron.policy import platform
 from lens_megatron.supervision.watchdog import watch
 
 TIMEOUT_S = 3.0
@@ -28,9 +29,10 @@ def main() -> None:
     rank, world_size, port, folder, how = sys.argv[1:]
     os.environ.update(RANK=rank, WORLD_SIZE=world_size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     torch.distributed.init_process_group("gloo")
+    control = platform.open_control_store(torch.device("cpu"))
     clock = Clock()
     clock.step = 7
-    with watch(clock, Path(folder), TIMEOUT_S / 60):
+    with watch(clock, control, Path(folder), TIMEOUT_S / 60):
         with clock("gen"):
             if how == "earlier" and int(rank) == LATE:
                 time.sleep(60)
@@ -48,6 +50,7 @@ def main() -> None:
                 os.kill(os.getpid(), signal.SIGSTOP)
             torch.distributed.all_reduce(torch.ones(1))
     torch.distributed.destroy_process_group()
+    control.close()
 
 
 if __name__ == "__main__":
