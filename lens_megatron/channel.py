@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 
 Address = str | Sequence
 """Path of a Unix socket, or host and port."""
@@ -24,7 +24,7 @@ Address = str | Sequence
 SECRET_BYTES = 32
 HANDSHAKE_S = 10.0
 STRANGERS = 32
-"""Connections that may be open at once without a proof."""
+"""Connections that may be open at once without a proof; one more, and the oldest of them is cut off."""
 
 _MAC_BYTES, _NUMBER_BYTES = 32, 4
 _POLL_S = 0.5
@@ -113,13 +113,15 @@ class Door:
         self.refused: deque[str] = deque(maxlen=8)
         """Why callers were last turned away, and where they came from."""
         self._closing = threading.Event()
-        self._strangers = threading.Semaphore(STRANGERS)
+        self._strangers: list[socket.socket] = []
+        self._lock = threading.Lock()
         self.listener.settimeout(_POLL_S)
         threading.Thread(target=self._accept, name="door", daemon=True).start()
 
     def close(self) -> None:
         """Lets nobody in any more. Connections stay as they are."""
         self._closing.set()
+        _cut_off(self.listener)
         self.listener.close()
 
     def _accept(self) -> None:
@@ -133,9 +135,10 @@ class Door:
                     return
                 time.sleep(_POLL_S)  # out of file descriptors, perhaps
                 continue
-            if not self._strangers.acquire(blocking=False):
-                connection.close()
-                continue
+            with self._lock:
+                self._strangers.append(connection)
+                if len(self._strangers) > STRANGERS:
+                    _cut_off(self._strangers[0])
             threading.Thread(target=self._meet, args=(connection, source), name="caller", daemon=True).start()
 
     def _meet(self, connection: socket.socket, source: object) -> None:
@@ -147,7 +150,8 @@ class Door:
             connection.close()
             return
         finally:
-            self._strangers.release()
+            with self._lock:
+                self._strangers.remove(connection)
         if self._closing.is_set():
             connection.close()
         else:
@@ -194,6 +198,12 @@ def receive_into(connection: socket.socket, place: memoryview) -> None:
         if not count:
             raise ChannelError("the other end hung up")
         done += count
+
+
+def _cut_off(connection: socket.socket) -> None:
+    """Ends what another thread waits for on it."""
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def new_secret() -> bytes:

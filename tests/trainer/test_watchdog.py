@@ -1,6 +1,6 @@
 """Real hangs of one rank of two: everyone prints its stacks, the late one is named, all exit with the same code.
 
-What is not covered: NCCL, and a frozen host of the store (then the dead-man timer ends every rank, unnamed).
+What is not covered: NCCL.
 """
 
 import os
@@ -23,7 +23,7 @@ from lens_megatron.supervision.heartbeat import Heartbeat, late_ranks, report
 from lens_megatron.supervision.watchdog import watch
 
 
-def run(folder: Path, how: str) -> tuple[list[int], list[str]]:
+def run(folder: Path, how: str, late: int = LATE) -> tuple[list[int], list[str]]:
     """Exit codes and standard error of both ranks."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -31,7 +31,7 @@ def run(folder: Path, how: str) -> tuple[list[int], list[str]]:
     script = str(ROOT / "tests" / "trainer" / "watchdog_worker.py")
     processes = [
         subprocess.Popen(
-            [sys.executable, script, str(rank), "2", port, str(folder), how],
+            [sys.executable, script, str(rank), "2", port, str(folder), how, str(late)],
             env=environment(),
             stderr=subprocess.PIPE,
             text=True,
@@ -39,8 +39,8 @@ def run(folder: Path, how: str) -> tuple[list[int], list[str]]:
         for rank in range(2)
     ]
     if how == "frozen":  # as torchrun would
-        processes[0].wait(120)
-        processes[LATE].kill()
+        processes[1 - late].wait(120)
+        processes[late].kill()
     errors = [process.communicate(timeout=120)[1] for process in processes]
     return [process.returncode for process in processes], errors
 
@@ -69,10 +69,12 @@ def test_a_hang_is_named_and_ends_every_rank(how: str, late: str, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_frozen_rank_is_named_by_the_others(tmp_path: Path):
-    codes, errors = run(tmp_path, "frozen")
-    assert codes == [HANG, -signal.SIGKILL], errors
-    assert f"late: rank {LATE} in update_actor of step 7 (did not answer" in errors[0], errors[0]
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_frozen_rank_is_named_by_the_others(late: int, tmp_path: Path):
+    """Rank 0 too, whose process started the store."""
+    codes, errors = run(tmp_path, "frozen", late)
+    assert codes[late] == -signal.SIGKILL and codes[1 - late] == HANG, errors
+    assert f"late: rank {late} in update_actor of step 7 (did not answer" in errors[1 - late], errors[1 - late]
 
 
 def test_zero_minutes_switch_it_off(tmp_path: Path):
