@@ -35,13 +35,15 @@ class Totals:
     """Requests posted and neither completed nor taken back."""
     capacity: int
     """Sequences that all engines can run at once."""
+    engines: int
+    """Those that serve, or may again before other weights are loaded."""
     ranks_here: int
     """Those that have come to this phase."""
     ranks_done: int
     """Those that need nothing more of it."""
 
 
-TOTALS = ("unfinished", "capacity", "ranks_here", "ranks_done")
+TOTALS = ("unfinished", "capacity", "engines", "ranks_here", "ranks_done")
 
 
 class Board:
@@ -58,18 +60,22 @@ class Board:
         self.read: dict[str, int] = {}
         """How far this rank has read what is appended."""
 
-    def begin(self, capacity: int) -> None:
-        """Enters the next phase with an engine of this capacity."""
+    def begin(self, capacity: int, engines: int) -> None:
+        """Enters the next phase with an engine of this capacity; engines: 0 if it is hopeless, else 1."""
         self.store.delete(self.keys_before)
         self.keys_before, self.keys = self.keys, set()
         self.phase += 1
         self.read = {"parcels": 0, f"results/{self.rank}": 0, "withdrawn": 0}
         self.counts = {name: self._add(name, 0) for name in (*self.read, *TOTALS)}
         self.add_capacity(capacity)
+        self.add_engines(engines)
         self._add("ranks_here", 1)
 
     def add_capacity(self, difference: int) -> None:
         self._add("capacity", difference)
+
+    def add_engines(self, difference: int) -> None:
+        self._add("engines", difference)
 
     def leave(self) -> None:
         """Says that this rank waits for nothing more."""

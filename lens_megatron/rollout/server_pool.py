@@ -29,7 +29,7 @@ from lens_megatron.rollout.server_client import (
     generate_body,
 )
 from lens_megatron.rollout.server_process import ServerProcess
-from lens_megatron.rollout.weight_transfer import Link
+from lens_megatron.rollout.weight_transfer import KeptBucket, Link
 
 
 @dataclass(slots=True, eq=False)
@@ -47,6 +47,7 @@ class Member:
     running: dict[int, asyncio.Task] = field(default_factory=dict)
     """Requests that it works on."""
     started_at: float = 0.0
+    died_at: float = 0.0
     trouble: ServerError | None = None
     """Why it counts as not started yet."""
 
@@ -71,13 +72,27 @@ class ServerPool:
     per_server: requests that a server is given at once.
     expected: what completions must agree with, but for the weights.
     say: tells people.
+    reload: sends `kept` to a server.
+    patient: requests wait for servers that may serve again, since nobody else takes them.
     """
 
-    def __init__(self, per_server: int, expected: Expected, limits: Limits, say: Callable[[str], None]):
+    def __init__(
+        self,
+        per_server: int,
+        expected: Expected,
+        limits: Limits,
+        say: Callable[[str], None],
+        reload: Callable[["ServerPool", "Member"], Coroutine[Any, Any, None]],
+        *,
+        patient: bool,
+    ):
         self.per_server, self.expected, self.limits, self.say = per_server, expected, limits, say
+        self.reload, self.patient = reload, patient
         self.members: list[Member] = []
         self.version: int | None = None
         """Of the weights last loaded."""
+        self.kept: Sequence[KeptBucket] = ()
+        """Those weights."""
         self.requests: dict[int, Request] = {}
         """Neither finished nor lost."""
         self.waiting: deque[Request] = deque()
@@ -146,6 +161,17 @@ class ServerPool:
     def capacity(self) -> int:
         return self.per_server * sum(fleet.serving(member.known, self.version) for member in self.members)
 
+    def comes_back(self, member: Member) -> bool:
+        """Whether it may serve some time, though it does not now."""
+        known, limits = member.known, self.limits
+        if known.state is State.RESTARTING or known.loading or fleet.reloadable(known, limits):
+            return True
+        return member.process is not None and self.revives and fleet.restartable(known, limits)
+
+    def hopeless(self) -> bool:
+        """No server serves, nor may one before other weights are loaded."""
+        return not any(fleet.serving(m.known, self.version) or self.comes_back(m) for m in self.members)
+
     def running(self) -> int:
         return sum(len(member.running) for member in self.members)
 
@@ -158,7 +184,7 @@ class ServerPool:
                 break
             request = self.waiting.popleft()
             member.running[request.request_id] = self._spawn(self._serve(member, request))
-        if self.waiting and not self.capacity():
+        if self.waiting and not self.capacity() and (self.hopeless() or not self.patient):
             for request in self.waiting:
                 del self.requests[request.request_id]
             self.lost += self.waiting
@@ -206,6 +232,7 @@ class ServerPool:
                 self.waiting.appendleft(self.requests[number])
             member.running.clear()
         if known.state is State.DEAD:
+            member.died_at = time.monotonic()
             member.close_link()
         self.deal()
 
@@ -224,6 +251,8 @@ class ServerPool:
                 case State.DEAD:
                     if self.revives:
                         await self.revive(member)
+                case State.STALE if self.kept and fleet.reloadable(member.known, self.limits):
+                    await self._reload(member)
                 case _:
                     await self._probe(member)
             await asyncio.sleep(self.limits.probe_interval_s)
@@ -246,6 +275,8 @@ class ServerPool:
                 self.tell(member, Event.STARTED)
         elif fleet.restartable(member.known, self.limits):
             await asyncio.to_thread(member.process.stop)  # it may be there still, and hang
+            if time.monotonic() < member.died_at + fleet.backoff_s(member.known, self.limits):
+                return
             member.process.start()
             await member.session.close()
             member.session = _session(member.process.key, member.process.socket_path)
@@ -253,6 +284,13 @@ class ServerPool:
             self.tell(member, Event.STARTING)
         else:
             await asyncio.to_thread(member.process.stop)
+
+    async def _reload(self, member: Member) -> None:
+        version = self.version
+        await self.reload(self, member)
+        if fleet.serving(member.known, version):
+            self.say(f"{member.name}: serves again, with weights of version {version}")
+        self.deal()
 
     async def _probe(self, member: Member) -> None:
         try:

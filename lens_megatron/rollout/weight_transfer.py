@@ -119,6 +119,24 @@ def payload(bucket: Bucket) -> Any:
     return [tensor.contiguous() for tensor in bucket.tensors] if torch.cuda.is_available() else pack(bucket.tensors)
 
 
+@dataclass(frozen=True, slots=True)
+class KeptBucket:
+    """In host memory, for servers that are started again."""
+
+    update_info: dict[str, Any]
+    payload: Any
+
+
+def kept(bucket: Bucket, payload: Any) -> KeptBucket:
+    host = [tensor.cpu() for tensor in payload] if torch.cuda.is_available() else payload
+    return KeptBucket(bucket.update_info(), host)
+
+
+def restored(bucket: KeptBucket) -> Any:
+    """As `payload` made it."""
+    return [tensor.cuda() for tensor in bucket.payload] if torch.cuda.is_available() else bucket.payload
+
+
 class Link(Protocol):
     """The trainer's end of what connects it with one server's workers."""
 

@@ -163,7 +163,7 @@ def process() -> Iterator[ControlProcess]:
 @pytest.mark.parametrize("guess", GUESSES)
 def test_strangers_at_the_control_store_neither_write_nor_disturb(process: ControlProcess, guess: Guess):
     first, second = (Board(ControlStore(process.address, process.secret), rank, 2) for rank in range(2))
-    first.begin(4)
+    first.begin(4, 1)
     with ExitStack() as strangers:
         for _ in range(3 * channel.STRANGERS):
             stranger = strangers.enter_context(socket.create_connection(tuple(process.address)))
@@ -171,7 +171,7 @@ def test_strangers_at_the_control_store_neither_write_nor_disturb(process: Contr
                 guess(stranger)
             except (ChannelError, OSError):
                 pass  # it was cut off already
-        second.begin(8)  # a connection that is opened now
+        second.begin(8, 1)  # a connection that is opened now
         totals = first.look()
     assert (totals.capacity, totals.ranks_here, totals.unfinished) == (12, 2, 0)
     with pytest.raises(ChannelError, match="does not have the secret"):

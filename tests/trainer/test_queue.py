@@ -40,9 +40,14 @@ class Mortal(LocalEngine):
     def __init__(self, model: str):
         super().__init__(model, max_running_sequences=64)
         self.alive, self.lost, self.served, self.dies_after, self.pace = True, [], [], None, 0.0
+        self.returns = False
+        """Dead, it is being started again."""
 
     def capacity(self) -> int:
         return super().capacity() if self.alive else 0
+
+    def hopeless(self) -> bool:
+        return not (self.alive or self.returns)
 
     def submit(self, requests: Sequence[Request]) -> None:
         requests = list(requests)
@@ -193,6 +198,25 @@ def test_without_any_engine_every_rank_says_so(engines, store):
         sample(engines, make_boards(store), [[0, 1], [2, 3], [4, 5]])
     for engine in engines:
         engine.alive = True
+
+
+def test_when_no_engine_serves_requests_wait_for_those_that_are_started_again(engines, store, alone):
+    for engine in engines:
+        engine.dies_after, engine.returns = 2, True
+
+    def start_again() -> None:
+        while any(engine.alive for engine in engines):
+            time.sleep(0.01)
+        time.sleep(0.5)
+        engines[1].alive = True
+
+    starter = threading.Thread(target=start_again)
+    starter.start()
+    groups, _ = sample(engines, make_boards(store), [[0, 1], [2, 3], [4, 5]])
+    starter.join()
+    for engine in engines:
+        engine.alive, engine.returns, engine.dies_after = True, False, None
+    same(groups, alone)
 
 
 def test_what_is_taken_back_never_comes(engines, store):

@@ -134,10 +134,12 @@ def requests_of(count: int, tokens: int = 24) -> list[Request]:
     ]
 
 
-def finish(engine: ServerEngine, count: int, meanwhile: Callable[[int], None] = lambda done: None) -> dict:
+def finish(
+    engine: ServerEngine, count: int, meanwhile: Callable[[int], None] = lambda done: None, *, seconds: float = 60
+) -> dict:
     """What `step` returns until there are `count` completions. Fails when it lasts, or when one comes twice."""
     done: dict[int, Completion] = {}
-    until = time.monotonic() + 60
+    until = time.monotonic() + seconds
     while len(done) < count:
         assert time.monotonic() < until, (len(done), engine.progress(), [m.known for m in engine.pool.members])
         for completion in engine.step():
@@ -369,7 +371,7 @@ def test_cut_off_for_good_the_run_ends_or_others_take_over(fleet: Fleet, proxy: 
 
 
 @pytest.mark.parametrize("part", ["server", "engine"])
-def test_a_server_that_hangs_is_found_and_comes_back_only_with_new_weights(fleet: Fleet, part: str):
+def test_a_server_that_hangs_is_found_and_comes_back_when_its_weights_were_sent_again(fleet: Fleet, part: str):
     """A stopped server answers no probe; one whose engine is stopped answers them all, and makes no tokens."""
     api = fleet.processes[0].api()
     stopped = api if part == "server" else max(api.children(), key=lambda child: child.memory_info().rss)
@@ -381,8 +383,10 @@ def test_a_server_that_hangs_is_found_and_comes_back_only_with_new_weights(fleet
     finally:
         stopped.resume()
     assert any(" -> dead: " + {"server": "2 probes", "engine": "no token in"}[part] in line for line in fleet.said)
-    until(lambda: states(engine)[0] is State.STALE)
-    assert engine.capacity() == 16
+    until(lambda: engine.capacity() == 32)
+    assert any("serves again, with weights of version 1" in line for line in fleet.said)
+    engine.submit(requests)
+    check(fleet.models["tied"][0], requests, finish(engine, 32), 1)
     engine.load_weights(weights(fleet.models["tied"][1]), 2)
     assert engine.capacity() == 32
     engine.submit(requests)
@@ -393,25 +397,62 @@ def test_untied_heads_are_new_too(own: Future[ServerEngine], fleet: Fleet):
     sync_both_ways(own.result(), *fleet.models["untied"])
 
 
-def test_a_server_that_is_killed_is_started_again_and_waits_for_weights(own: Future[ServerEngine], fleet: Fleet):
+def kill(engine: ServerEngine) -> list[psutil.Process]:
+    """Its only server, in the middle of its work. Returns the processes of that server."""
+    (api,) = psutil.Process(engine.processes[0].process.pid).children()
+    family = [api, *api.children(recursive=True)]
+    api.kill()
+    return family
+
+
+def test_the_only_server_is_killed_and_its_requests_wait_until_it_serves_again(own: Future[ServerEngine], fleet: Fleet):
     engine, model = own.result(), fleet.models["untied"][0]
     process, requests = engine.processes[0], requests_of(30, tokens=80)
     engine.load_weights(weights(model), 5)
+    before, family = (process.key, process.folder), []
     engine.submit(requests)
-    engine.alone = False
+    done = finish(engine, 30, lambda done: family.extend(kill(engine)) if done and not family else None, seconds=300)
+    check(model, requests, done, 5)
+    assert any("-> dead: ended with status 137" in line for line in fleet.own_said), fleet.own_said
+    assert "server 9: serves again, with weights of version 5" in fleet.own_said
+    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family), "its engine is gone too"
+    assert process.key != before[0] and process.folder != before[1] and not before[1].exists()
+
+
+def test_where_others_serve_they_get_its_requests_at_once(own: Future[ServerEngine], fleet: Fleet):
+    engine, model, requests = own.result(), fleet.models["untied"][0], requests_of(30, tokens=80)
+    engine.load_weights(weights(model), 6)
+    engine.alone = engine.pool.patient = False
+    engine.submit(requests)
     done: list[Completion] = []
     until(lambda: bool(done.extend(engine.step()) or done))
-    (api,) = psutil.Process(process.process.pid).children()
-    family = [api, *api.children(recursive=True)]
-    api.kill()
+    kill(engine)
     until(lambda: bool(done.extend(engine.step()) or engine.pool.lost))
     taken = engine.returned()
     assert sorted([c.request_id for c in done] + [r.request_id for r in taken]) == list(range(30))
-    assert any("-> dead: ended with status 137" in line for line in fleet.own_said), fleet.own_said
-    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family), "its engine is gone too"
-    engine.load_weights(weights(model), 6)  # waits for it
+    assert not engine.capacity() and not engine.hopeless()
+    engine.load_weights(weights(model), 7)  # waits for it
     engine.submit(taken)
-    check(model, taken, finish(engine, len(taken)), 6)
+    check(model, taken, finish(engine, len(taken)), 7)
+    engine.alone = engine.pool.patient = True
+
+
+def test_a_server_of_the_trainers_own_listens_on_no_port(own: Future[ServerEngine]):
+    process = own.result().processes[0]
+    assert process.folder.stat().st_mode & 0o777 == 0o700
+    leash = psutil.Process(process.process.pid)
+    ports = [
+        connection.laddr
+        for each in (leash, *leash.children(recursive=True))
+        for connection in each.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert ports == []
+    for head, expected in [("", b"401"), (f"Authorization: Bearer {process.key}\r\n", b"200")]:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(process.socket_path)
+            connection.sendall(f"GET /weight_info HTTP/1.1\r\nHost: x\r\n{head}Connection: close\r\n\r\n".encode())
+            assert expected in connection.recv(100).splitlines()[0]
 
 
 def test_a_server_that_dies_while_it_is_loaded_does_not_stop_the_others(fleet: Fleet):
