@@ -72,7 +72,6 @@ async def _open(pool: ServerPool, members: Sequence[Member]) -> None:
 
 
 async def _send(pool: ServerPool, members: Sequence[Member], update_info: dict[str, Any], payload: object) -> None:
-
     async def work(pool: ServerPool, member: Member) -> None:
         told = asyncio.create_task(_post(pool, member, "/update_weights", {"update_info": update_info}))
         try:

@@ -277,11 +277,15 @@ class ServerPool:
             await asyncio.to_thread(member.process.stop)  # it may be there still, and hang
             if time.monotonic() < member.died_at + fleet.backoff_s(member.known, self.limits):
                 return
-            member.process.start()
-            await member.session.close()
-            member.session = _session(member.process.key, member.process.socket_path)
             member.started_at = time.monotonic()
             self.tell(member, Event.STARTING)
+            try:
+                member.process.start()
+            except OSError as error:
+                self.tell(member, Event.EXITED, reason=f"cannot be started: {error}")
+                return
+            await member.session.close()
+            member.session = _session(member.process.key, member.process.socket_path)
         else:
             await asyncio.to_thread(member.process.stop)
 

@@ -6,6 +6,7 @@ where the trainer is rank 0 of a group and the server's workers are the others.
 """
 
 import base64
+import os
 import socket
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -125,16 +126,18 @@ class KeptBucket:
 
     update_info: dict[str, Any]
     payload: Any
+    device: torch.device
+    """Where the tensors were."""
 
 
 def kept(bucket: Bucket, payload: Any) -> KeptBucket:
     host = [tensor.cpu() for tensor in payload] if torch.cuda.is_available() else payload
-    return KeptBucket(bucket.update_info(), host)
+    return KeptBucket(bucket.update_info(), host, bucket.tensors[0].device)
 
 
 def restored(bucket: KeptBucket) -> Any:
     """As `payload` made it."""
-    return [tensor.cuda() for tensor in bucket.payload] if torch.cuda.is_available() else bucket.payload
+    return [tensor.to(bucket.device) for tensor in bucket.payload] if torch.cuda.is_available() else bucket.payload
 
 
 class Link(Protocol):
@@ -233,7 +236,7 @@ class NcclLink:
         from vllm.distributed.weight_transfer.nccl_common import uid_init_process_group
 
         # NCCL has no timeout: a server that hangs here is found by the deadline of its HTTP request.
-        device = torch.cuda.current_device()
+        device = int(os.environ.get("LOCAL_RANK", 0))  # this thread's current one may be another
         self.communicator = uid_init_process_group(self.identifier, 0, self.size, device)
 
     def send(self, payload: list[Tensor]) -> None:
