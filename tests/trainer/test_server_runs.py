@@ -56,6 +56,23 @@ def running(process: subprocess.Popen, seconds: float) -> Iterator[None]:
         time.sleep(0.2)
 
 
+def test_a_run_whose_only_server_dies_once_goes_on(model: Toy, tmp_path: Path):
+    """Between two looks at the rollouts: killed while it samples, or just before it would."""
+    directory, killed = tmp_path / "run", []
+    tree = model.tree(directory, rollout={"engine": "vllm_server", "max_response_length": 150}, train={"steps": 4})
+    with (tmp_path / "output").open("w+") as output:
+        process = subprocess.Popen(command(tree, tmp_path, 1), env=environment(), stdout=output, stderr=output)
+        for _ in running(process, 400):
+            if not killed and rows(directory) >= 2:
+                killed = servers_of(model)
+                for server in killed:
+                    server.kill()
+    said = (tmp_path / "output").read_text()
+    assert killed and process.poll() == 0, said[-4000:]
+    assert "server 0: healthy -> dead: " in said and rows(directory) == 5
+    assert not processes_of(model) and "EnginesLost" not in said
+
+
 def test_a_run_whose_servers_die_again_and_again_ends_and_goes_on_later(model: Toy, tmp_path: Path):
     directory = tmp_path / "run"
     options = {"engine": "vllm_server", "max_response_length": 150, "prompts_per_step": 8}
