@@ -437,17 +437,19 @@ def test_where_others_serve_they_get_its_requests_at_once(own: Future[ServerEngi
     engine.alone = engine.pool.patient = True
 
 
-def test_a_server_of_the_trainers_own_listens_on_no_port(own: Future[ServerEngine]):
+def test_a_server_of_the_trainers_own_answers_on_no_port(own: Future[ServerEngine]):
     process = own.result().processes[0]
     assert process.folder.stat().st_mode & 0o777 == 0o700
     leash = psutil.Process(process.process.pid)
-    ports = [
-        connection.laddr
+    hosts = {
+        connection.laddr.ip
         for each in (leash, *leash.children(recursive=True))
         for connection in each.net_connections("inet")
         if connection.status == psutil.CONN_LISTEN
-    ]
-    assert ports == []
+    }
+    assert hosts <= {"127.0.0.1", "::1"}, "gloo's, of vLLM's own groups"
+    (api,) = leash.children()
+    assert "--port" not in api.cmdline() and process.socket_path in api.cmdline()
     for head, expected in [("", b"401"), (f"Authorization: Bearer {process.key}\r\n", b"200")]:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(process.socket_path)
