@@ -45,11 +45,7 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
 
     Checks model, tokenizer and data, then takes the device's memory, and only then creates the run folder.
     """
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
-    for mistake in machine_mistakes(config, ranks_here, os.cpu_count() or 1):
-        raise ConfigError(mistake)
-    if why := why_no_folder(Path(config.run.directory)):
-        raise RunFolderError(f"run.directory {config.run.directory}: {why}; choose another folder")
+    _check_machine(config)
     hf_config = read_hf_config(config.model.path)
     check_layout(config, hf_config)
     if config.model.reference_path:
@@ -104,6 +100,15 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
     if run.is_main:
         _describe(run)
     return run, resuming
+
+
+def _check_machine(config: Config) -> None:
+    """Raises ConfigError or RunFolderError for what this machine cannot do."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
+    for mistake in machine_mistakes(config, ranks_here, os.cpu_count() or 1):
+        raise ConfigError(mistake)
+    if why := why_no_folder(Path(config.run.directory)):
+        raise RunFolderError(f"run.directory {config.run.directory}: {why}; choose another folder")
 
 
 def collective_patience(config: Config) -> float:
