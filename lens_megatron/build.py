@@ -13,7 +13,9 @@ from lens_megatron.agreement import raise_together, told_by_main
 from lens_megatron.clock import Clock
 from lens_megatron.config import Config, ConfigError
 from lens_megatron.config_rules import machine_mistakes
+from lens_megatron.control_store import ControlStore
 from lens_megatron.files import why_no_folder
+from lens_megatron.policy import platform
 from lens_megatron.policy.model import DTYPES, build_policy, check_layout
 from lens_megatron.policy.model_check import check_model
 from lens_megatron.policy.offload import TrainerMemory, is_enabled
@@ -22,7 +24,7 @@ from lens_megatron.prompts import DataError, PromptStream, load_prompts
 from lens_megatron.reward import GraderPool
 from lens_megatron.rollout import replay, server_engine, vllm_options
 from lens_megatron.rollout.ahead import Ahead
-from lens_megatron.rollout.board import Board, job_store
+from lens_megatron.rollout.board import Board
 from lens_megatron.rollout.engine import RolloutEngine
 from lens_megatron.rollout.local import LocalEngine
 from lens_megatron.rollout.scheduler import Sampler
@@ -43,11 +45,7 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
 
     Checks model, tokenizer and data, then takes the device's memory, and only then creates the run folder.
     """
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
-    for mistake in machine_mistakes(config, ranks_here, os.cpu_count() or 1):
-        raise ConfigError(mistake)
-    if why := why_no_folder(Path(config.run.directory)):
-        raise RunFolderError(f"run.directory {config.run.directory}: {why}; choose another folder")
+    _check_machine(config)
     hf_config = check_model(config)
     check_layout(config, hf_config)
     if config.rollout.engine in ("vllm", "vllm_server"):
@@ -57,10 +55,12 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
     graders = _start_graders(config)
     prompts, eval_prompts = _load_data(config, tokenizer)
     patience = collective_patience(config)
+    control = platform.open_control_store(device)
     mesh = build_mesh(config.megatron, config.run.seed, device, patience)
     team = build_team(config.ranks_per_engine, patience)
     servers = start_servers(config, hf_config, mesh.rank, mesh.world_size)  # they need longer than all that follows
     with ExitStack() as on_failure:
+        on_failure.callback(control.close)
         on_failure.callback(stop_all, servers)
         policy = build_policy(config, mesh)
         graders.wait_ready()
@@ -73,13 +73,14 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
     share = mesh.dp_rank + mesh.dp_size * mesh.model_rank  # as `sampling.prepare` deals the prompts
     staleness = config.rollout.off_policy_steps * config.train.updates_per_batch
     unfinished = UnfinishedGroups(Path(config.run.directory) / "unfinished", share, mesh.world_size, staleness)
-    board = _build_board(config, team)
+    board = _build_board(config, team, control)
     sampler = Sampler(
         engine, graders, tokenizer.decode, config.rollout, config.lens, config.run.seed, unfinished, board
     )
     run = Run(
         config=config,
         mesh=mesh,
+        control=control,
         policy=policy,
         tokenizer=tokenizer,
         prompts=prompts,
@@ -97,6 +98,15 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
     if run.is_main:
         _describe(run)
     return run, resuming
+
+
+def _check_machine(config: Config) -> None:
+    """Raises ConfigError or RunFolderError for what this machine cannot do."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
+    for mistake in machine_mistakes(config, ranks_here, os.cpu_count() or 1):
+        raise ConfigError(mistake)
+    if why := why_no_folder(Path(config.run.directory)):
+        raise RunFolderError(f"run.directory {config.run.directory}: {why}; choose another folder")
 
 
 def collective_patience(config: Config) -> float:
@@ -129,10 +139,10 @@ def _build_engine(
     )
 
 
-def _build_board(config: Config, team: Team) -> Board | None:
+def _build_board(config: Config, team: Team, store: ControlStore) -> Board | None:
     """Between engines: of those over several ranks the first one speaks."""
     shared = config.rollout.engine != "local" if config.rollout.share_work is None else config.rollout.share_work
-    return Board(job_store(), team.number, team.engines) if shared and team.leads and team.engines > 1 else None
+    return Board(store, team.number, team.engines) if shared and team.leads and team.engines > 1 else None
 
 
 def _check_replay(config: Config, vocab_size: int) -> None:

@@ -97,7 +97,7 @@ def sample(engine: RolloutEngine, request: Request) -> Completion | None:
     while engine.capacity():
         for completion in engine.step():
             return completion
-    engine.returned()
+    engine.cancel({request.request_id})
     return None
 
 

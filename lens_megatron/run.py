@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from lens_megatron.clock import Clock
 from lens_megatron.config import Config
+from lens_megatron.control_store import ControlStore
 from lens_megatron.policy.model import Policy
 from lens_megatron.policy.offload import TrainerMemory
 from lens_megatron.policy.parallel import Mesh
@@ -23,6 +24,8 @@ from lens_megatron.weight_sync import LastSync
 class Run:
     config: Config
     mesh: Mesh
+    control: ControlStore
+    """What the ranks tell each other beside collectives."""
     policy: Policy
     tokenizer: Tokenizer
     prompts: PromptStream
@@ -58,5 +61,6 @@ class Run:
             self.engine.close()
             self.graders.close()
         finally:
+            self.control.close()
             if self.lease:
                 self.lease.release()

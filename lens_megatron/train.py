@@ -100,7 +100,7 @@ def _train(config: Config, stop: Stop) -> None:
     run, resuming = build_run(config, device)
     try:
         directory, deadline = Path(config.run.directory), config.run.phase_timeout_minutes
-        with watch(run.clock, directory, deadline), _saver(run) as saver:
+        with watch(run.clock, run.control, directory, deadline), _saver(run) as saver:
             _loop(run, _resume(run) if resuming else 0, stop, saver)
     finally:
         run.close()

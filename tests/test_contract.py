@@ -19,12 +19,12 @@ OWNERS = {
     "yaml": ("lens_megatron/config_files.py", "lens_megatron/run_folder.py"),
     "matplotlib": "lens_megatron/report.py",
 }
-LAYERS = ["types", "files", "side_log", "tensorboard_events", "config_files", "config_section", "config_rules",
-          "config", "layout_rules", "planning", "plan", "seeds", "exit_codes", "errors", "agreement", "clock",
-          "supervision", "model_files", "tokenizer", "algorithms", "interference", "purify", "samples", "schedule",
-          "pack", "exchange", "reward", "datasets", "prompts", "rollout", "policy", "weight_sync", "run_lease", "run",
-          "canary", "handover", "sampling", "update_batch", "step", "evaluate", "rollout_files", "run_folder",
-          "metrics", "report", "build", "train", "diagnosis", "doctor"]  # fmt: skip
+LAYERS = ["types", "files", "channel", "control_store", "side_log", "tensorboard_events", "config_files",
+          "config_section", "config_rules", "config", "layout_rules", "planning", "plan", "seeds", "exit_codes",
+          "errors", "agreement", "clock", "supervision", "model_files", "tokenizer", "algorithms", "interference",
+          "purify", "samples", "schedule", "pack", "exchange", "reward", "datasets", "prompts", "rollout", "policy",
+          "weight_sync", "run_lease", "run", "canary", "handover", "sampling", "update_batch", "step", "evaluate",
+          "rollout_files", "run_folder", "metrics", "report", "build", "train", "diagnosis", "doctor"]  # fmt: skip
 """Lowest first: a module imports from its own layer and from layers before it."""
 
 

@@ -14,6 +14,11 @@ from torch.distributed import PrefixStore, ProcessGroup
 from torch.distributed.rendezvous import rendezvous
 from torch.overrides import TorchFunctionMode
 
+from lens_megatron.agreement import ToldError, told_by_main
+from lens_megatron.channel import ChannelError, address_towards
+from lens_megatron.config import ConfigError
+from lens_megatron.control_store import ControlProcess, ControlStore
+
 _installed: list[TorchFunctionMode] = []
 
 
@@ -151,3 +156,44 @@ def init_process_group(device: torch.device, timeout_minutes: float = 30) -> Non
     # torchrun keeps one store for all attempts; without a prefix a restarted rank calls at its dead peers' addresses.
     store = PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def open_control_store(device: torch.device) -> ControlStore:
+    """Starts the store on rank 0 and connects every rank. A collective, after `init_process_group`.
+
+    Raises:
+        ConfigError: rank 0 cannot listen where the others would reach it, or this rank does not reach it.
+    """
+    processes: list[ControlProcess] = []
+
+    def start() -> str:
+        processes.append(ControlProcess(_host_for_the_others()))
+        host, port = processes[0].address
+        return f"{processes[0].secret.hex()} {host} {port}"
+
+    try:
+        secret, host, port = told_by_main(start, device).split()
+    except (OSError, ToldError) as error:
+        raise ConfigError(
+            f"the ranks' control store cannot start: {error}; MASTER_ADDR must be an address of rank 0's machine that "
+            "all machines of the run can reach"
+        ) from error
+    store = ControlStore([host, int(port)], bytes.fromhex(secret), process=processes[0] if processes else None)
+    try:
+        store.get([])
+    except ChannelError as error:
+        store.close()
+        raise ConfigError(f"the control store of rank 0: {error}; its machine must let the others in there") from error
+    return store
+
+
+def _host_for_the_others() -> str:
+    """This machine's address for the other ranks: loopback where all are here. Raises OSError."""
+    world_size = torch.distributed.get_world_size()
+    if int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) == world_size:
+        return "127.0.0.1"
+    name = os.environ["MASTER_ADDR"]
+    host = address_towards(name, int(os.environ["MASTER_PORT"]))
+    if host.startswith("127.") or host == "::1":
+        raise OSError(f"MASTER_ADDR={name} is {host} on rank 0's machine, where no other machine can reach it")
+    return host

@@ -1,19 +1,18 @@
 """What the ranks of a job tell each other while they sample: parcels of requests that anyone may take, completions.
 
-Every rank reads and writes one key-value store, torchrun's own. A parcel is posted once by its owner and belongs to the
+Every rank reads and writes the job's control store. A parcel is posted once by its owner and belongs to the
 rank that claims it first; its completions go back to the owner. Only bytes travel, and no rank waits for another:
 
     parcels/3 -> requests     claims/3 -> how many have tried     results/0/7 -> the eighth completion sent to rank 0
 """
 
 import json
-import os
 from collections.abc import Collection
 from dataclasses import astuple, dataclass
 
 import numpy as np
-from torch.distributed import PrefixStore, Store, TCPStore
 
+from lens_megatron.control_store import ControlStore
 from lens_megatron.rollout.engine import Completion, Request
 
 
@@ -36,25 +35,21 @@ class Totals:
     """Requests posted and neither completed nor taken back."""
     capacity: int
     """Sequences that all engines can run at once."""
+    engines: int
+    """Those that serve, or may again before other weights are loaded."""
     ranks_here: int
     """Those that have come to this phase."""
     ranks_done: int
     """Those that need nothing more of it."""
 
 
-TOTALS = ("unfinished", "capacity", "ranks_here", "ranks_done")
-
-
-def job_store() -> Store:
-    """torchrun's store, on a connection of its own; keys of an attempt that was restarted are not seen."""
-    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    return PrefixStore(f"lens_rollouts/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+TOTALS = ("unfinished", "capacity", "engines", "ranks_here", "ranks_done")
 
 
 class Board:
     """One rank's view. A phase is a call of `Sampler.sample` or an evaluation; every rank takes part in every phase."""
 
-    def __init__(self, store: Store, rank: int, world_size: int):
+    def __init__(self, store: ControlStore, rank: int, world_size: int):
         self.store, self.rank, self.world_size = store, rank, world_size
         self.phase = 0
         self.keys: set[str] = set()
@@ -65,19 +60,22 @@ class Board:
         self.read: dict[str, int] = {}
         """How far this rank has read what is appended."""
 
-    def begin(self, capacity: int) -> None:
-        """Enters the next phase with an engine of this capacity."""
-        for key in self.keys_before:
-            self.store.delete_key(key)
+    def begin(self, capacity: int, engines: int) -> None:
+        """Enters the next phase with an engine of this capacity; engines: 0 if it is hopeless, else 1."""
+        self.store.delete(self.keys_before)
         self.keys_before, self.keys = self.keys, set()
         self.phase += 1
         self.read = {"parcels": 0, f"results/{self.rank}": 0, "withdrawn": 0}
         self.counts = {name: self._add(name, 0) for name in (*self.read, *TOTALS)}
         self.add_capacity(capacity)
+        self.add_engines(engines)
         self._add("ranks_here", 1)
 
     def add_capacity(self, difference: int) -> None:
         self._add("capacity", difference)
+
+    def add_engines(self, difference: int) -> None:
+        self._add("engines", difference)
 
     def leave(self) -> None:
         """Says that this rank waits for nothing more."""
@@ -85,7 +83,7 @@ class Board:
 
     def look(self) -> Totals:
         """Reads all counters, in one question to the store; what is new is told by the methods below."""
-        values = self.store.multi_get([self._key(name) for name in self.counts])
+        values = self.store.get([self._key(name) for name in self.counts])
         self.counts = {name: int(value) for name, value in zip(self.counts, values, strict=True)}
         return Totals(*(self.counts[name] for name in TOTALS))
 
@@ -119,8 +117,8 @@ class Board:
         name = f"results/{self.rank}"
         first = self.read[name]
         found = [_read_completion(data) for data in self._read_new(name)]
-        for place in range(len(found)):
-            self.store.delete_key(self._key(f"{name}/{first + place}"))
+        if found:
+            self.store.delete([self._key(f"{name}/{first + place}") for place in range(len(found))])
         return found
 
     def withdraw(self, request_ids: Collection[int]) -> None:
@@ -139,10 +137,8 @@ class Board:
         return self.store.add(key, amount)
 
     def _append(self, name: str, data: bytes) -> int:
-        number = self._add(name, 1) - 1
-        key = self._key(f"{name}/{number}")
-        self.keys.add(key)
-        self.store.set(key, data)
+        number = self.store.append(self._key(name), data)
+        self.keys.add(self._key(f"{name}/{number}"))
         return number
 
     def _read_new(self, name: str) -> list[bytes]:
@@ -150,8 +146,7 @@ class Board:
         self.read[name] = max(seen, count)
         if count <= seen:
             return []
-        # It waits for a key whose writer has raised the counter and not written it yet.
-        return self.store.multi_get([self._key(f"{name}/{number}") for number in range(seen, count)])
+        return self.store.get([self._key(f"{name}/{number}") for number in range(seen, count)])
 
 
 def _parcel_bytes(parcel: Parcel) -> bytes:

@@ -128,6 +128,9 @@ class RolloutEngine(Protocol):
     def capacity(self) -> int:
         """Sequences it can decode at once now; 0: it serves none until weights are loaded again."""
 
+    def hopeless(self) -> bool:
+        """Whether it serves none, and will not before weights are loaded again."""
+
     def progress(self) -> EngineProgress: ...
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:

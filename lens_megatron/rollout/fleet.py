@@ -1,6 +1,6 @@
 """Which servers may sample: a state machine without I/O, clocks or threads. `server_engine.py` tells it what happened.
 
-    restarting --started--> stale --loaded--> healthy <--answers, is silent--> suspect
+    restarting --started--> stale --loaded, or loaded again--> healthy <--answers, is silent--> suspect
         ^                     ^                  |                                |
         '------- dead         '--- loading, another version ---------'   too often silent, or bad, or stuck: dead
 
@@ -38,6 +38,8 @@ class Event(StrEnum):
     """It cannot be reached, or does not start, when nobody can wait for it any longer."""
     LOADING = "loading"
     """New weights are about to be sent to it."""
+    RELOADING = "reloading"
+    """The current weights are about to be sent to it alone, because it has been started again."""
     LOADED = "loaded"
     """All of them have come, and it says so."""
     LOAD_BROKE_OFF = "load broke off"
@@ -57,7 +59,9 @@ class Limits:
     stuck_s: float = 120.0
     """Without a token, while it has requests: dead."""
     restarts: int = 3
-    """In a row without a completion in between."""
+    """In a row without a completion in between; and as many times the current weights are sent to it again."""
+    backoff_s: float = 1.0
+    """Before the first restart in a row; twice as long before each further one."""
     probe_interval_s: float = 1.0
     answer_s: float = 15.0
     """For any answer but a completion."""
@@ -80,6 +84,8 @@ class Server:
     """When the last failure was counted."""
     starts: int = 0
     """Since its last completion."""
+    reloads: int = 0
+    """Since its last completion, start, or set of new weights."""
     loading: bool = False
     """Weights are on their way to it."""
     mixed: bool = False
@@ -104,6 +110,17 @@ def loadable(server: Server) -> bool:
 
 def restartable(server: Server, limits: Limits) -> bool:
     return server.state is State.DEAD and server.starts < limits.restarts
+
+
+def backoff_s(server: Server, limits: Limits) -> float:
+    """How long it must have been dead before it is started again."""
+    return limits.backoff_s * 2**server.starts
+
+
+def reloadable(server: Server, limits: Limits) -> bool:
+    """Whether the current weights may be sent to it again."""
+    stale = server.state is State.STALE and not server.mixed and not server.loading
+    return stale and server.reloads < limits.restarts
 
 
 def progressed(server: Server, tokens: float, busy: bool, now: float, limits: Limits) -> Server:
@@ -147,7 +164,7 @@ def after(server: Server, event: Event, limits: Limits, *, version: int | None =
     """
     state = server.state
     if event is Event.EXITED:
-        return replace(_dead(server, reason), mixed=False)
+        return replace(_dead(server, reason), mixed=False, reloads=0)
     if event is Event.STARTING:
         return Server(starts=server.starts + 1, reason=server.reason) if state is State.DEAD else server
     if event is Event.STARTED:
@@ -161,13 +178,15 @@ def after(server: Server, event: Event, limits: Limits, *, version: int | None =
         return server
     match event:
         case Event.LOADING if not server.mixed:
-            return replace(_stale(server, "its weights are being replaced"), loading=True)
+            return replace(_stale(server, "its weights are being replaced"), loading=True, reloads=0)
+        case Event.RELOADING if reloadable(server, limits):
+            return replace(server, loading=True, reloads=server.reloads + 1)
         case Event.LOADED if server.loading and version is not None:
             return replace(server, state=State.HEALTHY, version=version, loading=False, failures=0, reason="")
         case Event.LOAD_BROKE_OFF:
             return replace(_dead(server, reason), mixed=True)
         case Event.OTHER_VERSION:
-            return _stale(server, reason)
+            return replace(_stale(server, reason), reloads=limits.restarts)  # somebody else's server by now
         case Event.ANSWERED:
             recovered = State.HEALTHY if state is State.SUSPECT else state
             return replace(server, state=recovered, silent=0)
@@ -178,7 +197,7 @@ def after(server: Server, event: Event, limits: Limits, *, version: int | None =
             doubted = State.SUSPECT if state is State.HEALTHY else state
             return replace(server, state=doubted, silent=silent, reason=reason)
         case Event.SERVED:
-            return replace(server, failures=0, starts=0)
+            return replace(server, failures=0, starts=0, reloads=0)
     return server
 
 

@@ -1,12 +1,15 @@
-"""Runs a command that must not outlive its parent: `python -m lens_megatron.rollout.leash PARENT_PID command...`
+"""Runs a command that must not outlive its parent:
+
+    python -m lens_megatron.rollout.leash [--remove FOLDER] PARENT_PID command...
 
 Ends the command's whole process group when the parent is gone, however it went, or on SIGTERM; ends when the command
-does. A process of its own: a killed trainer can no longer end anything, and a death signal would reach its child but
-not that child's children.
+does, and then removes the folder. A process of its own: a killed trainer can no longer end anything, and a death signal
+would reach its child but not that child's children.
 """
 
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +25,10 @@ _PR_SET_PDEATHSIG = 1
 
 def main(arguments: Sequence[str]) -> int:
     """Returns the command's exit status; 128 + signal where one ended it."""
-    parent, command, own = int(arguments[0]), list(arguments[1:]), os.getpid()
+    arguments, folder, own = list(arguments), None, os.getpid()
+    if arguments[0] == "--remove":
+        _, folder, *arguments = arguments
+    parent, command = int(arguments[0]), arguments[1:]
     prctl = ctypes.CDLL(None).prctl
 
     def die_with_the_leash() -> None:
@@ -47,6 +53,8 @@ def main(arguments: Sequence[str]) -> int:
     except ProcessLookupError:
         pass  # it left nothing behind
     status = child.wait()
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
     return status if status >= 0 else 128 - status
 
 

@@ -69,6 +69,9 @@ class LocalEngine:
     def capacity(self) -> int:
         return self.max_running_sequences
 
+    def hopeless(self) -> bool:
+        return False
+
     def returned(self) -> list[Request]:
         return []
 

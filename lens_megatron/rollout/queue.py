@@ -138,14 +138,14 @@ class SharedQueue:
         self.engine, self.board = engine, board
         self.claimed = OwnQueue(engine, timed)
         self.first_id, self.id_step = board.rank, board.world_size
-        self.capacity = engine.capacity()
+        self.capacity, self.engines = engine.capacity(), int(not engine.hopeless())
         self.open: list[tuple[bool, bool, float, int, Parcel]] = []
         """A heap of parcels seen and perhaps not claimed by anyone yet: urgent, own, longest expected."""
         self.own: set[int] = set()
         """Ids of requests added here and not returned yet."""
         self.withdrawn: set[int] = set()
         self.looked = 0.0
-        board.begin(self.capacity)
+        board.begin(self.capacity, self.engines)
 
     @property
     def waiting(self) -> int:
@@ -186,9 +186,13 @@ class SharedQueue:
         if capacity != self.capacity:
             self.board.add_capacity(capacity - self.capacity)
             self.capacity = capacity
+        engines = int(not self.engine.hopeless())
+        if engines != self.engines:
+            self.board.add_engines(engines - self.engines)
+            self.engines = engines
         totals = self.board.look()
         self._stop_withdrawn()
-        if totals.capacity == 0 and totals.unfinished and totals.ranks_here == self.board.world_size:
+        if totals.engines == 0 and totals.unfinished and totals.ranks_here == self.board.world_size:
             raise EnginesLostError(f"no engine of any rank is left for {totals.unfinished} requests")
         for number, parcel in self.board.new_parcels():
             foreign = parcel.requests[0].request_id % self.board.world_size != self.board.rank

@@ -46,7 +46,7 @@ class Client:
     """Raises ServerError from every method."""
 
     address: str
-    """http://host:port"""
+    """http://host:port; the host has no meaning where the session's connections go to a Unix socket."""
     session: aiohttp.ClientSession
     """With the key among its headers."""
 

@@ -33,6 +33,7 @@ from lens_megatron.rollout.local import checkpoint_weights, end_tokens
 from lens_megatron.rollout.server_client import Expected, ServerError
 from lens_megatron.rollout.server_pool import Member, ServerPool
 from lens_megatron.rollout.server_process import KEY_VARIABLE, ServerProcess, server_options, stop_all
+from lens_megatron.rollout.weight_transfer import KeptBucket
 
 WAIT_SECONDS = 0.02
 """`step` waits no longer than this when nothing has finished."""
@@ -46,7 +47,7 @@ class ServerEngine:
     Args:
         processes: servers of this rank that `server_process.start_servers` has started. They are this engine's now.
         addresses: of servers of this rank that somebody else has started.
-        alone: no other rank has an engine that could take over.
+        alone: no other rank's engine takes over, so that requests wait here for servers that are started again.
 
     Raises:
         ConfigError: a server does not start, or does not fit.
@@ -89,11 +90,13 @@ class ServerEngine:
 
     async def _make_pool(self, addresses: Sequence[str]) -> ServerPool:
         expected = Expected(self.vocabulary, self.ends, "", 0)
-        pool = ServerPool(self.config.rollout.max_running_sequences, expected, self.limits, self.say)
+        per_server = self.config.rollout.max_running_sequences
+        reload = server_loading.reload
+        pool = ServerPool(per_server, expected, self.limits, self.say, reload, patient=self.alone)
         for process in self.processes:
-            pool.add(process.name, process.key, process)
+            pool.add_process(process)
         for address in addresses:
-            pool.add(f"server {address}", os.environ.get(KEY_VARIABLE, ""), address=address)
+            pool.add_given(address, os.environ.get(KEY_VARIABLE, ""))
         return pool
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
@@ -121,10 +124,6 @@ class ServerEngine:
                 f"VLLM_SERVER_DEV_MODE=1 and --enable-scale-out, and {KEY_VARIABLE} must be its key"
             )
         if member.known.state is not State.DEAD:
-            return
-        if member.process and member.process.port_was_taken() and member.known.starts < self.limits.restarts:
-            self.say(f"{member.name}: its port was taken meanwhile; starting it on another one")
-            self._call(self.pool.revive(member))
             return
         tail = f"; the end of {member.process.log}:\n{member.process.tail()}" if member.process else ""
         raise ConfigError(f"rollout.engine=vllm_server: {member.name} did not start: {member.known.reason}{tail}")
@@ -197,6 +196,12 @@ class ServerEngine:
     def capacity(self) -> int:
         return self.pool.capacity()
 
+    def hopeless(self) -> bool:
+        return self._call(self._hopeless())
+
+    async def _hopeless(self) -> bool:
+        return self.pool.hopeless()
+
     def progress(self) -> EngineProgress:
         return EngineProgress(len(self.pool.waiting), self.pool.running(), self.pool.generated)
 
@@ -210,12 +215,14 @@ class ServerEngine:
         self.version, manifest = None, WeightManifest(self.shapes)
         self._call(server_loading.begin(self.pool))
         on_its_way: Future[None] | None = None
+        kept: list[KeptBucket] = []
         try:
             accepted = ((name, tensor) for name, tensor in weights if manifest.accepts(name, tensor))
             for bucket in weight_transfer.buckets(accepted):
-                if not server_loading.loading(self.pool):
+                if self._call(self._hopeless()):
                     continue  # the other ranks need this one's part in the stream
                 payload = weight_transfer.payload(bucket)
+                kept.append(weight_transfer.kept(bucket, payload))
                 if on_its_way:
                     on_its_way.result()
                 on_its_way = self._start(server_loading.send(self.pool, bucket.update_info(), payload))
@@ -227,7 +234,7 @@ class ServerEngine:
                 on_its_way.exception()
             self._call(server_loading.abandon(self.pool))
             raise
-        self._call(server_loading.finish(self.pool, version, f"{self.run_name}-{version}"))
+        self._call(server_loading.finish(self.pool, version, f"{self.run_name}-{version}", kept))
         self.version = version
 
     def wake(self) -> None:
@@ -253,7 +260,8 @@ def build(
     for process in processes:
         process.move_log(Path(config.run.directory) / "servers")
     given = config.rollout.servers if isinstance(config.rollout.servers, tuple) else ()
-    return ServerEngine(config, hf_config, processes, given[rank::world_size], alone=world_size == 1, say=say)
+    alone = world_size == 1 or config.rollout.share_work is False
+    return ServerEngine(config, hf_config, processes, given[rank::world_size], alone=alone, say=say)
 
 
 def _context_of(address: str, info: Mapping[str, Any], config: Config) -> int:

@@ -5,6 +5,7 @@ decided by `fleet.py`; here its events are found out and its decisions carried o
 """
 
 import asyncio
+import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import aiohttp
 
+from lens_megatron.channel import Address, address_towards
 from lens_megatron.rollout import fleet
 from lens_megatron.rollout.engine import Completion, Request
 from lens_megatron.rollout.fleet import Event, Limits, Server, State
@@ -27,7 +29,7 @@ from lens_megatron.rollout.server_client import (
     generate_body,
 )
 from lens_megatron.rollout.server_process import ServerProcess
-from lens_megatron.rollout.weight_transfer import Link
+from lens_megatron.rollout.weight_transfer import KeptBucket, Link
 
 
 @dataclass(slots=True, eq=False)
@@ -38,19 +40,26 @@ class Member:
     session: aiohttp.ClientSession
     process: ServerProcess | None = None
     """None: somebody else started it."""
-    address: str = ""
-    """Of a server that somebody else started."""
+    address: str = "http://localhost"
+    """http://host:port, of a server that somebody else started."""
     known: Server = Server()
     link: Link | None = None
     running: dict[int, asyncio.Task] = field(default_factory=dict)
     """Requests that it works on."""
     started_at: float = 0.0
+    died_at: float = 0.0
     trouble: ServerError | None = None
     """Why it counts as not started yet."""
 
     @property
     def client(self) -> Client:
-        return Client(self.process.address if self.process else self.address, self.session)
+        return Client(self.address, self.session)
+
+    def link_address(self) -> Address:
+        """Where the trainer may listen so that this server reaches it, and as few others as possible."""
+        if self.process is not None:
+            return str(self.process.folder / f"weights_{secrets.token_hex(4)}")
+        return [address_towards(*self.client.host_and_port), 0]
 
     def close_link(self) -> None:
         if self.link is not None:
@@ -63,13 +72,27 @@ class ServerPool:
     per_server: requests that a server is given at once.
     expected: what completions must agree with, but for the weights.
     say: tells people.
+    reload: sends `kept` to a server.
+    patient: requests wait for servers that may serve again, since nobody else takes them.
     """
 
-    def __init__(self, per_server: int, expected: Expected, limits: Limits, say: Callable[[str], None]):
+    def __init__(
+        self,
+        per_server: int,
+        expected: Expected,
+        limits: Limits,
+        say: Callable[[str], None],
+        reload: Callable[["ServerPool", "Member"], Coroutine[Any, Any, None]],
+        *,
+        patient: bool,
+    ):
         self.per_server, self.expected, self.limits, self.say = per_server, expected, limits, say
+        self.reload, self.patient = reload, patient
         self.members: list[Member] = []
         self.version: int | None = None
         """Of the weights last loaded."""
+        self.kept: Sequence[KeptBucket] = ()
+        """Those weights."""
         self.requests: dict[int, Request] = {}
         """Neither finished nor lost."""
         self.waiting: deque[Request] = deque()
@@ -85,13 +108,15 @@ class ServerPool:
         """A mistake of ours in a background task."""
         self.background: set[asyncio.Task] = set()
 
-    def add(self, name: str, key: str, process: ServerProcess | None = None, address: str = "") -> None:
-        session = aiohttp.ClientSession(
-            headers={"Authorization": f"Bearer {key}"},
-            # The server closes a connection after 5 s without a request, and a request sent just then would be lost.
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2),
-        )
-        member = Member(name, session, process, address, started_at=time.monotonic())
+    def add_process(self, process: ServerProcess) -> None:
+        """One that was started."""
+        session = _session(process.key, process.socket_path)
+        self._add(Member(process.name, session, process, started_at=time.monotonic()))
+
+    def add_given(self, address: str, key: str) -> None:
+        self._add(Member(f"server {address}", _session(key), address=address, started_at=time.monotonic()))
+
+    def _add(self, member: Member) -> None:
         self.members.append(member)
         self._spawn(self._watch(member))
 
@@ -136,6 +161,17 @@ class ServerPool:
     def capacity(self) -> int:
         return self.per_server * sum(fleet.serving(member.known, self.version) for member in self.members)
 
+    def comes_back(self, member: Member) -> bool:
+        """Whether it may serve some time, though it does not now."""
+        known, limits = member.known, self.limits
+        if known.state is State.RESTARTING or known.loading or fleet.reloadable(known, limits):
+            return True
+        return member.process is not None and self.revives and fleet.restartable(known, limits)
+
+    def hopeless(self) -> bool:
+        """No server serves, nor may one before other weights are loaded."""
+        return not any(fleet.serving(m.known, self.version) or self.comes_back(m) for m in self.members)
+
     def running(self) -> int:
         return sum(len(member.running) for member in self.members)
 
@@ -148,7 +184,7 @@ class ServerPool:
                 break
             request = self.waiting.popleft()
             member.running[request.request_id] = self._spawn(self._serve(member, request))
-        if self.waiting and not self.capacity():
+        if self.waiting and not self.capacity() and (self.hopeless() or not self.patient):
             for request in self.waiting:
                 del self.requests[request.request_id]
             self.lost += self.waiting
@@ -196,6 +232,7 @@ class ServerPool:
                 self.waiting.appendleft(self.requests[number])
             member.running.clear()
         if known.state is State.DEAD:
+            member.died_at = time.monotonic()
             member.close_link()
         self.deal()
 
@@ -214,6 +251,8 @@ class ServerPool:
                 case State.DEAD:
                     if self.revives:
                         await self.revive(member)
+                case State.STALE if self.kept and fleet.reloadable(member.known, self.limits):
+                    await self._reload(member)
                 case _:
                     await self._probe(member)
             await asyncio.sleep(self.limits.probe_interval_s)
@@ -236,11 +275,26 @@ class ServerPool:
                 self.tell(member, Event.STARTED)
         elif fleet.restartable(member.known, self.limits):
             await asyncio.to_thread(member.process.stop)  # it may be there still, and hang
-            member.process.start()
+            if time.monotonic() < member.died_at + fleet.backoff_s(member.known, self.limits):
+                return
             member.started_at = time.monotonic()
             self.tell(member, Event.STARTING)
+            try:
+                member.process.start()
+            except OSError as error:
+                self.tell(member, Event.EXITED, reason=f"cannot be started: {error}")
+                return
+            await member.session.close()
+            member.session = _session(member.process.key, member.process.socket_path)
         else:
             await asyncio.to_thread(member.process.stop)
+
+    async def _reload(self, member: Member) -> None:
+        version = self.version
+        await self.reload(self, member)
+        if fleet.serving(member.known, version):
+            self.say(f"{member.name}: serves again, with weights of version {version}")
+        self.deal()
 
     async def _probe(self, member: Member) -> None:
         try:
@@ -252,3 +306,13 @@ class ServerPool:
         busy, now = bool(member.running), time.monotonic()
         self._move(member, fleet.progressed(member.known, load.tokens, busy, now, self.limits))
         self.deal()
+
+
+def _session(key: str, socket_path: str | None = None) -> aiohttp.ClientSession:
+    # The server closes a connection after 5 s without a request, and a request sent just then would be lost.
+    options = {"limit": 0, "keepalive_timeout": 2}
+    if socket_path is None:
+        connector: aiohttp.BaseConnector = aiohttp.TCPConnector(**options)
+    else:
+        connector = aiohttp.UnixConnector(socket_path, **options)
+    return aiohttp.ClientSession(headers={"Authorization": f"Bearer {key}"}, connector=connector)

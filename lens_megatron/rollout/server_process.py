@@ -1,4 +1,6 @@
-"""Starts vLLM's servers as processes of this one: their options, environment, ports, logs and end.
+"""Starts vLLM's servers as processes of this one: their options, environment, sockets, logs and end.
+
+They listen on Unix sockets in folders that nobody else may enter, and on no port.
 
 python -m lens_megatron.rollout.server_process --config run.yaml --host 10.0.0.7 --port 8000
 
@@ -10,9 +12,11 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
@@ -31,6 +35,9 @@ from lens_megatron.rollout import vllm_options, weight_transfer
 
 KEY_VARIABLE = "LENS_VLLM_API_KEY"
 """Environment variable with the key of servers that the trainer did not start."""
+
+_LONGEST_SOCKET_PATH = 107
+"""Bytes; Linux's limit."""
 
 
 def check_plugin() -> None:
@@ -74,8 +81,12 @@ def server_options(config: Config, hf_config: PretrainedConfig) -> dict[str, Any
     }
 
 
-def command(options: Mapping[str, Any], host: str, port: int) -> list[str]:
-    """The server's command line. It holds no key: others can read command lines."""
+def command(options: Mapping[str, Any], listen: Sequence[str]) -> list[str]:
+    """The server's command line. It holds no key: others can read command lines.
+
+    Args:
+        listen: vLLM's options that say where.
+    """
     words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]  # `vllm serve` needs a package of that name
     for name, value in options.items():
         flag = name.replace("_", "-")
@@ -86,7 +97,7 @@ def command(options: Mapping[str, Any], host: str, port: int) -> list[str]:
         elif value is not None:
             words += [f"--{flag}", json.dumps(value) if isinstance(value, Mapping) else str(value)]
     guard = "lens_megatron.rollout.server_guard.RequireKey"
-    return [*words, "--host", host, "--port", str(port), "--enable-scale-out", "--middleware", guard]
+    return [*words, *listen, "--enable-scale-out", "--middleware", guard]
 
 
 def environment(key: str, visible_devices: str | None) -> dict[str, str]:
@@ -109,13 +120,19 @@ def environment(key: str, visible_devices: str | None) -> dict[str, str]:
     return kept | own
 
 
-def free_port(host: str) -> int:
-    with socket.create_server((host, 0)) as listener:
-        return listener.getsockname()[1]
+def private_folder() -> Path:
+    """A new folder for sockets that only this user may enter, with a path short enough for them. Raises OSError."""
+    example = f"/lens_server_{'x' * 8}/{'x' * 36}"  # vLLM names its own sockets by UUIDs
+    base = tempfile.gettempdir()
+    if len(os.fsencode(base + example)) > _LONGEST_SOCKET_PATH:
+        base = "/tmp"
+    return Path(tempfile.mkdtemp(prefix="lens_server_", dir=base))
 
 
 class ServerProcess:
-    """One server on this machine's loopback, which does not outlive this process.
+    """One server on this machine, which does not outlive this process.
+
+    Every start has a key and a folder of its own.
 
     Args:
         options: of vLLM's engine.
@@ -125,31 +142,29 @@ class ServerProcess:
 
     def __init__(self, name: str, options: Mapping[str, Any], log: Path, *, visible_devices: str | None = None):
         self.name, self.options, self.log, self.visible = name, dict(options), log, visible_devices
-        self.key = secrets.token_urlsafe(32)
-        self.port = self.log_start = 0
+        self.key, self.log_start = "", 0
+        self.folder: Path | None = None
         self.kept_log: Path | None = None
         self.process: subprocess.Popen | None = None
 
     @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+    def socket_path(self) -> str:
+        """Where it listens. It has none before it was started."""
+        return str(self.folder / "http")
 
-    def start(self, port: int | None = None) -> None:
-        """Starts it, again too, and does not wait.
-
-        Args:
-            port: None: a free one.
-        """
+    def start(self) -> None:
+        """Starts it, again too, and does not wait. Raises OSError."""
         self.stop()
-        self.port = port or free_port("127.0.0.1")
-        leash = [sys.executable, "-m", "lens_megatron.rollout.leash", str(os.getpid())]
+        self.key, self.folder = secrets.token_urlsafe(32), private_folder()
+        leash = [sys.executable, "-m", "lens_megatron.rollout.leash", "--remove", str(self.folder), str(os.getpid())]
+        own = {"VLLM_RPC_BASE_PATH": str(self.folder)}
         with self.log.open("ab") as output:
-            output.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')}, port {self.port}\n".encode())
+            output.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
             output.flush()
             self.log_start = output.tell()
             self.process = subprocess.Popen(
-                [*leash, *command(self.options, "127.0.0.1", self.port)],
-                env=environment(self.key, self.visible),
+                [*leash, *command(self.options, ["--uds", self.socket_path])],
+                env=environment(self.key, self.visible) | own,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -158,10 +173,6 @@ class ServerProcess:
     def status(self) -> int | None:
         """Exit status; None while it runs."""
         return self.process.poll() if self.process else None
-
-    def port_was_taken(self) -> bool:
-        """Whether it ended because somebody else listens on its port."""
-        return self.status() is not None and "address already in use" in self.tail(200).lower()
 
     def tail(self, lines: int = 15) -> str:
         """The end of what it has written since it was started last."""
@@ -197,6 +208,9 @@ class ServerProcess:
             self.ask_to_stop()
             self.process.wait()
             self.process = None
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)  # its leash may have been killed
+            self.folder = None
 
 
 def start_servers(config: Config, hf_config: PretrainedConfig, rank: int, world_size: int) -> list[ServerProcess]:
@@ -257,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         taken = f"--host {parsed.host} --port {parsed.port}: " * isinstance(error, OSError)
         print(f"error: {taken}{error}", file=sys.stderr)
         return exit_codes.MISTAKE
-    words = command(server_options(config, hf_config), parsed.host, parsed.port)
+    words = command(server_options(config, hf_config), ["--host", parsed.host, "--port", str(parsed.port)])
     os.execve(words[0], words, environment(key, os.environ.get("CUDA_VISIBLE_DEVICES")))
 
 

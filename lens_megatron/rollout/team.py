@@ -144,6 +144,9 @@ class TeamEngine:
     def capacity(self) -> int:
         return self.engine.capacity()
 
+    def hopeless(self) -> bool:
+        return self.engine.hopeless()
+
     def returned(self) -> list[Request]:
         return self.engine.returned()
 

@@ -102,6 +102,9 @@ class VllmEngine:
     def capacity(self) -> int:
         return self.sequences
 
+    def hopeless(self) -> bool:
+        return False
+
     def returned(self) -> list[Request]:
         return []
 

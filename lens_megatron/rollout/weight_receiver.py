@@ -1,10 +1,9 @@
-"""The server's end of `weight_transfer.GlooLink`, inside vLLM's workers. Nothing of the trainer imports this."""
+"""The server's end of `weight_transfer.SocketLink`, inside vLLM's workers. Nothing of the trainer imports this."""
 
+import socket
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
-from torch.distributed import ProcessGroupGloo, TCPStore
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -12,21 +11,22 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from lens_megatron.rollout.weight_transfer import address_towards, gloo_group, packed_bytes, unpack
+from lens_megatron import channel
+from lens_megatron.rollout.weight_transfer import packed_bytes, unpack
 
 
 @dataclass
-class GlooInitInfo(WeightTransferInitInfo):
-    """Where the trainer's store is, and how many the group has: the trainer and this server's workers."""
+class SocketInitInfo(WeightTransferInitInfo):
+    """Where the trainer listens, and the secret by which both ends know each other."""
 
-    host: str
-    port: int
-    world_size: int
+    address: str | list
+    secret: str
+    """In hexadecimal digits."""
     timeout_s: float
 
 
 @dataclass
-class GlooUpdateInfo(WeightTransferUpdateInfo):
+class SocketUpdateInfo(WeightTransferUpdateInfo):
     """The tensors of one bucket, in order."""
 
     names: list[str]
@@ -34,20 +34,19 @@ class GlooUpdateInfo(WeightTransferUpdateInfo):
     shapes: list[list[int]]
 
 
-class GlooWeightReceiver(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
+class SocketWeightReceiver(WeightTransferEngine[SocketInitInfo, SocketUpdateInfo]):
     """vLLM makes one per worker, and calls it for the endpoints of the same names."""
 
-    init_info_cls = GlooInitInfo
-    update_info_cls = GlooUpdateInfo
+    init_info_cls = SocketInitInfo
+    update_info_cls = SocketUpdateInfo
     supports_draft_weight_update = False
-    group: ProcessGroupGloo | None = None
+    connection: socket.socket | None = None
     updating = False
 
-    def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
-        timeout = timedelta(seconds=init_info.timeout_s)
-        store = TCPStore(init_info.host, init_info.port, is_master=False, timeout=timeout, wait_for_workers=False)
-        host, rank = address_towards(init_info.host, init_info.port), 1 + self.parallel_config.rank
-        self.group = gloo_group(host, store, rank, init_info.world_size, timeout)
+    def init_transfer_engine(self, init_info: SocketInitInfo) -> None:
+        self.shutdown()
+        secret, worker = bytes.fromhex(init_info.secret), self.parallel_config.rank
+        self.connection = channel.call(init_info.address, secret, worker, init_info.timeout_s)
 
     def start_weight_update(self) -> None:
         if self.updating:
@@ -55,11 +54,11 @@ class GlooWeightReceiver(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
         self.updating = True
         initialize_layerwise_reload(self.model)
 
-    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
+    def receive_weights(self, update_info: SocketUpdateInfo) -> None:
         dtypes = [getattr(torch, name) for name in update_info.dtype_names]
         # A new one each time: vLLM keeps the tensors until it has all of a layer.
         packed = torch.empty(packed_bytes(update_info.shapes, dtypes), dtype=torch.uint8)
-        self.group.broadcast(packed, 0).wait()
+        channel.receive_into(self.connection, memoryview(packed.numpy()))
         tensors = unpack(packed, update_info.shapes, dtypes)
         self.model.load_weights(zip(update_info.names, tensors, strict=True))
 
@@ -73,7 +72,9 @@ class GlooWeightReceiver(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
         self.receive_weights(self.parse_update_info(update_info))  # the base class then waits for an accelerator
 
     def shutdown(self) -> None:
-        self.group = None
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
 
 
 def pack_tied_head(model: torch.nn.Module) -> None:

@@ -1,22 +1,26 @@
-"""Weights from the trainer to vLLM's servers, over groups of their own: one per server, so that none harms another.
+"""Weights from the trainer to vLLM's servers, over links of their own: one per server, so that none harms another.
 
-The trainer is rank 0 of a group, the server's workers are the others. Tensors go in buckets; names, shapes and dtypes
-go ahead of each as JSON, in the body of vLLM's /update_weights. On a CPU the bytes travel by gloo, to
-`weight_receiver.py` in the server; on a GPU by NCCL, to vLLM's own "nccl" engine.
+Tensors go in buckets; names, shapes and dtypes go ahead of each as JSON, in the body of vLLM's /update_weights. On a
+CPU the bytes travel over sockets, to `weight_receiver.py` in the server; on a GPU by NCCL, to vLLM's own "nccl" engine,
+where the trainer is rank 0 of a group and the server's workers are the others.
 """
 
+import base64
+import os
 import socket
+import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
-from datetime import timedelta
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroupGloo, TCPStore
 
-GLOO = "lens_gloo"
+from lens_megatron import channel
+from lens_megatron.channel import Address, ChannelError, Door
+
+SOCKET = "lens_socket"
 """Name of our backend in vLLM's registry."""
 
 PLUGIN = "lens_megatron"
@@ -33,14 +37,14 @@ def register() -> None:
 
     try:
         module = "lens_megatron.rollout.weight_receiver"
-        WeightTransferEngineFactory.register_engine(GLOO, module, "GlooWeightReceiver")
+        WeightTransferEngineFactory.register_engine(SOCKET, module, "SocketWeightReceiver")
     except ValueError:
         pass  # it is known already
 
 
 def backend() -> str:
     """Name of the engine that servers on this kind of machine receive weights with."""
-    return "nccl" if torch.cuda.is_available() else GLOO
+    return "nccl" if torch.cuda.is_available() else SOCKET
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,36 +115,36 @@ def _places(sizes: Sequence[int]) -> tuple[list[int], int]:
     return places, end
 
 
-def gloo_group(host: str, store: TCPStore, rank: int, size: int, timeout: timedelta) -> ProcessGroupGloo:
-    """A group that touches neither torch.distributed's default group nor any other network than `host`'s.
-
-    Args:
-        host: address of this process, as the others of the group reach it.
-    """
-    options = ProcessGroupGloo._Options()
-    options._devices = [ProcessGroupGloo.create_device(hostname=host)]
-    options._timeout = timeout
-    return ProcessGroupGloo(store, rank, size, options)
-
-
-def address_towards(host: str, port: int) -> str:
-    """This machine's address on the network where `host` is."""
-    family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with closing(socket.socket(family, socket.SOCK_DGRAM)) as probe:
-        probe.connect(target)  # sends nothing
-        return probe.getsockname()[0]
-
-
 def payload(bucket: Bucket) -> Any:
     """What this machine's links send of a bucket; made once for all of them."""
     return [tensor.contiguous() for tensor in bucket.tensors] if torch.cuda.is_available() else pack(bucket.tensors)
 
 
+@dataclass(frozen=True, slots=True)
+class KeptBucket:
+    """In host memory, for servers that are started again."""
+
+    update_info: dict[str, Any]
+    payload: Any
+    device: torch.device
+    """Where the tensors were."""
+
+
+def kept(bucket: Bucket, payload: Any) -> KeptBucket:
+    host = [tensor.cpu() for tensor in payload] if torch.cuda.is_available() else payload
+    return KeptBucket(bucket.update_info(), host, bucket.tensors[0].device)
+
+
+def restored(bucket: KeptBucket) -> Any:
+    """As `payload` made it."""
+    return [tensor.to(bucket.device) for tensor in bucket.payload] if torch.cuda.is_available() else bucket.payload
+
+
 class Link(Protocol):
-    """The trainer's end of one server's group."""
+    """The trainer's end of what connects it with one server's workers."""
 
     def init_info(self) -> dict[str, Any]:
-        """What the server must be told with /init_weight_transfer_engine, while `join` runs."""
+        """What the server must be told with /init_weight_transfer_engine, while `join` runs. It holds a secret."""
 
     def join(self) -> None:
         """Waits for the server's workers. Raises RuntimeError when they do not come in time."""
@@ -154,61 +158,86 @@ class Link(Protocol):
     def close(self) -> None: ...
 
 
-class GlooLink:
-    """Implements `Link` for servers with our own backend.
+class SocketLink:
+    """Implements `Link` for servers with our own backend: one connection to each worker, which the worker opens.
+
+    Only who got this link's secret over the server's authenticated HTTP is let in, and a worker takes weights from
+    nobody else. An outsider who calls is turned away, and the workers are waited for all the same.
 
     Args:
-        host: the server's.
+        address: to listen at: path of a Unix socket, or host and port.
         workers: processes of the server that hold parts of the model.
     """
 
-    def __init__(self, host: str, port: int, workers: int, timeout_s: float):
-        self.host, self.size, self.timeout = address_towards(host, port), workers + 1, timedelta(seconds=timeout_s)
-        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
-        listener = socket.create_server((self.host, 0), family=family)  # the store itself would listen everywhere
-        self.port = listener.getsockname()[1]
-        self.store = TCPStore(
-            self.host,
-            self.port,
-            is_master=True,
-            timeout=self.timeout,
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
-        self.group: ProcessGroupGloo | None = None
+    def __init__(self, address: Address, workers: int, timeout_s: float):
+        self.workers, self.timeout_s, self.secret = workers, timeout_s, channel.new_secret()
+        self.connections: dict[int, socket.socket] = {}
+        self.all_here, self.lock, self.closed = threading.Event(), threading.Lock(), False
+        listener = channel.listen(address)
+        self.address = channel.address_of(listener)
+        self.door = Door(listener, self.secret, self._admit, timeout_s)
+
+    def _admit(self, connection: socket.socket, number: int) -> None:
+        with self.lock:
+            if self.closed or number in self.connections or not 0 <= number < self.workers:
+                connection.close()
+                return
+            self.connections[number] = connection
+            if len(self.connections) == self.workers:
+                self.all_here.set()
 
     def init_info(self) -> dict[str, Any]:
-        seconds = self.timeout.total_seconds()
-        return {"host": self.host, "port": self.port, "world_size": self.size, "timeout_s": seconds}
+        return {"address": self.address, "secret": self.secret.hex(), "timeout_s": self.timeout_s}
 
     def join(self) -> None:
-        self.group = gloo_group(self.host, self.store, 0, self.size, self.timeout)
+        came = self.all_here.wait(self.timeout_s)
+        self.door.close()
+        if self.closed or not came:
+            strangers = "".join(f"; turned away {line}" for line in self.door.refused)
+            raise ChannelError(
+                f"{len(self.connections)} of the server's {self.workers} workers came for weights to {self.address} "
+                f"in {self.timeout_s:g} s{strangers}"
+            )
 
     def send(self, payload: Tensor) -> None:
-        self.group.broadcast(payload, 0).wait()
+        for connection in self.connections.values():
+            channel.send(connection, memoryview(payload.numpy()))
 
     def close(self) -> None:
-        self.group = None
+        with self.lock:
+            self.closed = True
+            for connection in self.connections.values():
+                connection.close()
+        self.door.close()
+        self.all_here.set()
+        if isinstance(self.address, str):
+            Path(self.address).unlink(missing_ok=True)
 
 
 class NcclLink:
-    """Implements `Link` for servers with vLLM's "nccl" engine, unpacked. Tensors must be on this process's GPU."""
+    """Implements `Link` for servers with vLLM's "nccl" engine, unpacked. Tensors must be on this process's GPU.
 
-    def __init__(self, host: str, port: int, workers: int, timeout_s: float):
-        del timeout_s  # NCCL has none: a server that hangs here is found by the deadline of its HTTP request
-        self.host, self.size = address_towards(host, port), workers + 1
-        with closing(socket.create_server((self.host, 0))) as free:
-            self.port = free.getsockname()[1]
+    NCCL's own identifier of the group, which holds a random number that every connection must show, travels over the
+    server's authenticated HTTP. There is no store that others could reach, and no port that they could take.
+    """
+
+    def __init__(self, workers: int):
+        from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
+
+        self.size = workers + 1
+        self.identifier = bytes(NCCLLibrary().ncclGetUniqueId())
         self.communicator: Any = None
 
     def init_info(self) -> dict[str, Any]:
-        return {"master_address": self.host, "master_port": self.port, "rank_offset": 1, "world_size": self.size}
+        identifier = base64.b64encode(self.identifier).decode()
+        return {"nccl_unique_id_b64": identifier, "rank_offset": 1, "world_size": self.size}
 
     def join(self) -> None:
-        from vllm.distributed.weight_transfer.nccl_common import trainer_init
+        from vllm.distributed.weight_transfer.nccl_common import uid_init_process_group
 
-        there = {"master_address": self.host, "master_port": self.port, "world_size": self.size}
-        self.communicator = trainer_init(there)
+        # NCCL has no timeout: a server that hangs here is found by the deadline of its HTTP request.
+        device = int(os.environ.get("LOCAL_RANK", 0))  # this thread's current one may be another
+        self.communicator = uid_init_process_group(self.identifier, 0, self.size, device)
 
     def send(self, payload: list[Tensor]) -> None:
         with torch.cuda.device(payload[0].device):
@@ -223,5 +252,8 @@ class NcclLink:
             self.communicator = None
 
 
-def make_link(host: str, port: int, workers: int, timeout_s: float) -> Link:
-    return (NcclLink if torch.cuda.is_available() else GlooLink)(host, port, workers, timeout_s)
+def make_link(address: Address, workers: int, timeout_s: float) -> Link:
+    """Args:
+    address: where the trainer may listen for the server's workers.
+    """
+    return NcclLink(workers) if torch.cuda.is_available() else SocketLink(address, workers, timeout_s)

@@ -1,6 +1,6 @@
 """Ends a run in which a phase outlasts its deadline, after saying who is late, where, and what everyone was doing.
 
-    clock.moment --thread of every rank--> heartbeat --TCPStore--> the first rank past its deadline raises the alarm
+    clock.moment --thread of every rank--> heartbeat --store--> the first rank past its deadline raises the alarm
     alarm --> every rank answers and prints its stacks --> the first one names the late ranks --> all exit with HANG
 
 A deadline counts the time in which its rank ran: a job that is suspended as a whole goes on when it is resumed. The
@@ -25,9 +25,10 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from torch.distributed import Store
 
+from lens_megatron.channel import ChannelError
 from lens_megatron.clock import Clock, Moment
+from lens_megatron.control_store import ControlStore
 from lens_megatron.exit_codes import HANG
 from lens_megatron.supervision import heartbeat
 from lens_megatron.supervision.deadman import Deadman
@@ -41,10 +42,10 @@ FILE_SECONDS = 5.0
 
 
 @contextmanager
-def watch(clock: Clock, folder: Path, timeout_minutes: float) -> Iterator[None]:
+def watch(clock: Clock, store: ControlStore, folder: Path, timeout_minutes: float) -> Iterator[None]:
     """Within the block, no phase of `clock` may last longer than `timeout_minutes`; 0: any may.
 
-    Needs torch.distributed. Reports go to stderr and to `folder`/watchdog/.
+    Needs torch.distributed. `store` is this attempt's of the job. Reports go to stderr and to `folder`/watchdog/.
     """
     if not timeout_minutes:
         yield
@@ -52,7 +53,7 @@ def watch(clock: Clock, folder: Path, timeout_minutes: float) -> Iterator[None]:
     for group in list(torch.distributed.distributed_c10d._world.pg_map):
         torch.distributed.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT, group)
     with clock.run_time.ticking():
-        watchdog = Watchdog(clock, folder / "watchdog", timeout_minutes * 60)
+        watchdog = Watchdog(clock, store, folder / "watchdog", timeout_minutes * 60)
         watchdog.start()
         try:
             yield
@@ -63,17 +64,15 @@ def watch(clock: Clock, folder: Path, timeout_minutes: float) -> Iterator[None]:
 class Watchdog:
     """One rank's. `timeout_s` is the deadline of every phase, in seconds."""
 
-    def __init__(self, clock: Clock, folder: Path, timeout_s: float):
+    def __init__(self, clock: Clock, store: ControlStore, folder: Path, timeout_s: float):
         self.clock, self.folder, self.timeout_s = clock, folder, timeout_s
         self.attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        # Keys of its own for every attempt: torchrun keeps one store for all, and an old alarm would end the new one.
-        self.prefix = f"watchdog/{self.attempt}"
-        self.alarm, self.report = f"{self.prefix}/alarm", f"{self.prefix}/report"
+        self.alarm, self.report = "watchdog/alarm", "watchdog/report"
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        self.store: Store = torch.distributed.distributed_c10d._get_default_store().clone()
         self.tick = min(MAX_TICK_S, timeout_s / 10)
         self.grace = 3 * self.tick + 1.0
         """Seconds that the others have to see the alarm and answer."""
+        self.store = store.clone(timeout_s=self.grace)
         self._stopping, self._alarmed, self._wake = threading.Event(), threading.Event(), threading.Event()
         self._talking = threading.Lock()
         """Held by the thread that uses the store."""
@@ -95,6 +94,7 @@ class Watchdog:
         for thread in self._threads:
             thread.join(self.grace)
         self._deadman.close()
+        self.store.close()
 
     def _guarded(self, body: Callable[[], None]) -> None:
         try:
@@ -129,8 +129,8 @@ class Watchdog:
         """Tells where this rank stands. True when another rank has raised the alarm."""
         try:
             self._tell(moment, answered=False)
-            return self.store.check([self.alarm])
-        except RuntimeError:
+            return self.store.check(self.alarm)
+        except ChannelError:
             return False  # the store's host is gone: torchrun sees that, and the deadline holds all the same
 
     def _end(self, moment: Moment) -> None:
@@ -149,29 +149,27 @@ class Watchdog:
         """The report, on the rank that raised the alarm; nothing on the others."""
         try:
             if not self._talking.acquire(timeout=self.grace):
-                raise RuntimeError("the store that they share does not answer")
+                raise ChannelError("the store that they share does not answer")
             first = self.store.add(self.alarm, 1) == 1
             self._tell(moment, answered=True)
             return self._make_report() if first else self._await_report()
-        except RuntimeError as error:
+        except ChannelError as error:
             _say(f"watchdog: rank {self.rank} cannot reach the others: {error}\n")
             return ""
 
     def _tell(self, moment: Moment, *, answered: bool) -> None:
         beat = heartbeat.take(self.rank, moment, self.clock.seconds_since(moment), answered=answered)
-        self.store.set(self._key(self.rank), beat.to_json())
+        self.store.set(self._key(self.rank), beat.to_json().encode())
 
     def _key(self, rank: int) -> str:
-        return f"{self.prefix}/heartbeat/{rank}"
+        return f"watchdog/heartbeat/{rank}"
 
     def _make_report(self) -> str:
         """Of the rank that raised the alarm: one reader, so the work does not grow with the square of the ranks."""
-        beats: list[Heartbeat | None] = [None] * self.world_size
         until = time.monotonic() + self.grace
         while True:
-            for rank, beat in enumerate(beats):
-                if not (beat and beat.answered) and self.store.check([self._key(rank)]):
-                    beats[rank] = Heartbeat.from_json(self.store.get(self._key(rank)))
+            told = self.store.get([self._key(rank) for rank in range(self.world_size)])
+            beats = [Heartbeat.from_json(text) if text else None for text in told]
             if all(beat and beat.answered for beat in beats) or time.monotonic() > until:
                 break
             time.sleep(self.tick / 2)
@@ -180,16 +178,16 @@ class Watchdog:
             f"ends with exit code {HANG}\nwatchdog: "
         )
         _say(f"{head}{heartbeat.report(beats)}\nwatchdog: all ranks and stacks: {self.folder}\n")
-        self.store.set(self.report, "said")
+        self.store.set(self.report, b"said")
         return head + heartbeat.report(beats, limit=None)
 
     def _await_report(self) -> str:
         """Waits, so that the first to leave does not make torchrun kill the others before they have spoken."""
         until = time.monotonic() + 2 * self.grace
         try:
-            while not self.store.check([self.report]) and time.monotonic() < until:
+            while not self.store.check(self.report) and time.monotonic() < until:
                 time.sleep(self.tick / 2)
-        except RuntimeError:
+        except ChannelError:
             pass  # the store's host has ended, so it has spoken
         return ""
 

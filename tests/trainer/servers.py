@@ -1,14 +1,21 @@
-"""What tests of servers share: the plug-in's metadata, and a proxy that does to HTTP what networks do."""
+"""What tests of servers share: the plug-in's metadata, servers that somebody else has started, and a proxy that does to
+HTTP what networks do."""
 
 import asyncio
 import os
+import socket
+import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import aiohttp
+import psutil
 from aiohttp import web
+
+from lens_megatron.rollout.server_process import command, environment, private_folder
 
 Rewrite = Callable[[str, bytes], bytes]
 
@@ -24,6 +31,35 @@ def announce_plugin(folder: Path) -> None:
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
     os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+
+
+class GivenServer:
+    """A server on a port of loopback, as `python -m lens_megatron.rollout.server_process` starts it."""
+
+    def __init__(self, options: Mapping[str, Any], log: Path, key: str):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        words = command(options, ["--host", "127.0.0.1", "--port", str(self.port)])
+        folder = str(private_folder())
+        leash = [sys.executable, "-m", "lens_megatron.rollout.leash", "--remove", folder, str(os.getpid())]
+        own = {"VLLM_RPC_BASE_PATH": folder}
+        with log.open("w") as output:
+            kept = {"env": environment(key, None) | own, "stdout": output, "stderr": subprocess.STDOUT}
+            self.process = subprocess.Popen([*leash, *words], **kept)
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def api(self) -> psutil.Process:
+        """vLLM's process that answers requests."""
+        (api,) = psutil.Process(self.process.pid).children()
+        return api
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait()
 
 
 class Proxy:

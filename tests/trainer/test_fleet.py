@@ -24,7 +24,7 @@ class Truth:
     version: int | None = None
 
     def after(self, event: Event, version: int | None) -> Self:
-        if event is Event.LOADING:
+        if event in (Event.LOADING, Event.RELOADING):
             return Truth(being_sent=True)
         if event is Event.LOADED:
             return Truth(version=version) if self.being_sent else self
@@ -35,6 +35,8 @@ def next_states(server: Server) -> Iterator[tuple[Event | None, int | None, Serv
     """All that can happen to a server. Reasons are left out: they would make equal states different."""
     for event in Event:
         if event is Event.STARTING and not fleet.restartable(server, LIMITS):
+            continue
+        if event is Event.RELOADING and not fleet.reloadable(server, LIMITS):
             continue
         for version in (CURRENT - 1, CURRENT) if event is Event.LOADED else (None,):
             yield event, version, replace(fleet.after(server, event, LIMITS, version=version), reason="")
@@ -144,7 +146,28 @@ def test_restarts_are_limited_until_it_has_served_again():
     assert fleet.restartable(fleet.after(served, Event.EXITED, LIMITS), LIMITS)
 
 
-@pytest.mark.parametrize("event", [Event.STARTED, Event.ANSWERED, Event.LOADING])
+def test_each_restart_in_a_row_waits_twice_as_long():
+    server, waits = healthy(), []
+    for _ in range(LIMITS.restarts):
+        server = fleet.after(server, Event.EXITED, LIMITS)
+        waits.append(fleet.backoff_s(server, LIMITS))
+        server = fleet.after(fleet.after(server, Event.STARTING, LIMITS), Event.STARTED, LIMITS)
+    assert waits == [1.0, 2.0, 4.0]
+
+
+def test_the_current_weights_are_given_again_after_a_start_but_not_to_a_server_that_has_others():
+    started = fleet.after(Server(), Event.STARTED, LIMITS)
+    assert fleet.reloadable(started, LIMITS) and not fleet.reloadable(healthy(), LIMITS)
+    for _ in range(LIMITS.restarts):
+        loading = fleet.after(started, Event.RELOADING, LIMITS)
+        assert loading.loading and not fleet.reloadable(loading, LIMITS)
+        started = replace(loading, loading=False)
+    assert not fleet.reloadable(started, LIMITS)
+    taken = fleet.after(healthy(), Event.OTHER_VERSION, LIMITS, reason="another trainer's")
+    assert taken.state is State.STALE and not fleet.reloadable(taken, LIMITS) and fleet.loadable(taken)
+
+
+@pytest.mark.parametrize("event", [Event.STARTED, Event.ANSWERED, Event.LOADING, Event.RELOADING])
 def test_a_server_with_parts_of_two_models_needs_a_new_process(event: Event):
     server = fleet.after(fleet.after(healthy(), Event.LOADING, LIMITS), Event.LOAD_BROKE_OFF, LIMITS, reason="cut")
     assert server.state is State.DEAD and fleet.after(server, event, LIMITS) == server

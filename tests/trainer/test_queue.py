@@ -2,20 +2,20 @@
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from itertools import count
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from test_scheduler import Nothing, Verdicts
 from test_streaming import GROUP, PROMPTS, PURIFIED, drawn, log_probs, odd
-from torch.distributed import PrefixStore, TCPStore
 from toy_runs import Toy
 from transformers import AutoModelForCausalLM
 
+from lens_megatron import channel, control_store
 from lens_megatron.config import LensConfig, RolloutConfig
+from lens_megatron.control_store import ControlStore, Storage
 from lens_megatron.rollout import board as boards
 from lens_megatron.rollout.board import Board, Parcel
 from lens_megatron.rollout.engine import Completion, EnginesLostError, Request
@@ -28,15 +28,26 @@ WORLD = 3
 ROLLOUT = RolloutConfig(prompts_per_step=6, rollouts_per_prompt=GROUP, max_response_length=40)
 
 
+@dataclass(frozen=True)
+class Store:
+    connection: ControlStore
+    storage: Storage
+
+
 class Mortal(LocalEngine):
     """Can lose its servers, as an engine in another process can; and writes down what it is given."""
 
     def __init__(self, model: str):
         super().__init__(model, max_running_sequences=64)
         self.alive, self.lost, self.served, self.dies_after, self.pace = True, [], [], None, 0.0
+        self.returns = False
+        """Dead, it is being started again."""
 
     def capacity(self) -> int:
         return super().capacity() if self.alive else 0
+
+    def hopeless(self) -> bool:
+        return not (self.alive or self.returns)
 
     def submit(self, requests: Sequence[Request]) -> None:
         requests = list(requests)
@@ -71,17 +82,16 @@ def engines(toy: Toy) -> list[Mortal]:
 
 
 @pytest.fixture(scope="module")
-def store() -> TCPStore:
-    return TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+def store() -> Iterator[Store]:
+    secret, listener = channel.new_secret(), channel.listen(["127.0.0.1", 0])
+    door, storage = control_store.serve(listener, secret)
+    yield Store(ControlStore(channel.address_of(listener), secret), storage)
+    door.close()
 
 
-_numbers = count()
-
-
-def make_boards(store: TCPStore) -> list[Board]:
-    prefix = str(next(_numbers))
-    clients = [TCPStore("localhost", store.port, is_master=False) for _ in range(WORLD)]
-    return [Board(PrefixStore(prefix, client), rank, WORLD) for rank, client in enumerate(clients)]
+def make_boards(store: Store) -> list[Board]:
+    store.storage.values.clear()
+    return [Board(store.connection.clone(), rank, WORLD) for rank in range(WORLD)]
 
 
 def on_every_rank(work: Callable[[int], object]) -> list:
@@ -190,6 +200,25 @@ def test_without_any_engine_every_rank_says_so(engines, store):
         engine.alive = True
 
 
+def test_when_no_engine_serves_requests_wait_for_those_that_are_started_again(engines, store, alone):
+    for engine in engines:
+        engine.dies_after, engine.returns = 2, True
+
+    def start_again() -> None:
+        while any(engine.alive for engine in engines):
+            time.sleep(0.01)
+        time.sleep(0.5)
+        engines[1].alive = True
+
+    starter = threading.Thread(target=start_again)
+    starter.start()
+    groups, _ = sample(engines, make_boards(store), [[0, 1], [2, 3], [4, 5]])
+    starter.join()
+    for engine in engines:
+        engine.alive, engine.returns, engine.dies_after = True, False, None
+    same(groups, alone)
+
+
 def test_what_is_taken_back_never_comes(engines, store):
     """Speculative waves of prompts that are not hard: withdrawn wherever they run, and their tokens are counted."""
     groups, samplers = sample(
@@ -246,5 +275,5 @@ def test_keys_of_phases_gone_by_are_deleted(engines, store):
     counts = []
     for _ in range(4):
         sample(engines, boards, [[0, 1], [2, 3], [4, 5]])
-        counts.append(store.num_keys())
+        counts.append(len(store.storage.values))
     assert counts[3] - counts[2] < 30, counts

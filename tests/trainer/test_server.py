@@ -10,18 +10,18 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
-from servers import Proxy, Rewrite, announce_plugin
+from servers import GivenServer, Proxy, Rewrite, announce_plugin
 from test_vllm import LONG, SHORT, error_in_log_probs, other, save, weights
 from toy_runs import Toy, environment, launch, rollout_rows
 from transformers import AutoModelForCausalLM
 
 from lens_megatron.config import Config, ConfigError, from_tree
 from lens_megatron.policy.hf_weights import read_hf_config
-from lens_megatron.rollout import server_process
 from lens_megatron.rollout.engine import Completion, EnginesLostError, Request, WeightManifestError
 from lens_megatron.rollout.fleet import Limits, State
 from lens_megatron.rollout.server_client import Expected, ServerError, completion_of
@@ -47,9 +47,8 @@ class Fleet:
             save(toy, folder / name, tied=tied)
             base = AutoModelForCausalLM.from_pretrained(folder / name)
             self.models[name] = [other(base if seed == 2 else _copy(folder / name), seed) for seed in (1, 2)]
-        self.processes = [self.process(f"server {i}", "tied") for i in range(2)]
-        for process in self.processes:
-            process.start()
+        options = self.options("tied")
+        self.processes = [GivenServer(options, folder / f"given {i}.log", KEY) for i in range(2)]
         self.said: list[str] = []
         self.own_said: list[str] = []
         """Of the engine that owns its server."""
@@ -72,12 +71,13 @@ class Fleet:
             }
         )
 
-    def process(self, name: str, model: str) -> ServerProcess:
+    def options(self, model: str) -> dict[str, Any]:
         config = self.config(model)
-        options = server_options(config, read_hf_config(config.model.path))
-        process = ServerProcess(name, options, self.folder / f"{name}.log")
-        process.key = KEY
-        return process
+        return server_options(config, read_hf_config(config.model.path))
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.stop()
 
     def engine(
         self, addresses: Sequence[str] | None = None, *, load: int | None = 1, limits: Limits = QUICK, **options: object
@@ -103,7 +103,7 @@ def fleet(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]
     os.environ["LENS_VLLM_API_KEY"] = KEY
     fleet = Fleet(toy, tmp_path_factory.mktemp("servers"))
     yield fleet
-    server_process.stop_all(fleet.processes)
+    fleet.stop()
     del os.environ["LENS_VLLM_API_KEY"]
 
 
@@ -117,7 +117,8 @@ def closed(fleet: Fleet) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def own(fleet: Fleet) -> Iterator[Future[ServerEngine]]:
     """An engine that has started its server itself; it starts while other tests run."""
-    process, config = fleet.process("server 9", "untied"), fleet.config("untied")
+    process = ServerProcess("server 9", fleet.options("untied"), fleet.folder / "server 9.log")
+    config = fleet.config("untied")
     process.start()
     hf_config = read_hf_config(config.model.path)
     with ThreadPoolExecutor(1) as pool:
@@ -133,10 +134,12 @@ def requests_of(count: int, tokens: int = 24) -> list[Request]:
     ]
 
 
-def finish(engine: ServerEngine, count: int, meanwhile: Callable[[int], None] = lambda done: None) -> dict:
+def finish(
+    engine: ServerEngine, count: int, meanwhile: Callable[[int], None] = lambda done: None, *, seconds: float = 60
+) -> dict:
     """What `step` returns until there are `count` completions. Fails when it lasts, or when one comes twice."""
     done: dict[int, Completion] = {}
-    until = time.monotonic() + 60
+    until = time.monotonic() + seconds
     while len(done) < count:
         assert time.monotonic() < until, (len(done), engine.progress(), [m.known for m in engine.pool.members])
         for completion in engine.step():
@@ -257,8 +260,8 @@ def test_control_endpoints_need_the_key(fleet: Fleet):
             with socket.create_connection(("127.0.0.1", port)) as connection:
                 connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n{head}Connection: close\r\n\r\n".encode())
                 assert expected in connection.recv(100).splitlines()[0]
-    (process,) = psutil.Process(fleet.processes[0].process.pid).children()
-    assert KEY not in " ".join(process.cmdline()) and "127.0.0.1" in process.cmdline()
+    words = fleet.processes[0].api().cmdline()
+    assert KEY not in " ".join(words) and "127.0.0.1" in words
 
 
 def answer(**change: object) -> dict:
@@ -368,9 +371,9 @@ def test_cut_off_for_good_the_run_ends_or_others_take_over(fleet: Fleet, proxy: 
 
 
 @pytest.mark.parametrize("part", ["server", "engine"])
-def test_a_server_that_hangs_is_found_and_comes_back_only_with_new_weights(fleet: Fleet, part: str):
+def test_a_server_that_hangs_is_found_and_comes_back_when_its_weights_were_sent_again(fleet: Fleet, part: str):
     """A stopped server answers no probe; one whose engine is stopped answers them all, and makes no tokens."""
-    (api,) = psutil.Process(fleet.processes[0].process.pid).children()
+    api = fleet.processes[0].api()
     stopped = api if part == "server" else max(api.children(), key=lambda child: child.memory_info().rss)
     engine, requests = fleet.engine(), requests_of(32, tokens=80)
     engine.submit(requests)
@@ -380,8 +383,10 @@ def test_a_server_that_hangs_is_found_and_comes_back_only_with_new_weights(fleet
     finally:
         stopped.resume()
     assert any(" -> dead: " + {"server": "2 probes", "engine": "no token in"}[part] in line for line in fleet.said)
-    until(lambda: states(engine)[0] is State.STALE)
-    assert engine.capacity() == 16
+    until(lambda: engine.capacity() == 32)
+    assert any("serves again, with weights of version 1" in line for line in fleet.said)
+    engine.submit(requests)
+    check(fleet.models["tied"][0], requests, finish(engine, 32), 1)
     engine.load_weights(weights(fleet.models["tied"][1]), 2)
     assert engine.capacity() == 32
     engine.submit(requests)
@@ -392,25 +397,64 @@ def test_untied_heads_are_new_too(own: Future[ServerEngine], fleet: Fleet):
     sync_both_ways(own.result(), *fleet.models["untied"])
 
 
-def test_a_server_that_is_killed_is_started_again_and_waits_for_weights(own: Future[ServerEngine], fleet: Fleet):
+def kill(engine: ServerEngine) -> list[psutil.Process]:
+    """Its only server, in the middle of its work. Returns the processes of that server."""
+    (api,) = psutil.Process(engine.processes[0].process.pid).children()
+    family = [api, *api.children(recursive=True)]
+    api.kill()
+    return family
+
+
+def test_the_only_server_is_killed_and_its_requests_wait_until_it_serves_again(own: Future[ServerEngine], fleet: Fleet):
     engine, model = own.result(), fleet.models["untied"][0]
     process, requests = engine.processes[0], requests_of(30, tokens=80)
     engine.load_weights(weights(model), 5)
+    before, family = (process.key, process.folder), []
     engine.submit(requests)
-    engine.alone = False
+    done = finish(engine, 30, lambda done: family.extend(kill(engine)) if done and not family else None, seconds=300)
+    check(model, requests, done, 5)
+    assert any("-> dead: ended with status 137" in line for line in fleet.own_said), fleet.own_said
+    assert "server 9: serves again, with weights of version 5" in fleet.own_said
+    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family), "its engine is gone too"
+    assert process.key != before[0] and process.folder != before[1] and not before[1].exists()
+
+
+def test_where_others_serve_they_get_its_requests_at_once(own: Future[ServerEngine], fleet: Fleet):
+    engine, model, requests = own.result(), fleet.models["untied"][0], requests_of(30, tokens=80)
+    engine.load_weights(weights(model), 6)
+    engine.alone = engine.pool.patient = False
+    engine.submit(requests)
     done: list[Completion] = []
     until(lambda: bool(done.extend(engine.step()) or done))
-    (api,) = psutil.Process(process.process.pid).children()
-    family = [api, *api.children(recursive=True)]
-    api.kill()
+    kill(engine)
     until(lambda: bool(done.extend(engine.step()) or engine.pool.lost))
     taken = engine.returned()
     assert sorted([c.request_id for c in done] + [r.request_id for r in taken]) == list(range(30))
-    assert any("-> dead: ended with status 137" in line for line in fleet.own_said), fleet.own_said
-    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family), "its engine is gone too"
-    engine.load_weights(weights(model), 6)  # waits for it
+    assert not engine.capacity() and not engine.hopeless()
+    engine.load_weights(weights(model), 7)  # waits for it
     engine.submit(taken)
-    check(model, taken, finish(engine, len(taken)), 6)
+    check(model, taken, finish(engine, len(taken)), 7)
+    engine.alone = engine.pool.patient = True
+
+
+def test_a_server_of_the_trainers_own_answers_on_no_port(own: Future[ServerEngine]):
+    process = own.result().processes[0]
+    assert process.folder.stat().st_mode & 0o777 == 0o700
+    leash = psutil.Process(process.process.pid)
+    hosts = {
+        connection.laddr.ip
+        for each in (leash, *leash.children(recursive=True))
+        for connection in each.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert hosts <= {"127.0.0.1", "::1"}, "gloo's, of vLLM's own groups"
+    (api,) = leash.children()
+    assert "--port" not in api.cmdline() and process.socket_path in api.cmdline()
+    for head, expected in [("", b"401"), (f"Authorization: Bearer {process.key}\r\n", b"200")]:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(process.socket_path)
+            connection.sendall(f"GET /weight_info HTTP/1.1\r\nHost: x\r\n{head}Connection: close\r\n\r\n".encode())
+            assert expected in connection.recv(100).splitlines()[0]
 
 
 def test_a_server_that_dies_while_it_is_loaded_does_not_stop_the_others(fleet: Fleet):
@@ -420,8 +464,7 @@ def test_a_server_that_dies_while_it_is_loaded_does_not_stop_the_others(fleet: F
     def stream() -> Iterator[tuple[str, torch.Tensor]]:
         for place, pair in enumerate(weights(model)):
             if place == 3:
-                (api,) = psutil.Process(fleet.processes[0].process.pid).children()
-                api.kill()
+                fleet.processes[0].api().kill()
             yield pair
 
     engine.load_weights(stream(), 3)
@@ -463,7 +506,7 @@ def test_nothing_that_a_trainer_started_outlives_it(tmp_path: Path):
 
 
 def test_the_program_trains_on_rollouts_of_two_servers(fleet: Fleet, toy: Toy, tmp_path: Path):
-    server_process.stop_all(fleet.processes)
+    fleet.stop()
     model = Toy(fleet.folder / "tied", toy.train, toy.eval)
     tree = model.tree(tmp_path / "run", rollout={"engine": "vllm_server", "servers": 2})
     rows = launch(tree, tmp_path, 2)

@@ -1,6 +1,5 @@
 """Whole runs with servers that are killed, and trainers that are. Slow: every one starts servers, some twice."""
 
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -14,10 +13,6 @@ from test_vllm import save
 from toy_runs import Toy, command, environment
 
 from lens_megatron import exit_codes
-from lens_megatron.config import from_tree
-from lens_megatron.policy.hf_weights import read_hf_config
-from lens_megatron.rollout.server_engine import ServerEngine
-from lens_megatron.rollout.server_process import ServerProcess, server_options
 
 pytest.importorskip("vllm", reason="make setup-vllm")
 pytestmark = pytest.mark.slow
@@ -61,16 +56,21 @@ def running(process: subprocess.Popen, seconds: float) -> Iterator[None]:
         time.sleep(0.2)
 
 
-def test_a_port_that_is_taken_meanwhile_is_left_to_others(model: Toy, tmp_path: Path):
-    config = from_tree(model.tree(tmp_path / "run", rollout={"engine": "vllm_server"}))
-    hf_config = read_hf_config(config.model.path)
-    process, said = ServerProcess("server 0", server_options(config, hf_config), tmp_path / "log"), []
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        taken = listener.getsockname()[1]
-        process.start(taken)
-        ServerEngine(config, hf_config, [process], say=said.append).close()
-    assert "server 0: its port was taken meanwhile; starting it on another one" in said
-    assert process.port != taken and not processes_of(model)
+def test_a_run_whose_only_server_dies_once_goes_on(model: Toy, tmp_path: Path):
+    """Between two looks at the rollouts: killed while it samples, or just before it would."""
+    directory, killed = tmp_path / "run", []
+    tree = model.tree(directory, rollout={"engine": "vllm_server", "max_response_length": 150}, train={"steps": 4})
+    with (tmp_path / "output").open("w+") as output:
+        process = subprocess.Popen(command(tree, tmp_path, 1), env=environment(), stdout=output, stderr=output)
+        for _ in running(process, 400):
+            if not killed and rows(directory) >= 2:
+                killed = servers_of(model)
+                for server in killed:
+                    server.kill()
+    said = (tmp_path / "output").read_text()
+    assert killed and process.poll() == 0, said[-4000:]
+    assert "server 0: healthy -> dead: " in said and rows(directory) == 5
+    assert not processes_of(model) and "EnginesLost" not in said
 
 
 def test_a_run_whose_servers_die_again_and_again_ends_and_goes_on_later(model: Toy, tmp_path: Path):

@@ -17,13 +17,14 @@ from toy_runs import ROOT, Toy, command, environment
 from watchdog_worker import LATE
 
 from lens_megatron.clock import Clock
+from lens_megatron.control_store import ControlStore
 from lens_megatron.exit_codes import HANG
 from lens_megatron.supervision.deadman import EXIT_SIGNAL
 from lens_megatron.supervision.heartbeat import Heartbeat, late_ranks, report
 from lens_megatron.supervision.watchdog import watch
 
 
-def run(folder: Path, how: str) -> tuple[list[int], list[str]]:
+def run(folder: Path, how: str, late: int = LATE) -> tuple[list[int], list[str]]:
     """Exit codes and standard error of both ranks."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -31,7 +32,7 @@ def run(folder: Path, how: str) -> tuple[list[int], list[str]]:
     script = str(ROOT / "tests" / "trainer" / "watchdog_worker.py")
     processes = [
         subprocess.Popen(
-            [sys.executable, script, str(rank), "2", port, str(folder), how],
+            [sys.executable, script, str(rank), "2", port, str(folder), how, str(late)],
             env=environment(),
             stderr=subprocess.PIPE,
             text=True,
@@ -39,8 +40,8 @@ def run(folder: Path, how: str) -> tuple[list[int], list[str]]:
         for rank in range(2)
     ]
     if how == "frozen":  # as torchrun would
-        processes[0].wait(120)
-        processes[LATE].kill()
+        processes[1 - late].wait(120)
+        processes[late].kill()
     errors = [process.communicate(timeout=120)[1] for process in processes]
     return [process.returncode for process in processes], errors
 
@@ -69,14 +70,16 @@ def test_a_hang_is_named_and_ends_every_rank(how: str, late: str, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_frozen_rank_is_named_by_the_others(tmp_path: Path):
-    codes, errors = run(tmp_path, "frozen")
-    assert codes == [HANG, -signal.SIGKILL], errors
-    assert f"late: rank {LATE} in update_actor of step 7 (did not answer" in errors[0], errors[0]
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_frozen_rank_is_named_by_the_others(late: int, tmp_path: Path):
+    """Rank 0 too, whose process started the store."""
+    codes, errors = run(tmp_path, "frozen", late)
+    assert codes[late] == -signal.SIGKILL and codes[1 - late] == HANG, errors
+    assert f"late: rank {late} in update_actor of step 7 (did not answer" in errors[1 - late], errors[1 - late]
 
 
 def test_zero_minutes_switch_it_off(tmp_path: Path):
-    with watch(Clock(), tmp_path, 0):
+    with watch(Clock(), ControlStore(["unused", 0], b""), tmp_path, 0):
         assert "watchdog" not in {thread.name for thread in threading.enumerate()}
 
 
