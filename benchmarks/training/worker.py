@@ -53,7 +53,7 @@ class Ours:
         mesh = build_mesh(config.megatron, 0, device)
         policy = build_policy(config, mesh)
         self.clock = PhaseClock()
-        self.run = Run(config, mesh, policy, None, None, (), *(None,) * 8, self.clock)
+        self.run = Run(config, mesh, None, policy, None, None, (), *(None,) * 8, self.clock)
 
     def step(self, samples: list[Sample]) -> tuple[float, float]:
         from lens_megatron.update_batch import train_on

@@ -34,16 +34,9 @@ def to_json(group: Group) -> str:
 
 
 def from_json(line: str | bytes) -> Group:
-    """Raises ValueError when the line is not a group."""
+    """Raises ValueError when the line is not a graded group."""
     try:
-        row = json.loads(line)
-        purified = row["purified"]
-        group = Group(
-            prompt=Prompt(**{**row["prompt"], **_tuples(row["prompt"], "token_ids", "eligible")}),
-            native=tuple(map(_read_rollout, row["native"])),
-            purified=purified and PurifiedPrompt(**_tuples(purified, "token_ids", "deleted", "scores")),
-            rescue=tuple(map(_read_rollout, row["rescue"])),
-        )
+        group = _parse(line)
         mistake = next(_mistakes(group), "")
     except KeyError as error:
         raise ValueError(f"it has no {error}") from error
@@ -52,6 +45,17 @@ def from_json(line: str | bytes) -> Group:
     if mistake:
         raise ValueError(mistake)
     return group
+
+
+def _parse(line: str | bytes) -> Group:
+    row = json.loads(line)
+    purified = row["purified"]
+    return Group(
+        prompt=Prompt(**{**row["prompt"], **_tuples(row["prompt"], "token_ids", "eligible")}),
+        native=tuple(map(_read_rollout, row["native"])),
+        purified=purified and PurifiedPrompt(**_tuples(purified, "token_ids", "deleted", "scores")),
+        rescue=tuple(map(_read_rollout, row["rescue"])),
+    )
 
 
 def _mistakes(group: Group) -> Iterator[str]:
@@ -195,7 +199,7 @@ def exchange(groups: Iterable[Group], group: ProcessGroup) -> list[list[Group]]:
     buffers = [torch.empty_like(padded) for _ in range(world)]
     torch.distributed.all_gather(buffers, padded, group=group)
     texts = [bytes(b[: int(n)].cpu().tolist()).decode() for b, n in zip(buffers, sizes, strict=True)]
-    return [[from_json(line) for line in text.splitlines() if line] for text in texts]
+    return [[_parse(line) for line in text.splitlines() if line] for text in texts]
 
 
 def interleave(parts: Sequence[Sequence[Group]]) -> list[Group]:

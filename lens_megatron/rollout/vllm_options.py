@@ -8,8 +8,10 @@ import math
 import os
 import random
 import reprlib
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -108,10 +110,9 @@ def _check_installed(package: str, install: str, options: Mapping[str, Any], hea
     for name in sorted(options.keys() - set(known)):
         near = difflib.get_close_matches(name, known, n=1)
         raise ConfigError(f"vllm.{name}: vLLM has no such option" + f"; did you mean vllm.{near[0]}?" * bool(near))
-    types = get_type_hints(EngineArgs)
     for name, value in options.items():
         try:
-            TypeAdapter(types[name], config={"arbitrary_types_allowed": True}).validate_python(value)
+            TypeAdapter(_type_of(EngineArgs, name), config={"arbitrary_types_allowed": True}).validate_python(value)
         except ValidationError as error:
             why = error.errors()[0]["msg"]
             raise ConfigError(f"vllm.{name} ({reprlib.repr(value)}): {why}; see vLLM's engine arguments") from None
@@ -124,6 +125,15 @@ def _check_installed(package: str, install: str, options: Mapping[str, Any], hea
                 f"model.path: vLLM on a CPU has no attention for a head_dim of {head_dim}, only for "
                 f"{', '.join(map(str, sizes))}; train with rollout.engine=local"
             )
+
+
+def _type_of(owner: type, name: str) -> Any:
+    """Of a field. Any where it is named after what vLLM imports for type checkers only."""
+    alone = SimpleNamespace(__annotations__={name: owner.__annotations__[name]})
+    try:
+        return get_type_hints(alone, vars(sys.modules[owner.__module__]), include_extras=True)[name]
+    except NameError:
+        return Any
 
 
 def engine_options(config: Config, hf_config: PretrainedConfig) -> dict[str, Any]:

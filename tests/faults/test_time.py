@@ -105,14 +105,15 @@ def test_ranks_that_are_suspended_together_go_on(tmp_path: Path):
     script = str(ROOT / "tests" / "trainer" / "watchdog_worker.py")
     ranks = [
         subprocess.Popen(
-            [sys.executable, script, str(rank), "2", port, str(tmp_path), "fine"],
+            [sys.executable, script, str(rank), "2", port, str(tmp_path), "fine", "1"],
             env=environment(),
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
-    wait_until("both ranks", lambda: all((tmp_path / f"begun_{rank}").exists() for rank in range(2)))
+    begun = [tmp_path / f"begun_{rank}" for rank in range(2)]
+    wait_until("both ranks", lambda: all(p.exists() for p in begun) or any(rank.poll() for rank in ranks))
     with stopped([psutil.Process(rank.pid) for rank in ranks]):
         time.sleep(3 * TIMEOUT_S)
     errors = [rank.communicate(timeout=PATIENCE_S)[1] for rank in ranks]

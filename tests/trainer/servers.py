@@ -91,11 +91,15 @@ class Proxy:
             request.transport.abort()
         headers = {k: v for k, v in request.headers.items() if k.lower() not in ("host", "content-length")}
         target, body = self.target + request.path_qs, await request.read()
-        async with self.session.request(request.method, target, headers=headers, data=body) as reply:
-            content = await reply.read()
-            if self.rewrite:
-                content = self.rewrite(request.path, content)
-            return web.Response(status=reply.status, body=content, content_type=reply.content_type)
+        try:
+            async with self.session.request(request.method, target, headers=headers, data=body) as reply:
+                content = await reply.read()
+        except aiohttp.ClientConnectionError:  # the server does not listen yet: neither does this one
+            request.transport.abort()
+            return web.Response()
+        if self.rewrite:
+            content = self.rewrite(request.path, content)
+        return web.Response(status=reply.status, body=content, content_type=reply.content_type)
 
     def cut(self) -> None:
         self.is_cut = self.was_cut = True

@@ -155,6 +155,7 @@ def test_the_device_changes_hands_in_the_one_right_order(mesh: Mesh, tmp_path: P
     run = Run(
         config=built,
         mesh=mesh,
+        control=None,
         policy=policy,
         tokenizer=None,
         prompts=PromptStream((prompt,), 1, seed=0, shuffle=False),
