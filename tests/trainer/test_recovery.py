@@ -74,13 +74,13 @@ def test_updates_that_are_not_finite_are_skipped_by_all_dumped_and_stop_the_run(
     outcomes = [("1100", ""), ("0000", "1000")] * 2
     asked = [replace(PROMPT, index=index) for index in range(4)]
     groups = [replay.to_json(group(*outcome, prompt=prompt)) for outcome, prompt in zip(outcomes, asked, strict=True)]
-    for step in (1, 2):
+    for step in (1, 2, 3):
         replay.replay_path(str(tmp_path / "saved"), step).write_text("\n".join(groups) + "\n")
     tree = toy.tree(
         tmp_path / "run",
         debug={"load_rollouts": str(tmp_path / "saved")},
         algorithm={"imitation_coef": 3e38},
-        train={"steps": 9, "max_skipped_updates": 2},
+        train={"steps": 3, "max_skipped_updates": 2},
     )
     result = subprocess.run(command(tree, tmp_path, 2), env=environment(), capture_output=True, text=True, timeout=300)
     assert result.returncode == 1 and "exitcode  : 70" in result.stderr, result.stderr[-6000:]

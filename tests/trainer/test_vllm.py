@@ -333,7 +333,7 @@ def test_out_of_room_for_keys_and_values_nothing_changes(engine: VllmEngine, roo
         ({"vllm": {"max_model_len": 100}}, r"vllm.max_model_len \(100\) is below data.max_prompt_length \(512\) \+"),
         ({"vllm": {"enable_sleep_mode": True}}, "vllm.enable_sleep_mode: memory of a CPU"),
         ({"vllm": {"enable_chunked_prefill": True}}, "vllm.enable_chunked_prefill: on a CPU it breaks"),
-        ({"vllm": {"block_size": "x"}}, "vLLM cannot be built from the options under `vllm:`"),
+        ({"vllm": {"block_size": "x"}}, r"vllm.block_size \('x'\): expected a whole number from 1"),
         ({"train": {"eval_temperature": 0.001}}, r"train.eval_temperature \(0.001\): vLLM samples at 0.01 and above"),
     ],
 )
