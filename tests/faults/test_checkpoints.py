@@ -359,7 +359,7 @@ def test_a_step_saved_twice_leaves_the_old_or_the_new(stop: str, damaged, root, 
         if stop == "tracker":
             patch.setattr(checkpoint, "write_atomically", killed)
         saver = object.__new__(checkpoint.CheckpointWriter)
-        saver.folder, saver.keep_last, saver.keep_best = damaged, 9, 0
+        saver.folder, saver.keep_last, saver.keep_best, saver.before_publishing = damaged, 9, 0, None
         with pytest.raises(Killed):
             saver._publish(temporary, staged.state)
     writer(policy, damaged, root)

@@ -142,7 +142,7 @@ def test_nobody_saves_a_step_that_is_half_done(root, mesh, tmp_path):
 def test_a_save_in_flight_is_waited_for_and_not_done_twice(root, mesh, tmp_path, monkeypatch):
     policy, _ = trained(root, mesh)
     go, write = threading.Event(), shards.write_file
-    monkeypatch.setattr(shards, "write_file", lambda *given: (go.wait(60), write(*given)))
+    monkeypatch.setattr(shards, "write_file", lambda *given: (go.wait(60), write(*given))[1])
     with writer(policy, tmp_path, root, background=True) as saver:
         step = LastStep(policy, TrainerMemory(policy, enabled=False), saver, lambda: None)
         step.finish(1)
