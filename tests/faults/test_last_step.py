@@ -243,6 +243,7 @@ def test_who_started_it_with_nohup_means_it():
     assert process.wait(60) == 0
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_left_alone_does_not_outlive_its_launchers_patience():
     """torchrun tells the others to stop when one fails; this one's main thread would not notice for an hour."""
     with socket.socket() as probe:

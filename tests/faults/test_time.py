@@ -91,6 +91,7 @@ def test_the_deadman_spares_a_process_that_was_stopped():
     assert (process.returncode, error) == (0, "")
 
 
+@pytest.mark.slow
 def test_the_deadman_ends_a_process_that_holds_the_lock():
     process = deadman_process("locked")
     _, error = process.communicate(timeout=RESUME_S + PATIENCE_S)
