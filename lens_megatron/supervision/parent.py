@@ -37,14 +37,25 @@ def end_with_launcher() -> None:
 
 
 def _watch(parent: psutil.Process) -> None:
-    while _lives(parent):
-        time.sleep(POLL_S)
+    if runs_torch(parent):
+        while _lives(parent):
+            time.sleep(POLL_S)
     rank = os.environ.get("RANK", "0")
     sys.__stderr__.write(f"rank {rank}: torchrun (process {parent.pid}) is gone; stopping\n")
     sys.__stderr__.flush()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE_S)
     os._exit(128 + signal.SIGTERM)
+
+
+def runs_torch(process: psutil.Process) -> bool:
+    """Every launcher of ranks has torch's libraries loaded. One that died before this process could look has been
+    replaced as its parent by a process that has not. True where that cannot be told."""
+    try:
+        with open(f"/proc/{process.pid}/maps", "rb") as maps:
+            return any(b"libtorch" in line for line in maps)
+    except OSError:
+        return process.is_running()
 
 
 def _lives(process: psutil.Process) -> bool:
