@@ -366,3 +366,14 @@ def say(text: str) -> None:
     encoding = sys.stdout.encoding or "utf-8"
     with suppress(OSError):
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True, file=sys.stdout)
+
+
+def leave_console() -> None:
+    """To be called before the process ends: Python would exit with 120 where its last words find no room."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)

@@ -75,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return exit_codes.NON_FINITE if isinstance(error, NonFiniteError) else exit_codes.MISTAKE
     finally:
         shut_down()
+        metrics.leave_console()
     return exit_codes.DONE
 
 

@@ -1,8 +1,8 @@
 """Groups <-> JSON lines and bytes: for `debug.save_rollouts` / `load_rollouts`, and for exchange between ranks."""
 
 import json
-import math
 import reprlib
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -101,7 +101,7 @@ def _token_mistakes(name: str, token_ids: Sequence[int]) -> Iterator[str]:
 
 
 def _are_finite(values: Sequence[float]) -> bool:
-    return set(map(type, values)) <= {int, float} and all(map(math.isfinite, values))
+    return set(map(type, values)) <= {int, float} and all(abs(value) <= sys.float_info.max for value in values)
 
 
 def _prompt(prompt: Prompt) -> dict:

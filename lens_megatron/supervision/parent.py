@@ -18,15 +18,18 @@ GRACE_S = 60.0
 def launcher() -> psutil.Process | None:
     """torchrun's process; None when this process was not started by it, or that cannot be told.
 
-    It is the nearest ancestor without the variables that torchrun sets for its ranks: a script may stand between.
+    It is the nearest ancestor without the variables that torchrun sets for its ranks: a script may stand between. Where
+    torchrun has died before, it is whoever has taken this process over.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     try:
-        ancestors = psutil.Process().parents()
-        return next((p for p in ancestors if "TORCHELASTIC_RUN_ID" not in p.environ()), None)
+        for ancestor in psutil.Process().parents():
+            if ancestor.pid == 1 or "TORCHELASTIC_RUN_ID" not in ancestor.environ():
+                return ancestor
     except (psutil.Error, OSError):
-        return None
+        pass
+    return None
 
 
 def end_with_launcher() -> None:
@@ -54,6 +57,8 @@ def runs_torch(process: psutil.Process) -> bool:
     try:
         with open(f"/proc/{process.pid}/maps", "rb") as maps:
             return any(b"libtorch" in line for line in maps)
+    except PermissionError:
+        return process.pid != 1  # the machine's first process is another user's: not the launcher of this one's
     except OSError:
         return process.is_running()
 

@@ -150,9 +150,13 @@ def test_a_summary_that_cannot_be_written_is_printed_all_the_same(tmp_path: Path
 
 
 def test_a_console_on_a_full_disk_ends_no_run():
-    program = "from lens_megatron.metrics import say; say('x'); import sys; sys.stderr.write('done')"
+    program = (
+        "import sys; from lens_megatron.metrics import leave_console, say; say('x'); say('y'); leave_console(); "
+        "sys.stderr.write('done')"
+    )
+    buffered = {name: value for name, value in environment().items() if name != "PYTHONUNBUFFERED"}
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, env=environment())
+        done = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, env=buffered)
     assert (done.returncode, done.stderr) == (0, b"done")
 
 

@@ -47,8 +47,10 @@ def test_equals_the_whole_vocabulary(ranks_results):
                 assert actual.equal(results[0][layout][0][name]), f"{where} differs from rank 0"
         for name, expected in whole.items():
             actual = torch.cat([results[rank][layout][1][name] for rank in range(ranks)])
+            # float32 rounds a sum relative to its largest terms, and a BLAS sums in the order that its processor likes.
+            atol = 4e-7 * max(10.0, expected.abs().max().item())
             torch.testing.assert_close(
-                actual, expected, rtol=1e-5, atol=4e-6, msg=lambda m, where=f"{layout}: {name}": f"{where}\n{m}"
+                actual, expected, rtol=1e-5, atol=atol, msg=lambda m, where=f"{layout}: {name}": f"{where}\n{m}"
             )
             assert actual.isfinite().all()
             if "logits" in name and valid is not None:
