@@ -18,7 +18,7 @@ PEERS := liger-kernel==0.8.5 cut-cross-entropy==25.1.1 fla-core==0.6.0 flash-lin
 help:
 	@echo "make demo            train LENS on CPU, two processes; again: resumes. IF_EXISTS=restart starts over"
 	@echo "make test            lint and all tests but the slow ones"
-	@echo "make test-slow       the slow tests"
+	@echo "make test-slow       the slow tests; an hour of faults at random among them (tests/faults/campaign.py)"
 	@echo "make bench           the operators of lens_kernels beside their peers; BENCH_ARGS='-k policy_loss --rounds 9'"
 	@echo "make bench-peers     the libraries that make bench compares with, into $(VENV)"
 	@echo "make bench-gpu       on a GPU, under ten minutes: JSON into OUT; BENCH_PYTHON=python3 does without $(VENV)"
