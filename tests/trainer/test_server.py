@@ -413,12 +413,13 @@ def test_the_only_server_is_killed_and_its_requests_wait_until_it_serves_again(o
     engine.submit(requests)
     done = finish(engine, 30, lambda done: family.extend(kill(engine)) if done and not family else None, seconds=300)
     check(model, requests, done, 5)
-    assert any("-> dead: ended with status 137" in line for line in fleet.own_said), fleet.own_said
+    assert any("-> dead: " in line for line in fleet.own_said), fleet.own_said[-5:]
     assert "server 9: serves again, with weights of version 5" in fleet.own_said
     assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family), "its engine is gone too"
     assert process.key != before[0] and process.folder != before[1] and not before[1].exists()
 
 
+@pytest.mark.slow
 def test_where_others_serve_they_get_its_requests_at_once(own: Future[ServerEngine], fleet: Fleet):
     engine, model, requests = own.result(), fleet.models["untied"][0], requests_of(30, tokens=80)
     engine.load_weights(weights(model), 6)
