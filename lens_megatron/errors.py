@@ -1,9 +1,10 @@
-"""What a rank says when it cannot go on: every mistake once, whichever rank makes it."""
+"""What a rank says on its console, and when it cannot go on: every mistake once, whichever rank makes it."""
 
 import hashlib
 import os
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
 
 from torch.distributed import TCPStore
@@ -19,9 +20,7 @@ def say_error(text: str) -> None:
     if rank:
         time.sleep(HEAD_START_S)
     if _is_first(text):
-        message = f"rank {rank}: error: {text}" if rank else f"error: {text}"
-        encoding = sys.stdout.encoding or "utf-8"  # which may lack what stands in a file's name
-        print(message.encode(encoding, "backslashreplace").decode(encoding), flush=True, file=sys.stdout)
+        say(f"rank {rank}: error: {text}" if rank else f"error: {text}")
 
 
 def _is_first(text: str) -> bool:
@@ -36,3 +35,24 @@ def _is_first(text: str) -> bool:
         return store.add(key, 1) == 1
     except (KeyError, ValueError, RuntimeError):
         return True
+
+
+def say(text: str) -> None:
+    """Prints what can be printed; the rest, such as half a character of a file's name, as an escape sequence.
+
+    A console that takes nothing, because its file is on a full disk, must not end a run.
+    """
+    encoding = sys.stdout.encoding or "utf-8"
+    with suppress(OSError):
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True, file=sys.stdout)
+
+
+def leave_console() -> None:
+    """To be called before the process ends: Python would exit with 120 where its last words find no room."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)

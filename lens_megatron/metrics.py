@@ -7,9 +7,7 @@ import json
 import os
 import resource
 import socket
-import sys
 import time
-from contextlib import suppress
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from torch.distributed import ProcessGroup
 
 from lens_megatron import tensorboard_events
 from lens_megatron.algorithms.mismatch import mismatch, pooled
+from lens_megatron.errors import say
 from lens_megatron.side_log import SideLog
 from lens_megatron.types import (
     MismatchSums,
@@ -356,24 +355,3 @@ def console_line(step: int, steps: int, metrics: Metrics) -> str:
         f"tokens/s/rank: {metrics['perf/throughput']:.0f}",
     ]
     return " " + " | ".join(fields) + " |"
-
-
-def say(text: str) -> None:
-    """Prints what can be printed; the rest, such as half a character of a file's name, as an escape sequence.
-
-    A console that takes nothing, because its file is on a full disk, must not end a run.
-    """
-    encoding = sys.stdout.encoding or "utf-8"
-    with suppress(OSError):
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True, file=sys.stdout)
-
-
-def leave_console() -> None:
-    """To be called before the process ends: Python would exit with 120 where its last words find no room."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)

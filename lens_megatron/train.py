@@ -15,7 +15,7 @@ from lens_megatron import exit_codes, metrics, report, rollout_files, run_folder
 from lens_megatron.agreement import ToldError, told_by_main
 from lens_megatron.build import build_run, collective_patience
 from lens_megatron.config import Config, ConfigError
-from lens_megatron.errors import say_error
+from lens_megatron.errors import leave_console, say_error
 from lens_megatron.evaluate import evaluate
 from lens_megatron.model_files import ModelError
 from lens_megatron.policy import checkpoint, checkpoint_files, platform
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return exit_codes.NON_FINITE if isinstance(error, NonFiniteError) else exit_codes.MISTAKE
     finally:
         shut_down()
-        metrics.leave_console()
+        leave_console()
     return exit_codes.DONE
 
 

@@ -151,7 +151,7 @@ def test_a_summary_that_cannot_be_written_is_printed_all_the_same(tmp_path: Path
 
 def test_a_console_on_a_full_disk_ends_no_run():
     program = (
-        "import sys; from lens_megatron.metrics import leave_console, say; say('x'); say('y'); leave_console(); "
+        "import sys; from lens_megatron.errors import leave_console, say; say('x'); say('y'); leave_console(); "
         "sys.stderr.write('done')"
     )
     buffered = {name: value for name, value in environment().items() if name != "PYTHONUNBUFFERED"}
