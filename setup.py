@@ -30,7 +30,7 @@ setup(
         "aiohttp>=3.14",
     ],
     # vLLM's processes load it: servers receive weights by it (rollout.engine=vllm_server).
-    entry_points={"vllm.general_plugins": ["lens_megatron = lens_megatron.rollout.weight_transfer:register"]},
+    entry_points={"vllm.general_plugins": ["lens_megatron = lens_megatron.rollout.servers.weight_transfer:register"]},
     extras_require={
         "dev": ["pytest==9.2.0", "pytest-benchmark==5.3.1", "pytest-xdist>=3.8", "hypothesis>=6.170", "ruff==0.17.5"],
         "bench": ["pytest==9.2.0", "pytest-benchmark==5.3.1", "matplotlib>=3.11"],

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lens_megatron.metrics import read_metrics
-from lens_megatron.report import PHASES
-from lens_megatron.run_folder import environment
+from lens_megatron.output.metrics import read_metrics
+from lens_megatron.output.report import PHASES
+from lens_megatron.output.run_folder import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = {"lens": (), "grpo": ("lens.enabled=false", "algorithm.advantage=grpo")}

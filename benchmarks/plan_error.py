@@ -193,14 +193,14 @@ def measure(case: Case, folder: Path) -> dict:
     """Bytes on this rank. Runs under torchrun, or alone for one rank."""
     from megatron.core import parallel_state
 
-    from lens_megatron import pack
     from lens_megatron.algorithms.objectives import OBJECTIVES
+    from lens_megatron.batch import pack
     from lens_megatron.config import from_tree
     from lens_megatron.policy import platform
     from lens_megatron.policy.forward import response_log_probs
     from lens_megatron.policy.model import build_policy
+    from lens_megatron.policy.optimizer_step import optimizer_step
     from lens_megatron.policy.parallel import build_mesh
-    from lens_megatron.policy.update import update
     from lens_megatron.types import LossScale
 
     device = platform.install()
@@ -223,7 +223,7 @@ def measure(case: Case, folder: Path) -> dict:
     )  # fmt: skip
 
     def one_update() -> None:
-        update(policy, batches, scale, OBJECTIVES["token"], config.algorithm, 1.0)
+        optimizer_step(policy, batches, scale, OBJECTIVES["token"], config.algorithm, 1.0)
 
     one_update()
     parameters = [p for chunk in policy.chunks for p in chunk.parameters()]
@@ -272,10 +272,10 @@ def _optimizer_tensors(optimizer) -> Iterable[Tensor]:
 
 def predict(case: Case, folder: Path, stage: int) -> dict:
     from lens_megatron.config import from_tree
-    from lens_megatron.planning import memory
-    from lens_megatron.planning.activations import Packed
-    from lens_megatron.planning.layout import LayerSpec, layout_of
-    from lens_megatron.planning.model_shape import read_shape
+    from lens_megatron.tools.planning import memory
+    from lens_megatron.tools.planning.activations import Packed
+    from lens_megatron.tools.planning.layout import LayerSpec, layout_of
+    from lens_megatron.tools.planning.model_shape import read_shape
 
     config = from_tree(config_tree(case, folder))
     layout, shape = layout_of(config, case.ranks, LayerSpec.LOCAL_CPU), read_shape(config.model.path)
@@ -369,7 +369,7 @@ def main() -> None:
     for key, (error, name) in worst.items():
         print(f"largest error of {key}: {error:.2f} % ({name})")
     if arguments.out:
-        from lens_megatron.run_folder import environment
+        from lens_megatron.output.run_folder import environment
 
         document = {"environment": environment(), "largest_error_percent": worst, "cases": results}
         arguments.out.write_text(json.dumps(document, indent=1) + "\n")

@@ -31,7 +31,7 @@ from lens_megatron.policy.hf_weights import read_hf_config
 from lens_megatron.policy.parallel import shut_down
 from lens_megatron.rollout.engine import Completion, Request, RolloutEngine
 from lens_megatron.rollout.local import LocalEngine
-from lens_megatron.rollout.vllm_engine import VllmEngine
+from lens_megatron.rollout.vllm.engine import VllmEngine
 
 SIZES = (measured.Size("host_bound", 128, 4, 4, heads=4), measured.Size("arithmetic_bound", 384, 6, 8, heads=6))
 """About 1 and 15 million parameters, with heads that vLLM's attention on a CPU has."""

@@ -8,36 +8,37 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
-from lens_megatron import metrics, run_folder
-from lens_megatron.agreement import raise_together, told_by_main
-from lens_megatron.clock import Clock
 from lens_megatron.config import Config, ConfigError
-from lens_megatron.config_rules import machine_mistakes
-from lens_megatron.control_store import ControlStore
+from lens_megatron.config.rules import machine_mistakes
+from lens_megatron.data.prompts import DataError, PromptStream, load_prompts
+from lens_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from lens_megatron.files import why_no_folder
+from lens_megatron.output import metrics, run_folder
+from lens_megatron.output.run_folder import RunFolderError
+from lens_megatron.output.run_lease import RunLease
 from lens_megatron.policy import platform
 from lens_megatron.policy.model import DTYPES, build_policy, check_layout
 from lens_megatron.policy.model_check import check_model
 from lens_megatron.policy.offload import TrainerMemory, is_enabled
 from lens_megatron.policy.parallel import Mesh, build_mesh
-from lens_megatron.prompts import DataError, PromptStream, load_prompts
 from lens_megatron.reward import GraderPool
-from lens_megatron.rollout import replay, server_engine, vllm_options
-from lens_megatron.rollout.ahead import Ahead
-from lens_megatron.rollout.board import Board
+from lens_megatron.rollout import replay
+from lens_megatron.rollout.background import BackgroundSampling
 from lens_megatron.rollout.engine import RolloutEngine
 from lens_megatron.rollout.local import LocalEngine
-from lens_megatron.rollout.scheduler import Sampler
-from lens_megatron.rollout.server_process import ServerProcess, start_servers, stop_all
-from lens_megatron.rollout.team import Team, TeamEngine, build_team
+from lens_megatron.rollout.request_store import RequestStore
+from lens_megatron.rollout.scheduler import RolloutScheduler
+from lens_megatron.rollout.servers.engine import connect
+from lens_megatron.rollout.servers.process import ServerProcess, start_servers, stop_all
 from lens_megatron.rollout.unfinished import UnfinishedGroups
-from lens_megatron.rollout.vllm_engine import VllmEngine
-from lens_megatron.run import Run
-from lens_megatron.run_folder import RunFolderError
-from lens_megatron.run_lease import RunLease
-from lens_megatron.tokenizer import Tokenizer, load_tokenizer
+from lens_megatron.rollout.vllm import options as vllm_options
+from lens_megatron.rollout.vllm.engine import VllmEngine
+from lens_megatron.rollout.vllm.tensor_parallel import EngineGroup, TensorParallelEngine, build_engine_group
+from lens_megatron.run import LastSync, Run
+from lens_megatron.supervision.agreement import raise_together, told_by_main
+from lens_megatron.supervision.clock import Clock
+from lens_megatron.supervision.control_store import ControlStore
 from lens_megatron.types import Prompt
-from lens_megatron.weight_sync import LastSync
 
 
 def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
@@ -57,7 +58,7 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
     patience = collective_patience(config)
     control = platform.open_control_store(device)
     mesh = build_mesh(config.megatron, config.run.seed, device, patience)
-    team = build_team(config.ranks_per_engine, patience)
+    engine_group = build_engine_group(config.ranks_per_engine, patience)
     servers = start_servers(config, hf_config, mesh.rank, mesh.world_size)  # they need longer than all that follows
     with ExitStack() as on_failure:
         on_failure.callback(control.close)
@@ -67,15 +68,15 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
         resuming, lease = _take_folder(config, mesh, on_failure)
         memory = TrainerMemory(policy, enabled=is_enabled(config, device))
         memory.to_host()  # vLLM counts what is free before it takes its share
-        engine = _build_engine(config, hf_config, device, team, servers)
+        engine = _build_engine(config, hf_config, device, engine_group, servers)
         memory.to_device()
         on_failure.pop_all()
     share = mesh.dp_rank + mesh.dp_size * mesh.model_rank  # as `sampling.prepare` deals the prompts
     staleness = config.rollout.off_policy_steps * config.train.updates_per_batch
     unfinished = UnfinishedGroups(Path(config.run.directory) / "unfinished", share, mesh.world_size, staleness)
-    board = _build_board(config, team, control)
-    sampler = Sampler(
-        engine, graders, tokenizer.decode, config.rollout, config.lens, config.run.seed, unfinished, board
+    request_store = _build_request_store(config, engine_group, control)
+    sampler = RolloutScheduler(
+        engine, graders, tokenizer.decode, config.rollout, config.lens, config.run.seed, unfinished, request_store
     )
     run = Run(
         config=config,
@@ -86,10 +87,10 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
         prompts=prompts,
         eval_prompts=eval_prompts,
         engine=engine,
-        team=team,
+        engine_group=engine_group,
         graders=graders,
         sampler=sampler,
-        ahead=Ahead() if config.rollout.off_policy_steps else None,
+        background=BackgroundSampling() if config.rollout.off_policy_steps else None,
         trainer_memory=memory,
         last_sync=LastSync(),
         lease=lease,
@@ -115,18 +116,22 @@ def collective_patience(config: Config) -> float:
 
 
 def _build_engine(
-    config: Config, hf_config: PretrainedConfig, device: torch.device, team: Team, servers: Sequence[ServerProcess]
+    config: Config,
+    hf_config: PretrainedConfig,
+    device: torch.device,
+    engine_group: EngineGroup,
+    servers: Sequence[ServerProcess],
 ) -> RolloutEngine:
     """A collective where the engine is vLLM's."""
     if config.rollout.engine == "vllm":
         engine = VllmEngine(config, hf_config)
         if engine.left_by_sleep is not None and torch.distributed.get_rank() == 0:
             metrics.say(f"vLLM asleep leaves {engine.left_by_sleep / 2**30:.2f} GiB of the GPU in use")
-        return engine if team.size == 1 else TeamEngine(engine, team)
+        return engine if engine_group.size == 1 else TensorParallelEngine(engine, engine_group)
     if config.rollout.engine == "vllm_server":
         engine, failure = None, None
         try:
-            engine = server_engine.build(config, hf_config, servers, metrics.say)
+            engine = connect(config, hf_config, servers, metrics.say)
         except ConfigError as error:
             failure = error
         raise_together(failure, ConfigError("the servers of another rank cannot be used"), device)
@@ -139,10 +144,14 @@ def _build_engine(
     )
 
 
-def _build_board(config: Config, team: Team, store: ControlStore) -> Board | None:
+def _build_request_store(config: Config, engine_group: EngineGroup, store: ControlStore) -> RequestStore | None:
     """Between engines: of those over several ranks the first one speaks."""
     shared = config.rollout.engine != "local" if config.rollout.share_work is None else config.rollout.share_work
-    return Board(store, team.number, team.engines) if shared and team.leads and team.engines > 1 else None
+    return (
+        RequestStore(store, engine_group.number, engine_group.engines)
+        if shared and engine_group.leads and engine_group.engines > 1
+        else None
+    )
 
 
 def _check_replay(config: Config, vocab_size: int) -> None:

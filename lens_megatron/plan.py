@@ -1,51 +1,8 @@
-"""What a run will take, before it takes any GPU: `python -m lens_megatron.plan CONFIG [section.option=value ...]`.
-
-Memory per GPU by phase and component, seconds per phase, bytes of weight sync, on the configuration's `cluster`.
-Exit status: 0 it fits, 2 it cannot run as it stands, with the reasons.
-"""
+"""`python -m lens_megatron.plan` is this command; what it does is in tools/plan.py."""
 
 import sys
-from argparse import ArgumentParser
-from collections.abc import Sequence
-from dataclasses import replace
 
-from lens_megatron import config as configuration
-from lens_megatron.config import ConfigError
-from lens_megatron.planning.layout import LayerSpec
-from lens_megatron.planning.plan import LayoutError, make_plan
-from lens_megatron.planning.step_time import Assumptions
-from lens_megatron.planning.table import render
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the plan; returns the exit status."""
-    parser = ArgumentParser(prog="python -m lens_megatron.plan", description=__doc__.splitlines()[0])
-    parser.add_argument("config", help="YAML file; see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="section.option=value")
-    specs = [spec.value for spec in LayerSpec]
-    parser.add_argument("--layer-spec", choices=specs, default=specs[0], help="layers to reckon with")
-    parser.add_argument("--mean-length", type=float, default=0.5, help="mean length / limit, of prompts and responses")
-    parser.add_argument("--hard-share", type=float, default=0.5, help="LENS: share of prompts sampled a second time")
-    parsed = parser.parse_intermixed_args(arguments)
-    for name in ("mean_length", "hard_share"):
-        if not 0 <= getattr(parsed, name) <= 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(parsed, name)}: expected a share between 0 and 1")
-    assumed = replace(Assumptions(), mean_length_share=parsed.mean_length, hard_share=parsed.hard_share)
-    try:
-        config = configuration.load(parsed.config, parsed.overrides)
-        plan = make_plan(config, LayerSpec(parsed.layer_spec), assumed)
-    except (ConfigError, LayoutError) as error:
-        return _refuse(str(error).splitlines())
-    print(render(plan))
-    return _refuse(plan.mistakes) if plan.mistakes else 0
-
-
-def _refuse(mistakes: Sequence[str]) -> int:
-    sys.stdout.flush()
-    for mistake in mistakes:
-        print(f"error: {mistake}", file=sys.stderr)
-    return 2
-
+from lens_megatron.tools.plan import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,22 +2,28 @@
 
 from dataclasses import dataclass
 
-from lens_megatron.clock import Clock
 from lens_megatron.config import Config
-from lens_megatron.control_store import ControlStore
+from lens_megatron.data.prompts import PromptStream
+from lens_megatron.data.tokenizer import Tokenizer
+from lens_megatron.output.run_lease import RunLease
 from lens_megatron.policy.model import Policy
 from lens_megatron.policy.offload import TrainerMemory
 from lens_megatron.policy.parallel import Mesh
-from lens_megatron.prompts import PromptStream
 from lens_megatron.reward import GraderPool
-from lens_megatron.rollout.ahead import Ahead
+from lens_megatron.rollout.background import BackgroundSampling
 from lens_megatron.rollout.engine import RolloutEngine
-from lens_megatron.rollout.scheduler import Sampler
-from lens_megatron.rollout.team import Team
-from lens_megatron.run_lease import RunLease
-from lens_megatron.tokenizer import Tokenizer
-from lens_megatron.types import Prompt
-from lens_megatron.weight_sync import LastSync
+from lens_megatron.rollout.scheduler import RolloutScheduler
+from lens_megatron.rollout.vllm.tensor_parallel import EngineGroup
+from lens_megatron.supervision.clock import Clock
+from lens_megatron.supervision.control_store import ControlStore
+from lens_megatron.types import Prompt, SyncStats
+
+
+@dataclass(slots=True)
+class LastSync:
+    """The last transfer of a run."""
+
+    stats: SyncStats = SyncStats(0, 0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +37,11 @@ class Run:
     prompts: PromptStream
     eval_prompts: tuple[Prompt, ...]
     engine: RolloutEngine
-    team: Team
+    engine_group: EngineGroup
     """The ranks that hold the engine together."""
     graders: GraderPool
-    sampler: Sampler
-    ahead: Ahead | None
+    sampler: RolloutScheduler
+    background: BackgroundSampling | None
     """Given: the next step is sampled while this one trains."""
     trainer_memory: TrainerMemory
     last_sync: LastSync

@@ -11,36 +11,36 @@ import torch
 from tqdm import tqdm
 
 from lens_megatron import config as configuration
-from lens_megatron import exit_codes, metrics, report, rollout_files, run_folder
-from lens_megatron.agreement import ToldError, told_by_main
 from lens_megatron.build import build_run, collective_patience
 from lens_megatron.config import Config, ConfigError
-from lens_megatron.errors import leave_console, say_error
-from lens_megatron.evaluate import evaluate
-from lens_megatron.model_files import ModelError
+from lens_megatron.data.model_files import ModelError
+from lens_megatron.data.prompts import DataError
+from lens_megatron.data.tokenizer import TokenizerError
+from lens_megatron.output import metrics, report, rollout_files, run_folder
+from lens_megatron.output.console import leave_console, say_error
+from lens_megatron.output.rollout_files import RolloutFileError, RolloutFiles
+from lens_megatron.output.run_folder import RunFolderError
+from lens_megatron.output.run_lease import FolderInUseError
+from lens_megatron.phases.evaluate import evaluate
+from lens_megatron.phases.weight_sync import WeightSyncError
 from lens_megatron.policy import checkpoint, checkpoint_files, platform
 from lens_megatron.policy.checkpoint import CheckpointError, CheckpointWriter
 from lens_megatron.policy.last_step import LastStep, is_exported
 from lens_megatron.policy.parallel import shut_down
-from lens_megatron.prompts import DataError
 from lens_megatron.reward import GraderStartError
 from lens_megatron.rollout import replay
 from lens_megatron.rollout.engine import EnginesLostError
-from lens_megatron.rollout.meter import SamplingProgress
+from lens_megatron.rollout.progress import SamplingProgress
 from lens_megatron.rollout.replay import ReplayError
-from lens_megatron.rollout_files import RolloutFileError, RolloutFiles
 from lens_megatron.run import Run
-from lens_megatron.run_folder import RunFolderError
-from lens_megatron.run_lease import FolderInUseError
 from lens_megatron.step import run_step
-from lens_megatron.supervision import non_finite
+from lens_megatron.supervision import exit_codes, non_finite
+from lens_megatron.supervision.agreement import ToldError, told_by_main
 from lens_megatron.supervision.non_finite import NonFiniteError
 from lens_megatron.supervision.parent import end_with_launcher
 from lens_megatron.supervision.stop import Stop
 from lens_megatron.supervision.watchdog import watch
-from lens_megatron.tokenizer import TokenizerError
 from lens_megatron.types import StepResult
-from lens_megatron.weight_sync import WeightSyncError
 
 USER_ERRORS = (
     ConfigError,
@@ -240,9 +240,9 @@ def _saver(run: Run) -> CheckpointWriter:
 def _evaluate(run: Run) -> metrics.Metrics:
     if not run.eval_prompts:
         return {}
-    if run.ahead:
+    if run.background:
         with run.clock("gen"):
-            run.ahead.settle()
+            run.background.settle()
     with run.clock("testing"):
         results = evaluate(run)
     samples = run.config.train.eval_samples
@@ -262,7 +262,7 @@ def _step_metrics(run: Run, result: StepResult) -> metrics.Metrics:
     found = metrics.tally_step(result).reduce(run.mesh.dp_group, run.mesh.device)
     found |= metrics.update_metrics(result.updates, run.config.algorithm.kl_coef)
     found |= metrics.mismatch_metrics(result.updates, run.config.algorithm.correction)
-    found |= metrics.sampling_metrics(result.sampling, run.mesh.device, run.team.size)
+    found |= metrics.sampling_metrics(result.sampling, run.mesh.device, run.engine_group.size)
     found |= metrics.time_metrics(run.clock.take(), found, run.mesh.world_size)
     return found | {
         "training/global_step": result.step,
@@ -271,7 +271,7 @@ def _step_metrics(run: Run, result: StepResult) -> metrics.Metrics:
         "perf/weight_sync_bytes": result.sync.bytes,
         "perf/weight_sync_received_bytes": result.sync.received_bytes,
         "perf/weight_sync_gb_per_s": result.sync.gb_per_s,
-        "training/canary_log_prob_diff": result.sync.canary_difference,
+        "training/sync_log_prob_diff": result.sync.sync_difference,
     }
 
 
@@ -307,6 +307,6 @@ class _Bar:
 
 
 def _progress_bar(run: Run, step: int) -> Callable[[SamplingProgress], None]:
-    share = len(range(run.team.number, run.config.rollout.prompts_per_step, run.team.engines))
+    share = len(range(run.engine_group.number, run.config.rollout.prompts_per_step, run.engine_group.engines))
     shown = run.is_main and os.isatty(2)
     return _Bar(step, share * run.config.rollout.rollouts_per_prompt, shown)

@@ -13,24 +13,16 @@ from enum import StrEnum
 
 from torch import Tensor
 
+from lens_megatron.reward.types import GradeStatus
+
 
 class Origin(StrEnum):
     """Which prompt a rollout was sampled from."""
 
     NATIVE = "native"
     """The original prompt."""
-    RESCUED = "rescued"
+    PURIFIED = "purified"
     """The purified prompt (second wave)."""
-
-
-class Status(StrEnum):
-    """What grading a completion came to; the values are those of `lens_megatron.reward.GradeStatus`."""
-
-    CORRECT = "correct"
-    WRONG = "wrong"
-    UNPARSED = "unparsed"
-    TIMEOUT = "timeout"
-    CRASH = "crash"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +72,11 @@ class Rollout:
     weight_version: int
     """Version of the policy weights that sampled it."""
     reward: float
-    status: Status
+    status: GradeStatus
 
     @property
     def correct(self) -> bool:
-        return self.status is Status.CORRECT
+        return self.status is GradeStatus.CORRECT
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +129,7 @@ class LossScale:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class SequenceLayout:
     """How a rank's part of a packed batch is cut out of it."""
 
     context_parallel_rank: int = 0
@@ -295,8 +287,8 @@ class SyncStats:
     seconds: float
     received_bytes: int = 0
     """What came to this rank from others."""
-    canary_difference: float = 0.0
-    """Nats between engines and trainer afterwards, see `canary`; the same on every rank."""
+    sync_difference: float = 0.0
+    """Nats between engines and trainer afterwards, see `phases.sync_check`; the same on every rank."""
 
     @property
     def gb_per_s(self) -> float:
@@ -306,7 +298,7 @@ class SyncStats:
 
 @dataclass(frozen=True, slots=True)
 class SamplingStats:
-    """One call of `Sampler.sample` on one engine."""
+    """One call of `RolloutScheduler.sample` on one engine."""
 
     seconds: float = 0.0
     """From its beginning to its end."""
@@ -323,7 +315,7 @@ class SamplingStats:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampled:
+class CollectedGroups:
     """The groups of a step on one rank."""
 
     groups: list[Group]

@@ -11,21 +11,27 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(
     [*ROOT.glob("lens_megatron/**/*.py"), *ROOT.glob("kernels/lens_kernels/*.py"), ROOT / "pretrain_lens.py"]
 )
+TESTS = sorted([*ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/**/*.py")])
 OWNERS = {
     "megatron": "lens_megatron/policy/",
     "mbridge": "lens_megatron/policy/",
     "vllm": "lens_megatron/rollout/",
     "math_verify": "lens_megatron/reward/",
-    "yaml": ("lens_megatron/config_files.py", "lens_megatron/run_folder.py"),
-    "matplotlib": "lens_megatron/report.py",
+    "yaml": ("lens_megatron/config/files.py", "lens_megatron/output/run_folder.py"),
+    "matplotlib": "lens_megatron/output/report.py",
 }
-LAYERS = ["types", "files", "channel", "control_store", "side_log", "tensorboard_events", "config_files",
-          "config_section", "config_rules", "config", "layout_rules", "planning", "plan", "seeds", "exit_codes",
-          "errors", "agreement", "clock", "supervision", "model_files", "tokenizer", "algorithms", "interference",
-          "purify", "samples", "schedule", "pack", "exchange", "reward", "datasets", "prompts", "rollout", "policy",
-          "weight_sync", "run_lease", "run", "canary", "handover", "sampling", "update_batch", "step", "evaluate",
-          "rollout_files", "run_folder", "metrics", "report", "build", "train", "diagnosis", "doctor"]  # fmt: skip
-"""Lowest first: a module imports from its own layer and from layers before it."""
+ROOMS = ["seeds", "files", "reward", "types", "config", "supervision", "data", "algorithms", "batch", "rollout",
+         "policy", "output", "run", "phases", "step", "build", "train", "tools"]  # fmt: skip
+"""Lowest first: a module imports from its own room and from rooms before it."""
+COMMANDS = {"plan", "doctor", "report", "demo"}
+"""`python -m lens_megatron.NAME`; nothing imports them."""
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {name_of(path) for path in SOURCES}
 
 
 def imports(path: Path) -> list[str]:
@@ -38,22 +44,45 @@ def imports(path: Path) -> list[str]:
     return names
 
 
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_module_keeps_to_its_place_and_size(path: Path):
-    relative = str(path.relative_to(ROOT))
+def test_module_keeps_to_its_place(path: Path):
+    relative, own = str(path.relative_to(ROOT)), room(name_of(path))
+    if relative.startswith("lens_megatron/") and path.name != "__init__.py":
+        assert own in ROOMS or own in COMMANDS, f"{relative} stands in no room; give it one in ROOMS"
     for name in imports(path):
         top = name.split(".")[0]
         if top in OWNERS:
             assert relative.startswith(OWNERS[top]), f"{relative} imports {top}, which belongs to {OWNERS[top]}"
         if relative.startswith("kernels/"):
             assert top not in ("lens_megatron", "megatron", "vllm", "transformers"), f"{relative} imports {top}"
-        parts, own = name.split("."), relative.removeprefix("lens_megatron/").removesuffix(".py").split("/")[0]
-        if parts[0] == "lens_megatron" and len(parts) > 1 and own in LAYERS and parts[1] in LAYERS:
-            assert LAYERS.index(parts[1]) <= LAYERS.index(own), f"{relative} imports {name}, a higher layer"
-    lines = path.read_text().splitlines()
-    assert len(lines) <= 400, f"{relative} has {len(lines)} lines"
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef):
+        if top == "lens_megatron" and relative.startswith("lens_megatron/") and own not in COMMANDS and room(name):
+            assert room(name) not in COMMANDS, f"{relative} imports the command {name}"
+            assert ROOMS.index(room(name)) <= ROOMS.index(own), f"{relative} imports {name}, a higher room"
+
+
+def test_no_circles():
+    graph = {name_of(path): {name for name in imports(path) if name in MODULES} for path in SOURCES}
+    graph = {name: {other for other in found if other != name} for name, found in graph.items()}
+    for package in [name for name in graph if any(other.startswith(name + ".") for other in graph)]:
+        # `from package import module` names the package too; what its __init__ imports does not lead back.
+        graph[package] = {other for other in graph[package] if not other.startswith(package + ".")}
+    while leaves := [name for name, found in graph.items() if not found & graph.keys()]:
+        for leaf in leaves:
+            del graph[leaf]
+    assert not graph, f"modules that import each other in a circle are among {sorted(graph)}"
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_functions_stay_short(path: Path):
+    relative, limit = path.relative_to(ROOT), 400 if path in SOURCES else 500
+    text = path.read_text()
+    assert len(text.splitlines()) <= limit, f"{relative} has {len(text.splitlines())} lines"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             length = node.end_lineno - node.body[0].lineno + 1  # signatures give a shape per line
             assert length <= 60, f"{relative}: {node.name} has {length} lines"
 
@@ -78,9 +107,10 @@ def test_options_stay_few_and_every_configuration_loads():
         config.load(path)
 
 
-def test_readme_stays_short_and_names_every_module():
+def test_readme_stays_short_and_names_every_room():
     readme = (ROOT / "README.md").read_text()
     assert len(readme.splitlines()) <= 250
-    for path in ROOT.glob("lens_megatron/*.py"):
-        if path.name != "__init__.py":
-            assert path.name in readme, f"README's file tree lacks {path.name}"
+    for path in ROOT.glob("lens_megatron/*"):
+        name = path.name + "/" if path.is_dir() else path.name
+        if path.suffix == ".py" and path.stem not in {"__init__", *COMMANDS} or (path / "__init__.py").exists():
+            assert name in readme, f"README's file tree lacks {name}"

@@ -11,11 +11,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.sampling.simulator import Cost, Setting, SimulatedGroup, simulate
 from lens_megatron.config import LensConfig, RolloutConfig
-from lens_megatron.demo.problems import stream
-from lens_megatron.demo.tokenizer import train_tokenizer
 from lens_megatron.reward import Grade, GradeStatus
 from lens_megatron.rollout.local import LocalEngine
-from lens_megatron.rollout.scheduler import GRADING_STEPS, Sampler
+from lens_megatron.rollout.scheduler import GRADING_STEPS, RolloutScheduler
+from lens_megatron.tools.demo.problems import stream
+from lens_megatron.tools.demo.tokenizer import train_tokenizer
 from lens_megatron.types import Group, Prompt, PurifiedPrompt
 
 RUNNING = 256
@@ -110,7 +110,7 @@ def run(engine: Timed, size: Size, seed: int, policy: str) -> dict:
     )  # fmt: skip
     lens = LensConfig(enabled=policy != "grpo")
     engine.log = []
-    sampler = Sampler(engine, Coins(), lambda i: str(list(i)), rollout, lens, seed, Nothing())
+    sampler = RolloutScheduler(engine, Coins(), lambda i: str(list(i)), rollout, lens, seed, Nothing())
     wall, cpu = time.perf_counter(), time.process_time()
     groups = sampler.sample(prompts, purified, step=1, version=0)
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall

@@ -5,7 +5,7 @@ import random
 from dataclasses import dataclass
 
 from benchmarks.sampling.simulator import Cost, SimulatedGroup
-from lens_megatron.planning.hardware import GPUS
+from lens_megatron.tools.planning.hardware import GPUS
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from lens_megatron.types import Origin, Rollout, Sample, Status
+from lens_megatron.reward.types import GradeStatus
+from lens_megatron.types import Origin, Rollout, Sample
 
 Lengths = list[tuple[int, int]]
 """(prompt, response) tokens per sample."""
@@ -90,7 +91,7 @@ def samples(sizes: Lengths, vocab_size: int, seed: int = 0) -> list[Sample]:
             origin=Origin.NATIVE,
             weight_version=0,
             reward=float(advantage > 0),
-            status=Status.CORRECT if advantage > 0 else Status.WRONG,
+            status=GradeStatus.CORRECT if advantage > 0 else GradeStatus.WRONG,
         )
         made.append(Sample(tuple(tokens[:prompt]), tuple(tokens[:prompt]), rollout, advantage, 1.0))
     return made

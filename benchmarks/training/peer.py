@@ -34,7 +34,7 @@ CUTS = {"in order": batches_in_order, "by length": batches_by_length}
 
 
 class Peer:
-    """A model, its frozen reference and AdamW; `step` does what `update_batch.train_on` does."""
+    """A model, its frozen reference and AdamW; `step` does what `update.train_on` does."""
 
     def __init__(self, config: Config, dtype: torch.dtype, device: torch.device, cut: str, liger: bool = False):
         self.config, self.device, self.cut, self.liger = config, device, CUTS[cut], liger

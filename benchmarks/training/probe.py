@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from megatron.core.pipeline_parallel import schedules
 
-from lens_megatron.clock import Clock
-from lens_megatron.policy import forward, update
+from lens_megatron.policy import forward, optimizer_step
+from lens_megatron.supervision.clock import Clock
 
 
 @dataclass(slots=True)
@@ -51,12 +51,12 @@ class StageProbe:
         schedules.forward_step = self._timed(self._counted(schedules.forward_step), lambda: self.busy)
         schedules.backward_step = self._timed(schedules.backward_step, lambda: self.busy)
         forward.get_forward_backward_func = lambda: self._run("ref", kept[2]())
-        update.get_forward_backward_func = lambda: self._run("update_actor", kept[2]())
+        optimizer_step.get_forward_backward_func = lambda: self._run("update_actor", kept[2]())
         try:
             yield
         finally:
             schedules.forward_step, schedules.backward_step = kept[:2]
-            forward.get_forward_backward_func = update.get_forward_backward_func = kept[2]
+            forward.get_forward_backward_func = optimizer_step.get_forward_backward_func = kept[2]
 
     def idle_share(self) -> dict[str, float]:
         """Per phase: share of the pipelined run in which this stage computed nothing."""

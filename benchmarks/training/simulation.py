@@ -5,7 +5,7 @@ import statistics
 import time
 
 from benchmarks.training.load import lengths
-from lens_megatron import schedule
+from lens_megatron.batch import balance
 
 HIDDEN, BUDGET, ALIGNMENT = 2048, 16384, 4
 """Qwen2.5-3B; the default token budget; what context parallelism over 2 ranks pads each sample to."""
@@ -18,16 +18,16 @@ def simulate(samples: int, ranks: int, limit: int = 4096) -> dict:
     """
     sizes = [p + r for p, r in lengths("tail", samples, limit)]
     start = time.perf_counter()
-    shares = schedule.deal(sizes, ranks, HIDDEN)
+    shares = balance.assign(sizes, ranks, HIDDEN)
     dealt = time.perf_counter()
-    counts = [schedule.fewest([sizes[i] for i in share], BUDGET) for share in shares]
+    counts = [balance.fewest([sizes[i] for i in share], BUDGET) for share in shares]
     needed, seconds, within = max(counts), [], []
     for share in shares:
         own = [sizes[i] for i in share]
         begin = time.perf_counter()
-        parts = schedule.cut(own, BUDGET, needed, HIDDEN)
+        parts = balance.cut(own, BUDGET, needed, HIDDEN)
         seconds.append(time.perf_counter() - begin)
-        within.append(schedule.imbalance(own, parts, HIDDEN))
+        within.append(balance.imbalance(own, parts, HIDDEN))
         assert sorted(i for part in parts for i in part) == list(range(len(own)))
         assert all(len(part) < 2 or sum(own[i] for i in part) <= BUDGET for part in parts)
     stop = time.perf_counter()
@@ -43,8 +43,8 @@ def simulate(samples: int, ranks: int, limit: int = 4096) -> dict:
         "cut_s_per_rank": round(statistics.median(seconds), 5),
         "micro_batches_per_rank": needed,
         "fewest_of_any_rank": min(counts),
-        "imbalance": round(schedule.imbalance(sizes, shares, HIDDEN), 6),
-        "imbalance_without_dealing": round(schedule.imbalance(shuffled, neighbours, HIDDEN), 4),
+        "imbalance": round(balance.imbalance(sizes, shares, HIDDEN), 6),
+        "imbalance_without_dealing": round(balance.imbalance(shuffled, neighbours, HIDDEN), 4),
         "imbalance_of_micro_batches_median": round(statistics.median(within), 4),
         "padding_waste": 0.0,
         "padding_waste_cp2": round(1 - sum(sizes) / padded, 6),

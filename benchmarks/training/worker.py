@@ -41,7 +41,7 @@ def configuration(spec: dict, budget: int) -> Config:
 
 
 class Ours:
-    """The real trainer's `update_batch.train_on`: no engine, no data, no graders."""
+    """The real trainer's `update.train_on`: no engine, no data, no graders."""
 
     def __init__(self, spec: dict, device: torch.device):
         from benchmarks.training.probe import PhaseClock
@@ -56,7 +56,7 @@ class Ours:
         self.run = Run(config, mesh, None, policy, None, None, (), *(None,) * 8, self.clock)
 
     def step(self, samples: list[Sample]) -> tuple[float, float]:
-        from lens_megatron.update_batch import train_on
+        from lens_megatron.phases.update import train_on
 
         mesh = self.run.mesh
         self.clock.cpu_seconds.clear()

@@ -10,7 +10,7 @@ from lens_kernels._rows import RowLayout, row_chunks, row_layout
 from lens_kernels._vocab_parallel import (
     LOWEST,
     RowTotals,
-    Shard,
+    VocabShard,
     columns_to_read,
     local_targets,
     padding_mask,
@@ -26,7 +26,7 @@ def write_dlogits_reference(
     logits: Tensor,  # [..., V]
     token_ids: Tensor,  # [T]
     tau: Tensor | None,  # [T]
-    shard: Shard,
+    shard: VocabShard,
     totals: RowTotals,
     d_logprobs: Tensor,  # [T] g
     d_entropy: Tensor | None,  # [T] e
@@ -123,7 +123,7 @@ def write_dlogits_triton(
     layouts: tuple[RowLayout, RowLayout],
     token_ids: Tensor,
     tau: Tensor | None,
-    shard: Shard,
+    shard: VocabShard,
     totals: RowTotals,
     d_logprobs: Tensor,
     d_entropy: Tensor | None,
@@ -154,7 +154,7 @@ def write_dlogits(
     logits: Tensor,  # [..., V]
     token_ids: Tensor,  # [T]
     tau: Tensor | None,  # [T]
-    shard: Shard,
+    shard: VocabShard,
     totals: RowTotals,
     d_logprobs: Tensor,  # [T] g
     d_entropy: Tensor | None,  # [T] e

@@ -7,7 +7,14 @@ from torch import Tensor
 
 from lens_kernels._backend import jit, multiprocessors, tl, uses_triton
 from lens_kernels._rows import row_chunks, row_layout
-from lens_kernels._vocab_parallel import LOWEST, Shard, columns_to_read, local_targets, padding_mask, shard_arguments
+from lens_kernels._vocab_parallel import (
+    LOWEST,
+    VocabShard,
+    columns_to_read,
+    local_targets,
+    padding_mask,
+    shard_arguments,
+)
 
 WARPS = 8
 VECTOR_BYTES = 16  # what one thread loads at once
@@ -19,7 +26,7 @@ def row_statistics_reference(
     logits: Tensor,  # [..., V]
     token_ids: Tensor,  # [T]
     tau: Tensor | None,  # [T]
-    shard: Shard,
+    shard: VocabShard,
     with_entropy: bool,
 ) -> Tensor:  # [1, 3 or 4, T] float32, see _vocab_parallel
     columns = logits.shape[-1]
@@ -134,7 +141,7 @@ def _row_statistics_kernel(
 
 
 def row_statistics_triton(
-    logits: Tensor, token_ids: Tensor, tau: Tensor | None, shard: Shard, with_entropy: bool, split_rows: bool
+    logits: Tensor, token_ids: Tensor, tau: Tensor | None, shard: VocabShard, with_entropy: bool, split_rows: bool
 ) -> Tensor:
     """Bytes per element: its size, once. Leading axes that do not fold into two are copied first."""
     layout = row_layout(logits)
@@ -164,7 +171,7 @@ def row_statistics(
     logits: Tensor,  # [..., V]
     token_ids: Tensor,  # [T]
     tau: Tensor | None,  # [T]
-    shard: Shard,
+    shard: VocabShard,
     *,
     with_entropy: bool,
     split_rows: bool = True,  # let D exceed 1

@@ -21,7 +21,7 @@ LOWEST = torch.finfo(torch.float32).min
 MERGE_ROWS = 128  # rows per program of the merge kernel
 
 
-class Shard(NamedTuple):
+class VocabShard(NamedTuple):
     """This rank's columns of the vocabulary. Tensors are 0-d and stay on the device: no host synchronisation."""
 
     group: dist.ProcessGroup | None
@@ -40,7 +40,7 @@ class RowTotals(NamedTuple):
 
 def locate_shard(
     columns: int, token_ids: Tensor, valid_vocab_size: int | None, group: dist.ProcessGroup | None
-) -> Shard:
+) -> VocabShard:
     """Learns this rank's offset from all shards' sizes (they may differ): one gather of 8 bytes per rank.
 
     The sizes are not cached: a cache that hits on one rank and misses on another would deadlock.
@@ -59,10 +59,10 @@ def locate_shard(
     if checks_ids() and token_ids.numel():
         largest = int(token_ids.max())
         require(largest < int(vocabulary), "token_ids", f"id {largest}", f"ids below {int(vocabulary)}")
-    return Shard(group, start, None if valid_vocab_size is None else valid_vocab_size - start)
+    return VocabShard(group, start, None if valid_vocab_size is None else valid_vocab_size - start)
 
 
-def shard_arguments(shard: Shard, columns: int) -> tuple[Tensor | None, int]:
+def shard_arguments(shard: VocabShard, columns: int) -> tuple[Tensor | None, int]:
     """How kernels receive a shard: (start and valid as int64 [2] on the device, 0) or (None, valid)."""
     if isinstance(shard.start, int):
         return None, columns if shard.valid is None else min(shard.valid, columns)
@@ -80,12 +80,12 @@ def columns_to_read(shard_ptr, valid, columns, token):
     return start, tl.minimum(tl.where(token < 0, 0, limit), columns).to(tl.int32)
 
 
-def padding_mask(columns: int, shard: Shard, device: torch.device) -> Tensor | None:
+def padding_mask(columns: int, shard: VocabShard, device: torch.device) -> Tensor | None:
     """bool [V], True on padding columns; None if there is none."""
     return None if shard.valid is None else torch.arange(columns, device=device) >= shard.valid
 
 
-def local_targets(token_ids: Tensor, columns: int, shard: Shard) -> tuple[Tensor, Tensor]:
+def local_targets(token_ids: Tensor, columns: int, shard: VocabShard) -> tuple[Tensor, Tensor]:
     """(column of each target, clamped into the shard; whether this shard holds it), both [T]."""
     local = token_ids - shard.start
     owned = (token_ids >= 0) & (local >= 0) & (local < columns)
@@ -98,7 +98,7 @@ def merge_statistics(
     stats: Tensor,  # [D, K, T] float32
     token_ids: Tensor,  # [T]
     tau: Tensor | None,  # [T]
-    shard: Shard,
+    shard: VocabShard,
 ) -> RowTotals:
     """Merges all pieces of all shards in rank order, with one all-gather of 4 * D * K bytes per row and rank."""
     parts = _all_gather(stats, shard.group).flatten(0, 1)
@@ -197,19 +197,19 @@ def merge_triton(parts: Tensor, token_ids: Tensor, tau: Tensor | None) -> RowTot
     return RowTotals(*totals, *([None] * (4 - kinds)))
 
 
-def reduce_hidden_gradient(d_hidden: Tensor, shard: Shard) -> Tensor:
+def reduce_hidden_gradient(d_hidden: Tensor, shard: VocabShard) -> Tensor:
     """Sums the shards' parts of a replicated tensor's gradient, in place."""
     if shard.group is not None:
         dist.all_reduce(d_hidden, group=shard.group)
     return d_hidden
 
 
-def gather_rows(hidden: Tensor, shard: Shard) -> Tensor:
+def gather_rows(hidden: Tensor, shard: VocabShard) -> Tensor:
     """[S / ranks, ..., H] of every rank -> [S, ..., H]."""
     return _all_gather(hidden, shard.group).flatten(0, 1)
 
 
-def scatter_hidden_gradient(d_hidden: Tensor, shard: Shard) -> Tensor:
+def scatter_hidden_gradient(d_hidden: Tensor, shard: VocabShard) -> Tensor:
     """Sums the shards' parts [N, H] and returns this rank's [N / ranks, H]."""
     part = d_hidden.new_empty(len(d_hidden) // dist.get_world_size(shard.group), d_hidden.shape[1])
     dist.reduce_scatter_tensor(part, d_hidden, group=shard.group)

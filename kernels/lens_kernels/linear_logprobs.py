@@ -36,7 +36,7 @@ from lens_kernels._dlogits import write_dlogits
 from lens_kernels._statistics import row_statistics
 from lens_kernels._vocab_parallel import (
     RowTotals,
-    Shard,
+    VocabShard,
     gather_rows,
     locate_shard,
     merge_statistics,
@@ -61,7 +61,7 @@ class Head(NamedTuple):
     rows: Tensor | None  # [T] indices into N; None: all, T = N
     token_ids: Tensor  # [T]
     tau: Tensor | None  # [T]
-    shard: Shard
+    shard: VocabShard
     chunk_rows: int
     sequence_parallel: bool  # `hidden` was cut along its first axis: gathered forward, its gradient reduce-scattered
 

@@ -20,7 +20,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from lens_kernels._checks import check_matrix, check_temperature, check_token_ids, check_valid_vocab_size, require
 from lens_kernels._dlogits import write_dlogits
 from lens_kernels._statistics import row_statistics
-from lens_kernels._vocab_parallel import RowTotals, Shard, locate_shard, merge_statistics
+from lens_kernels._vocab_parallel import RowTotals, VocabShard, locate_shard, merge_statistics
 
 
 def compute_dlogits(ctx: FunctionCtx, d_logprobs: Tensor, d_entropy: Tensor | None) -> Tensor:
@@ -42,7 +42,7 @@ def compute_dlogits(ctx: FunctionCtx, d_logprobs: Tensor, d_entropy: Tensor | No
 
 
 def save_rows(
-    ctx: FunctionCtx, logits: Tensor, token_ids: Tensor, tau: Tensor | None, shard: Shard, totals: RowTotals
+    ctx: FunctionCtx, logits: Tensor, token_ids: Tensor, tau: Tensor | None, shard: VocabShard, totals: RowTotals
 ) -> None:
     """Saves what compute_dlogits needs: the logits, and three numbers per row."""
     ctx.save_for_backward(logits, token_ids, tau, totals.maximum, totals.log_sum, totals.entropy)

@@ -1,1 +1,1 @@
-"""Small pure functions, one registry a file: advantages with weights, objectives, aggregations."""
+"""What a method is: pure functions on records, one registry a file. Nothing here knows ranks, devices or engines."""

@@ -18,7 +18,7 @@ LOG_RATIO_LIMIT = 20.0
 K3_LIMIT = 10.0
 
 
-class TokenLosses(NamedTuple):
+class LossTerms(NamedTuple):
     """All [T] float32."""
 
     losses: Tensor
@@ -29,7 +29,7 @@ class TokenLosses(NamedTuple):
     kl: Tensor
 
 
-LossFunction = Callable[[Tensor, Tensor, TokenTerms, AlgorithmConfig], TokenLosses]
+LossFunction = Callable[[Tensor, Tensor, TokenTerms, AlgorithmConfig], LossTerms]
 """(log-probabilities [T], entropies [T], terms, algorithm) -> losses."""
 
 
@@ -44,7 +44,7 @@ class Objective:
     """Arguments with which the built-in loss of `lens_kernels.linear_policy_loss` is the same; None: it is not."""
 
 
-def token_ratio(log_probs: Tensor, entropy: Tensor, terms: TokenTerms, algorithm: AlgorithmConfig) -> TokenLosses:
+def token_ratio(log_probs: Tensor, entropy: Tensor, terms: TokenTerms, algorithm: AlgorithmConfig) -> LossTerms:
     """CRPO / GRPO with a ratio per token (LENS, eq. 7)."""
     return clipped_loss(_log_ratio(log_probs, terms), log_probs, entropy, terms, algorithm)
 
@@ -66,7 +66,7 @@ def crpo_arguments(terms: TokenTerms, algorithm: AlgorithmConfig) -> dict[str, A
     }
 
 
-def sequence_ratio(log_probs: Tensor, entropy: Tensor, terms: TokenTerms, algorithm: AlgorithmConfig) -> TokenLosses:
+def sequence_ratio(log_probs: Tensor, entropy: Tensor, terms: TokenTerms, algorithm: AlgorithmConfig) -> LossTerms:
     """One ratio per response: the product over its tokens, or their geometric mean (GSPO's form).
 
     It becomes the token form by giving every token of a response the same log-ratio, with the gradient of the response.
@@ -79,7 +79,7 @@ def sequence_ratio(log_probs: Tensor, entropy: Tensor, terms: TokenTerms, algori
 
 def clipped_loss(
     log_ratio: Tensor, log_probs: Tensor, entropy: Tensor, terms: TokenTerms, algorithm: AlgorithmConfig
-) -> TokenLosses:
+) -> LossTerms:
     """policy_weight * clipped surrogate + kl_weight * k3 - entropy_weight * H - imitation_weight * log p, per token."""
     ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     surrogate, clipped = clipped_surrogate(ratio, terms.advantages, algorithm)
@@ -93,7 +93,7 @@ def clipped_loss(
         - terms.entropy_weights * entropy
         - terms.imitation_weights * log_probs
     )
-    return TokenLosses(losses, ratio, clipped, kl)
+    return LossTerms(losses, ratio, clipped, kl)
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor]:

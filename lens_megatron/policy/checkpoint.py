@@ -26,8 +26,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed import ReduceOp
 
+from lens_megatron.data.model_files import small_files
 from lens_megatron.files import flush, write_atomically
-from lens_megatron.model_files import small_files
 from lens_megatron.policy import checkpoint_files, hf_export, shards
 from lens_megatron.policy.checked_files import DamageError
 from lens_megatron.policy.checkpoint_files import (

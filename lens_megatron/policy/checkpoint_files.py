@@ -14,14 +14,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from lens_megatron.policy.checked_files import (
-    DamageError,
-    FileRecord,
-    check_content,
-    check_size,
-    checksum,
-    write_file,
-)
+from lens_megatron.policy.checked_files import DamageError, FileRecord, check_content, check_size, checksum, write_file
 from lens_megatron.policy.shards import StoredPiece, read_pieces
 
 INDEX, STATE, EXPORT = "index.json", "state.json", "hf"

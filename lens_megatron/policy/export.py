@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed import Work
 
-from lens_megatron.policy.export_plan import Bucket, Cut, ExportPlan, Shard, cut_into_buckets
+from lens_megatron.policy.export_plan import Cut, ExportBucket, ExportPlan, TensorShard, cut_into_buckets
 from lens_megatron.policy.model import Policy
 
 BUCKET_BYTES = {"cuda": 256 << 20, "cpu": 16 << 20}
@@ -25,7 +25,7 @@ blocks back at once, and the kernel then zeroes the next bucket's pages: that to
 class _Flight:
     """A bucket on its way. The buffer is its own: an engine may keep a tensor until it has the layer's others."""
 
-    bucket: Bucket
+    bucket: ExportBucket
     buffer: Tensor | None
     """[ranks that divide the tensors, elements of a shard]. None: all of it is here already."""
     work: tuple[Work, ...]
@@ -77,7 +77,7 @@ def bytes_received(policy: Policy, dtype: torch.dtype | None = None) -> int:
 
 
 @torch.no_grad()
-def _start_next(plan: ExportPlan, buckets: Iterator[Bucket], side: torch.cuda.Stream) -> _Flight | None:
+def _start_next(plan: ExportPlan, buckets: Iterator[ExportBucket], side: torch.cuda.Stream) -> _Flight | None:
     """Packs the next bucket and begins its first collective."""
     bucket = next(buckets, None)
     if bucket is None:
@@ -109,7 +109,7 @@ def _finish(plan: ExportPlan, flight: _Flight, side: torch.cuda.Stream) -> None:
     torch.cuda.current_stream().wait_stream(side)
 
 
-def _gather(plan: ExportPlan, bucket: Bucket, buffer: Tensor) -> tuple[Work, ...]:
+def _gather(plan: ExportPlan, bucket: ExportBucket, buffer: Tensor) -> tuple[Work, ...]:
     """Fills the rows of the buffer that other ranks have; this rank's is in its place."""
     gathering, flat = plan.gatherings[bucket.cut], buffer.view(torch.uint8)
     group = gathering.group
@@ -131,7 +131,7 @@ def _wait(work: tuple[Work, ...]) -> None:
         each.wait()
 
 
-def _parts(bucket: Bucket, row: Tensor) -> Iterator[tuple[Shard, Tensor]]:
+def _parts(bucket: ExportBucket, row: Tensor) -> Iterator[tuple[TensorShard, Tensor]]:
     """The bucket's shards as views of a row of the buffer."""
     start = 0
     for shard in bucket.shards:
@@ -153,7 +153,7 @@ def _unpack(plan: ExportPlan, flight: _Flight) -> Iterator[tuple[str, Tensor]]:
         yield from _whole_tensors(plan, parts[0][0], [part for _, part in parts])
 
 
-def _is_gated(shard: Shard) -> bool:
+def _is_gated(shard: TensorShard) -> bool:
     """Each rank has a part of the gate projection, then one of the up projection."""
     return ".linear_fc1." in shard.name
 
@@ -164,7 +164,7 @@ def _converted(plan: ExportPlan, name: str, parts: list[Tensor], dim: int) -> li
     return list(zip(*plan.bridge._weight_to_hf_format(name, whole), strict=True))
 
 
-def _whole_tensors(plan: ExportPlan, shard: Shard, parts: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _whole_tensors(plan: ExportPlan, shard: TensorShard, parts: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Of the ranks' shards. Each expert-parallel rank has other experts."""
     if shard.cut is not Cut.EXPERTS:
         yield from _converted(plan, shard.name, parts, shard.dim)

@@ -35,7 +35,7 @@ class Cut(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class TensorShard:
     """What a rank of the owning stage holds of a tensor, or, under `Cut.EXPERTS`, of one per expert-parallel rank."""
 
     stage: int
@@ -73,7 +73,7 @@ class ExportPlan:
 
     mesh: Mesh
     bridge: Bridge
-    shards: tuple[Shard, ...]
+    shards: tuple[TensorShard, ...]
     own: Mapping[str, Parameter]
     """The parameters of this rank's stage, by the names of `shards`."""
     gatherings: Mapping[Cut, Gathering]
@@ -82,10 +82,10 @@ class ExportPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class Bucket:
+class ExportBucket:
     """Shards of one stage, type and cut, to be laid end to end."""
 
-    shards: tuple[Shard, ...]
+    shards: tuple[TensorShard, ...]
     dtype: torch.dtype
     """In which they travel."""
 
@@ -113,7 +113,7 @@ def plan_export(bridge: Bridge, models: Sequence[torch.nn.Module], mesh: Mesh) -
             own[names[local]] = parameter
             described.append(_describe(names[local], parameter))
     shards = tuple(
-        Shard(stage, name, tuple(shape), getattr(torch, dtype), Cut(cut), dim)
+        TensorShard(stage, name, tuple(shape), getattr(torch, dtype), Cut(cut), dim)
         for stage, text in enumerate(_gather_text(json.dumps(described), mesh))
         for name, shape, dtype, cut, dim in json.loads(text)
     )
@@ -128,13 +128,13 @@ def plan_export(bridge: Bridge, models: Sequence[torch.nn.Module], mesh: Mesh) -
     return ExportPlan(mesh, bridge, shards, own, gatherings, local_experts)
 
 
-def cut_into_buckets(plan: ExportPlan, dtype: torch.dtype | None, bucket_bytes: int) -> list[Bucket]:
+def cut_into_buckets(plan: ExportPlan, dtype: torch.dtype | None, bucket_bytes: int) -> list[ExportBucket]:
     """Buckets of at most `bucket_bytes` once gathered, a larger tensor alone; the stages take turns, so that all send.
 
     Args:
         dtype: in which the tensors travel. None: the parameters' own.
     """
-    stages: list[list[Bucket]] = []
+    stages: list[list[ExportBucket]] = []
     for stage in range(plan.mesh.pp_size):
         done, filling = [], {}
         for shard in (shard for shard in plan.shards if shard.stage == stage):
@@ -142,10 +142,10 @@ def cut_into_buckets(plan: ExportPlan, dtype: torch.dtype | None, bucket_bytes: 
             limit = bucket_bytes // (kind[1].itemsize * plan.gatherings[shard.cut].size)
             bucket = filling.get(kind)
             if bucket and bucket.elements + shard.elements <= limit:
-                filling[kind] = Bucket((*bucket.shards, shard), kind[1])
+                filling[kind] = ExportBucket((*bucket.shards, shard), kind[1])
                 continue
             done += [bucket] if bucket else []
-            filling[kind] = Bucket((shard,), kind[1])
+            filling[kind] = ExportBucket((shard,), kind[1])
         stages.append(done + list(filling.values()))
     return [bucket for turn in zip_longest(*stages) for bucket in turn if bucket]
 

@@ -7,8 +7,8 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from lens_megatron import schedule
-from lens_megatron.pack import Pair, make_sequences
+from lens_megatron.batch.micro_batches import plan_micro_batches
+from lens_megatron.batch.pack import Pair, make_sequences
 from lens_megatron.policy.head import token_log_probs
 from lens_megatron.policy.layers import packed_sequences
 from lens_megatron.policy.model import Policy, reference_weights
@@ -45,18 +45,17 @@ def model_output(policy: Policy, model: torch.nn.Module, batch: SequenceBatch) -
     )
 
 
-def plan_micro_batches(policy: Policy, lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices of the sequences of each micro-batch; as many micro-batches on every rank, none if nobody has a sequence.
-
-    As many, because expert-parallel ranks run them together; interleaved pipelines take multiples of their stages.
-    A collective.
-    """
+def micro_batches(policy: Policy, lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """`plan_micro_batches` under the policy's layout. A collective over data-parallel ranks."""
     mesh = policy.mesh
-    count = torch.tensor([schedule.fewest(lengths, max_tokens)], device=mesh.device)
-    torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX, group=mesh.dp_group)
-    unit = mesh.pp_size if mesh.vp_size > 1 else 1
-    count = -(-int(count) // unit) * unit
-    return schedule.cut(lengths, max_tokens, count, policy.bridge.config.hidden_size)
+    return plan_micro_batches(
+        lengths,
+        max_tokens,
+        policy.bridge.config.hidden_size,
+        multiple_of=mesh.pp_size if mesh.vp_size > 1 else 1,
+        group=mesh.dp_group,
+        device=mesh.device,
+    )
 
 
 class _Packed(NamedTuple):
@@ -67,7 +66,7 @@ class _Packed(NamedTuple):
 
 def _pack(policy: Policy, pairs: Sequence[Pair], max_tokens: int) -> _Packed:
     """A collective over data-parallel ranks."""
-    parts = plan_micro_batches(policy, [len(prompt) + len(response) for prompt, response in pairs], max_tokens)
+    parts = micro_batches(policy, [len(prompt) + len(response) for prompt, response in pairs], max_tokens)
     device, nothing = policy.mesh.device, [((0, 0), ())]
     return _Packed(
         parts, [make_sequences([pairs[i] for i in part] or nothing, device, policy.layout) for part in parts]

@@ -18,7 +18,7 @@ from megatron.core.utils import unwrap_model
 from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig
 
-from lens_megatron.model_files import ModelError, in_one_line
+from lens_megatron.data.model_files import ModelError, in_one_line
 from lens_megatron.policy.layers import use_own_layers
 
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")

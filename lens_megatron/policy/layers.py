@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from lens_megatron.pack import chunks_held
+from lens_megatron.batch.pack import chunks_held
 from lens_megatron.types import SequenceBatch
 
 

@@ -16,13 +16,13 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from lens_megatron.config import Config, ConfigError
-from lens_megatron.layout_rules import model_mistakes
+from lens_megatron.config.layout_rules import model_mistakes
 from lens_megatron.policy import passthrough
 from lens_megatron.policy.export_plan import ExportPlan, plan_export
 from lens_megatron.policy.guard import StateGuard
 from lens_megatron.policy.hf_weights import build_bridge, import_weights, read_hf_config
 from lens_megatron.policy.parallel import Mesh
-from lens_megatron.types import Layout
+from lens_megatron.types import SequenceLayout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -65,10 +65,10 @@ class Policy:
         return self.bridge.hf_config.vocab_size
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> SequenceLayout:
         """How this rank's part of a packed batch is cut."""
         shared = self.mesh.tp_size if self.bridge.config.sequence_parallel else 1
-        return Layout(self.mesh.cp_rank, self.mesh.cp_size, shared)
+        return SequenceLayout(self.mesh.cp_rank, self.mesh.cp_size, shared)
 
     def models(self) -> list[HiddenStatesModel]:
         return unwrap_model(self.chunks)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from lens_megatron.config import Config
-from lens_megatron.model_files import ModelError, StoredTensor, configured_end_tokens, in_one_line, stored_tensors
+from lens_megatron.data.model_files import ModelError, StoredTensor, configured_end_tokens, in_one_line, stored_tensors
 from lens_megatron.policy.hf_weights import read_hf_config
 from lens_megatron.rollout.local import checkpoint_weights
 

@@ -14,10 +14,10 @@ from torch.distributed import PrefixStore, ProcessGroup
 from torch.distributed.rendezvous import rendezvous
 from torch.overrides import TorchFunctionMode
 
-from lens_megatron.agreement import ToldError, told_by_main
-from lens_megatron.channel import ChannelError, address_towards
 from lens_megatron.config import ConfigError
-from lens_megatron.control_store import ControlProcess, ControlStore
+from lens_megatron.supervision.agreement import ToldError, told_by_main
+from lens_megatron.supervision.channel import ChannelError, address_towards
+from lens_megatron.supervision.control_store import ControlProcess, ControlStore
 
 _installed: list[TorchFunctionMode] = []
 

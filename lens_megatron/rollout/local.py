@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from lens_megatron.model_files import configured_end_tokens
+from lens_megatron.data.model_files import configured_end_tokens
 from lens_megatron.rollout.engine import Completion, EngineProgress, Request, WeightManifest, check_request
 
 

@@ -1,10 +1,10 @@
 """Requests on their way through engines: this rank's own, or all engines of the job with one queue between them.
 
 `OwnQueue` keeps what waits here and gives its engine what that can run at once, so that what is urgent overtakes.
-`SharedQueue` puts every parcel on the board. Engines take from it while they have room and run less than their share of
-all that is unfinished: those with little left take over from those with much, and a second wave starts wherever there
-is room. Which engine serves a request is then a matter of timing. What it draws is not, up to rounding: that is a
-function of weights, prompt and seed.
+`SharedQueue` puts every batch into the request store. Engines take from it while they have room and run less than their
+share of all that is unfinished: those with little left take over from those with much, and a second wave starts
+wherever there is room. Which engine serves a request is then a matter of timing. What it draws is not, up to rounding:
+that is a function of weights, prompt and seed.
 """
 
 import heapq
@@ -13,11 +13,11 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
-from lens_megatron.rollout.board import Board, Parcel
 from lens_megatron.rollout.engine import Completion, EnginesLostError, Request, RolloutEngine
+from lens_megatron.rollout.request_store import RequestBatch, RequestStore
 
 LOOK_SECONDS = 0.02
-"""Between two looks at the board: a step of an engine takes about as long."""
+"""Between two looks at the request_store: a step of an engine takes about as long."""
 
 Timed = Callable[[], AbstractContextManager]
 
@@ -134,22 +134,22 @@ class SharedQueue:
     This rank's engine is fed by an `OwnQueue` of what it has claimed, its own requests and others'.
     """
 
-    def __init__(self, engine: RolloutEngine, board: Board, timed: Timed = nullcontext):
-        self.engine, self.board = engine, board
+    def __init__(self, engine: RolloutEngine, request_store: RequestStore, timed: Timed = nullcontext):
+        self.engine, self.request_store = engine, request_store
         self.claimed = OwnQueue(engine, timed)
-        self.first_id, self.id_step = board.rank, board.world_size
+        self.first_id, self.id_step = request_store.rank, request_store.world_size
         self.capacity, self.engines = engine.capacity(), int(not engine.hopeless())
-        self.open: list[tuple[bool, bool, float, int, Parcel]] = []
-        """A heap of parcels seen and perhaps not claimed by anyone yet: urgent, own, longest expected."""
+        self.open: list[tuple[bool, bool, float, int, RequestBatch]] = []
+        """A heap of batches seen and perhaps not claimed by anyone yet: urgent, own, longest expected."""
         self.own: set[int] = set()
         """Ids of requests added here and not returned yet."""
         self.withdrawn: set[int] = set()
         self.looked = 0.0
-        board.begin(self.capacity, self.engines)
+        request_store.begin(self.capacity, self.engines)
 
     @property
     def waiting(self) -> int:
-        return self.claimed.waiting + sum(len(parcel.requests) for *_, parcel in self.open)
+        return self.claimed.waiting + sum(len(batch.requests) for *_, batch in self.open)
 
     @property
     def discarded_tokens(self) -> int:
@@ -160,7 +160,7 @@ class SharedQueue:
 
     def add(self, requests: Sequence[Request], *, urgent: bool, expected_length: float) -> None:
         self.own |= {request.request_id for request in requests}
-        self.board.post(Parcel(tuple(requests), urgent, expected_length))
+        self.request_store.post(RequestBatch(tuple(requests), urgent, expected_length))
         self.looked = 0.0
 
     def step(self) -> list[Completion]:
@@ -168,11 +168,11 @@ class SharedQueue:
         completions = self.claimed.serve()
         self._hand_back()
         if completions:
-            self.board.finished(len(completions))
+            self.request_store.finished(len(completions))
         for completion in completions:
-            owner = completion.request_id % self.board.world_size
-            if owner != self.board.rank:
-                self.board.send(owner, completion)
+            owner = completion.request_id % self.request_store.world_size
+            if owner != self.request_store.rank:
+                self.request_store.send(owner, completion)
         if not self.claimed.running and not received:
             time.sleep(LOOK_SECONDS / 4)
         ended = [c for c in (*completions, *received) if c.request_id in self.own]
@@ -180,63 +180,63 @@ class SharedQueue:
         return ended
 
     def _look(self) -> list[Completion]:
-        """Reads the board and claims what this engine should do next."""
+        """Reads the store and claims what this engine should do next."""
         self.looked = time.monotonic()
         capacity = self.engine.capacity()
         if capacity != self.capacity:
-            self.board.add_capacity(capacity - self.capacity)
+            self.request_store.add_capacity(capacity - self.capacity)
             self.capacity = capacity
         engines = int(not self.engine.hopeless())
         if engines != self.engines:
-            self.board.add_engines(engines - self.engines)
+            self.request_store.add_engines(engines - self.engines)
             self.engines = engines
-        totals = self.board.look()
+        totals = self.request_store.look()
         self._stop_withdrawn()
-        if totals.engines == 0 and totals.unfinished and totals.ranks_here == self.board.world_size:
+        if totals.engines == 0 and totals.unfinished and totals.ranks_here == self.request_store.world_size:
             raise EnginesLostError(f"no engine of any rank is left for {totals.unfinished} requests")
-        for number, parcel in self.board.new_parcels():
-            foreign = parcel.requests[0].request_id % self.board.world_size != self.board.rank
-            heapq.heappush(self.open, (not parcel.urgent, foreign, -parcel.expected_length, number, parcel))
+        for number, batch in self.request_store.new_batches():
+            foreign = batch.requests[0].request_id % self.request_store.world_size != self.request_store.rank
+            heapq.heappush(self.open, (not batch.urgent, foreign, -batch.expected_length, number, batch))
         share = -(-totals.unfinished * capacity // max(totals.capacity, 1))
         while self.open and len(self.claimed.running) + self.claimed.waiting < min(share, capacity):
-            *_, number, parcel = heapq.heappop(self.open)
-            if self.board.claim(number):
-                self.claimed.add(parcel.requests, urgent=parcel.urgent, expected_length=parcel.expected_length)
-                self._drop(self.withdrawn & {request.request_id for request in parcel.requests})
-        return self.board.received()
+            *_, number, batch = heapq.heappop(self.open)
+            if self.request_store.claim(number):
+                self.claimed.add(batch.requests, urgent=batch.urgent, expected_length=batch.expected_length)
+                self._drop(self.withdrawn & {request.request_id for request in batch.requests})
+        return self.request_store.received()
 
     def _stop_withdrawn(self) -> None:
         """Those that nobody has claimed yet are dropped by whoever does."""
-        new = self.board.newly_withdrawn()
+        new = self.request_store.newly_withdrawn()
         self.withdrawn |= new
         self._drop(new & self.claimed.requests())
 
     def _drop(self, claimed: set[int]) -> None:
         if claimed:
             self.claimed.cancel(claimed)
-            self.board.finished(len(claimed))
+            self.request_store.finished(len(claimed))
 
     def _hand_back(self) -> None:
         """What an engine without servers has claimed is for the others."""
         if self.engine.capacity():
             return
         for late, length, _, request in self.claimed.heap:
-            self.board.post_again(Parcel((request,), not late, -length))
+            self.request_store.post_again(RequestBatch((request,), not late, -length))
         self.claimed.heap.clear()
 
     def cancel(self, request_ids: Collection[int]) -> None:
         gone = self.own & set(request_ids)
         self.own -= gone
-        self.board.withdraw(gone)
+        self.request_store.withdraw(gone)
         self.looked = 0.0
 
     def finish(self) -> None:
-        self.board.leave()
-        while self.board.look().ranks_done < self.board.world_size:
+        self.request_store.leave()
+        while self.request_store.look().ranks_done < self.request_store.world_size:
             self.step()
         self.claimed.cancel(self.claimed.requests())  # their owners have withdrawn them
 
 
-def open_queue(engine: RolloutEngine, board: Board | None, timed: Timed = nullcontext) -> RequestQueue:
-    """A phase of sampling: among all ranks where there is a board, a collective then; else with the own engine only."""
-    return SharedQueue(engine, board, timed) if board else OwnQueue(engine, timed)
+def open_queue(engine: RolloutEngine, request_store: RequestStore | None, timed: Timed = nullcontext) -> RequestQueue:
+    """A phase of sampling: among all ranks where there is a store, a collective then; else with the own engine."""
+    return SharedQueue(engine, request_store, timed) if request_store else OwnQueue(engine, timed)

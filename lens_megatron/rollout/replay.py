@@ -10,7 +10,8 @@ import torch
 from torch.distributed import ProcessGroup
 
 from lens_megatron.files import open_regular, why_no_folder
-from lens_megatron.types import Group, Origin, Prompt, PurifiedPrompt, Rollout, Status
+from lens_megatron.reward.types import GradeStatus
+from lens_megatron.types import Group, Origin, Prompt, PurifiedPrompt, Rollout
 
 _LONGEST_LINE = 1 << 29
 
@@ -78,7 +79,7 @@ def _mistakes(group: Group) -> Iterator[str]:
         yield "native: no rollouts"
     if group.rescue and not purified:
         yield "rescue: rollouts of a purified prompt that is not there"
-    for name, rollouts, origin in (("native", group.native, Origin.NATIVE), ("rescue", group.rescue, Origin.RESCUED)):
+    for name, rollouts, origin in (("native", group.native, Origin.NATIVE), ("rescue", group.rescue, Origin.PURIFIED)):
         for place, rollout in enumerate(rollouts):
             yield from _rollout_mistakes(f"{name}[{place}]", rollout, origin)
 
@@ -113,7 +114,7 @@ def _rollout(rollout: Rollout) -> dict:
 
 
 def _read_rollout(row: dict) -> Rollout:
-    kept = {"origin": Origin(row["origin"]), "status": Status(row["status"])}
+    kept = {"origin": Origin(row["origin"]), "status": GradeStatus(row["status"])}
     return Rollout(**{**row, **kept, **_tuples(row, "token_ids", "log_probs")})
 
 

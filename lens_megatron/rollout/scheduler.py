@@ -18,15 +18,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from lens_megatron.algorithms.rescue import is_hard
 from lens_megatron.config import LensConfig, RolloutConfig
-from lens_megatron.purify import is_hard
 from lens_megatron.reward import Grade, GradeStatus
-from lens_megatron.rollout.board import Board
 from lens_megatron.rollout.engine import Completion, Request, RolloutEngine
-from lens_megatron.rollout.meter import Meter, SamplingProgress
+from lens_megatron.rollout.progress import Meter, SamplingProgress
 from lens_megatron.rollout.queue import open_queue
+from lens_megatron.rollout.request_store import RequestStore
 from lens_megatron.seeds import derive
-from lens_megatron.types import Group, Origin, Prompt, PurifiedPrompt, Rollout, SamplingStats, Status
+from lens_megatron.types import Group, Origin, Prompt, PurifiedPrompt, Rollout, SamplingStats
 
 GRADING_STEPS = 8
 
@@ -78,7 +78,7 @@ class _Wave:
 
 
 @dataclass(slots=True)
-class Sampler:
+class RolloutScheduler:
     """Samples and grades the groups of a step on one engine."""
 
     engine: RolloutEngine
@@ -89,7 +89,7 @@ class Sampler:
     seed: int
     store: GroupStore
     """Where graded groups are kept until their step is done."""
-    board: Board | None = None
+    request_store: RequestStore | None = None
     """Given: the engines of all ranks share their work, and `sample` must be called on all of them."""
     on_progress: Callable[[SamplingProgress], None] = lambda progress: None
     expected_length: Callable[[Prompt], float] = prompt_length
@@ -114,15 +114,20 @@ class Sampler:
 
 
 class _Run:
-    """The state of one call of `Sampler.sample`."""
+    """The state of one call of `RolloutScheduler.sample`."""
 
     def __init__(
-        self, sampler: Sampler, prompts: Sequence[Prompt], purified: Sequence, step: int, kept: dict[int, Group]
+        self,
+        sampler: RolloutScheduler,
+        prompts: Sequence[Prompt],
+        purified: Sequence,
+        step: int,
+        kept: dict[int, Group],
     ):
         self.sampler, self.prompts, self.purified, self.step = sampler, prompts, purified, step
         self.groups = kept
         self.meter = Meter(sampler.engine.progress().generated_tokens)
-        self.queue = open_queue(sampler.engine, sampler.board, self.meter.engine_step)
+        self.queue = open_queue(sampler.engine, sampler.request_store, self.meter.engine_step)
         self.requests: dict[int, tuple[_Wave, int]] = {}
         """Queued and in the engine."""
         self.waves: list[_Wave] = []
@@ -173,7 +178,7 @@ class _Run:
         if not undecided:
             return False
         wave = max(undecided, key=lambda w: (w.failures - w.successes, -w.place))
-        self.guessed[wave.place] = self.queue_wave(wave.place, Origin.RESCUED, 0.0)
+        self.guessed[wave.place] = self.queue_wave(wave.place, Origin.PURIFIED, 0.0)
         return True
 
     def _undecided(self, wave: _Wave) -> bool:
@@ -185,7 +190,7 @@ class _Run:
         wave = self.guessed.pop(place)
         if wave in self.waves:
             self.waves.remove(wave)
-        self.rollouts.pop((place, Origin.RESCUED), None)
+        self.rollouts.pop((place, Origin.PURIFIED), None)
         gone = {number for number, (owner, _) in self.requests.items() if owner is wave}
         for number in gone:
             del self.requests[number]
@@ -203,7 +208,7 @@ class _Run:
 
     def _read_verdicts(self) -> None:
         size, idle = self.sampler.rollout.rollouts_per_prompt, not self.requests
-        for wave in sorted(self.waves, key=lambda wave: (wave.place, wave.origin is Origin.RESCUED)):
+        for wave in sorted(self.waves, key=lambda wave: (wave.place, wave.origin is Origin.PURIFIED)):
             if wave not in self.waves:
                 continue  # taken back a moment ago
             due = [sample for sample in wave.tickets if idle or wave.due[sample] <= self.tick]
@@ -217,9 +222,9 @@ class _Run:
                     self._rescue(wave)
                 elif not self._undecided(wave) and wave.place in self.guessed:
                     self._take_back(wave.place)
-        if self.held and all(wave.origin is Origin.RESCUED for wave in self.waves):
+        if self.held and all(wave.origin is Origin.PURIFIED for wave in self.waves):
             for place, length in self.held:
-                self.queue_wave(place, Origin.RESCUED, length, urgent=True)
+                self.queue_wave(place, Origin.PURIFIED, length, urgent=True)
             self.held = []
 
     def _may_decide(self, wave: _Wave, due: int) -> bool:
@@ -248,7 +253,7 @@ class _Run:
         if self.sampler.rollout.schedule == "sequential":
             self.held.append((wave.place, length))
         else:
-            self.queue_wave(wave.place, Origin.RESCUED, length, urgent=True)
+            self.queue_wave(wave.place, Origin.PURIFIED, length, urgent=True)
 
     def _graded(self, wave: _Wave) -> None:
         """The last rollout of a wave is graded."""
@@ -261,7 +266,7 @@ class _Run:
             self._rescue(wave)
         elif native and not wave.hard and place in self.guessed:
             self._take_back(place)
-        first, second = (self.rollouts.get((place, origin)) for origin in (Origin.NATIVE, Origin.RESCUED))
+        first, second = (self.rollouts.get((place, origin)) for origin in (Origin.NATIVE, Origin.PURIFIED))
         if first and (second or (native and not wave.hard)):
             group = Group(self.prompts[place], first, self.purified[place], second or ())
             self.groups[place] = group
@@ -276,5 +281,5 @@ def _rollout(completion: Completion, grade: Grade, origin: Origin) -> Rollout:
         origin=origin,
         weight_version=completion.weight_version,
         reward=grade.score,
-        status=Status(grade.status),
+        status=GradeStatus(grade.status),
     )

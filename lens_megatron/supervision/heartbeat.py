@@ -9,7 +9,7 @@ from types import FrameType
 
 import torch
 
-from lens_megatron.clock import Moment
+from lens_megatron.supervision.clock import PhasePosition
 
 UNCOUNTED = "uncounted"
 """Description of a group whose collectives tell nothing about how far a rank is."""
@@ -31,7 +31,7 @@ class Heartbeat:
     seconds: float
     """In this phase."""
     changes: int
-    """`clock.Moment.changes`."""
+    """`clock.PhasePosition.changes`."""
     collectives: dict[str, int]
     """Collectives begun, by name of the group."""
     where: str
@@ -50,20 +50,20 @@ class Heartbeat:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class LateRanks:
     ranks: tuple[int, ...]
     why: str
 
 
-def take(rank: int, moment: Moment, seconds: float, *, answered: bool) -> Heartbeat:
-    """Of this process, from any thread. `seconds`: since `moment`."""
+def take(rank: int, position: PhasePosition, seconds: float, *, answered: bool) -> Heartbeat:
+    """Of this process, from any thread. `seconds`: since `position`."""
     frame = sys._current_frames().get(threading.main_thread().ident)
     return Heartbeat(
         rank=rank,
-        step=moment.step,
-        phase=moment.phase,
+        step=position.step,
+        phase=position.phase,
         seconds=round(seconds, 1),
-        changes=moment.changes,
+        changes=position.changes,
         collectives=collectives_begun(),
         where=_describe(frame),
         waiting=_waits(frame),
@@ -78,7 +78,7 @@ def collectives_begun() -> dict[str, int]:
     return {group.group_name: group._get_sequence_number_for_group() for group in counted}
 
 
-def late_ranks(beats: Sequence[Heartbeat | None]) -> Verdict:
+def late_ranks(beats: Sequence[Heartbeat | None]) -> LateRanks:
     """Which of the ranks keeps the others waiting; `beats[rank]` is None where nothing was ever heard.
 
     In this order: who does not answer; who is in an earlier phase; who has begun fewer collectives than others of its
@@ -86,11 +86,11 @@ def late_ranks(beats: Sequence[Heartbeat | None]) -> Verdict:
     """
     silent = tuple(rank for rank, beat in enumerate(beats) if beat is None or not beat.answered)
     if silent:
-        return Verdict(silent, "did not answer: frozen, gone, or in C code that holds Python's lock")
+        return LateRanks(silent, "did not answer: frozen, gone, or in C code that holds Python's lock")
     known = [beat for beat in beats if beat is not None]
     first = min(beat.changes for beat in known)
     if any(beat.changes > first for beat in known):
-        return Verdict(_ranks(beat for beat in known if beat.changes == first), "in an earlier phase than the others")
+        return LateRanks(_ranks(beat for beat in known if beat.changes == first), "in an earlier phase than the others")
     most, least = _extremes(known)
     behind = [
         beat
@@ -99,11 +99,11 @@ def late_ranks(beats: Sequence[Heartbeat | None]) -> Verdict:
         and all(count == least[group] for group, count in beat.collectives.items())
     ]
     if behind:
-        return Verdict(_ranks(behind), "others of its group have begun a collective that it has not")
+        return LateRanks(_ranks(behind), "others of its group have begun a collective that it has not")
     busy = [beat for beat in known if not beat.waiting]
     if busy and len(busy) < len(known):
-        return Verdict(_ranks(busy), "the others wait in torch.distributed, it does not")
-    return Verdict(_ranks(known), "all ranks are equally far")
+        return LateRanks(_ranks(busy), "the others wait in torch.distributed, it does not")
+    return LateRanks(_ranks(known), "all ranks are equally far")
 
 
 def report(beats: Sequence[Heartbeat | None], limit: int | None = SHOWN) -> str:

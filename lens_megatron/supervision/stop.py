@@ -25,7 +25,7 @@ from typing import Protocol, Self
 import torch
 from torch.distributed import ProcessGroup, ReduceOp
 
-from lens_megatron import exit_codes
+from lens_megatron.supervision import exit_codes
 from lens_megatron.supervision.heartbeat import UNCOUNTED
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -1,6 +1,6 @@
 """Ends a run in which a phase outlasts its deadline, after saying who is late, where, and what everyone was doing.
 
-    clock.moment --thread of every rank--> heartbeat --store--> the first rank past its deadline raises the alarm
+    clock.position --thread of every rank--> heartbeat --store--> the first rank past its deadline raises the alarm
     alarm --> every rank answers and prints its stacks --> the first one names the late ranks --> all exit with HANG
 
 A deadline counts the time in which its rank ran: a job that is suspended as a whole goes on when it is resumed. The
@@ -26,12 +26,12 @@ from pathlib import Path
 
 import torch
 
-from lens_megatron.channel import ChannelError
-from lens_megatron.clock import Clock, Moment
-from lens_megatron.control_store import ControlStore
-from lens_megatron.exit_codes import HANG
 from lens_megatron.supervision import heartbeat
+from lens_megatron.supervision.channel import ChannelError
+from lens_megatron.supervision.clock import Clock, PhasePosition
+from lens_megatron.supervision.control_store import ControlStore
 from lens_megatron.supervision.deadman import Deadman
+from lens_megatron.supervision.exit_codes import HANG
 from lens_megatron.supervision.heartbeat import Heartbeat
 
 MAX_TICK_S = 5.0
@@ -84,7 +84,7 @@ class Watchdog:
 
     def start(self) -> None:
         self._deadman.arm(self.timeout_s + 2 * self.tick + 1.0)  # the thread may never come to its first round
-        self._beat(self.clock.moment)
+        self._beat(self.clock.position)
         for thread in self._threads:
             thread.start()
 
@@ -110,55 +110,55 @@ class Watchdog:
             self._wake.wait(self.tick)
             if self._stopping.is_set():
                 return
-            moment = self.clock.moment
-            remaining = self.timeout_s - self.clock.seconds_since(moment)
+            position = self.clock.position
+            remaining = self.timeout_s - self.clock.seconds_since(position)
             self._deadman.arm(max(remaining, 0.0) + 2 * self.tick + 1.0)
             if remaining <= 0 or self._alarmed.is_set():
-                self._end(moment)
+                self._end(position)
 
     def _listen(self) -> None:
         """Tells where this rank stands, and hears of alarms."""
         while not self._stopping.wait(self.tick):
             with self._talking:
-                if self._beat(self.clock.moment):
+                if self._beat(self.clock.position):
                     self._alarmed.set()
                     self._wake.set()
                     return
 
-    def _beat(self, moment: Moment) -> bool:
+    def _beat(self, position: PhasePosition) -> bool:
         """Tells where this rank stands. True when another rank has raised the alarm."""
         try:
-            self._tell(moment, answered=False)
+            self._tell(position, answered=False)
             return self.store.check(self.alarm)
         except ChannelError:
             return False  # the store's host is gone: torchrun sees that, and the deadline holds all the same
 
-    def _end(self, moment: Moment) -> None:
+    def _end(self, position: PhasePosition) -> None:
         """Does not return, whatever fails on the way."""
         try:
             self._deadman.arm(5 * self.grace + FILE_SECONDS)
-            stacks = f"watchdog: stacks of rank {self.rank}, step {moment.step}, {moment.phase}:\n{_stacks()}\n"
+            stacks = f"watchdog: stacks of rank {self.rank}, step {position.step}, {position.phase}:\n{_stacks()}\n"
             _say(stacks)
             report: list[str] = []
-            _within(4 * self.grace, lambda: report.append(self._ask_the_others(moment)))
+            _within(4 * self.grace, lambda: report.append(self._ask_the_others(position)))
             _within(FILE_SECONDS, lambda: self._write_files(stacks, "".join(report)))
         finally:
             os._exit(HANG)
 
-    def _ask_the_others(self, moment: Moment) -> str:
+    def _ask_the_others(self, position: PhasePosition) -> str:
         """The report, on the rank that raised the alarm; nothing on the others."""
         try:
             if not self._talking.acquire(timeout=self.grace):
                 raise ChannelError("the store that they share does not answer")
             first = self.store.add(self.alarm, 1) == 1
-            self._tell(moment, answered=True)
+            self._tell(position, answered=True)
             return self._make_report() if first else self._await_report()
         except ChannelError as error:
             _say(f"watchdog: rank {self.rank} cannot reach the others: {error}\n")
             return ""
 
-    def _tell(self, moment: Moment, *, answered: bool) -> None:
-        beat = heartbeat.take(self.rank, moment, self.clock.seconds_since(moment), answered=answered)
+    def _tell(self, position: PhasePosition, *, answered: bool) -> None:
+        beat = heartbeat.take(self.rank, position, self.clock.seconds_since(position), answered=answered)
         self.store.set(self._key(self.rank), beat.to_json().encode())
 
     def _key(self, rank: int) -> str:

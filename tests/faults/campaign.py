@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(ROOT))
 
-from lens_megatron.metrics import read_metrics
+from lens_megatron.output.metrics import read_metrics
 from lens_megatron.policy import checkpoint_files
 
 RANKS, STEPS = 2, 12

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import torch
 
-from lens_megatron.rollout_files import RolloutFileError, RolloutFiles
+from lens_megatron.output.rollout_files import RolloutFileError, RolloutFiles
 
 
 def main() -> None:

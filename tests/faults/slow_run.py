@@ -11,17 +11,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from lens_megatron import build, evaluate, train, update_batch
-from lens_megatron.clock import Clock
-from lens_megatron.policy import update
+from lens_megatron import build, train
+from lens_megatron.phases import evaluate, update
+from lens_megatron.policy import optimizer_step
 from lens_megatron.rollout.local import LocalEngine
+from lens_megatron.supervision.clock import Clock
 
 HOOKS = {
     "start": (build, "build_policy"),
     "gen": (LocalEngine, "step"),
-    "old_log_prob": (update_batch, "response_log_probs"),
-    "ref": (update_batch, "response_log_probs"),
-    "update_actor": (update, "model_output"),
+    "old_log_prob": (update, "response_log_probs"),
+    "ref": (update, "response_log_probs"),
+    "update_actor": (optimizer_step, "model_output"),
     "testing": (evaluate, "open_queue"),
 }
 """Where each phase spends its time. `ref` is entered with the reference policy's weights in place."""
@@ -39,8 +40,8 @@ def remember(made: Callable[[], Clock]) -> Callable[[], Clock]:
 
 def slowed(function: Callable, phase: str, step: int, reached: Path) -> Callable:
     def replacement(*arguments, **options):
-        moment = clocks[-1].moment if clocks else None
-        here = moment is None or (moment.step, moment.phase) == (step, phase)
+        position = clocks[-1].position if clocks else None
+        here = position is None or (position.step, position.phase) == (step, phase)
         if here and int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:
             reached.touch()
             time.sleep(3600)

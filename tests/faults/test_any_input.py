@@ -13,12 +13,13 @@ from toy_runs import Toy
 
 from lens_megatron import config as configuration
 from lens_megatron.config import Config, ConfigError, DataConfig, LensConfig
-from lens_megatron.config_section import LARGEST_FLOAT, LARGEST_INTEGER
-from lens_megatron.prompts import DataError, load_prompts
+from lens_megatron.config.section import LARGEST_FLOAT, LARGEST_INTEGER
+from lens_megatron.data.prompts import DataError, load_prompts
+from lens_megatron.data.tokenizer import load_tokenizer
+from lens_megatron.reward.types import GradeStatus
 from lens_megatron.rollout import replay
 from lens_megatron.rollout.replay import ReplayError
-from lens_megatron.tokenizer import load_tokenizer
-from lens_megatron.types import Group, Origin, Prompt, PurifiedPrompt, Rollout, Status
+from lens_megatron.types import Group, Origin, Prompt, PurifiedPrompt, Rollout
 
 FUZZ = settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck), database=None)
 REQUIRED = {"run": {"directory": "runs/a"}, "model": {"path": "m"}, "data": {"train": "t.jsonl"}}
@@ -168,8 +169,8 @@ def test_parquet(folder: Path, tokenizer, cut: int, noise: bytes, names: list):
 
 
 def saved() -> dict:
-    native = Rollout((5, 6), (-0.5, -0.25), True, Origin.NATIVE, 0, 1.0, Status.CORRECT)
-    rescued = Rollout((7,), (-0.5,), False, Origin.RESCUED, 0, 0.0, Status.TIMEOUT)
+    native = Rollout((5, 6), (-0.5, -0.25), True, Origin.NATIVE, 0, 1.0, GradeStatus.CORRECT)
+    rescued = Rollout((7,), (-0.5,), False, Origin.PURIFIED, 0, 0.0, GradeStatus.TIMEOUT)
     prompt = Prompt(0, (1, 2, 3), (False, True, True), "12", "5 + 7 = ?", "train")
     purified = PurifiedPrompt((1, 2), (2,), (0.0, 0.1, 0.2))
     return json.loads(replay.to_json(Group(prompt, (native,) * 2, purified, (rescued,) * 2)))

@@ -19,10 +19,13 @@ import pytest
 import yaml
 from toy_runs import Toy
 
-from lens_megatron import build, doctor, plan, report, train
-from lens_megatron.metrics import read_metrics
+from lens_megatron import build, train
+from lens_megatron.output import report
+from lens_megatron.output.metrics import read_metrics
+from lens_megatron.reward.types import GradeStatus
 from lens_megatron.rollout import replay
-from lens_megatron.types import Group, Origin, Prompt, Rollout, Status
+from lens_megatron.tools import doctor, plan
+from lens_megatron.types import Group, Origin, Prompt, Rollout
 
 PATIENCE_S = 10
 LONG = 300 * "n"
@@ -603,7 +606,7 @@ def test_a_reference_of_another_shape(trainer: Trainer):
 
 
 def group(place: int = 0) -> dict:
-    rollout = Rollout((5, 6), (-0.5, -0.25), True, Origin.NATIVE, 0, 1.0, Status.CORRECT)
+    rollout = Rollout((5, 6), (-0.5, -0.25), True, Origin.NATIVE, 0, 1.0, GradeStatus.CORRECT)
     prompt = Prompt(place, (1, 2, 3), (False, True, True), "12", "5 + 7 = ?", "train")
     return json.loads(replay.to_json(Group(prompt, (rollout,) * 4)))
 
@@ -656,12 +659,12 @@ REPLAYS = {
     "reward not finite": (changed("native", 2, "reward", value=float("inf")), "native[2]: reward inf"),
     "reward of null": (changed("native", 2, "reward", value=None), "native[2]: reward None"),
     "reward of truth": (changed("native", 2, "reward", value=True), "native[2]: reward True"),
-    "unknown status": (changed("native", 3, "status", value="splendid"), "'splendid' is not a valid Status"),
+    "unknown status": (changed("native", 3, "status", value="splendid"), "'splendid' is not a valid GradeStatus"),
     "unknown origin": (changed("native", 3, "origin", value="mars"), "'mars' is not a valid Origin"),
-    "other origin": (changed("native", 3, "origin", value="rescued"), "origin is rescued, expected native"),
+    "other origin": (changed("native", 3, "origin", value="purified"), "origin is purified, expected native"),
     "version of text": (changed("native", 3, "weight_version", value="1"), "weight_version"),
     "finished of text": (changed("native", 3, "finished", value="yes"), "finished no boolean"),
-    "rescue without purified": (changed("rescue", value=[{**group()["native"][0], "origin": "rescued"}]), "rescue"),
+    "rescue without purified": (changed("rescue", value=[{**group()["native"][0], "origin": "purified"}]), "rescue"),
     "purified of text": (changed("purified", value="text"), ":4: not a saved group"),
     "purified without scores": (changed("purified", value={**PURIFIED, "scores": []}), "purified: 0 scores"),
     "purified scores not finite": (changed("purified", value={**PURIFIED, "scores": [0, 1, float("nan")]}), "scores"),

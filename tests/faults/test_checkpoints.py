@@ -16,13 +16,13 @@ from safetensors import safe_open
 from test_policy import SIZES
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from lens_megatron import doctor
 from lens_megatron.policy import checkpoint, checkpoint_files, hf_export, platform
 from lens_megatron.policy.checked_files import DamageError, FileRecord, check_content, save_file, write_file
 from lens_megatron.policy.checkpoint_files import CheckpointError, Index, published, steps_saved, superfluous, whole
 from lens_megatron.policy.model import Policy, build_policy
 from lens_megatron.policy.parallel import Mesh, build_mesh, shut_down
 from lens_megatron.policy.sharded_state import local_pieces
+from lens_megatron.tools import doctor
 
 RANK, INDEX, STATE = "rank_00000.safetensors", "index.json", "state.json"
 Tensors = dict[str, torch.Tensor]

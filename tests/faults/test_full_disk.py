@@ -16,11 +16,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_time import PATIENCE_S, wait_until
 from toy_runs import Toy, command, environment, launch
 
-from lens_megatron import report
 from lens_megatron.files import append_whole
-from lens_megatron.metrics import MetricsWriter, read_metrics
-from lens_megatron.rollout.server_process import ServerProcess
-from lens_megatron.side_log import SideLog
+from lens_megatron.output import report
+from lens_megatron.output.metrics import MetricsWriter, read_metrics
+from lens_megatron.output.side_log import SideLog
+from lens_megatron.rollout.servers.process import ServerProcess
 
 WORKER = Path(__file__).with_name("rollout_files_worker.py")
 
@@ -151,7 +151,7 @@ def test_a_summary_that_cannot_be_written_is_printed_all_the_same(tmp_path: Path
 
 def test_a_console_on_a_full_disk_ends_no_run():
     program = (
-        "import sys; from lens_megatron.errors import leave_console, say; say('x'); say('y'); leave_console(); "
+        "import sys; from lens_megatron.output.console import leave_console, say; say('x'); say('y'); leave_console(); "
         "sys.stderr.write('done')"
     )
     buffered = {name: value for name, value in environment().items() if name != "PYTHONUNBUFFERED"}

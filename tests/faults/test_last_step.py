@@ -19,7 +19,7 @@ from test_policy import SIZES
 from toy_runs import ROOT, environment
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from lens_megatron import metrics
+from lens_megatron.output import metrics
 from lens_megatron.policy import checkpoint_files, platform, shards
 from lens_megatron.policy.last_step import LastStep, is_exported
 from lens_megatron.policy.model import Policy, build_policy, reference_weights

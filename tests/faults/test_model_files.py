@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from toy_runs import Toy
 
 from lens_megatron import train
-from lens_megatron.model_files import ModelError, stored_tensors
+from lens_megatron.data.model_files import ModelError, stored_tensors
 
 WEIGHTS, NORM = "model.safetensors", "model.norm.weight"
 Change = Callable[[Path], object]

@@ -18,12 +18,12 @@ import torch
 from torch.distributed import TCPStore
 from toy_runs import ROOT, environment
 
-from lens_megatron import channel, control_store
-from lens_megatron.channel import ChannelError
-from lens_megatron.control_store import ControlProcess, ControlStore
-from lens_megatron.rollout.board import Board
-from lens_megatron.rollout.server_process import ServerProcess, private_folder
-from lens_megatron.rollout.weight_transfer import SocketLink
+from lens_megatron.rollout.request_store import RequestStore
+from lens_megatron.rollout.servers.process import ServerProcess, private_folder
+from lens_megatron.rollout.servers.weight_transfer import SocketLink
+from lens_megatron.supervision import channel, control_store
+from lens_megatron.supervision.channel import ChannelError
+from lens_megatron.supervision.control_store import ControlProcess, ControlStore
 
 LOOPBACK = ["127.0.0.1", 0]
 DEADLINE_S = 60.0
@@ -162,7 +162,7 @@ def process() -> Iterator[ControlProcess]:
 
 @pytest.mark.parametrize("guess", GUESSES)
 def test_strangers_at_the_control_store_neither_write_nor_disturb(process: ControlProcess, guess: Guess):
-    first, second = (Board(ControlStore(process.address, process.secret), rank, 2) for rank in range(2))
+    first, second = (RequestStore(ControlStore(process.address, process.secret), rank, 2) for rank in range(2))
     first.begin(4, 1)
     with ExitStack() as strangers:
         for _ in range(3 * channel.STRANGERS):
@@ -175,7 +175,7 @@ def test_strangers_at_the_control_store_neither_write_nor_disturb(process: Contr
         totals = first.look()
     assert (totals.capacity, totals.ranks_here, totals.unfinished) == (12, 2, 0)
     with pytest.raises(ChannelError, match="does not have the secret"):
-        ControlStore(process.address, channel.new_secret()).set("1/parcels", b"garbage")
+        ControlStore(process.address, channel.new_secret()).set("1/batches", b"garbage")
     assert first.look() == totals
 
 
@@ -203,7 +203,7 @@ def test_what_is_no_request_ends_its_connection_only(process: ControlProcess):
 
 def test_the_control_store_ends_with_the_rank_that_started_it():
     script = (
-        "import time\nfrom lens_megatron.control_store import ControlProcess\n"
+        "import time\nfrom lens_megatron.supervision.control_store import ControlProcess\n"
         "print(ControlProcess('127.0.0.1').process.pid, flush=True)\ntime.sleep(987)"
     )
     rank = subprocess.Popen([sys.executable, "-c", script], env=environment(), stdout=subprocess.PIPE, text=True)
@@ -249,7 +249,7 @@ def test_folders_for_servers_sockets_are_private_and_their_paths_short(tmp_path:
 
 def test_every_start_of_a_server_has_a_key_and_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     sleeper = [sys.executable, "-c", "import time; time.sleep(987)"]
-    monkeypatch.setattr("lens_megatron.rollout.server_process.command", lambda options, listen: sleeper)
+    monkeypatch.setattr("lens_megatron.rollout.servers.process.command", lambda options, listen: sleeper)
     server = ServerProcess("server 0", {}, tmp_path / "log")
     seen = []
     for _ in range(2):
@@ -266,9 +266,10 @@ def test_a_servers_folder_goes_when_its_trainer_is_killed(tmp_path: Path):
     folder.mkdir()
     trainer = (
         "import os, subprocess, sys, time\n"
-        "leash = [sys.executable, '-m', 'lens_megatron.rollout.leash', '--remove', sys.argv[1], str(os.getpid())]\n"
+        "module = 'lens_megatron.rollout.servers.end_with_parent'\n"
+        "guardian = [sys.executable, '-m', module, '--remove', sys.argv[1], str(os.getpid())]\n"
         "server = [sys.executable, '-c', 'import sys, time; open(sys.argv[1], \"w\"); time.sleep(987)']\n"
-        "subprocess.Popen([*leash, *server, sys.argv[1] + '/http'])\n"
+        "subprocess.Popen([*guardian, *server, sys.argv[1] + '/http'])\n"
         "time.sleep(987)"
     )
     process = subprocess.Popen([sys.executable, "-c", trainer, str(folder)], env=environment())

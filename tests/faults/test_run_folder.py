@@ -14,10 +14,11 @@ import psutil
 import pytest
 from toy_runs import ROOT, Toy, command, environment, launch, torchrun
 
-from lens_megatron import run_folder, run_lease, train
+from lens_megatron import train
 from lens_megatron.config import Config, from_tree
-from lens_megatron.run_folder import MARKER, RunFolder, RunFolderError
-from lens_megatron.run_lease import LEASE, LOCK, FolderInUseError, Owner, RunLease
+from lens_megatron.output import run_folder, run_lease
+from lens_megatron.output.run_folder import MARKER, RunFolder, RunFolderError
+from lens_megatron.output.run_lease import LEASE, LOCK, FolderInUseError, Owner, RunLease
 
 
 def made(toy: Toy, folder: Path | str, if_exists: str = "resume", **sections: dict) -> Config:
@@ -237,7 +238,7 @@ def test_a_second_process_is_refused_and_told_by_whom(toy: Toy, tmp_path: Path):
 
 def test_a_killed_process_leaves_the_folder_free(tmp_path: Path):
     program = (
-        "import sys, pathlib; from lens_megatron.run_lease import RunLease; "
+        "import sys, pathlib; from lens_megatron.output.run_lease import RunLease; "
         "lease = RunLease(pathlib.Path(sys.argv[1])); print('has it', flush=True); sys.stdin.read()"
     )
     child = subprocess.Popen(

@@ -15,7 +15,7 @@ import pytest
 import torch
 from toy_runs import ROOT, Toy, checkpoint_tensors, command, environment, launch
 
-from lens_megatron.metrics import read_metrics
+from lens_megatron.output.metrics import read_metrics
 
 FAULTS = Path(__file__).parent
 STEPS = 3

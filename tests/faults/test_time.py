@@ -15,8 +15,8 @@ import pytest
 from toy_runs import ROOT, Toy, command, environment
 from watchdog_worker import TIMEOUT_S
 
-from lens_megatron.clock import Clock, RunTime
-from lens_megatron.metrics import read_metrics
+from lens_megatron.output.metrics import read_metrics
+from lens_megatron.supervision.clock import Clock, RunTime
 from lens_megatron.supervision.deadman import EXIT_SIGNAL, RESUME_S
 
 PATIENCE_S = 300.0
@@ -52,7 +52,7 @@ def test_run_time_stands_still_while_nobody_ticks():
     assert run_time.now() - before <= RunTime.LONGEST_S
     clock = Clock()
     with clock.run_time.ticking(), clock("gen"):
-        wait_until("ticks", lambda: clock.seconds_since(clock.moment) > 1.5 * RunTime.LONGEST_S)
+        wait_until("ticks", lambda: clock.seconds_since(clock.position) > 1.5 * RunTime.LONGEST_S)
 
 
 DEADMAN = """

@@ -113,7 +113,7 @@ def launches() -> Iterator[tuple[str, Any]]:
     import torch
     from lens_kernels import linear_token_logprobs, policy_loss, token_logprobs
     from lens_kernels._dlogits import write_dlogits
-    from lens_kernels._vocab_parallel import RowTotals, Shard
+    from lens_kernels._vocab_parallel import RowTotals, VocabShard
     from lens_kernels.linear_logprobs import gradient_buffer
 
     rows, columns = 64, 151936
@@ -139,7 +139,7 @@ def launches() -> Iterator[tuple[str, Any]]:
         logits = torch.empty(rows, columns, device="meta")
         totals = RowTotals(row, row, row, row)
         packed = gradient_buffer(logits, torch.empty(rows, 64, dtype=torch.bfloat16, device="meta"))
-        write_dlogits(packed, logits, ids, None, Shard(None, 0, None), totals, row, row)
+        write_dlogits(packed, logits, ids, None, VocabShard(None, 0, None), totals, row, row)
 
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         name = str(dtype).removeprefix("torch.")

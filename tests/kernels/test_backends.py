@@ -9,7 +9,7 @@ import lens_kernels
 import pytest
 import torch
 from lens_kernels import _dlogits, _statistics, _vocab_parallel, clipped_loss, token_logprobs
-from lens_kernels._vocab_parallel import RowTotals, Shard
+from lens_kernels._vocab_parallel import RowTotals, VocabShard
 from lens_kernels.linear_logprobs import gradient_buffer
 
 
@@ -54,7 +54,7 @@ def test_triton_on_the_cpu_needs_the_interpreter():
 def test_gradient_packed_into_the_logits(columns, with_entropy):
     """bfloat16 gradient in the first half of the bytes of float32 logits' rows, over more columns than a block has."""
     logits, ids = torch.randn(4, columns) * 3, torch.tensor([0, columns - 1, -1, 40])
-    tau, shard = torch.tensor([1.0, 0.5, 1.0, 2.0]), Shard(None, 0, columns - 1)
+    tau, shard = torch.tensor([1.0, 0.5, 1.0, 2.0]), VocabShard(None, 0, columns - 1)
     logp = torch.log_softmax((logits / tau[:, None])[:, :-1], -1)
     maximum, entropy = logits[:, :-1].amax(1), -(logp * logp.exp()).sum(1)
     log_sum = ((logits[:, :-1] - maximum[:, None]) / tau[:, None]).exp().sum(1).log()

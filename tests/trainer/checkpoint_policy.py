@@ -16,15 +16,15 @@ import torch
 from records import rollout
 from safetensors.torch import save_file
 
-from lens_megatron import pack
 from lens_megatron.algorithms.objectives import OBJECTIVES
+from lens_megatron.batch import pack
 from lens_megatron.config import from_tree
 from lens_megatron.policy import checkpoint, platform, shards
 from lens_megatron.policy.checkpoint import CheckpointWriter
 from lens_megatron.policy.export import export_weights
 from lens_megatron.policy.model import Policy, build_policy
+from lens_megatron.policy.optimizer_step import optimizer_step
 from lens_megatron.policy.parallel import build_mesh, shut_down
-from lens_megatron.policy.update import update
 from lens_megatron.types import LossScale, Sample
 
 LAYOUTS = {
@@ -72,7 +72,7 @@ def train_step(policy: Policy, algorithm) -> float:
         device=mesh.device,
         layout=policy.layout,
     )
-    return update(policy, batches, scale, OBJECTIVES["token"], algorithm, temperature=1.0).loss
+    return optimizer_step(policy, batches, scale, OBJECTIVES["token"], algorithm, temperature=1.0).loss
 
 
 def writer(policy: Policy, folder: Path, root: Path, **options) -> CheckpointWriter:

@@ -13,17 +13,17 @@ import torch
 from records import rollout
 from transformers import AutoModelForCausalLM
 
-from lens_megatron import pack
 from lens_megatron.algorithms.objectives import OBJECTIVES
+from lens_megatron.batch import pack
+from lens_megatron.batch.pack import Pair
 from lens_megatron.config import Config, from_tree
-from lens_megatron.pack import Pair
 from lens_megatron.policy import platform
 from lens_megatron.policy.export import export_weights
 from lens_megatron.policy.forward import prompt_scores, response_log_probs
 from lens_megatron.policy.head import gradient_buffer
 from lens_megatron.policy.model import Policy, build_policy
+from lens_megatron.policy.optimizer_step import _forward_backward
 from lens_megatron.policy.parallel import build_mesh, shut_down
-from lens_megatron.policy.update import _forward_backward
 from lens_megatron.types import MicroBatch, Origin, Sample
 
 TEMPERATURE = 0.7
@@ -99,7 +99,7 @@ def micro_batches(config: Config, device: torch.device) -> list[MicroBatch]:
     rows = [
         Sample(prompt, prompt, rollout(True, origin, tokens), advantage, weight)
         for (prompt, tokens), origin, advantage, weight in zip(
-            RESPONSES, (Origin.NATIVE, Origin.RESCUED, Origin.NATIVE), (1.5, 0.8, -0.5), (0.25, 1.0, 0.75), strict=True
+            RESPONSES, (Origin.NATIVE, Origin.PURIFIED, Origin.NATIVE), (1.5, 0.8, -0.5), (0.25, 1.0, 0.75), strict=True
         )
     ]
     return pack.pack(

@@ -17,15 +17,15 @@ from export_check import check_export
 from megatron.core import parallel_state
 from records import rollout
 
-from lens_megatron import exchange, pack
 from lens_megatron.algorithms.objectives import OBJECTIVES
+from lens_megatron.batch import pack, redistribute
 from lens_megatron.config import Config, from_tree
 from lens_megatron.policy import platform
 from lens_megatron.policy.export import export_weights
-from lens_megatron.policy.forward import plan_micro_batches, prompt_scores, response_log_probs
+from lens_megatron.policy.forward import micro_batches, prompt_scores, response_log_probs
 from lens_megatron.policy.model import Policy, build_policy, reference_weights
+from lens_megatron.policy.optimizer_step import optimizer_step
 from lens_megatron.policy.parallel import build_mesh, shut_down
-from lens_megatron.policy.update import update
 from lens_megatron.types import Origin, Sample, UpdateStats
 
 TEMPERATURE = 0.9
@@ -38,7 +38,7 @@ def samples() -> list[Sample]:
     made = []
     for i, (prompt, response) in enumerate(LENGTHS):
         tokens = tuple(torch.randint(0, 120, (prompt + response,), generator=generator).tolist())
-        origin = Origin.RESCUED if i % 3 == 0 else Origin.NATIVE
+        origin = Origin.PURIFIED if i % 3 == 0 else Origin.NATIVE
         made.append(
             Sample(
                 prompt=tokens[:prompt],
@@ -64,7 +64,7 @@ def share_of(policy: Policy, kind: str) -> list[int]:
         return [] if mesh.dp_rank else list(range(len(everything)))
     ordered = everything[::-1] if kind == "dealt in reverse" else everything
     sampled = ordered if mesh.dp_size == 1 else ordered[:1] if mesh.dp_rank == 0 else ordered[1:]
-    mine = exchange.deal(sampled, mesh.dp_group, policy.bridge.config.hidden_size, mesh.device).samples
+    mine = redistribute.redistribute(sampled, mesh.dp_group, policy.bridge.config.hidden_size, mesh.device).samples
     assert len(mine) > 1  # the rank that sampled one trains on more
     return [everything.index(sample) for sample in mine]  # ValueError if a bit of one was lost on the way
 
@@ -113,12 +113,12 @@ def train(
         scale=scale,
         algorithm=config.algorithm,
         max_response_length=64,
-        parts=plan_micro_batches(policy, [len(s.prompt) + len(s.rollout.token_ids) for s in mine], max_tokens),
+        parts=micro_batches(policy, [len(s.prompt) + len(s.rollout.token_ids) for s in mine], max_tokens),
         device=policy.mesh.device,
         layout=policy.layout,
     )
     objective = OBJECTIVES[config.algorithm.ratio]
-    return update(policy, batches, scale, objective, config.algorithm, TEMPERATURE)
+    return optimizer_step(policy, batches, scale, objective, config.algorithm, TEMPERATURE)
 
 
 def main(model: str, out: Path, cases: dict) -> None:

@@ -13,8 +13,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig
 
 from lens_megatron.config import MegatronConfig, load
-from lens_megatron.planning.model_shape import ModelShape, read_shape
 from lens_megatron.policy import platform
+from lens_megatron.tools.planning.model_shape import ModelShape, read_shape
 
 FIELDS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
           "intermediate_size", "vocab_size", "tie_word_embeddings", "max_position_embeddings")  # fmt: skip

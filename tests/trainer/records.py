@@ -1,12 +1,13 @@
 """Small records for tests, with literal values."""
 
-from lens_megatron.types import Group, Origin, Prompt, PurifiedPrompt, Rollout, Sample, Status
+from lens_megatron.reward.types import GradeStatus
+from lens_megatron.types import Group, Origin, Prompt, PurifiedPrompt, Rollout, Sample
 
 PROMPT = Prompt(3, (1, 10, 11, 12, 13, 2), (False, True, True, True, True, False), "7", "a b c d", "toy")
 
 
 def rollout(correct: bool, origin: Origin = Origin.NATIVE, tokens: tuple[int, ...] = (5, 6)) -> Rollout:
-    status = Status.CORRECT if correct else Status.WRONG
+    status = GradeStatus.CORRECT if correct else GradeStatus.WRONG
     return Rollout(tokens, tuple(-0.5 for _ in tokens), True, origin, 0, float(correct), status)
 
 
@@ -17,10 +18,10 @@ def group(native: str, rescue: str = "", prompt: Prompt = PROMPT) -> Group:
         prompt,
         tuple(rollout(c == "1", tokens=(5, 6 + i)) for i, c in enumerate(native)),
         purified if rescue else None,
-        tuple(rollout(c == "1", Origin.RESCUED, tokens=(8, 9 + i)) for i, c in enumerate(rescue)),
+        tuple(rollout(c == "1", Origin.PURIFIED, tokens=(8, 9 + i)) for i, c in enumerate(rescue)),
     )
 
 
 def sample(rollout: Rollout, advantage: float = 1.0, weight: float = 1.0) -> Sample:
-    generated_from = (1, 10, 12, 13, 2) if rollout.origin is Origin.RESCUED else PROMPT.token_ids
+    generated_from = (1, 10, 12, 13, 2) if rollout.origin is Origin.PURIFIED else PROMPT.token_ids
     return Sample(PROMPT.token_ids, generated_from, rollout, advantage, weight)

@@ -15,7 +15,7 @@ import aiohttp
 import psutil
 from aiohttp import web
 
-from lens_megatron.rollout.server_process import command, environment, private_folder
+from lens_megatron.rollout.servers.process import command, environment, private_folder
 
 Rewrite = Callable[[str, bytes], bytes]
 
@@ -26,7 +26,7 @@ def announce_plugin(folder: Path) -> None:
     info.mkdir(parents=True, exist_ok=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lens-megatron\nVersion: 0.1.0\n")
     (info / "entry_points.txt").write_text(
-        "[vllm.general_plugins]\nlens_megatron = lens_megatron.rollout.weight_transfer:register\n"
+        "[vllm.general_plugins]\nlens_megatron = lens_megatron.rollout.servers.weight_transfer:register\n"
     )
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
@@ -34,18 +34,25 @@ def announce_plugin(folder: Path) -> None:
 
 
 class GivenServer:
-    """A server on a port of loopback, as `python -m lens_megatron.rollout.server_process` starts it."""
+    """A server on a port of loopback, as `python -m lens_megatron.rollout.servers.process` starts it."""
 
     def __init__(self, options: Mapping[str, Any], log: Path, key: str):
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         words = command(options, ["--host", "127.0.0.1", "--port", str(self.port)])
         folder = str(private_folder())
-        leash = [sys.executable, "-m", "lens_megatron.rollout.leash", "--remove", folder, str(os.getpid())]
+        guardian = [
+            sys.executable,
+            "-m",
+            "lens_megatron.rollout.servers.end_with_parent",
+            "--remove",
+            folder,
+            str(os.getpid()),
+        ]
         own = {"VLLM_RPC_BASE_PATH": folder}
         with log.open("w") as output:
             kept = {"env": environment(key, None) | own, "stdout": output, "stderr": subprocess.STDOUT}
-            self.process = subprocess.Popen([*leash, *words], **kept)
+            self.process = subprocess.Popen([*guardian, *words], **kept)
 
     @property
     def address(self) -> str:

@@ -12,13 +12,14 @@ import torch
 from lens_kernels import linear_policy_loss, linear_token_logprobs
 from records import PROMPT, group, rollout, sample
 
-from lens_megatron import pack, samples
+from lens_megatron.algorithms import samples
 from lens_megatron.algorithms.advantages import crpo, grpo, weighted_advantages
 from lens_megatron.algorithms.aggregation import AGGREGATIONS
 from lens_megatron.algorithms.objectives import OBJECTIVES, clipped_surrogate, sequence_ratio, token_ratio
+from lens_megatron.algorithms.purification.interference import purify_prompts, select
+from lens_megatron.algorithms.rescue import is_hard, merge
+from lens_megatron.batch import pack
 from lens_megatron.config import AlgorithmConfig, LensConfig
-from lens_megatron.interference import purify_prompts, select
-from lens_megatron.purify import is_hard, merge
 from lens_megatron.types import LossScale, Origin, TokenTerms, TrainingGroup
 
 ALGORITHM = AlgorithmConfig()
@@ -28,7 +29,7 @@ LENS = LensConfig()
 def test_crpo_on_a_rescued_group_of_eight():
     # a = .25; three of six failures are replaced by three successes: sum w~ = 5, mu = .55, sigma = .497494
     merged = merge(group("11000000", "11100000"), LENS, seed=0)
-    assert [r.origin for r in merged.rollouts].count(Origin.RESCUED) == 3
+    assert [r.origin for r in merged.rollouts].count(Origin.PURIFIED) == 3
     assert len(merged.rollouts) == 8 and merged.gate
     result = crpo(merged, ALGORITHM)
     by_kind = {
@@ -38,7 +39,7 @@ def test_crpo_on_a_rescued_group_of_eight():
     expected = {
         (Origin.NATIVE, True): (0.25, 0.904534),
         (Origin.NATIVE, False): (0.75, -1.105542),
-        (Origin.RESCUED, True): (0.75, 0.904534),
+        (Origin.PURIFIED, True): (0.75, 0.904534),
     }
     for kind, (weight, advantage) in expected.items():
         assert by_kind[kind] == pytest.approx((weight, advantage), abs=3e-6)
@@ -98,7 +99,7 @@ def test_gate_is_strict_and_second_wave_failures_never_enter():
     assert not merge(group("1000", "1000"), LENS, seed=0).gate
     assert merge(group("1000", "1000"), LensConfig(gate="always"), seed=0).gate
     merged = merge(group("1000", "1100"), LENS, seed=0)
-    assert merged.gate and all(r.correct for r in merged.rollouts if r.origin is Origin.RESCUED)
+    assert merged.gate and all(r.correct for r in merged.rollouts if r.origin is Origin.PURIFIED)
     assert not merge(group("0000", "0000"), LensConfig(gate="always"), seed=0).gate
 
 
@@ -158,7 +159,7 @@ def test_samples_carry_the_prompt_that_generated_them():
     rows = samples.to_samples([merged], ALGORITHM)
     assert [r.prompt for r in rows] == [PROMPT.token_ids] * len(rows)
     for row in rows:
-        rescued = row.rollout.origin is Origin.RESCUED
+        rescued = row.rollout.origin is Origin.PURIFIED
         assert row.generation_prompt == ((1, 10, 12, 13, 2) if rescued else PROMPT.token_ids)
 
 
@@ -185,7 +186,7 @@ def test_clipped_surrogate_and_dual_clip():
 
 
 def rescued_terms(old: list[float], advantage: float, weight: float, algorithm: AlgorithmConfig) -> TokenTerms:
-    row = sample(rollout(True, Origin.RESCUED, tokens=(1, 1, 1)), advantage, weight)
+    row = sample(rollout(True, Origin.PURIFIED, tokens=(1, 1, 1)), advantage, weight)
     row = replace(row, prompt=(1,), generation_prompt=(1,))
     return pack.pack(
         [row],
@@ -228,7 +229,7 @@ def test_sequence_ratios_of_the_worked_example(form, ratio):
 
 def test_a_sequence_ratio_keeps_responses_apart():
     algorithm = AlgorithmConfig(kl_coef=0.0, ratio="sequence")
-    rows = [sample(rollout(True, Origin.RESCUED, tokens=(5,) * n)) for n in (2, 1, 3)]
+    rows = [sample(rollout(True, Origin.PURIFIED, tokens=(5,) * n)) for n in (2, 1, 3)]
     (batch,) = packed(rows, [torch.full((n,), -1.0) for n in (2, 1, 3)], algorithm)
     log_probs = torch.tensor([-1.1, -1.2, -0.9, -1.0, -1.1, -0.8])
     result = sequence_ratio(log_probs, torch.zeros(6), batch.terms, algorithm)
@@ -241,7 +242,7 @@ def test_sequence_objectives_are_gspos_formula_written_out(form):
     # Ratios within the clip, beyond it on the side that holds and on the other, an on-policy response, dual clip.
     algorithm = AlgorithmConfig(ratio=form, kl_coef=0.3, entropy_coef=0.2, imitation_coef=0.1, dual_clip=1.5)
     lengths, advantages, weights = (2, 3, 1, 2, 2), (1.2, 0.7, -0.8, -0.9, 2.0), (1.0, 0.5, 1.0, 0.75, 1.0)
-    origins = [Origin.NATIVE, Origin.RESCUED, Origin.NATIVE, Origin.NATIVE, Origin.NATIVE]
+    origins = [Origin.NATIVE, Origin.PURIFIED, Origin.NATIVE, Origin.NATIVE, Origin.NATIVE]
     rows = [
         sample(rollout(True, origin, (5,) * n), a, w)
         for origin, n, a, w in zip(origins, lengths, advantages, weights, strict=True)
@@ -266,7 +267,7 @@ def test_sequence_objectives_are_gspos_formula_written_out(form):
             gained = gained.clamp(min=1.5 * a)
         kl = (r - p).exp() - (r - p) - 1
         total = total + (-row.weight * gained * len(p) + 0.3 * kl.sum() - 0.2 * h.sum()) / 10
-        if row.rollout.origin is Origin.RESCUED:
+        if row.rollout.origin is Origin.PURIFIED:
             total = total - 0.1 * p.mean()
     assert found.losses.sum().item() == pytest.approx(total.item(), rel=1e-5)
     for a, b in zip(gradients, torch.autograd.grad(total, (log_probs, entropy)), strict=True):
@@ -332,7 +333,7 @@ def packed(rows, old, algorithm: AlgorithmConfig, reference=None):
 
 
 def test_pack_aligns_responses_and_pads_nothing():
-    rows = [sample(rollout(True, tokens=(5, 6))), sample(rollout(False, Origin.RESCUED, tokens=(7, 8, 9)))]
+    rows = [sample(rollout(True, tokens=(5, 6))), sample(rollout(False, Origin.PURIFIED, tokens=(7, 8, 9)))]
     (batch,) = pack.pack(
         rows,
         old_log_probs=[None, torch.tensor([-1.0, -2.0, -3.0])],

@@ -25,7 +25,7 @@ from test_policy import SIZES, saved_model
 from toy_runs import environment
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from lens_megatron.model_files import small_files
+from lens_megatron.data.model_files import small_files
 from lens_megatron.policy import checkpoint, checkpoint_files, hf_export, platform, shards
 from lens_megatron.policy.checkpoint_files import CheckpointError, TrainingState, superfluous
 from lens_megatron.policy.model import Policy, build_policy

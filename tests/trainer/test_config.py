@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lens_megatron.config import Config, ConfigError, all_options, from_tree, load
-from lens_megatron.config_files import differing_keys
+from lens_megatron.config.files import differing_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = "run: {directory: runs/a}\nmodel: {path: m}\ndata: {train: t.jsonl}\n"

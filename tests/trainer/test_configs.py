@@ -11,10 +11,10 @@ from toy_runs import ROOT, environment
 
 from lens_megatron import config as configuration
 from lens_megatron.config import Config
-from lens_megatron.config_files import differing_keys, merge, read_tree
-from lens_megatron.planning.layout import LayerSpec
-from lens_megatron.planning.model_shape import read_shape
-from lens_megatron.planning.plan import make_plan
+from lens_megatron.config.files import differing_keys, merge, read_tree
+from lens_megatron.tools.planning.layout import LayerSpec
+from lens_megatron.tools.planning.model_shape import read_shape
+from lens_megatron.tools.planning.plan import make_plan
 
 PATHS = sorted(path for folder in ("a800x8", "a800x64") for path in (ROOT / "configs" / folder).glob("*.yaml"))
 LENS = [path for path in PATHS if path.name.startswith("lens_")]

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lens_megatron.demo import __main__ as command
-from lens_megatron.demo.problems import Problem, distracted_solution, split_of, stream
-from lens_megatron.demo.tokenizer import train_tokenizer
-from lens_megatron.demo.warmup import WarmUp, encode
+from lens_megatron.tools.demo import make as command
+from lens_megatron.tools.demo.problems import Problem, distracted_solution, split_of, stream
+from lens_megatron.tools.demo.tokenizer import train_tokenizer
+from lens_megatron.tools.demo.warmup import WarmUp, encode
 
 NOISE = {0: 1, 1: 1, 2: 1}
 OPERATIONS = {"add": "+", "sub": "-", "mul": "*"}

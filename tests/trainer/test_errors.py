@@ -6,8 +6,9 @@ import pytest
 import yaml
 from toy_runs import Toy
 
-from lens_megatron import run_folder, train
+from lens_megatron import train
 from lens_megatron.config import from_tree
+from lens_megatron.output import run_folder
 
 
 def run(tree: dict, tmp_path: Path, capsys: pytest.CaptureFixture, *overrides: str) -> str:

@@ -11,13 +11,13 @@ from torch import Tensor
 from toy_runs import Toy, launch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from lens_megatron import pack
 from lens_megatron.algorithms.objectives import OBJECTIVES
+from lens_megatron.batch import pack
 from lens_megatron.config import Config, ConfigError, from_tree
 from lens_megatron.policy import platform
 from lens_megatron.policy.model import build_policy, check_layout
+from lens_megatron.policy.optimizer_step import optimizer_step
 from lens_megatron.policy.parallel import build_mesh, shut_down
-from lens_megatron.policy.update import update
 from lens_megatron.types import Sample
 
 EXPERTS, CHOSEN = 6, 2
@@ -124,7 +124,7 @@ def test_gradient_of_the_routers_own_loss_is_its_mean_over_rows(tmp_path: Path):
             parts=PARTS,
             device=device,
         )
-        stats = update(policy, batches, scale, OBJECTIVES["token"], algorithm, temperature=1.0)
+        stats = optimizer_step(policy, batches, scale, OBJECTIVES["token"], algorithm, temperature=1.0)
         assert policy.bridge.config.moe_aux_loss_coeff == coefficient
     finally:
         shut_down()

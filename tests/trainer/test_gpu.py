@@ -13,14 +13,14 @@ from records import rollout
 from test_layouts import SIZES, saved
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from lens_megatron import pack
 from lens_megatron.algorithms.objectives import OBJECTIVES
+from lens_megatron.batch import pack
 from lens_megatron.config import Config, from_tree
 from lens_megatron.policy import hf_weights, platform
 from lens_megatron.policy.forward import response_log_probs
 from lens_megatron.policy.model import Policy, build_policy
+from lens_megatron.policy.optimizer_step import optimizer_step
 from lens_megatron.policy.parallel import build_mesh, shut_down
-from lens_megatron.policy.update import update
 from lens_megatron.types import Sample
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -73,7 +73,7 @@ def gradient_norm(policy: Policy, config: Config) -> float:
         device=policy.mesh.device,
         layout=policy.layout,
     )
-    return update(policy, batches, pack.count(rows), OBJECTIVES["token"], config.algorithm, 1.0).grad_norm
+    return optimizer_step(policy, batches, pack.count(rows), OBJECTIVES["token"], config.algorithm, 1.0).grad_norm
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -13,8 +13,8 @@ from head_gradients import CASES
 from toy_runs import ROOT, environment, torchrun
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from lens_megatron.pack import make_sequences
-from lens_megatron.types import Layout
+from lens_megatron.batch.pack import make_sequences
+from lens_megatron.types import SequenceLayout
 
 SIZES = {
     "vocab_size": 131,  # odd: padding under tensor parallelism
@@ -57,7 +57,7 @@ def test_sequence_parallelism_gets_rows_it_can_cut():
     """7 rows for 4 ranks: one more, as a sequence of its own. Nothing else moves."""
     pairs = [((1, 2), (3, 4, 5)), ((6,), (7,))]
     plain = make_sequences(pairs, torch.device("cpu"))
-    batch = make_sequences(pairs, torch.device("cpu"), Layout(sequence_parallel_size=4))
+    batch = make_sequences(pairs, torch.device("cpu"), SequenceLayout(sequence_parallel_size=4))
     assert plain.bounds == (0, 5, 7) and batch.bounds == (0, 5, 7, 8)
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 0]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 0]]
@@ -67,7 +67,7 @@ def test_sequence_parallelism_gets_rows_it_can_cut():
 def test_context_parallel_ranks_hold_mirrored_chunks():
     """6 tokens padded to 8 in 4 chunks of 2: rank 0 holds the first and last, rank 1 those between."""
     pairs = [((10, 11, 12), (13, 14, 15))]
-    first, second = (make_sequences(pairs, torch.device("cpu"), Layout(rank, 2)) for rank in (0, 1))
+    first, second = (make_sequences(pairs, torch.device("cpu"), SequenceLayout(rank, 2)) for rank in (0, 1))
     assert first.input_ids.tolist() == [[10, 11, 0, 0]] and first.position_ids.tolist() == [[0, 1, 6, 7]]
     assert second.input_ids.tolist() == [[12, 13, 14, 15]] and second.position_ids.tolist() == [[2, 3, 4, 5]]
     assert first.target_ids.tolist() == [] and first.own.tolist() == []

@@ -4,10 +4,10 @@ import pytest
 import torch
 from records import rollout, sample
 
-from lens_megatron import pack
+from lens_megatron.batch import pack
 from lens_megatron.config import AlgorithmConfig
-from lens_megatron.metrics import tally_step, time_metrics
-from lens_megatron.types import Layout, Packing, SamplingStats, StepResult, SyncStats
+from lens_megatron.output.metrics import tally_step, time_metrics
+from lens_megatron.types import Packing, SamplingStats, SequenceLayout, StepResult, SyncStats
 
 
 def result(packings: tuple[Packing, ...]) -> StepResult:
@@ -33,8 +33,10 @@ def test_without_an_update_they_are_zero(world):
     assert found["perf/padding_waste"] == found["perf/imbalance"] == 0.0
 
 
-@pytest.mark.parametrize("layout, rows", [(Layout(), 8 + 7), (Layout(0, 2, 1), 8 + 8), (Layout(0, 1, 4), 16)])
-def test_only_the_layout_pads(layout: Layout, rows: int):
+@pytest.mark.parametrize(
+    "layout, rows", [(SequenceLayout(), 8 + 7), (SequenceLayout(0, 2, 1), 8 + 8), (SequenceLayout(0, 1, 4), 16)]
+)
+def test_only_the_layout_pads(layout: SequenceLayout, rows: int):
     """Samples of 8 and 7 tokens: CP2 pads each to a multiple of 4, four sequence-parallel ranks pad their sum."""
     samples = [sample(rollout(True)), sample(rollout(True, tokens=(5,)))]
     batches = pack.pack(

@@ -14,14 +14,14 @@ import torch
 from records import rollout, sample
 from toy_runs import Toy, command, environment
 
-from lens_megatron import pack
 from lens_megatron.algorithms.corrections import CORRECTIONS
 from lens_megatron.algorithms.mismatch import Mismatch, mismatch, mismatch_sums, pooled
 from lens_megatron.algorithms.objectives import token_ratio
+from lens_megatron.batch import pack
 from lens_megatron.config import AlgorithmConfig, ConfigError, from_tree
-from lens_megatron.metrics import mismatch_metrics, mismatch_warning, read_metrics
+from lens_megatron.output.metrics import mismatch_metrics, mismatch_warning, read_metrics
+from lens_megatron.phases.update import without_on_policy
 from lens_megatron.types import MismatchSums, Origin, Rollout, TokenTerms, UpdateStats
-from lens_megatron.update_batch import for_ratio
 
 WORKED = torch.tensor([-0.5, -2.0, -0.1]) - torch.tensor([-0.6, -1.2, -0.1])
 """The reference's rescued row, read as trainer and engine: w = 1.105171, .449329, 1; product .496585, mean .791890."""
@@ -81,7 +81,7 @@ def worked_terms(algorithm: AlgorithmConfig) -> TokenTerms:
     """The reference's rescued row, whose engine was off: w = 0.5, 3 and 1."""
     old = torch.tensor([-0.6, -1.2, -0.1])
     engine = (old.double() - torch.tensor([0.5, 3.0, 1.0], dtype=torch.float64).log()).tolist()
-    row = sample(engine_says(rollout(True, Origin.RESCUED, (1, 1, 1)), *engine), 0.904534, 0.75)
+    row = sample(engine_says(rollout(True, Origin.PURIFIED, (1, 1, 1)), *engine), 0.904534, 0.75)
     return pack.pack(
         [row],
         old_log_probs=[old],
@@ -148,13 +148,15 @@ def test_a_row_keeps_its_exact_ratio_and_is_corrected_all_the_same():
 
 def test_on_policy_rows_are_left_out_of_the_ratio():
     """One update per batch: native rows, whatever was computed for the correction. Several, or the acl form: none."""
-    rows = [sample(rollout(True)), sample(rollout(True, Origin.RESCUED))]
+    rows = [sample(rollout(True)), sample(rollout(True, Origin.PURIFIED))]
     old = [torch.tensor([-1.0, -1.0]), torch.tensor([-2.0, -2.0])]
-    kept = for_ratio(from_tree(REQUIRED | {"algorithm": {"correction": "token_mask"}}), rows, old)
+    kept = without_on_policy(from_tree(REQUIRED | {"algorithm": {"correction": "token_mask"}}), rows, old)
     assert kept[0] is None and kept[1] is old[1]
     several = {"rollout": {"prompts_per_step": 4}, "train": {"updates_per_batch": 2}}
     for sections in (several, {"algorithm": {"ratio_form": "acl"}}):
-        assert all(a is b for a, b in zip(for_ratio(from_tree(REQUIRED | sections), rows, old), old, strict=True))
+        assert all(
+            a is b for a, b in zip(without_on_policy(from_tree(REQUIRED | sections), rows, old), old, strict=True)
+        )
 
 
 def summed(p: torch.Tensor, q: torch.Tensor) -> MismatchSums:

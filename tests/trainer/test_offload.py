@@ -8,22 +8,21 @@ import torch
 from checkpoint_policy import config, exported, train_step
 from test_policy import add_tokenizer, saved_model
 
-from lens_megatron import handover
-from lens_megatron.clock import Clock
 from lens_megatron.config import Config, ConfigError, from_tree
+from lens_megatron.data.prompts import PromptStream
+from lens_megatron.phases import engine_turn
 from lens_megatron.policy import platform
 from lens_megatron.policy.forward import prompt_scores
 from lens_megatron.policy.model import Policy, build_policy
 from lens_megatron.policy.offload import TrainerMemory, is_enabled
 from lens_megatron.policy.parallel import Mesh, build_mesh, shut_down
 from lens_megatron.policy.sharded_state import optimizers
-from lens_megatron.prompts import PromptStream
 from lens_megatron.rollout.engine import Request
 from lens_megatron.rollout.local import LocalEngine
-from lens_megatron.rollout.team import build_team
-from lens_megatron.run import Run
+from lens_megatron.rollout.vllm.tensor_parallel import build_engine_group
+from lens_megatron.run import LastSync, Run
+from lens_megatron.supervision.clock import Clock
 from lens_megatron.types import Prompt
-from lens_megatron.weight_sync import LastSync
 
 STEPS = 3
 
@@ -161,10 +160,10 @@ def test_the_device_changes_hands_in_the_one_right_order(mesh: Mesh, tmp_path: P
         prompts=PromptStream((prompt,), 1, seed=0, shuffle=False),
         eval_prompts=(),
         engine=engine,
-        team=build_team(1),
+        engine_group=build_engine_group(1),
         graders=None,
         sampler=None,
-        ahead=None,
+        background=None,
         trainer_memory=engine.memory,
         last_sync=LastSync(),
         lease=None,
@@ -172,7 +171,7 @@ def test_the_device_changes_hands_in_the_one_right_order(mesh: Mesh, tmp_path: P
     )
     drawn = []
     for _ in range(2):
-        with handover.engine_awake(run):
+        with engine_turn.engine_awake(run):
             engine.submit([Request(0, (5, 6, 7), 8, 1.0, 3)])
             engine.log.append("sample")
             while not (ended := engine.step()):
@@ -181,8 +180,8 @@ def test_the_device_changes_hands_in_the_one_right_order(mesh: Mesh, tmp_path: P
         assert not engine.memory.is_away and engine.version is None
     phase = ["load, trainer here", "wake, trainer away", "sample", "sleep, trainer away"]
     assert engine.log == phase + phase and drawn[0] == drawn[1]
-    assert run.clock.take().keys() == {"update_weights", "wake", "canary", "sleep"}
-    assert 0 < run.last_sync.stats.canary_difference < 1e-4
+    assert run.clock.take().keys() == {"update_weights", "wake", "sync_check", "sleep"}
+    assert 0 < run.last_sync.stats.sync_difference < 1e-4
 
 
 def test_what_is_offloaded_and_what_cannot_be():

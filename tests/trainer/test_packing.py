@@ -5,16 +5,16 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lens_megatron.pack import make_sequences
+from lens_megatron.batch.pack import make_sequences
 from lens_megatron.policy.layers import packed_sequences
-from lens_megatron.types import Layout
+from lens_megatron.types import SequenceLayout
 
 PAIRS = [((1, 2, 3), (4, 5)), ((6,), (7, 8, 9, 10, 11, 12, 13, 14)), ((1, 2), (3,))]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_every_query_finds_itself_last_among_its_keys(size: int):
-    batches = [make_sequences(PAIRS, torch.device("cpu"), Layout(rank, size)) for rank in range(size)]
+    batches = [make_sequences(PAIRS, torch.device("cpu"), SequenceLayout(rank, size)) for rank in range(size)]
     packed = [packed_sequences(batch, rank, size) for rank, batch in enumerate(batches)]
     bounds = batches[0].bounds
     rows = torch.arange(bounds[-1])  # of the sequences laid end to end

@@ -7,15 +7,15 @@ from safetensors.torch import load_file
 from toy_runs import ROOT, launch
 
 from lens_megatron import config as configuration
-from lens_megatron import plan as program
 from lens_megatron.config import ConfigError, from_tree
-from lens_megatron.planning import memory
-from lens_megatron.planning.activations import Packed, micro_batch_bytes
-from lens_megatron.planning.hardware import GIB, cluster_of
-from lens_megatron.planning.layout import LayerSpec, layout_of, workload_of
-from lens_megatron.planning.model_shape import SHAPES, ModelShape, from_hf, read_shape
-from lens_megatron.planning.plan import checkpoint_bytes, make_plan
-from lens_megatron.planning.step_time import Assumptions, bubble, step_times, weight_sync
+from lens_megatron.tools import plan as program
+from lens_megatron.tools.planning import memory
+from lens_megatron.tools.planning.activations import Packed, micro_batch_bytes
+from lens_megatron.tools.planning.hardware import GIB, cluster_of
+from lens_megatron.tools.planning.layout import LayerSpec, layout_of, workload_of
+from lens_megatron.tools.planning.model_shape import SHAPES, ModelShape, from_hf, read_shape
+from lens_megatron.tools.planning.plan import checkpoint_bytes, make_plan
+from lens_megatron.tools.planning.step_time import Assumptions, bubble, step_times, weight_sync
 
 QWEN_7B = str(ROOT / "configs" / "a800x8" / "lens_qwen2.5-7b.yaml")
 TINY = ModelShape(
@@ -313,7 +313,7 @@ def test_a_remedy_is_one():
 
 
 def test_the_same_words_as_the_trainer():
-    from lens_megatron.layout_rules import model_mistakes
+    from lens_megatron.config.layout_rules import model_mistakes
     from lens_megatron.policy.model import check_layout
 
     for overrides in (

@@ -23,18 +23,18 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from lens_megatron import pack
 from lens_megatron.algorithms.objectives import OBJECTIVES
+from lens_megatron.batch import pack
+from lens_megatron.batch.pack import make_sequences
 from lens_megatron.config import AlgorithmConfig, ConfigError, from_tree
-from lens_megatron.model_files import ModelError
-from lens_megatron.pack import make_sequences
+from lens_megatron.data.model_files import ModelError
 from lens_megatron.policy import platform
 from lens_megatron.policy.export import export_weights
 from lens_megatron.policy.forward import model_output, prompt_scores, response_log_probs
 from lens_megatron.policy.hf_weights import read_hf_config
 from lens_megatron.policy.model import Policy, build_policy, reference_weights
+from lens_megatron.policy.optimizer_step import optimizer_step
 from lens_megatron.policy.parallel import Mesh, build_mesh, shut_down
-from lens_megatron.policy.update import update
 from lens_megatron.rollout.engine import Request, WeightManifestError
 from lens_megatron.rollout.local import LocalEngine
 from lens_megatron.types import Sample
@@ -165,7 +165,7 @@ def test_gradient_of_an_update_is_autograds_on_transformers(mesh: Mesh, tmp_path
         device=mesh.device,
     )
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    stats = update(policy, batches, scale, OBJECTIVES["token"], algorithm, temperature=1.0)
+    stats = optimizer_step(policy, batches, scale, OBJECTIVES["token"], algorithm, temperature=1.0)
     loss = torch.zeros(())
     for (prompt, response), (advantage, weight) in zip(PAIRS, weighted, strict=True):
         log_probs = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
@@ -222,7 +222,9 @@ def test_no_pass_holds_all_logits_and_unmoved_weights_give_ratio_1(options: dict
         device=mesh.device,
     )
     with LargestTensor() as backward:
-        stats = update(policy, batches, pack.count(rows), OBJECTIVES[algorithm.ratio], algorithm, temperature=0.7)
+        stats = optimizer_step(
+            policy, batches, pack.count(rows), OBJECTIVES[algorithm.ratio], algorithm, temperature=0.7
+        )
     assert stats.ratio_min == stats.ratio_max == 1.0 and stats.kl == 0.0 and stats.grad_norm > 0
     assert forward.elements < logits / 2 and backward.elements < logits / 2
     with LargestTensor() as plain:
@@ -287,8 +289,8 @@ def drain(engine: LocalEngine) -> list:
 
 
 def add_tokenizer(folder: Path) -> None:
-    from lens_megatron.demo.problems import stream
-    from lens_megatron.demo.tokenizer import train_tokenizer
+    from lens_megatron.tools.demo.problems import stream
+    from lens_megatron.tools.demo.tokenizer import train_tokenizer
 
     lines = [next(stream("train", seed, {0: 1})).problem for seed in range(50)]
     train_tokenizer(lines).save_pretrained(folder)
@@ -328,7 +330,7 @@ def test_engine_samples_alone_as_in_a_crowd_and_refuses_bad_manifests(mesh: Mesh
             engine.submit([Request(0, (1,), 1, 1.0, 0)])
 
 
-def test_sampling_follows_the_softmax(mesh: Mesh, tmp_path: Path):
+def test_collect_follows_the_softmax(mesh: Mesh, tmp_path: Path):
     model = saved_model("qwen2", True, tmp_path)
     add_tokenizer(tmp_path)
     engine = LocalEngine(str(tmp_path), max_running_sequences=500)

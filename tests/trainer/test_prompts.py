@@ -19,7 +19,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lens_megatron.config import DataConfig, LensConfig
-from lens_megatron.prompts import DataError, PromptStream, load_prompts
+from lens_megatron.data.prompts import DataError, PromptStream, load_prompts
 from lens_megatron.types import Prompt
 
 CHATML = (

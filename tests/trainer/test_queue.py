@@ -13,15 +13,15 @@ from test_streaming import GROUP, PROMPTS, PURIFIED, drawn, log_probs, odd
 from toy_runs import Toy
 from transformers import AutoModelForCausalLM
 
-from lens_megatron import channel, control_store
 from lens_megatron.config import LensConfig, RolloutConfig
-from lens_megatron.control_store import ControlStore, Storage
-from lens_megatron.rollout import board as boards
-from lens_megatron.rollout.board import Board, Parcel
+from lens_megatron.rollout import request_store as messages
 from lens_megatron.rollout.engine import Completion, EnginesLostError, Request
 from lens_megatron.rollout.local import LocalEngine
 from lens_megatron.rollout.queue import SharedQueue
-from lens_megatron.rollout.scheduler import Sampler
+from lens_megatron.rollout.request_store import RequestBatch, RequestStore
+from lens_megatron.rollout.scheduler import RolloutScheduler
+from lens_megatron.supervision import channel, control_store
+from lens_megatron.supervision.control_store import ControlStore, Storage
 from lens_megatron.types import Group, Prompt
 
 WORLD = 3
@@ -89,9 +89,9 @@ def store() -> Iterator[Store]:
     door.close()
 
 
-def make_boards(store: Store) -> list[Board]:
+def make_boards(store: Store) -> list[RequestStore]:
     store.storage.values.clear()
-    return [Board(store.connection.clone(), rank, WORLD) for rank in range(WORLD)]
+    return [RequestStore(store.connection.clone(), rank, WORLD) for rank in range(WORLD)]
 
 
 def on_every_rank(work: Callable[[int], object]) -> list:
@@ -102,18 +102,20 @@ def on_every_rank(work: Callable[[int], object]) -> list:
 
 def sample(
     engines: Sequence[Mortal],
-    boards: Sequence[Board],
+    boards: Sequence[RequestStore],
     shares: Sequence[Sequence[int]],
     rule: Callable[[str], bool] = odd,
     schedule: str = "streamed",
-) -> tuple[dict[int, Group], list[Sampler]]:
+) -> tuple[dict[int, Group], list[RolloutScheduler]]:
     """Groups by prompt; shares: places of the prompts of each rank."""
     for engine in engines:
         engine.served, engine.alive = [], True
     rollout = ROLLOUT.model_copy(update={"schedule": schedule})
     samplers = [
-        Sampler(engine, Verdicts(rule), lambda ids: str(list(ids)), rollout, LensConfig(), 11, Nothing(), board)
-        for engine, board in zip(engines, boards, strict=True)
+        RolloutScheduler(
+            engine, Verdicts(rule), lambda ids: str(list(ids)), rollout, LensConfig(), 11, Nothing(), request_store
+        )
+        for engine, request_store in zip(engines, boards, strict=True)
     ]
 
     def work(rank: int) -> list[Group]:
@@ -127,7 +129,9 @@ def sample(
 @pytest.fixture(scope="module")
 def alone(engines: list[Mortal]) -> dict[int, Group]:
     """What one engine draws for all prompts."""
-    sampler = Sampler(engines[0], Verdicts(odd), lambda ids: str(list(ids)), ROLLOUT, LensConfig(), 11, Nothing())
+    sampler = RolloutScheduler(
+        engines[0], Verdicts(odd), lambda ids: str(list(ids)), ROLLOUT, LensConfig(), 11, Nothing()
+    )
     return {group.prompt.index: group for group in sampler.sample(PROMPTS, PURIFIED, step=2, version=3)}
 
 
@@ -261,13 +265,13 @@ def test_an_engine_stops_what_another_rank_takes_back(engines, store):
 
 def test_records_travel_unchanged():
     requests = tuple(Request(7 * i, (3, 1, 4), 5, 0.7, 2**62 + i) for i in range(2))
-    parcel = Parcel(requests, urgent=True, expected_length=2.5)
-    assert boards._read_parcel(boards._parcel_bytes(parcel)) == parcel
+    batch = RequestBatch(requests, urgent=True, expected_length=2.5)
+    assert messages._read_batch(messages._batch_bytes(batch)) == batch
     with pytest.raises(ValueError, match="share a prompt"):
-        boards._parcel_bytes(replace(parcel, requests=(requests[0], replace(requests[1], prompt=(9,)))))
+        messages._batch_bytes(replace(batch, requests=(requests[0], replace(requests[1], prompt=(9,)))))
     for tokens in ((), (1, 2**31)):
         completion = Completion(9, tokens, tuple(-0.1 / 3 for _ in tokens), True, 4)
-        assert boards._read_completion(boards._completion_bytes(completion)) == completion
+        assert messages._read_completion(messages._completion_bytes(completion)) == completion
 
 
 def test_keys_of_phases_gone_by_are_deleted(engines, store):

@@ -13,8 +13,8 @@ from records import PROMPT, group, rollout, sample
 from safetensors.torch import load_file
 from toy_runs import ROOT, Toy, command, environment
 
-from lens_megatron.metrics import read_metrics
-from lens_megatron.prompts import PromptStream
+from lens_megatron.data.prompts import PromptStream
+from lens_megatron.output.metrics import read_metrics
 from lens_megatron.rollout import replay, unfinished
 from lens_megatron.rollout.unfinished import UnfinishedGroups
 from lens_megatron.supervision import non_finite
@@ -95,7 +95,7 @@ def test_updates_that_are_not_finite_are_skipped_by_all_dumped_and_stop_the_run(
             path = tmp_path / "run" / "non_finite" / f"step_{step:06d}_update_0_rank_{rank:05d}.jsonl"
             head, *samples = map(json.loads, path.read_text().splitlines())
             assert not math.isfinite(head["loss"] + head["grad_norm"]) and head["samples"] == len(samples) == 8
-            assert {s["origin"] for s in samples} == ({"native"} if rank == 0 else {"native", "rescued"})
+            assert {s["origin"] for s in samples} == ({"native"} if rank == 0 else {"native", "purified"})
             assert all(len(s["response"]) == len(s["reference_log_probs"]) for s in samples)
 
 

@@ -12,7 +12,7 @@ from lens_megatron.config import LensConfig, RolloutConfig
 from lens_megatron.reward import Grade, GradeStatus
 from lens_megatron.rollout import replay
 from lens_megatron.rollout.local import LocalEngine
-from lens_megatron.rollout.scheduler import GroupStore, Sampler
+from lens_megatron.rollout.scheduler import GroupStore, RolloutScheduler
 from lens_megatron.rollout.unfinished import UnfinishedGroups
 from lens_megatron.types import Group, Origin, Prompt, PurifiedPrompt
 
@@ -60,7 +60,9 @@ def sample(
 ) -> list[Group]:
     store = store or Nothing()
     rollout = RolloutConfig(prompts_per_step=3, rollouts_per_prompt=4, max_response_length=6)
-    sampler = Sampler(engine, Verdicts(rule), lambda ids: str(list(ids)), rollout, LensConfig(**lens), 11, store)
+    sampler = RolloutScheduler(
+        engine, Verdicts(rule), lambda ids: str(list(ids)), rollout, LensConfig(**lens), 11, store
+    )
     return sampler.sample(PROMPTS, PURIFIED, step=2, version=3)
 
 
@@ -70,7 +72,7 @@ def test_hard_groups_with_a_purified_prompt_get_a_second_wave(engine: LocalEngin
     assert [g.prompt.index for g in groups] == [0, 1, 2]
     for group in groups:
         assert len(group.native) == 4 and {r.weight_version for r in group.native} == {3}
-        assert {r.origin for r in group.rescue} <= {Origin.RESCUED}
+        assert {r.origin for r in group.rescue} <= {Origin.PURIFIED}
     assert [len(g.rescue) for g in sample(engine, lambda text: True)] == [0, 0, 0]
     assert [len(g.rescue) for g in sample(engine, lambda text: False, enabled=False)] == [0, 0, 0]
 

@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM
 from lens_megatron.config import Config, ConfigError, from_tree
 from lens_megatron.policy.hf_weights import read_hf_config
 from lens_megatron.rollout.engine import Completion, EnginesLostError, Request, WeightManifestError
-from lens_megatron.rollout.fleet import Limits, State
-from lens_megatron.rollout.server_client import Expected, ServerError, completion_of
-from lens_megatron.rollout.server_engine import ServerEngine
-from lens_megatron.rollout.server_process import ServerProcess, server_options
+from lens_megatron.rollout.servers.client import Expected, ServerError, completion_of
+from lens_megatron.rollout.servers.engine import ServerEngine
+from lens_megatron.rollout.servers.health import Limits, ServerState
+from lens_megatron.rollout.servers.process import ServerProcess, server_options
 
 pytest.importorskip("vllm", reason="make setup-vllm")
 
@@ -167,7 +167,7 @@ def until(condition: Callable[[], bool], seconds: float = 40) -> None:
         time.sleep(0.05)
 
 
-def states(engine: ServerEngine) -> list[State]:
+def states(engine: ServerEngine) -> list[ServerState]:
     return [member.known.state for member in engine.pool.members]
 
 
@@ -324,10 +324,10 @@ def _old_weights(path: str, content: bytes) -> bytes:
 
 @pytest.mark.parametrize(
     ("rewrite", "state", "message"),
-    [(_garbage, State.DEAD, "not JSON"), (_old_weights, State.STALE, "sampled with weights [('not-")],
+    [(_garbage, ServerState.DEAD, "not JSON"), (_old_weights, ServerState.STALE, "sampled with weights [('not-")],
 )
 def test_a_server_that_answers_wrongly_is_left_and_others_do_its_work(
-    fleet: Fleet, proxy: Proxy, rewrite: Rewrite, state: State, message: str
+    fleet: Fleet, proxy: Proxy, rewrite: Rewrite, state: ServerState, message: str
 ):
     engine = fleet.engine([proxy.address, fleet.processes[1].address], limits=replace(QUICK, failures=1))
     proxy.rewrite = rewrite
@@ -346,7 +346,7 @@ def test_a_network_that_is_cut_and_mended_loses_nothing(fleet: Fleet, proxy: Pro
     def meanwhile(done: int) -> None:
         if done >= 3 and not proxy.was_cut:
             proxy.cut()
-        if proxy.is_cut and states(engine) == [State.SUSPECT]:
+        if proxy.is_cut and states(engine) == [ServerState.SUSPECT]:
             proxy.mend()
 
     check(fleet.models["tied"][0], requests, finish(engine, 30, meanwhile), 1)
@@ -441,15 +441,15 @@ def test_where_others_serve_they_get_its_requests_at_once(own: Future[ServerEngi
 def test_a_server_of_the_trainers_own_answers_on_no_port(own: Future[ServerEngine]):
     process = own.result().processes[0]
     assert process.folder.stat().st_mode & 0o777 == 0o700
-    leash = psutil.Process(process.process.pid)
+    guardian = psutil.Process(process.process.pid)
     hosts = {
         connection.laddr.ip
-        for each in (leash, *leash.children(recursive=True))
+        for each in (guardian, *guardian.children(recursive=True))
         for connection in each.net_connections("inet")
         if connection.status == psutil.CONN_LISTEN
     }
     assert hosts <= {"127.0.0.1", "::1"}, "gloo's, of vLLM's own groups"
-    (api,) = leash.children()
+    (api,) = guardian.children()
     assert "--port" not in api.cmdline() and process.socket_path in api.cmdline()
     for head, expected in [("", b"401"), (f"Authorization: Bearer {process.key}\r\n", b"200")]:
         with socket.socket(socket.AF_UNIX) as connection:
@@ -493,8 +493,8 @@ def test_nothing_that_a_trainer_started_outlives_it(tmp_path: Path):
     child = "import subprocess, sys, time; subprocess.Popen(['sleep', '987']); print('up', flush=True); time.sleep(987)"
     trainer = (
         "import os, subprocess, sys, time\n"
-        "leash = [sys.executable, '-m', 'lens_megatron.rollout.leash', str(os.getpid())]\n"
-        f"subprocess.Popen([*leash, sys.executable, '-c', {child!r}], stdout=open(sys.argv[1], 'w'))\n"
+        "guardian = [sys.executable, '-m', 'lens_megatron.rollout.servers.end_with_parent', str(os.getpid())]\n"
+        f"subprocess.Popen([*guardian, sys.executable, '-c', {child!r}], stdout=open(sys.argv[1], 'w'))\n"
         "time.sleep(987)"
     )
     process = subprocess.Popen([sys.executable, "-c", trainer, str(tmp_path / "log")], env=environment())

@@ -12,7 +12,7 @@ from servers import announce_plugin
 from test_vllm import save
 from toy_runs import Toy, command, environment
 
-from lens_megatron import exit_codes
+from lens_megatron.supervision import exit_codes
 
 pytest.importorskip("vllm", reason="make setup-vllm")
 pytestmark = pytest.mark.slow
@@ -40,7 +40,7 @@ def processes_of(model: Toy) -> list[psutil.Process]:
 
 
 def servers_of(model: Toy) -> list[psutil.Process]:
-    return [p for p in processes_of(model) if "lens_megatron.rollout.leash" not in p.cmdline()]
+    return [p for p in processes_of(model) if "lens_megatron.rollout.servers.end_with_parent" not in p.cmdline()]
 
 
 def rows(directory: Path) -> int:

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from lens_megatron.config import LensConfig, RolloutConfig
 from lens_megatron.rollout.engine import Request
 from lens_megatron.rollout.local import LocalEngine
-from lens_megatron.rollout.meter import SamplingProgress
-from lens_megatron.rollout.scheduler import Sampler
+from lens_megatron.rollout.progress import SamplingProgress
+from lens_megatron.rollout.scheduler import RolloutScheduler
 from lens_megatron.types import Group, Prompt, PurifiedPrompt
 
 PROMPTS = [Prompt(i, tuple(range(5, 8 + i)), (False, *[True] * (2 + i)), "1", "p", "toy") for i in range(6)]
@@ -56,7 +56,7 @@ def sample(
     running: int = 64,
     tau: float = 0.5,
     on_progress: Callable[[SamplingProgress], None] = lambda progress: None,
-) -> tuple[list[Group], Sampler]:
+) -> tuple[list[Group], RolloutScheduler]:
     rollout = RolloutConfig(
         prompts_per_step=6,
         rollouts_per_prompt=GROUP,
@@ -65,7 +65,7 @@ def sample(
         schedule=schedule,
     )
     lens = LensConfig(tau=tau)
-    sampler = Sampler(
+    sampler = RolloutScheduler(
         engine, Verdicts(rule), lambda ids: str(list(ids)), rollout, lens, 11, Nothing(), on_progress=on_progress
     )
     engine.log, engine.max_running_sequences = [], running
@@ -189,6 +189,6 @@ def test_without_purified_prompts_nothing_is_decided(engine: Watched):
     verdicts, asked = Verdicts(lambda text: False), []
     verdicts.wait = lambda tickets: asked.append(len(tickets)) or {t: verdicts.grades[t] for t in tickets}
     engine.log = []
-    sampler = Sampler(engine, verdicts, str, rollout, LensConfig(), 11, Nothing())
+    sampler = RolloutScheduler(engine, verdicts, str, rollout, LensConfig(), 11, Nothing())
     groups = sampler.sample(PROMPTS, [None] * 6, step=2, version=3)
     assert asked == [GROUP] * 6 and not any(g.rescue for g in groups)

@@ -93,7 +93,7 @@ def test_ratio_is_one_on_native_rows_and_purification_happens(straight):
 def test_rollout_files_say_what_happened(straight, toy: Toy):
     folder, _ = straight
     rows = [row for step in range(1, 5) for row in rollout_rows(folder / "run", step)]
-    rescued = [row for row in rows if row["origin"] == "rescued"]
+    rescued = [row for row in rows if row["origin"] == "purified"]
     assert rescued and all(row["status"] == "correct" and "[-" in row["purified_prompt"] for row in rescued)
     for row in rescued:
         kept = "".join(part.split("-]")[-1] for part in row["purified_prompt"].split("[-"))

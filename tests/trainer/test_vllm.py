@@ -17,10 +17,10 @@ from lens_megatron.config import ConfigError, from_tree
 from lens_megatron.policy import platform
 from lens_megatron.policy.hf_weights import read_hf_config
 from lens_megatron.policy.parallel import shut_down
-from lens_megatron.rollout import vllm_options
 from lens_megatron.rollout.engine import Completion, Request, WeightManifestError
 from lens_megatron.rollout.local import LocalEngine
-from lens_megatron.rollout.vllm_engine import VllmEngine
+from lens_megatron.rollout.vllm import options as vllm_options
+from lens_megatron.rollout.vllm.engine import VllmEngine
 
 pytest.importorskip("vllm", reason="make setup-vllm")
 

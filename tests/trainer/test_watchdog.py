@@ -16,10 +16,10 @@ import pytest
 from toy_runs import ROOT, Toy, command, environment
 from watchdog_worker import LATE
 
-from lens_megatron.clock import Clock
-from lens_megatron.control_store import ControlStore
-from lens_megatron.exit_codes import HANG
+from lens_megatron.supervision.clock import Clock
+from lens_megatron.supervision.control_store import ControlStore
 from lens_megatron.supervision.deadman import EXIT_SIGNAL
+from lens_megatron.supervision.exit_codes import HANG
 from lens_megatron.supervision.heartbeat import Heartbeat, late_ranks, report
 from lens_megatron.supervision.watchdog import watch
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from toy_runs import environment
 
-from lens_megatron.weight_sync import checksum
+from lens_megatron.phases.weight_sync import checksum
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -26,7 +26,7 @@ def test_checksum_sees_one_bit_and_not_where_a_tensor_lies(dtype: torch.dtype):
 
 RANK = """
 import sys, torch
-from lens_megatron.weight_sync import WeightSyncError, push
+from lens_megatron.phases.weight_sync import WeightSyncError, push
 
 class Engine:
     def load_weights(self, weights, version):

@@ -13,9 +13,9 @@ import yaml
 from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from lens_megatron.demo.problems import stream, write_jsonl
-from lens_megatron.demo.tokenizer import train_tokenizer
-from lens_megatron.metrics import read_metrics
+from lens_megatron.output.metrics import read_metrics
+from lens_megatron.tools.demo.problems import stream, write_jsonl
+from lens_megatron.tools.demo.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from lens_megatron.clock import Clock
 from lens_megatron.policy import platform
+from lens_megatron.supervision.clock import Clock
 from lens_megatron.supervision.watchdog import watch
 
 TIMEOUT_S = 3.0

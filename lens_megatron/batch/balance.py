@@ -1,0 +1,92 @@
+"""Which samples go to which rank and micro-batch: balanced by their cost, within a budget of tokens. Pure."""
+
+import heapq
+from collections.abc import Sequence
+
+
+def cost(length: int, hidden_size: int) -> int:
+    """Relative cost of one sequence of `length` tokens in a layer: its matrix products, and causal attention.
+
+    Per token a layer's matrices take about 24 h^2 multiply-adds (SwiGLU, no grouping), attention h per token before it.
+    """
+    return length * (24 * hidden_size + length)
+
+
+def assign(lengths: Sequence[int], ranks: int, hidden_size: int) -> list[list[int]]:
+    """Indices of the samples of each data-parallel rank, in rising order; some have none if samples are few.
+
+    Costliest sample first, each to the rank with the least to do, then the fewest tokens, then the lowest number: at
+    most 4/3 of the best possible maximum (Graham 1969, "Bounds on multiprocessing timing anomalies"). Every rank that
+    knows all lengths comes to the same answer.
+    """
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    heap = [(0, 0, rank) for rank in range(ranks)]  # (cost so far, tokens so far, rank)
+    for index in _longest_first(lengths):
+        spent, tokens, rank = heap[0]
+        shares[rank].append(index)
+        heapq.heapreplace(heap, (spent + cost(lengths[index], hidden_size), tokens + lengths[index], rank))
+    return [sorted(share) for share in shares]
+
+
+def imbalance(lengths: Sequence[int], shares: Sequence[Sequence[int]], hidden_size: int) -> float:
+    """Cost of the costliest share, divided by the mean: 1 is perfect, and what waits is the excess. 1 of nothing."""
+    costs = [sum(cost(lengths[i], hidden_size) for i in share) for share in shares]
+    total = sum(costs)
+    return max(costs) * len(costs) / total if total else 1.0
+
+
+def fewest(lengths: Sequence[int], max_tokens: int) -> int:
+    """How many micro-batches `cut` needs at least: what first-fit-decreasing takes. A sample over budget goes alone."""
+    return len(_first_fit(lengths, _longest_first(lengths), max_tokens))
+
+
+def cut(lengths: Sequence[int], max_tokens: int, count: int, hidden_size: int) -> list[list[int]]:
+    """Indices of the samples of each of `count` micro-batches, in rising order; some are empty if samples are few.
+
+    Costliest sample first, each into the cheapest micro-batch with room; where that strands one, first fit, which
+    `fewest` promised. Raises ValueError if `count` is less than `fewest`.
+    """
+    order = _longest_first(lengths)
+    fitted = _first_fit(lengths, order, max_tokens)
+    if count < len(fitted):
+        raise ValueError(f"count: got {count} micro-batches, need {len(fitted)} for a budget of {max_tokens} tokens")
+    parts = _cheapest_first(lengths, order, max_tokens, count, hidden_size) or fitted
+    return [sorted(part) for part in parts] + [[] for _ in range(count - len(parts))]
+
+
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+
+
+def _cheapest_first(
+    lengths: Sequence[int], order: Sequence[int], max_tokens: int, count: int, hidden_size: int
+) -> list[list[int]] | None:
+    parts: list[list[int]] = [[] for _ in range(count)]
+    tokens = [0] * count
+    heap = [(0, part) for part in range(count)]  # (cost so far, micro-batch)
+    for index in order:
+        full = []
+        while heap and tokens[heap[0][1]] and tokens[heap[0][1]] + lengths[index] > max_tokens:
+            full.append(heapq.heappop(heap))
+        if not heap:
+            return None
+        spent, part = heapq.heappop(heap)
+        parts[part].append(index)
+        tokens[part] += lengths[index]
+        for entry in (*full, (spent + cost(lengths[index], hidden_size), part)):
+            heapq.heappush(heap, entry)
+    return parts
+
+
+def _first_fit(lengths: Sequence[int], order: Sequence[int], max_tokens: int) -> list[list[int]]:
+    parts: list[list[int]] = []
+    free: list[int] = []
+    for index in order:
+        place = next((i for i, room in enumerate(free) if room >= lengths[index]), None)
+        if place is None:
+            place = len(parts)
+            parts.append([])
+            free.append(max_tokens)
+        parts[place].append(index)
+        free[place] = max(0, free[place] - lengths[index])
+    return parts

@@ -1,0 +1,29 @@
+"""Sequences of this rank -> micro-batches within a budget of tokens, as many on every data-parallel rank."""
+
+from collections.abc import Sequence
+
+import torch
+from torch.distributed import ProcessGroup
+
+from lens_megatron.batch import balance
+
+
+def plan_micro_batches(
+    lengths: Sequence[int],
+    max_tokens: int,
+    hidden_size: int,
+    *,
+    multiple_of: int,
+    group: ProcessGroup,
+    device: torch.device,
+) -> list[list[int]]:
+    """Indices of the sequences of each micro-batch; as many micro-batches on every rank, none if nobody has a sequence.
+
+    As many, because expert-parallel ranks run them together. A collective of `group`.
+
+    Args:
+        multiple_of: the number of micro-batches is one of its multiples; interleaved pipelines need their stages.
+    """
+    count = torch.tensor([balance.fewest(lengths, max_tokens)], device=device)
+    torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX, group=group)
+    return balance.cut(lengths, max_tokens, -(-int(count) // multiple_of) * multiple_of, hidden_size)

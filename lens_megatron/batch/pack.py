@@ -1,0 +1,202 @@
+"""Samples with their log-probabilities -> packed micro-batches with every weight and denominator filled in. Pure."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lens_megatron.algorithms.aggregation import AGGREGATIONS
+from lens_megatron.algorithms.corrections import CORRECTIONS, Correction, uncorrected
+from lens_megatron.config import AlgorithmConfig
+from lens_megatron.types import LossScale, MicroBatch, Origin, Sample, SequenceBatch, SequenceLayout, TokenTerms
+
+Pair = tuple[tuple[int, ...], tuple[int, ...]]
+"""Token ids of a prompt and of its response."""
+
+
+ONE_RANK = SequenceLayout()
+
+
+def count(samples: Sequence[Sample]) -> LossScale:
+    """This rank's share of the denominators; add the ranks' shares up before `pack`."""
+    return LossScale(
+        response_tokens=sum(len(s.rollout.token_ids) for s in samples),
+        sequences=len(samples),
+        rescued_sequences=sum(_is_rescued(s) for s in samples),
+    )
+
+
+def pack(
+    samples: Sequence[Sample],
+    *,
+    old_log_probs: Sequence[Tensor | None],
+    reference_log_probs: Sequence[Tensor | None],
+    trainer_log_probs: Sequence[Tensor | None] | None = None,
+    scale: LossScale,
+    algorithm: AlgorithmConfig,
+    max_response_length: int,
+    parts: Sequence[Sequence[int]],
+    device: torch.device,
+    layout: SequenceLayout = ONE_RANK,
+) -> list[MicroBatch]:
+    """Makes a micro-batch of the samples of each of `parts`, which may be empty: a rank must take part in every one.
+
+    Args:
+        parts: indices into `samples`, from lens_megatron.batch.balance.
+        old_log_probs: per sample [response tokens] under the prompt that generated it; None marks it on-policy.
+        reference_log_probs: per sample [response tokens] under the original prompt; None where no KL is asked for.
+        trainer_log_probs: what the engine's are compared with and corrected to; `old_log_probs` when left out. A sample
+            may have them and be on-policy: its ratio is 1 exactly, where the difference of two passes is only nearly 0.
+        scale: global counts, which make the sum of all micro-batches' losses the loss.
+    """
+    trainer = old_log_probs if trainer_log_probs is None else trainer_log_probs
+    rows = [_Row(*row) for row in zip(samples, old_log_probs, trainer, reference_log_probs, strict=True)]
+    return [
+        _micro_batch([rows[i] for i in part], scale, algorithm, max_response_length, device, layout) for part in parts
+    ]
+
+
+class _Row(NamedTuple):
+    """A sample with log-probabilities of its response's tokens."""
+
+    sample: Sample
+    old: Tensor | None
+    trainer: Tensor | None
+    reference: Tensor | None
+
+
+def make_sequences(pairs: Sequence[Pair], device: torch.device, layout: SequenceLayout = ONE_RANK) -> SequenceBatch:
+    """Lays prompts with their responses end to end, padded only as `layout` needs, and takes this rank's part."""
+    bounds, targets, own, positions, inputs, places = [0], [], [], [], [], []
+    for prompt, response in pairs:
+        tokens = torch.tensor(prompt + response, dtype=torch.int64)
+        length = -(-len(tokens) // layout.alignment) * layout.alignment
+        held = _rows_held(length, layout)
+        row_of = torch.full((length,), -1)
+        row_of[held] = bounds[-1] // layout.context_parallel_size + torch.arange(len(held))
+        inputs.append(pad(tokens, (0, length - len(tokens)))[held])
+        places.append(held)
+        predicting = row_of[len(prompt) - 1 : len(tokens) - 1]
+        mine = (predicting >= 0).nonzero()[:, 0]
+        positions.append(predicting[mine])
+        targets.append(tokens[len(prompt) :][mine])
+        own.append(mine + sum(len(earlier) for _, earlier in pairs[: len(bounds) - 1]))
+        bounds.append(bounds[-1] + length)
+    return _extend(
+        SequenceBatch(
+            torch.cat(inputs)[None].to(device),
+            torch.cat(places)[None].to(device),
+            tuple(bounds),
+            torch.cat(targets).to(device),
+            torch.cat(positions).to(device),
+            torch.cat(own).to(device) if layout.context_parallel_size > 1 else None,
+            tuple(len(response) for _, response in pairs),
+        ),
+        layout,
+    )
+
+
+def chunks_held(rank: int, size: int) -> tuple[int, int]:
+    """Which of a sequence's 2 * size chunks a context-parallel rank holds, as Megatron deals them out: one, and its
+    mirror image, so that all ranks attend to equally many keys."""
+    return rank, 2 * size - 1 - rank
+
+
+def _rows_held(length: int, layout: SequenceLayout) -> Tensor:
+    """Positions of a padded sequence that this context-parallel rank holds."""
+    size = layout.context_parallel_size
+    if size == 1:
+        return torch.arange(length)
+    chunks = torch.arange(length).view(2 * size, -1)
+    return torch.cat([chunks[index] for index in chunks_held(layout.context_parallel_rank, size)])
+
+
+def _extend(batch: SequenceBatch, layout: SequenceLayout) -> SequenceBatch:
+    """Adds one sequence of padding if the rows do not divide among sequence-parallel ranks."""
+    missing = -batch.input_ids.shape[1] % layout.sequence_parallel_size
+    if not missing:
+        return batch
+    if missing % 2 and layout.context_parallel_size > 1:
+        missing += layout.sequence_parallel_size  # each context-parallel rank holds two chunks of equal size
+    total = batch.bounds[-1] + missing * layout.context_parallel_size
+    return replace(
+        batch,
+        input_ids=pad(batch.input_ids, (0, missing)),
+        position_ids=pad(batch.position_ids, (0, missing)),
+        bounds=(*batch.bounds, total),
+    )
+
+
+def _micro_batch(
+    rows: Sequence[_Row],
+    scale: LossScale,
+    algorithm: AlgorithmConfig,
+    limit: int,
+    device: torch.device,
+    layout: SequenceLayout,
+) -> MicroBatch:
+    """No rows at all: a rank without samples still takes part in the collectives."""
+    samples = [row.sample for row in rows]
+    lengths = [len(sample.rollout.token_ids) for sample in samples]
+
+    def spread(numbers: Iterable[Tensor | float], dtype: torch.dtype = torch.float32) -> Tensor:
+        """One number, or one tensor of its tokens, per sample -> [T]."""
+        parts = [torch.as_tensor(x, dtype=dtype).expand(n) for x, n in zip(numbers, lengths, strict=True)]
+        return torch.cat([torch.empty(0, dtype=dtype), *parts]).to(device)
+
+    shares = [AGGREGATIONS[algorithm.aggregation](length, scale, limit) for length in lengths]
+    weighted = [_weight_and_old(row.sample, row.old, algorithm) for row in rows]
+    corrections = [_correction(row, algorithm) for row in rows]
+    terms = TokenTerms(
+        advantages=spread(sample.advantage for sample in samples),
+        policy_weights=spread(
+            correction.weights * weight * share
+            for correction, (weight, _), share in zip(corrections, weighted, shares, strict=True)
+        ),
+        kl_weights=spread(algorithm.kl_coef * share for share in shares),
+        entropy_weights=spread(algorithm.entropy_coef * share for share in shares),
+        imitation_weights=spread(_imitation_weight(sample, scale, algorithm) for sample in samples),
+        old_log_probs=spread(old for _, old in weighted),
+        reference_log_probs=spread(0.0 if row.reference is None else row.reference for row in rows),
+        rescued=spread((_is_rescued(sample) for sample in samples), torch.bool),
+        engine_log_probs=spread(torch.tensor(sample.rollout.log_probs) for sample in samples),
+        trainer_log_probs=spread(math.nan if row.trainer is None else row.trainer for row in rows),
+        corrections=spread(correction.weights for correction in corrections),
+        limited=spread((correction.limited for correction in corrections), torch.bool),
+        first=spread((sum(lengths[:i]) for i in range(len(lengths))), torch.int64),
+    )
+    pairs = [(sample.prompt, sample.rollout.token_ids) for sample in samples]
+    return MicroBatch(make_sequences(pairs or [((0, 0), ())], device, layout), terms)
+
+
+def _weight_and_old(sample: Sample, old: Tensor | None, algorithm: AlgorithmConfig) -> tuple[float, Tensor | float]:
+    """w~ and log pi_old; in the acl form, w~ divides pi_old instead of multiplying the loss."""
+    if old is None:
+        return sample.weight, math.nan
+    if algorithm.ratio_form == "acl":
+        return 1.0, old + math.log(max(sample.weight, 1e-6))
+    return sample.weight, old
+
+
+def _correction(row: _Row, algorithm: AlgorithmConfig) -> Correction:
+    engine = torch.tensor(row.sample.rollout.log_probs, dtype=torch.float64)
+    if algorithm.correction == "none":
+        return uncorrected(engine, 0.0, 0.0)
+    if row.trainer is None:
+        raise ValueError(f"algorithm.correction={algorithm.correction} needs the trainer's log-probabilities, got None")
+    bounds = algorithm.correction_low, algorithm.correction_high
+    return CORRECTIONS[algorithm.correction](row.trainer.double() - engine, *bounds)
+
+
+def _imitation_weight(sample: Sample, scale: LossScale, algorithm: AlgorithmConfig) -> float:
+    if not _is_rescued(sample):
+        return 0.0
+    return algorithm.imitation_coef / (scale.rescued_sequences * len(sample.rollout.token_ids))
+
+
+def _is_rescued(sample: Sample) -> bool:
+    return sample.rollout.origin is Origin.PURIFIED

@@ -1,0 +1,321 @@
+"""Dataset -> `Prompt`s in the order of training: rendering, the eligible-token mask, and the stream over epochs.
+
+    source --datasets.read_records--> Record --_Renderer--> text, eligible spans --tokenizer--> Prompt
+    PromptStream.take(step) -> the prompts of a step
+
+A prompt is the chat template around the row's messages, with the answer-format instruction after the problem. A
+tokenizer without a chat template gets the messages as lines of plain text. What purification may delete is decided in
+characters of the rendered text and carried to tokens by their offsets: a token that reaches over the edge of the
+problem is kept.
+"""
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jinja2 import TemplateError
+from tqdm import tqdm
+
+from lens_megatron.config import DataConfig, LensConfig
+from lens_megatron.data.datasets import DataError, Message, Record, read_records
+from lens_megatron.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["DataError", "LoadedPrompts", "PromptStream", "load_prompts"]
+
+_BATCH, _BATCH_CHARACTERS = 512, 1_000_000
+_PROGRESS_FROM = 2_000
+_FRAMES = 16
+_LONGEST_RENDERED = 4_000_000
+"""Characters: a conversation of several long messages, or a template that multiplies them."""
+_PLACEHOLDER, _OTHER = "<<the text of the user>>", "<<another text>>"
+
+Span = tuple[int, int]
+"""Characters [start, end) of a text."""
+
+
+@dataclass(frozen=True)
+class LoadedPrompts:
+    prompts: tuple[Prompt, ...]
+    dropped_too_long: int
+    """Rows left out because they have more than `data.max_prompt_length` tokens."""
+    source: str
+    """The file or dataset, as configured."""
+
+
+def load_prompts(
+    source: str, tokenizer: "PreTrainedTokenizerBase", data: DataConfig, lens: LensConfig
+) -> LoadedPrompts:
+    """Reads, renders and tokenizes all rows of `source`; `Prompt.index` is the row, dropped ones counted.
+
+    With `lens.enabled=False` nothing may be deleted and no token is eligible.
+
+    Raises:
+        DataError: a row that cannot be used, no rows, all rows too long, a tokenizer without offsets.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(
+            f"{type(tokenizer).__name__} is a slow tokenizer, which cannot tell where a token stands in the text; "
+            "add a tokenizer.json to the model directory"
+        )
+    records = read_records(source, data)
+    renderer, masker = _Renderer(tokenizer, data, lens), _Masker(tokenizer, lens)
+    prompts: list[Prompt] = []
+    shortest_dropped = None
+    silent = True if len(records) <= _PROGRESS_FROM else None  # None: shown on a terminal only
+    with tqdm(total=len(records), desc=f"Tokenizing {source}", unit=" prompts", disable=silent) as bar:
+        for batch in _batches(records):
+            drafts = [renderer.draft(record) for record in batch]
+            for record, draft, (ids, offsets) in zip(batch, drafts, _tokenize(tokenizer, drafts), strict=True):
+                if not ids:
+                    raise DataError(f"{record.where}: the tokenizer makes no token of {draft.text!r}")
+                if len(ids) > data.max_prompt_length:
+                    shortest_dropped = min(len(ids), shortest_dropped or len(ids))
+                    continue
+                eligible = masker.mask(draft, ids, offsets)
+                prompts.append(Prompt(record.index, tuple(ids), eligible, record.answer, draft.problem, record.source))
+            bar.update(len(batch))
+    if not prompts:
+        raise DataError(
+            f"{source}: all {len(records)} prompts are longer than data.max_prompt_length={data.max_prompt_length}; "
+            f"the shortest has {shortest_dropped} tokens"
+        )
+    return LoadedPrompts(tuple(prompts), len(records) - len(prompts), source)
+
+
+def _batches(records: Sequence[Record]) -> Iterator[list[Record]]:
+    """Records that are tokenized together: few of long ones, for each character takes a tokenizer a thousand bytes."""
+    batch, characters = [], 0
+    for record in records:
+        size = sum(len(message.content) for message in record.messages)
+        if batch and (len(batch) == _BATCH or characters + size > _BATCH_CHARACTERS):
+            yield batch
+            batch, characters = [], 0
+        batch.append(record)
+        characters += size
+    if batch:
+        yield batch
+
+
+@dataclass(frozen=True)
+class PromptStream:
+    """Endless passes over `prompts`, each in an order of its own. Its only state is the step number."""
+
+    prompts: Sequence[Prompt]
+    prompts_per_step: int
+    seed: int
+    shuffle: bool = True
+    _last_order: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """{epoch: permutation}, the last one used only: computing it takes time in proportion to the dataset."""
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ValueError("a stream needs at least one prompt")
+        if self.prompts_per_step < 1:
+            raise ValueError(f"prompts_per_step must be at least 1, got {self.prompts_per_step}")
+
+    def take(self, step: int) -> list[Prompt]:
+        """The `prompts_per_step` prompts of `step` (from 0): a pure function of the step.
+
+        Epochs run on: a step may take the last prompts of one and the first of the next, and thus a prompt twice.
+        Within one epoch every prompt comes exactly once.
+        """
+        if step < 0:
+            raise ValueError(f"step must not be negative, got {step}")
+        first = step * self.prompts_per_step
+        taken = []
+        for position in range(first, first + self.prompts_per_step):
+            epoch, cursor = divmod(position, len(self.prompts))
+            taken.append(self.prompts[self._order(epoch)[cursor]])
+        return taken
+
+    def epoch(self, step: int) -> float:
+        """Passes over the dataset completed when `step` begins: 1.5 is the middle of the second."""
+        return step * self.prompts_per_step / len(self.prompts)
+
+    def _order(self, epoch: int) -> Sequence[int]:
+        if not self.shuffle:
+            return range(len(self.prompts))
+        if epoch not in self._last_order:
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.prompts))
+            self._last_order.clear()
+            self._last_order[epoch] = order
+        return self._last_order[epoch]
+
+
+# ---- text and spans -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A rendered row before tokenization."""
+
+    text: str
+    problem: str
+    spans: tuple[Span, ...] | None
+    """Characters that may be deleted; None: all."""
+
+
+class _Renderer:
+    """Record -> text as the model reads it, with the character spans that `lens.eligible` speaks of."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", data: DataConfig, lens: LensConfig):
+        self.tokenizer, self.instruction, self.lens = tokenizer, data.instruction, lens
+        self.frames: dict[tuple[Message, ...], tuple[str, str]] = {}
+
+    def draft(self, record: Record) -> _Draft:
+        *earlier, last = record.messages
+        content, problem, spans = self._add_instruction(last.content, record.where)
+        text = self._render((*earlier, Message("user", content)), record.where)
+        frame = self._frame(tuple(earlier), record.where)
+        if not self.lens.enabled:
+            return _Draft(text, problem, ())
+        if self.lens.eligible in ("all", "all_nonspecial"):
+            return _Draft(text, problem, None)
+        if self.lens.eligible == "user":
+            spans = ((0, len(content)),)
+        return _Draft(text, problem, self._locate(spans, content, text, frame, record.where))
+
+    def _add_instruction(self, text: str, where: str) -> tuple[str, str, tuple[Span, ...]]:
+        """Content of the user's message, the problem in it, and its spans there, instructions excluded."""
+        wanted = self.instruction.strip()
+        if not wanted:
+            return text, text, ((0, len(text)),)
+        if wanted not in text:
+            return f"{text}\n{self.instruction}", text, ((0, len(text)),)
+        pieces, spans, end = text.split(wanted), [], 0
+        for piece in pieces:
+            spans.append((end, end + len(piece)))
+            end += len(piece) + len(wanted)
+        problem = "".join(pieces).strip()
+        if not problem:
+            raise DataError(f"{where}: the problem is empty but for the instruction {wanted!r}")
+        return text, problem, tuple(spans)
+
+    def _render(self, messages: tuple[Message, ...], where: str) -> str:
+        if not self.tokenizer.chat_template:
+            return "".join(f"{message.content}\n" for message in messages)
+        conversation = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            text = self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # a template is a program: `1 / 0` in it is a ZeroDivisionError here
+            roles = textwrap.shorten(", ".join(message.role for message in messages), 200)
+            why = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+            raise DataError(f"{where}: the chat template refuses the messages ({roles}): {why}") from error
+        if len(text) > _LONGEST_RENDERED:
+            raise DataError(
+                f"{where}: the chat template makes {len(text):,} characters of the messages, the most is "
+                f"{_LONGEST_RENDERED:,}; shorten the row, or correct the template"
+            )
+        return text
+
+    def _frame(self, earlier: tuple[Message, ...], where: str) -> tuple[str, str]:
+        """What the template puts before and after the user's last message, which it must not leave out or repeat."""
+        if earlier in self.frames:
+            return self.frames[earlier]
+        text, other = (self._render((*earlier, Message("user", mark)), where) for mark in (_PLACEHOLDER, _OTHER))
+        times = text.count(_PLACEHOLDER)
+        if times > 1 or text == other:
+            raise DataError(
+                f"{where}: the chat template writes the user's message {times} times instead of once; correct "
+                "chat_template in the model directory"
+            )
+        before, _, after = text.rpartition(_PLACEHOLDER)
+        if len(self.frames) == _FRAMES:
+            self.frames.clear()
+        self.frames[earlier] = before, after
+        return before, after
+
+    def _locate(
+        self, spans: tuple[Span, ...], content: str, text: str, frame: tuple[str, str], where: str
+    ) -> tuple[Span, ...]:
+        """Spans of `content` as spans of the rendered `text`.
+
+        By what stands around it, not by searching for it: a problem such as "a" stands in every "assistant".
+        """
+        before, after = frame
+        inside = text[len(before) : len(text) - len(after)]
+        if not (text == before + inside + after and inside.strip() == content.strip()):
+            raise DataError(
+                f"{where}: the chat template changes the text of the problem, so that its tokens cannot be told from "
+                "the template's; set lens.eligible=all_nonspecial"
+            )
+        shift = len(before) + _leading_spaces(inside) - _leading_spaces(content)
+        first, last = len(before), len(before) + len(inside)
+        return tuple((max(start + shift, first), min(end + shift, last)) for start, end in spans)
+
+
+def _leading_spaces(text: str) -> int:
+    return len(text) - len(text.lstrip())
+
+
+# ---- tokens and masks ---------------------------------------------------------------------------------------------
+
+
+def _tokenize(tokenizer: "PreTrainedTokenizerBase", drafts: Sequence[_Draft]) -> list[tuple[list[int], list[Span]]]:
+    """Ids and character offsets of every draft. A chat template writes its own beginning-of-sequence token."""
+    encoded = tokenizer(
+        [draft.text for draft in drafts],
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    pairs = list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+    bos = tokenizer.bos_token_id
+    if tokenizer.chat_template or bos is None or tokenizer("a")["input_ids"][:1] != [bos]:
+        return pairs
+    return [([bos, *ids], [(0, 0), *offsets]) for ids, offsets in pairs]
+
+
+@dataclass(frozen=True, slots=True)
+class _Trait:
+    """What a token is, wherever it stands."""
+
+    special: bool
+    blank: bool
+    leading: int
+    """Characters of white space that the token begins with."""
+
+
+class _Masker:
+    """Tokens and spans -> the eligible mask."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", lens: LensConfig):
+        self.tokenizer = tokenizer
+        self.keep_special, self.keep_blank = lens.eligible != "all", lens.protect_whitespace
+        added = tokenizer.added_tokens_decoder
+        self.special = {*tokenizer.all_special_ids, *(token for token in added if added[token].special)}
+        self.traits: dict[int, _Trait] = {}
+
+    def mask(self, draft: _Draft, ids: Sequence[int], offsets: Sequence[Span]) -> tuple[bool, ...]:
+        """[L] True where the token may be deleted."""
+        if draft.spans == ():
+            return (False,) * len(ids)
+        eligible = [self._may_go(token, span, draft) for token, span in zip(ids, offsets, strict=True)]
+        eligible[0] = False  # it has no prefix, hence no score
+        return tuple(eligible)
+
+    def _may_go(self, token: int, span: Span, draft: _Draft) -> bool:
+        trait = self.traits.get(token) or self._learn(token)
+        piece = draft.text[span[0] : span[1]]
+        if trait.special and self.keep_special:
+            return False
+        # The piece too: an ideographic space may be three tokens, none of which decodes to it.
+        if self.keep_blank and (trait.blank or piece.isspace()):
+            return False
+        if draft.spans is None:
+            return True
+        # Llama 3's offsets leave out the spaces that a token begins with, Qwen's do not.
+        start = span[0] - (trait.leading if not piece[:1].isspace() else 0)
+        return any(first <= start and span[1] <= last for first, last in draft.spans)
+
+    def _learn(self, token: int) -> _Trait:
+        text = self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        trait = _Trait(token in self.special, not text.strip(), _leading_spaces(text))
+        self.traits[token] = trait
+        return trait

@@ -1,0 +1,111 @@
+"""The model directory's tokenizer, and the few things the trainer asks of it."""
+
+import json
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lens_megatron.data.model_files import in_one_line
+
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+"""One of these must be there: without any, transformers makes an empty tokenizer and says nothing."""
+
+
+_OPTIONS = "tokenizer_config.json"
+_JSON_FILES = (_OPTIONS, "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+
+
+class TokenizerError(ValueError):
+    """The user's model directory has no tokenizer that can be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizer:
+    hf: PreTrainedTokenizerBase
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text without special tokens."""
+        return self.hf.decode(token_ids, skip_special_tokens=True)
+
+    def decode_all(self, token_ids: Sequence[int]) -> str:
+        """Text with special tokens."""
+        return self.hf.decode(token_ids, skip_special_tokens=False)
+
+    def retokenize(self, token_ids: Sequence[int]) -> tuple[int, ...]:
+        """Ids of the text that `token_ids` decode to; differs from them where a merge crosses a deletion."""
+        return tuple(self.hf.encode(self.decode_all(token_ids), add_special_tokens=False))
+
+
+def load_tokenizer(path: str, vocab_size: int) -> Tokenizer:
+    """Raises TokenizerError when there is none, a file of it cannot be read, or it has more tokens than the model."""
+    _check_files(path)
+    folder = Path(path)
+    if not any((folder / name).is_file() for name in VOCABULARY_FILES):
+        raise TokenizerError(
+            f"model.path {path}: no tokenizer there ({' or '.join(VOCABULARY_FILES)}); copy the model's tokenizer files"
+        )
+    for name in _JSON_FILES:
+        _check_json(folder / name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except BaseException as error:  # third-party readers raise anything at all on a damaged file, or panic
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise TokenizerError(
+            f"model.path {path}: no tokenizer can be read there: {type(error).__name__}: {in_one_line(error)}; "
+            "copy the model's tokenizer files again"
+        ) from error
+    if not tokenizer.vocab_size:
+        raise TokenizerError(f"model.path {path}: the tokenizer has no tokens; copy the model's tokenizer files again")
+    if len(tokenizer) > vocab_size:
+        raise TokenizerError(
+            f"model.path {path}: the tokenizer has {len(tokenizer)} tokens, the model's embedding {vocab_size} rows; "
+            "use the tokenizer that belongs to the model"
+        )
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
+    if largest >= vocab_size:
+        raise TokenizerError(
+            f"model.path {path}: the tokenizer's token {token!r} is number {largest}, the model's embedding has "
+            f"{vocab_size} rows; use the tokenizer that belongs to the model"
+        )
+    return Tokenizer(tokenizer)
+
+
+def _check_files(path: str) -> None:
+    """Raises TokenizerError for what would block its reader, or never end."""
+    try:
+        entries = list(os.scandir(path))
+    except OSError as error:
+        raise TokenizerError(f"model.path {path}: cannot be read: {error.strerror}; give a model directory") from error
+    for entry in entries:
+        try:
+            mode = entry.stat().st_mode
+        except OSError:
+            continue  # a link that leads nowhere is as good as no file
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise TokenizerError(f"model.path {path}: {entry.name} is neither a file nor a folder; remove it")
+
+
+def _check_json(path: Path) -> None:
+    """The library's own message would not say which file it is."""
+    if not path.exists():
+        if path.name == _OPTIONS:
+            raise TokenizerError(
+                f"model.path {path.parent}: no {path.name} there, without which the end token would be guessed; copy "
+                "the model's tokenizer files"
+            )
+        return
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise TokenizerError(
+            f"model.path: {path} cannot be read: {type(error).__name__}: {error}; copy the model's file again"
+        ) from error
+    if not isinstance(content, dict):
+        raise TokenizerError(
+            f"model.path: {path} holds a {type(content).__name__} instead of an object; copy the model's file again"
+        )

@@ -1,0 +1,357 @@
+"""All metric names and how each is computed; one reduction over data-parallel ranks; JSONL, TensorBoard, console.
+
+Names are verl's, plus `lens/*`. Every rank adds the same names in the same order, so a step costs one sum and one max.
+"""
+
+import json
+import os
+import resource
+import socket
+import time
+from dataclasses import astuple, dataclass, field
+from pathlib import Path
+
+import torch
+from torch.distributed import ProcessGroup
+
+from lens_megatron.algorithms.mismatch import mismatch, pooled
+from lens_megatron.output import tensorboard_events
+from lens_megatron.output.console import say
+from lens_megatron.output.side_log import SideLog
+from lens_megatron.reward.types import GradeStatus
+from lens_megatron.types import (
+    MismatchSums,
+    Origin,
+    Rollout,
+    SamplingStats,
+    StepResult,
+    TrainingGroup,
+    UpdateStats,
+)
+
+Metrics = dict[str, float]
+
+MISMATCH_WARNING, MISMATCH_ALARM = 0.005, 0.01
+"""Mean |probability difference| of engine and trainer. Users of verl hold 0.01 for the end of what is healthy."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """Local sums, counts and maxima by name."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+    maxima: dict[str, float] = field(default_factory=dict)
+
+    def mean(self, name: str, values: list[float]) -> None:
+        self.sums[name] = self.sums.get(name, 0.0) + sum(values)
+        self.counts[name] = self.counts.get(name, 0.0) + len(values)
+
+    def total(self, name: str, value: float) -> None:
+        self.sums[name], self.counts[name] = value, -1.0
+
+    def share(self, name: str, part: float, whole: float) -> None:
+        self.sums[name], self.counts[name] = part, whole
+
+    def spread(self, name: str, values: list[float]) -> None:
+        """name/mean, name/max, name/min."""
+        self.mean(f"{name}/mean", values)
+        self.maxima[f"{name}/max"] = max(values, default=-torch.inf)
+        self.maxima[f"{name}/min"] = max((-v for v in values), default=-torch.inf)
+
+    def reduce(self, group: ProcessGroup, device: torch.device) -> Metrics:
+        """Global values; 0 for a mean over nothing."""
+        names = list(self.sums)
+        sums = torch.tensor([[self.sums[n] for n in names], [max(0.0, self.counts[n]) for n in names]])
+        maxima = torch.tensor(list(self.maxima.values()) or [0.0])
+        sums, maxima = sums.double().to(device), maxima.double().to(device)
+        torch.distributed.all_reduce(sums, group=group)
+        torch.distributed.all_reduce(maxima, op=torch.distributed.ReduceOp.MAX, group=group)
+        metrics = {
+            name: total if self.counts[name] < 0 else total / count if count else 0.0
+            for name, total, count in zip(names, *sums.tolist(), strict=True)
+        }
+        for name, value in zip(self.maxima, maxima.tolist(), strict=False):
+            value = -value if name.endswith("/min") else value
+            metrics[name] = value if abs(value) != torch.inf else 0.0
+        return metrics
+
+
+def accuracy_name(source: str, samples: int) -> str:
+    return f"val-core/{source}/acc/mean@{samples}"
+
+
+def best_model_metric(evaluated: Metrics, name: str | None) -> float | None:
+    """What checkpoints compete by: the metric `name`, or the mean of all accuracies; None without an evaluation."""
+    scores = [value for key, value in evaluated.items() if key.startswith("val-core/") and name in (None, key)]
+    return sum(scores) / len(scores) if scores else None
+
+
+def tally_step(result: StepResult) -> Tally:
+    """What this data-parallel rank's groups, samples and rollouts say."""
+    tally = Tally()
+    native = [r for g in result.groups for r in g.group.native]
+    rescue = [r for g in result.groups for r in g.group.rescue]
+    tally.spread("critic/score", [float(r.correct) for r in native])
+    tally.spread("critic/rewards", [r.reward for r in native])
+    tally.spread("critic/advantages", [s.advantage for s in result.samples])
+    tally.spread("response_length", [float(len(r.token_ids)) for r in native])
+    tally.mean("response_length/clip_ratio", [float(not r.finished) for r in native])
+    tally.spread(
+        "training/rollout_staleness", [float(result.weight_version - r.weight_version) for r in native + rescue]
+    )
+    tally.spread("prompt_length", [float(len(g.group.prompt.token_ids)) for g in result.groups])
+    for status in GradeStatus:
+        tally.mean(f"reward/{status}_rate", [float(r.status is status) for r in native + rescue])
+    tally.total("perf/total_num_tokens", sum(len(s.prompt) + len(s.rollout.token_ids) for s in result.samples))
+    tally.total("perf/generated_tokens", sum(len(r.token_ids) for r in native + rescue))
+    packings = result.packings
+    tally.share("perf/padding_waste", sum(p.padding for p in packings), sum(p.rows for p in packings))
+    tally.mean("perf/imbalance", [p.imbalance for p in packings])
+    _tally_lens(tally, result, rescue)
+    return tally
+
+
+def _tally_lens(tally: Tally, result: StepResult, rescue: list[Rollout]) -> None:
+    groups = result.groups
+    second = [g for g in groups if g.group.rescue]
+    tally.mean("lens/purified_rate", [float(bool(g.group.rescue)) for g in groups])
+    tally.mean("lens/gate_rate", [float(g.gate) for g in second])
+    tally.mean("lens/rescued_rate", [float(g.gate) for g in groups])
+    tally.total("lens/prompts", len(groups))
+    tally.total("lens/purified_prompts", len(second))
+    tally.total("lens/rescued_prompts", sum(g.gate for g in groups))
+    tally.total("lens/extra_rollouts", len(rescue))
+    tally.mean("lens/rescued_per_prompt", [float(_rescued(g)) for g in second if g.gate])
+    tally.mean("lens/deleted_tokens", [float(len(g.group.purified.deleted)) for g in second])
+    tally.mean("lens/score_deleted", [g.group.purified.scores[i] for g in second for i in g.group.purified.deleted])
+    tally.mean("lens/score_kept", [s for g in second for s in _kept_scores(g)])
+    tally.mean("lens/success_before", [g.group.success_rate for g in second])
+    tally.mean("lens/success_purified", [float(r.correct) for r in rescue])
+    tally.mean("lens/zero_variance_before", [float(_constant(g.group.native)) for g in groups])
+    tally.mean("lens/zero_variance_after", [float(_constant(g.rollouts)) for g in groups])
+
+
+def _rescued(group: TrainingGroup) -> int:
+    return sum(r.origin is Origin.PURIFIED for r in group.rollouts)
+
+
+def _kept_scores(group: TrainingGroup) -> list[float]:
+    purified, eligible = group.group.purified, group.group.prompt.eligible
+    deleted = set(purified.deleted)
+    return [s for i, s in enumerate(purified.scores) if eligible[i] and i not in deleted]
+
+
+def _constant(rollouts: tuple[Rollout, ...]) -> bool:
+    return len({r.reward for r in rollouts}) == 1
+
+
+def update_metrics(updates: tuple[UpdateStats, ...], kl_coef: float) -> Metrics:
+    """Means over the step's optimizer updates; already global."""
+    if not updates:
+        return {}
+
+    def mean(name: str) -> float:
+        return sum(getattr(u, name) for u in updates) / len(updates)
+
+    return {
+        "actor/loss": mean("loss"),
+        "actor/pg_loss": mean("policy_loss"),
+        "actor/kl_loss": mean("kl"),
+        "actor/kl_coef": kl_coef,
+        "actor/entropy": mean("entropy"),
+        "actor/ppo_kl": mean("ppo_kl"),
+        "actor/pg_clipfrac": mean("clip_fraction"),
+        "actor/ratio_min": min(u.ratio_min for u in updates),
+        "actor/ratio_max": max(u.ratio_max for u in updates),
+        "actor/grad_norm": mean("grad_norm"),
+        "actor/lr": updates[-1].learning_rate,
+        "actor/skipped_updates": float(sum(u.skipped for u in updates)),
+        "lens/clip_fraction_rescued": mean("clip_fraction_rescued"),
+        "lens/abs_log_ratio_rescued": mean("abs_log_ratio_rescued"),
+    }
+
+
+def mismatch_metrics(updates: tuple[UpdateStats, ...], correction: str) -> Metrics:
+    """Engine beside trainer over all tokens of the step's samples, and over native and rescued ones; already global.
+
+    Names are verl's, with _native and _rescued behind them. What has no tokens has no metrics.
+    """
+    native, rescued = (pooled(getattr(u, f"mismatch_{origin}") for u in updates) for origin in ("native", "rescued"))
+    parts = {"": pooled((native, rescued)), "_native": native, "_rescued": rescued}
+    found: Metrics = {}
+    for suffix, sums in parts.items():
+        if sums.tokens:
+            found |= {f"{name}{suffix}": value for name, value in _mismatch_values(sums, correction).items()}
+    return found
+
+
+def _mismatch_values(sums: MismatchSums, correction: str) -> Metrics:
+    values = mismatch(sums)
+    found = {
+        "training/rollout_probs_diff_mean": values.mean,
+        "training/rollout_probs_diff_max": values.largest,
+        "training/rollout_probs_diff_std": values.std,
+        "rollout_corr/kl": values.kl,
+        "rollout_corr/k3_kl": values.k3,
+    }
+    if values.pearson is not None:
+        found["training/rollout_actor_probs_pearson_corr"] = values.pearson
+    if correction != "none":
+        limited = "rollout_rs_masked_fraction" if correction.endswith("mask") else "rollout_is_ratio_fraction_high"
+        found |= {"rollout_corr/rollout_is_mean": values.weight, f"rollout_corr/{limited}": values.limited}
+    return found
+
+
+def mismatch_warning(metrics: Metrics, correction: str) -> str | None:
+    """A line for the console where engine and trainer differ too much on native or on rescued rows."""
+    name = "training/rollout_probs_diff_mean"
+    means = {origin: metrics[f"{name}_{origin}"] for origin in ("native", "rescued") if f"{name}_{origin}" in metrics}
+    # Written so that a mean that is not a number is the worst of all.
+    over = {origin: mean for origin, mean in means.items() if not mean < MISMATCH_WARNING}
+    if not over:
+        return None
+    alarm = any(not mean < MISMATCH_ALARM for mean in over.values())
+    head = f"!!! ALARM (limit {MISMATCH_ALARM})" if alarm else f"warning (limit {MISMATCH_WARNING})"
+    shown = ", ".join(f"{mean:.4f} on {origin} rows" for origin, mean in over.items())
+    remedy = "compare dtype, temperature and weight version of engine and trainer"
+    if correction == "none":
+        remedy += ", or set algorithm.correction=token_truncate"
+    return f" {head}: engine and trainer disagree on the sampled tokens' probabilities by {shown}; {remedy}"
+
+
+def sampling_metrics(stats: SamplingStats, device: torch.device, ranks_per_engine: int = 1) -> Metrics:
+    """Of all engines; the first of the consecutive ranks of each counts. A collective.
+
+    An engine is idle while it does no step: it waits for graders, or for the engine whose share takes longest.
+    """
+    own = torch.tensor(astuple(stats), dtype=torch.float64, device=device)
+    every = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(every, own)
+    seconds, engine, second, early, discarded, regraded = torch.stack(every[::ranks_per_engine]).T.tolist()
+    idle = [1 - busy / max(seconds) if max(seconds) else 0.0 for busy in engine]
+    return {
+        "perf/engine_idle_share/mean": sum(idle) / len(idle),
+        "perf/engine_idle_share/max": max(idle),
+        "perf/engine_idle_share/min": min(idle),
+        "timing_s/second_wave": max(second),
+        "lens/early_decisions": sum(early),
+        "lens/discarded_tokens": sum(discarded),
+        "reward/regraded": sum(regraded),
+    }
+
+
+def time_metrics(seconds: dict[str, float], metrics: Metrics, world_size: int) -> Metrics:
+    """timing_s/*, perf/*; memory is this process's peak.
+
+    Tokens are those of the samples, prompts included: per second of the step and rank (verl's `perf/throughput`), and
+    of all ranks per second of the updates alone.
+    """
+    total, update = seconds.get("step", 0.0), seconds.get("update_actor", 0.0)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    timing = {f"timing_s/{phase}": value for phase, value in seconds.items()}
+    tokens = metrics.get("perf/total_num_tokens", 0.0)
+    gpu = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+    return timing | {
+        "perf/time_per_step": total,
+        "perf/throughput": tokens / total / world_size if total else 0.0,
+        "perf/update_tokens_per_s": tokens / update if update else 0.0,
+        "perf/cpu_memory_used_gb": peak,
+        "perf/max_memory_allocated_gb": gpu,
+    }
+
+
+def with_more_seconds(metrics: Metrics, seconds: dict[str, float]) -> Metrics:
+    """The timing_s/* of `metrics` for phases that went on after they were taken."""
+    names = {phase: f"timing_s/{phase}" for phase in seconds}
+    return {name: metrics.get(name, 0.0) + seconds[phase] for phase, name in names.items()}
+
+
+class MetricsWriter:
+    """Appends to metrics.jsonl and TensorBoard. On resume, lines of steps that will be done again are dropped.
+
+    No error of the disk ends the run: see `side_log.SideLog`.
+    """
+
+    def __init__(self, folder: Path, *, first_step: int, tensorboard: bool):
+        self._last: dict = {}
+        try:
+            rows = [row for row in read_metrics(folder) if row["step"] < first_step]
+            self._last, kept = (rows or [{}])[-1], b"".join(map(_line, rows))
+        except OSError:
+            kept = None  # what cannot be read must not be replaced; readers take the last row of a step
+        self.rows = SideLog(folder / "metrics.jsonl", kept, say)
+        self.events = None
+        if tensorboard:
+            name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+            self.events = SideLog(folder / "tensorboard" / name, tensorboard_events.head(first_step), say)
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        self._last = {"step": step, **metrics}
+        self.rows.append(_line(self._last))
+        self._show(step, metrics)
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        """Adds to the row of `step`, which is the last one, or begins it."""
+        if self._last.get("step") != step:
+            self.write(step, metrics)
+            return
+        self._last |= metrics
+        self.rows.replace_last(_line(self._last))
+        self._show(step, metrics)
+
+    def _show(self, step: int, metrics: Metrics) -> None:
+        if self.events:
+            self.events.append(tensorboard_events.scalars(step, metrics))
+
+    def close(self) -> None:
+        self.rows.close()
+        if self.events:
+            self.events.close()
+
+
+def _line(row: dict) -> bytes:
+    return json.dumps(row).encode() + b"\n"
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """Rows of metrics.jsonl, the last one of each step. Lines that are no rows are ignored: a killed writer leaves half
+    of one, a broken disk anything. Raises OSError where the file is there and cannot be read."""
+    try:
+        lines = (folder / "metrics.jsonl").read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    rows: dict[int, dict] = {}
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            rows.pop(row["step"], None)
+            rows[row["step"]] = row
+    return list(rows.values())
+
+
+def console_line(step: int, steps: int, metrics: Metrics) -> str:
+    """Megatron's one line per iteration."""
+    fields = [
+        f"iteration {step:6d}/{steps:6d}",
+        f"reward: {metrics['critic/rewards/mean']:.3f}",
+        f"resp len: {metrics['response_length/mean']:.1f}",
+    ]
+    if "actor/loss" in metrics:
+        fields += [
+            f"loss: {metrics['actor/loss']:+.4E}",
+            f"kl: {metrics['actor/kl_loss']:.2E}",
+            f"entropy: {metrics['actor/entropy']:.3f}",
+            f"grad norm: {metrics['actor/grad_norm']:.3f}",
+            f"learning rate: {metrics['actor/lr']:.2E}",
+        ]
+    fields += [
+        f"purified: {metrics['lens/purified_rate']:.2f}",
+        f"rescued: {metrics['lens/rescued_rate']:.2f}",
+        f"elapsed time per iteration (ms): {metrics['timing_s/step'] * 1000:.1f}",
+        f"tokens/s/rank: {metrics['perf/throughput']:.0f}",
+    ]
+    return " " + " | ".join(fields) + " |"

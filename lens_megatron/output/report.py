@@ -1,0 +1,122 @@
+"""Summary and picture of a run, from its metrics.jsonl alone: `python -m lens_megatron.report runs/demo`."""
+
+import io
+import sys
+import warnings
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402  (the backend must be chosen first)
+
+from lens_megatron.files import write_atomically  # noqa: E402
+from lens_megatron.output.metrics import read_metrics, say  # noqa: E402
+
+PHASES = ("score", "gen", "exchange", "old_log_prob", "ref", "update_actor", "update_weights", "wake", "sleep", "step",
+          "testing", "save_checkpoint")  # fmt: skip
+_LONGEST_SOURCE = 80
+
+
+def write(folder: Path) -> str:
+    """Writes summary.txt and learning_curve.png into `folder`; returns the summary, and what was not written."""
+    try:
+        rows = read_metrics(folder)
+    except OSError as error:
+        return f"warning: {folder / 'metrics.jsonl'} cannot be read: {error}; there is no summary"
+    lines = [summary(rows, folder)]
+    contents = {"summary.txt": lines[0] + "\n"} | ({"learning_curve.png": draw(rows)} if rows else {})
+    for name, content in contents.items():
+        try:
+            write_atomically(folder / name, content)
+        except OSError as error:
+            lines.append(f"  warning: {folder / name} cannot be written: {error}")
+    return "\n".join(lines)
+
+
+def summary(rows: Sequence[dict], folder: Path) -> str:
+    """Accuracy before and after, prompts purified and rescued, seconds per phase."""
+    steps = [row for row in rows if "timing_s/step" in row]
+    lines = [f"run {folder}: {len(steps)} steps"]
+    for name in _accuracies(rows):
+        curve = [row[name] for row in rows if name in row]
+        lines.append(f"  accuracy on {_source(name)}: {100 * curve[0]:.1f} % before, {100 * curve[-1]:.1f} % after")
+    if steps:
+        prompts, purified, rescued = (
+            int(sum(row[f"lens/{name}"] for row in steps))
+            for name in ("prompts", "purified_prompts", "rescued_prompts")
+        )
+        extra = int(sum(row["lens/extra_rollouts"] for row in steps))
+        lines.append(f"  prompts purified: {purified} of {prompts}; rescued: {rescued}; extra rollouts: {extra}")
+        means = [(phase, [row[f"timing_s/{phase}"] for row in steps if f"timing_s/{phase}" in row]) for phase in PHASES]
+        phases = ", ".join(f"{phase} {sum(values) / len(values):.2f}" for phase, values in means if values)
+        lines.append(f"  seconds per phase (mean): {phases}")
+        lines.append(f"  peak memory of one process: {max(r['perf/cpu_memory_used_gb'] for r in steps):.2f} GiB")
+    lines.append(f"  files: {folder}/learning_curve.png, metrics.jsonl, rollouts/, checkpoints/*/hf, tensorboard/")
+    return "\n".join(lines)
+
+
+def draw(rows: Sequence[dict]) -> bytes:
+    """A PNG image. Training reward, held-out accuracy, and what purification did, against steps."""
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    steps = [row for row in rows if "critic/rewards/mean" in row]
+    x = [row["step"] for row in steps]
+    left.plot(x, [row["critic/rewards/mean"] for row in steps], color="0.7", label="training reward (first wave)")
+    for name in _accuracies(rows):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        left.plot(*zip(*points, strict=True), marker="o", label=f"accuracy, {_source(name)}")
+    left.set(xlabel="step", ylabel="share correct", ylim=(0, 1), title="learning curve")
+    for name, label in (
+        ("lens/purified_rate", "prompts sampled again, purified"),
+        ("lens/rescued_rate", "prompts rescued"),
+        ("lens/zero_variance_before", "groups without contrast, before"),
+        ("lens/zero_variance_after", "groups without contrast, after"),
+    ):
+        right.plot(x, [row[name] for row in steps], label=label)
+    right.set(xlabel="step", ylabel="share of prompts", ylim=(0, 1), title="purification")
+    for axes in (left, right):
+        for text in axes.legend(fontsize="small").get_texts():
+            text.set_parse_math(False)  # a `$` in a source's name is no formula
+        axes.grid(alpha=0.3)
+    image = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # it draws a box instead
+        figure.savefig(image, format="png", dpi=120)
+    pyplot.close(figure)
+    return image.getvalue()
+
+
+def _accuracies(rows: Sequence[dict]) -> list[str]:
+    return sorted({name for row in rows for name in row if name.startswith("val-core/")})
+
+
+def _source(name: str) -> str:
+    """What `metrics.accuracy_name` was given, on one line and short: `val-core/a/b/acc/mean@1` -> `a/b`."""
+    source = name.removeprefix("val-core/").rpartition("/acc/")[0]
+    shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in source)
+    return shown if len(shown) <= _LONGEST_SOURCE else f"{shown[: _LONGEST_SOURCE - 3]}..."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the summary; returns the exit status, 2 for a folder without a run."""
+    parser = ArgumentParser(prog="python -m lens_megatron.report", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="run.directory")
+    folder = parser.parse_args(arguments).folder
+    try:
+        if not (folder / "metrics.jsonl").is_file():
+            raise OSError(f"{folder} has no metrics.jsonl; give the folder of a run")
+        say(write(folder))
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        why = f"{type(error).__name__}: {error}"
+        print(f"error: {folder}/metrics.jsonl is not as a run writes it ({why}); restore it", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

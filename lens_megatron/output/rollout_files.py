@@ -1,0 +1,154 @@
+"""A file per step with what was sampled: every data-parallel rank writes its part, rank 0 joins them."""
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from lens_megatron.data.tokenizer import Tokenizer
+from lens_megatron.policy.parallel import Mesh
+from lens_megatron.supervision.agreement import first_to_fail, raise_together
+from lens_megatron.types import Sample, StepResult, TrainingGroup
+
+
+class RolloutFileError(ValueError):
+    """Rollouts that the user asked for cannot be written; the message says what to change."""
+
+
+class RolloutFiles:
+    """Those of one folder, on every rank.
+
+    Args:
+        name: for people.
+        required: a step that cannot be written ends the run. Otherwise training goes on without it, with one warning
+            until a step can be written again.
+        tell: prints a line.
+    """
+
+    def __init__(self, folder: Path, name: str, mesh: Mesh, *, required: bool, tell: Callable[[str], None]):
+        self.folder, self.name, self.mesh, self.required, self.tell = folder, name, mesh, required, tell
+        self.lost: list[int] = []
+        """Steps since one could be written."""
+
+    def write(self, step: int, lines: Sequence[str]) -> None:
+        """A collective. The file of a step is whole or it is not there.
+
+        Raises:
+            RolloutFileError: on every rank, if the files are required.
+        """
+        failure = None
+        if self.mesh.model_rank == 0:
+            failure = _attempt(lambda: write_part(self.folder, step, self.mesh.dp_rank, lines))
+        failed = first_to_fail(failure is not None, self.mesh.device)
+        if self.mesh.rank == 0:
+            if failed is None:
+                failure = _attempt(lambda: join_parts(self.folder, step, self.mesh.dp_size))
+                failed = None if failure is None else 0
+            remove_parts(self.folder, step)
+        if self.required:
+            here = RolloutFileError(f"{self._describe(step)}: {failure}; make room, or leave the option out")
+            there = RolloutFileError(f"{self._describe(step)}: another rank could not write its part")
+            raise_together(here if failure else None, there, self.mesh.device)
+        elif failed is None:
+            self._recovered()
+        else:
+            if failed == self.mesh.rank and not self.lost:
+                head = f"rank {self.mesh.rank}: " * (self.mesh.rank > 0)
+                self.tell(f"{head}warning: {self._describe(step)}: {failure}; training goes on without")
+            self.lost.append(step)
+
+    def _recovered(self) -> None:
+        if self.lost and self.mesh.rank == 0:
+            steps = f"step {self.lost[0]}" + f" to {self.lost[-1]}" * (len(self.lost) > 1)
+            self.tell(f"{self.name} can be written again; lost: {steps}")
+        self.lost.clear()
+
+    def _describe(self, step: int) -> str:
+        return f"{self.name} cannot be written to {self.folder} at step {step}"
+
+
+def _attempt(action: Callable[[], None]) -> OSError | None:
+    try:
+        action()
+    except OSError as error:
+        return error
+    return None
+
+
+def write_part(folder: Path, step: int, part: int, lines: Sequence[str]) -> None:
+    """One data-parallel rank's share of a step's file; `join_parts` makes the file of them. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "".join(line + "\n" for line in lines)
+    _part(folder, step, part).write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def join_parts(folder: Path, step: int, parts: int) -> None:
+    """Concatenates parts 0 to `parts` - 1 into step_NNNNNN.jsonl, published by one rename. Raises OSError."""
+    partial = folder / f".step_{step:06d}.partial"
+    try:
+        with partial.open("wb") as file:
+            for part in range(parts):
+                file.write(_part(folder, step, part).read_bytes())
+        partial.rename(folder / f"step_{step:06d}.jsonl")
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def remove_parts(folder: Path, step: int) -> None:
+    """Those of an attempt with more ranks, too."""
+    with suppress(OSError):
+        for path in folder.glob(f".step_{step:06d}.[0-9]*"):
+            path.unlink()
+
+
+def _part(folder: Path, step: int, part: int) -> Path:
+    return folder / f".step_{step:06d}.{part:05d}"
+
+
+def rollout_lines(result: StepResult, tokenizer: Tokenizer, step: int) -> list[str]:
+    """One JSON object per trained sample."""
+    lines, position = [], 0
+    for group in result.groups:
+        samples = result.samples[position : position + len(group.rollouts)]
+        position += len(group.rollouts)
+        lines += [json.dumps(_record(group, sample, tokenizer, step), ensure_ascii=False) for sample in samples]
+    return lines
+
+
+def _record(group: TrainingGroup, sample: Sample, tokenizer: Tokenizer, step: int) -> dict:
+    prompt, rollout = group.group.prompt, sample.rollout
+    return {
+        "step": step,
+        "prompt_index": prompt.index,
+        "source": prompt.source,
+        "prompt": tokenizer.decode_all(prompt.token_ids),
+        "purified_prompt": marked_prompt(group, tokenizer),
+        "completion": tokenizer.decode_all(rollout.token_ids),
+        "answer": prompt.answer,
+        "status": rollout.status,
+        "reward": rollout.reward,
+        "weight": sample.weight,
+        "advantage": sample.advantage,
+        "origin": rollout.origin,
+        "gate": group.gate,
+        "response_tokens": len(rollout.token_ids),
+        "finished": rollout.finished,
+        "weight_version": rollout.weight_version,
+    }
+
+
+def marked_prompt(group: TrainingGroup, tokenizer: Tokenizer) -> str | None:
+    """The prompt with each run of deleted tokens in [- -]; None where the prompt was not sampled again."""
+    if not group.group.rescue:
+        return None
+    deleted = set(group.group.purified.deleted)
+    parts: list[tuple[bool, list[int]]] = []
+    for position, token in enumerate(group.group.prompt.token_ids):
+        gone = position in deleted
+        if not parts or parts[-1][0] != gone:
+            parts.append((gone, []))
+        parts[-1][1].append(token)
+    texts = [(gone, tokenizer.decode_all(tokens)) for gone, tokens in parts]
+    return "".join(f"[-{text}-]" if gone else text for gone, text in texts)

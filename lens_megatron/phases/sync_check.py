@@ -1,0 +1,131 @@
+"""After each sync: does the engine compute what the trainer computes? A few sampled tokens answer, or end the run.
+
+A manifest sees that every tensor came; not that it came from the right layer, replaced a tied copy, or is used as the
+trainer uses it (rope, head, temperature). Such mistakes raise nothing: the run would train on another model's samples.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from lens_megatron.phases.weight_sync import WeightSyncError
+from lens_megatron.policy.forward import response_log_probs
+from lens_megatron.rollout.engine import Completion, Request, RolloutEngine
+from lens_megatron.run import Run
+from lens_megatron.seeds import derive
+from lens_megatron.types import Prompt
+
+TOKENS = 8
+TOLERANCES = {"float32": 1e-3, "bfloat16": 0.25}
+"""Nats that engine and trainer may differ by, in the mean over the tokens.
+
+float32: sums in another order make 3e-6 of it, on peaked random models of 2 and 8 layers with either engine; wrong
+weights give tenths to several nats. bfloat16 rounds at places that differ between the two: 0.025 was seen in the mean,
+0.1 of single tokens (which is rounding: transformers differs from itself in float32 as much). Real models are deeper,
+and routers may choose another expert: hence ten times what was seen. A single token's error has a long tail, the mean
+of a few does not: hence the mean. What is smaller, `training/rollout_probs_diff_*` shows over all tokens of a step.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineComparison:
+    """What a rank's engine and the trainer say of the same tokens."""
+
+    difference: float
+    """Mean over tokens of |log-probability of the one - of the other|, in nats; infinite if either is no number."""
+    position: int
+    """Of the token they differ most about, in the completion."""
+    token: int
+    engine: float
+    """Its log-probability, by the engine."""
+    trainer: float
+
+
+ABSENT = EngineComparison(0.0, 0, 0, 0.0, 0.0)
+"""Of a rank whose engine cannot be asked."""
+
+
+def ask(run: Run) -> Completion | None:
+    """What this rank's engine answers to a prompt of the data, another one for every version; see `sample`."""
+    config, version = run.config, run.policy.version
+    prompt = question(run)
+    seed = derive(config.run.seed, "sync_check", version)
+    length = min(TOKENS, config.rollout.max_response_length)
+    return sample(run.engine, Request(0, prompt.token_ids, length, config.rollout.temperature, seed))
+
+
+def question(run: Run) -> Prompt:
+    return run.prompts.take(run.policy.version)[0]
+
+
+def check(run: Run, own: Completion | None) -> float:
+    """Compares what every rank's engine has answered with the trainer, which has the same weights. A collective.
+
+    Returns the largest mean difference of any rank, in nats. Raises WeightSyncError, on every rank, if it is more than
+    the tolerance.
+    """
+    config, mesh, prompt = run.config, run.mesh, question(run)
+    temperature = config.rollout.temperature
+    responses = _gather(own, run)
+    asked = sorted(set(responses) - {()})
+    pairs = [(prompt.token_ids, tokens) for tokens in asked]
+    budget = config.train.max_tokens_per_micro_batch
+    expected = response_log_probs(run.policy, pairs, max_tokens=budget, temperature=temperature)
+    comparison = ABSENT
+    if own:
+        comparison = compare(own, dict(zip(asked, expected, strict=True))[own.token_ids].tolist())
+    numbers = (comparison.difference, comparison.position, comparison.token, comparison.engine, comparison.trainer)
+    table = torch.empty(mesh.world_size, len(numbers), dtype=torch.float64, device=mesh.device)
+    torch.distributed.all_gather_into_tensor(
+        table.view(-1), torch.tensor(numbers, dtype=torch.float64, device=mesh.device)
+    )
+    rank = int(table[:, 0].argmax())
+    difference, position, token, *both = table[rank].tolist()
+    worst = EngineComparison(difference, int(position), int(token), *both)
+    if worst.difference > TOLERANCES[config.model.dtype]:
+        raise WeightSyncError(_message(worst, rank, run.policy.version, config.model.dtype))
+    return worst.difference
+
+
+def sample(engine: RolloutEngine, request: Request) -> Completion | None:
+    """The engine's answer; None of one that serves nothing now, or has others' requests whose answers it would give."""
+    progress = engine.progress()
+    if not engine.capacity() or progress.waiting or progress.running:
+        return None
+    engine.submit([request])
+    while engine.capacity():
+        for completion in engine.step():
+            return completion
+    engine.cancel({request.request_id})
+    return None
+
+
+def compare(completion: Completion, trainer: list[float]) -> EngineComparison:
+    """`trainer`: its log-probability of each of the completion's tokens."""
+    differences = [abs(a - b) for a, b in zip(completion.log_probs, trainer, strict=True)]
+    differences = [d if math.isfinite(d) else math.inf for d in differences]
+    place = differences.index(max(differences))
+    mean = sum(differences) / len(differences)
+    return EngineComparison(mean, place, completion.token_ids[place], completion.log_probs[place], trainer[place])
+
+
+def _gather(own: Completion | None, run: Run) -> list[tuple[int, ...]]:
+    """The tokens that each engine of the model-parallel group gave, for one forward pass over all of them."""
+    row = torch.full((TOKENS,), -1, dtype=torch.int64)
+    if own:
+        row[: len(own.token_ids)] = torch.tensor(own.token_ids)
+    table = torch.empty(run.mesh.model_size, TOKENS, dtype=torch.int64, device=run.mesh.device)
+    torch.distributed.all_gather_into_tensor(table.view(-1), row.to(run.mesh.device), group=run.mesh.model_group)
+    return [tuple(token for token in tokens if token >= 0) for tokens in table.tolist()]
+
+
+def _message(worst: EngineComparison, rank: int, version: int, dtype: str) -> str:
+    return (
+        f"weights of version {version}: of token {worst.token}, number {worst.position + 1} after a prompt of "
+        f"the data, the engine of rank {rank} says log-probability {worst.engine:.4f}, the trainer {worst.trainer:.4f}"
+        f"; over all tokens they differ by {worst.difference:.4g} nats in the mean, and may by {TOLERANCES[dtype]} "
+        f"in {dtype}. The engine does not compute the trainer's model, and its samples must not be trained on. Look "
+        f"for options under `vllm:` that change the model (quantization, rope, hf_overrides), try rollout.engine=local "
+        f"or model.dtype=float32; the same command goes on from the last checkpoint"
+    )

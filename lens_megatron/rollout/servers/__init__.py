@@ -1,0 +1,1 @@
+"""vLLM in other processes, reached over HTTP; weights travel beside it."""

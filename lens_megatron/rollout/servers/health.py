@@ -1,0 +1,209 @@
+"""Which servers may sample: a state machine without I/O, clocks or threads. `engine.py` tells it what happened.
+
+    restarting --started--> stale --loaded, or loaded again--> healthy <--answers, is silent--> suspect
+        ^                     ^                  |                                |
+        '------- dead         '--- loading, another version ---------'   too often silent, or bad, or stuck: dead
+
+Only weights loaded with the current version lead to `healthy`; whatever puts a server's weights in doubt leads away.
+"""
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+
+class ServerState(StrEnum):
+    RESTARTING = "restarting"
+    """Its process has been started and does not answer yet."""
+    STALE = "stale"
+    """It answers; its weights are not known to be the current ones."""
+    HEALTHY = "healthy"
+    SUSPECT = "suspect"
+    """As healthy, but it did not answer a moment ago: it gets nothing new."""
+    DEAD = "dead"
+
+
+class Event(StrEnum):
+    STARTING = "starting"
+    """Its process has been started again."""
+    STARTED = "started"
+    """It answers, for the first time since it was started or was dead."""
+    ANSWERED = "answered"
+    """A probe was answered."""
+    SILENT = "silent"
+    """A probe was not answered in time."""
+    SERVED = "served"
+    """A completion came that is right in every respect."""
+    EXITED = "exited"
+    GIVEN_UP = "given up"
+    """It cannot be reached, or does not start, when nobody can wait for it any longer."""
+    LOADING = "loading"
+    """New weights are about to be sent to it."""
+    RELOADING = "reloading"
+    """The current weights are about to be sent to it alone, because it has been started again."""
+    LOADED = "loaded"
+    """All of them have come, and it says so."""
+    LOAD_BROKE_OFF = "load broke off"
+    """It has parts of two models."""
+    OTHER_VERSION = "other version"
+    """It says that its weights are not those last loaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How patient the fleet is."""
+
+    silent_probes: int = 3
+    """In a row: dead."""
+    failures: int = 3
+    """Without a completion in between: dead. Requests that were under way together count once."""
+    stuck_s: float = 120.0
+    """Without a token, while it has requests: dead."""
+    restarts: int = 3
+    """In a row without a completion in between; and as many times the current weights are sent to it again."""
+    backoff_s: float = 1.0
+    """Before the first restart in a row; twice as long before each further one."""
+    probe_interval_s: float = 1.0
+    answer_s: float = 15.0
+    """For any answer but a completion."""
+    bucket_s: float = 120.0
+    """For a bucket of weights, to all servers at once."""
+    start_s: float = 900.0
+    """From the start of a process to its first answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """What is known of one server."""
+
+    state: ServerState = ServerState.RESTARTING
+    version: int | None = None
+    """Of the weights that it certainly has; None: not certain."""
+    silent: int = 0
+    failures: int = 0
+    failed_at: float = 0.0
+    """When the last failure was counted."""
+    starts: int = 0
+    """Since its last completion."""
+    reloads: int = 0
+    """Since its last completion, start, or set of new weights."""
+    loading: bool = False
+    """Weights are on their way to it."""
+    mixed: bool = False
+    """A load broke off: only a new process can be loaded again."""
+    tokens: float = 0.0
+    """That it had generated when it was last asked."""
+    progress_at: float | None = None
+    """When that number last grew, or it had nothing to do. None: it has not been asked yet."""
+    reason: str = ""
+    """Why it is not healthy."""
+
+
+def eligible(server: Server, current: int | None) -> bool:
+    """Whether it may be given requests to sample from weights of version `current`."""
+    return server.state is ServerState.HEALTHY and current is not None and server.version == current
+
+
+def loadable(server: Server) -> bool:
+    """Whether weights may be sent to it."""
+    return server.state in (ServerState.STALE, ServerState.HEALTHY, ServerState.SUSPECT) and not server.mixed
+
+
+def restartable(server: Server, limits: Limits) -> bool:
+    return server.state is ServerState.DEAD and server.starts < limits.restarts
+
+
+def backoff_s(server: Server, limits: Limits) -> float:
+    """How long it must have been dead before it is started again."""
+    return limits.backoff_s * 2**server.starts
+
+
+def reloadable(server: Server, limits: Limits) -> bool:
+    """Whether the current weights may be sent to it again."""
+    stale = server.state is ServerState.STALE and not server.mixed and not server.loading
+    return stale and server.reloads < limits.restarts
+
+
+def progressed(server: Server, tokens: float, busy: bool, now: float, limits: Limits) -> Server:
+    """After it said that it has generated `tokens` in all.
+
+    Args:
+        busy: it has had requests since it last said so.
+        now: seconds of a clock that never goes back.
+    """
+    if tokens != server.tokens or not busy or server.progress_at is None:
+        return replace(server, tokens=tokens, progress_at=now)
+    if server.state in (ServerState.HEALTHY, ServerState.SUSPECT) and now - server.progress_at > limits.stuck_s:
+        return _dead(server, f"no token in {now - server.progress_at:.0f} s, with requests waiting for it")
+    return server
+
+
+def serving(server: Server, current: int | None) -> bool:
+    """Whether it is eligible, or may be again without new weights."""
+    alive = server.state in (ServerState.HEALTHY, ServerState.SUSPECT)
+    return alive and current is not None and server.version == current
+
+
+def failed(server: Server, sent_at: float, now: float, limits: Limits, reason: str) -> Server:
+    """After a request, sent at `sent_at`, was not answered, or with what cannot be a completion."""
+    if server.state not in (ServerState.HEALTHY, ServerState.SUSPECT):
+        return server
+    if server.failures and sent_at <= server.failed_at:
+        return replace(server, state=ServerState.SUSPECT, reason=reason)
+    failures = server.failures + 1
+    if failures >= limits.failures:
+        return _dead(server, f"{failures} requests one after the other failed: {reason}")
+    return replace(server, state=ServerState.SUSPECT, failures=failures, failed_at=now, reason=reason)
+
+
+def after(server: Server, event: Event, limits: Limits, *, version: int | None = None, reason: str = "") -> Server:
+    """The server after `event`; events that cannot happen in its state change nothing.
+
+    Args:
+        version: with LOADED, of the weights.
+        reason: for people, with events that are bad news.
+    """
+    state = server.state
+    if event is Event.EXITED:
+        return replace(_dead(server, reason), mixed=False, reloads=0)
+    if event is Event.STARTING:
+        return Server(starts=server.starts + 1, reason=server.reason) if state is ServerState.DEAD else server
+    if event is Event.STARTED:
+        ready = state is ServerState.RESTARTING or (state is ServerState.DEAD and not server.mixed)
+        return replace(_stale(server, server.reason), silent=0, failures=0) if ready else server
+    if state is ServerState.DEAD:
+        return server
+    if event is Event.GIVEN_UP:
+        return _dead(server, reason)
+    if state is ServerState.RESTARTING:
+        return server
+    match event:
+        case Event.LOADING if not server.mixed:
+            return replace(_stale(server, "its weights are being replaced"), loading=True, reloads=0)
+        case Event.RELOADING if reloadable(server, limits):
+            return replace(server, loading=True, reloads=server.reloads + 1)
+        case Event.LOADED if server.loading and version is not None:
+            return replace(server, state=ServerState.HEALTHY, version=version, loading=False, failures=0, reason="")
+        case Event.LOAD_BROKE_OFF:
+            return replace(_dead(server, reason), mixed=True)
+        case Event.OTHER_VERSION:
+            return replace(_stale(server, reason), reloads=limits.restarts)  # somebody else's server by now
+        case Event.ANSWERED:
+            recovered = ServerState.HEALTHY if state is ServerState.SUSPECT else state
+            return replace(server, state=recovered, silent=0)
+        case Event.SILENT:
+            silent = server.silent + 1
+            if silent >= limits.silent_probes:
+                return _dead(server, f"{silent} probes one after the other were not answered: {reason}")
+            doubted = ServerState.SUSPECT if state is ServerState.HEALTHY else state
+            return replace(server, state=doubted, silent=silent, reason=reason)
+        case Event.SERVED:
+            return replace(server, failures=0, starts=0, reloads=0)
+    return server
+
+
+def _stale(server: Server, reason: str) -> Server:
+    return replace(server, state=ServerState.STALE, version=None, loading=False, reason=reason)
+
+
+def _dead(server: Server, reason: str) -> Server:
+    return replace(_stale(server, reason), state=ServerState.DEAD, silent=0, failures=0)

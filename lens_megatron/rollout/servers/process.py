@@ -1,0 +1,287 @@
+"""Starts vLLM's servers as processes of this one: their options, environment, sockets, logs and end.
+
+They listen on Unix sockets in folders that nobody else may enter, and on no port.
+
+python -m lens_megatron.rollout.servers.process --config run.yaml --host 10.0.0.7 --port 8000
+
+starts one by hand on another machine, for `rollout.servers=[http://10.0.0.7:8000]`, with the options that the trainer
+would start it with. Its key is read from LENS_VLLM_API_KEY, there and at the trainer.
+"""
+
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import ArgumentParser
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+
+from lens_megatron import config as configuration
+from lens_megatron.config import Config, ConfigError
+from lens_megatron.rollout.servers import weight_transfer
+from lens_megatron.rollout.vllm import options as vllm_options
+from lens_megatron.supervision import exit_codes
+
+KEY_VARIABLE = "LENS_VLLM_API_KEY"
+"""Environment variable with the key of servers that the trainer did not start."""
+
+_LONGEST_SOCKET_PATH = 107
+"""Bytes; Linux's limit."""
+
+
+def check_plugin() -> None:
+    """Raises ConfigError where vLLM's processes would not find our way to receive weights."""
+    if weight_transfer.PLUGIN not in entry_points(group="vllm.general_plugins").names:
+        raise ConfigError(
+            "rollout.engine=vllm_server: the installed lens-megatron does not announce its plug-in for vLLM, so that "
+            "servers could not receive weights; install it again: pip install --no-deps -e ."
+        )
+
+
+def devices(config: Config, place: int, servers: int) -> str | None:
+    """CUDA_VISIBLE_DEVICES for one of this machine's `servers`: GPUs after those of the trainer's processes.
+
+    None without CUDA. Raises ConfigError where there are not enough.
+    """
+    if not torch.cuda.is_available():
+        return None
+    found = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    trainers, size = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), config.vllm.tensor_parallel_size
+    needed = trainers + servers * size
+    if needed > len(found):
+        raise ConfigError(
+            f"rollout.servers: {servers} on this machine, with vllm.tensor_parallel_size ({size}) GPUs each, and "
+            f"{trainers} GPUs for the trainer's processes are {needed}; the machine shows {len(found)}; start fewer"
+        )
+    first = trainers + place * size
+    return ",".join(found[first : first + size])
+
+
+def server_options(config: Config, hf_config: PretrainedConfig) -> dict[str, Any]:
+    """Of vLLM's engine: those of `vllm_options.engine_options` for the colocated one, where a server may have them."""
+    options = vllm_options.engine_options(config, hf_config)
+    del options["distributed_executor_backend"]  # nobody but the server starts its workers
+    del options["disable_log_stats"]  # they show that it makes progress
+    given = config.vllm.model_dump()
+    return options | {
+        "enable_sleep_mode": given.get("enable_sleep_mode", False),  # nobody else wants its memory
+        "generation_config": "vllm",
+        "weight_transfer_config": {"backend": weight_transfer.backend()},
+    }
+
+
+def command(options: Mapping[str, Any], listen: Sequence[str]) -> list[str]:
+    """The server's command line. It holds no key: others can read command lines.
+
+    Args:
+        listen: vLLM's options that say where.
+    """
+    words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]  # `vllm serve` needs a package of that name
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, (list, tuple)):
+            words += [f"--{flag}", *map(str, value)]
+        elif value is not None:
+            words += [f"--{flag}", json.dumps(value) if isinstance(value, Mapping) else str(value)]
+    guard = "lens_megatron.rollout.servers.auth.RequireKey"
+    return [*words, *listen, "--enable-scale-out", "--middleware", guard]
+
+
+def environment(key: str, visible_devices: str | None) -> dict[str, str]:
+    """This process's, without what torchrun put there, and with what a server needs."""
+    foreign = re.compile("(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME|ROLE_.*)|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
+    kept = {name: value for name, value in os.environ.items() if not foreign.fullmatch(name)}
+    own = {
+        "VLLM_API_KEY": key,
+        "VLLM_SERVER_DEV_MODE": "1",  # without it there is no way to give it weights
+        "VLLM_PLUGINS": weight_transfer.PLUGIN,
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+        "VLLM_NO_USAGE_STATS": "1",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    if not torch.cuda.is_available():
+        own["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process less to start; the engine has its own all the same
+        own["TORCHDYNAMO_DISABLE"] = "1"  # it would compile ten lines of its sampler, for seconds, and need a compiler
+    if visible_devices is not None:
+        own["CUDA_VISIBLE_DEVICES"] = visible_devices
+    return kept | own
+
+
+def private_folder() -> Path:
+    """A new folder for sockets that only this user may enter, with a path short enough for them. Raises OSError."""
+    example = f"/lens_server_{'x' * 8}/{'x' * 36}"  # vLLM names its own sockets by UUIDs
+    base = tempfile.gettempdir()
+    if len(os.fsencode(base + example)) > _LONGEST_SOCKET_PATH:
+        base = "/tmp"
+    return Path(tempfile.mkdtemp(prefix="lens_server_", dir=base))
+
+
+class ServerProcess:
+    """One server on this machine, which does not outlive this process.
+
+    Every start has a key and a folder of its own.
+
+    Args:
+        options: of vLLM's engine.
+        name: for people.
+        log: file for the server's output.
+    """
+
+    def __init__(self, name: str, options: Mapping[str, Any], log: Path, *, visible_devices: str | None = None):
+        self.name, self.options, self.log, self.visible = name, dict(options), log, visible_devices
+        self.key, self.log_start = "", 0
+        self.folder: Path | None = None
+        self.kept_log: Path | None = None
+        self.process: subprocess.Popen | None = None
+
+    @property
+    def socket_path(self) -> str:
+        """Where it listens. It has none before it was started."""
+        return str(self.folder / "http")
+
+    def start(self) -> None:
+        """Starts it, again too, and does not wait. Raises OSError."""
+        self.stop()
+        self.key, self.folder = secrets.token_urlsafe(32), private_folder()
+        guardian = [
+            sys.executable,
+            "-m",
+            "lens_megatron.rollout.servers.end_with_parent",
+            "--remove",
+            str(self.folder),
+            str(os.getpid()),
+        ]
+        own = {"VLLM_RPC_BASE_PATH": str(self.folder)}
+        with self.log.open("ab") as output:
+            output.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
+            output.flush()
+            self.log_start = output.tell()
+            self.process = subprocess.Popen(
+                [*guardian, *command(self.options, ["--uds", self.socket_path])],
+                env=environment(self.key, self.visible) | own,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def status(self) -> int | None:
+        """Exit status; None while it runs."""
+        return self.process.poll() if self.process else None
+
+    def tail(self, lines: int = 15) -> str:
+        """The end of what it has written since it was started last."""
+        with self.log.open("rb") as file:
+            file.seek(self.log_start)
+            return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
+
+    def move_log(self, folder: Path) -> None:
+        """The process goes on writing to it there. On another file system that comes when it has ended: `keep_log`."""
+        self.kept_log = folder / f"{self.name.replace(' ', '_')}.log"
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            self.log = self.log.rename(self.kept_log)
+
+    def keep_log(self) -> None:
+        """After its end: a log that lies beside the run's folder still goes into it, or goes if there is none."""
+        if self.log == self.kept_log or not self.log.name.startswith("."):
+            return
+        try:
+            if self.kept_log is not None:
+                self.kept_log.write_bytes(self.log.read_bytes())
+            self.log.unlink(missing_ok=True)
+        except OSError as error:
+            print(f"{self.name}: its log stays in {self.log}: {error}", file=sys.stderr)
+
+    def ask_to_stop(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+
+    def stop(self) -> None:
+        """Ends it and all its processes, those too that are stopped. Takes seconds if it does not end by itself."""
+        if self.process is not None:
+            self.ask_to_stop()
+            self.process.wait()
+            self.process = None
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)  # its guardian may have been killed
+            self.folder = None
+
+
+def start_servers(config: Config, hf_config: PretrainedConfig, rank: int, world_size: int) -> list[ServerProcess]:
+    """Those of `rank`: server i is rank i modulo world size's. Their logs lie beside the run's folder until it exists.
+    With another engine, or given addresses: none.
+
+    Raises ConfigError, with none left running.
+    """
+    folder, count = Path(config.run.directory), config.rollout.servers
+    if config.rollout.engine != "vllm_server" or isinstance(count, tuple):
+        return []
+    check_plugin()
+    options, started = server_options(config, hf_config), []
+    first = rank - int(os.environ.get("LOCAL_RANK", 0))
+    machine = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    here = [index for index in range(count) if index % world_size in machine]
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for index in range(rank, count, world_size):
+            log = folder.parent / f".{folder.name}_server_{index}.log"
+            visible = devices(config, here.index(index), len(here))
+            started.append(ServerProcess(f"server {index}", options, log, visible_devices=visible))
+            started[-1].start()
+    except OSError as error:
+        stop_all(started)
+        raise ConfigError(f"rollout.engine=vllm_server: a server could not be started: {error}") from error
+    except ConfigError:
+        stop_all(started)
+        raise
+    return started
+
+
+def stop_all(servers: Sequence[ServerProcess]) -> None:
+    for server in servers:
+        server.ask_to_stop()
+    for server in servers:
+        server.stop()
+        server.keep_log()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Becomes the server, or returns one of `exit_codes`."""
+    parser = ArgumentParser(prog="python -m lens_megatron.rollout.servers.process", description="Start one server.")
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--host", default="127.0.0.1", help="the cluster's private interface; never a public one")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("overrides", nargs="*", metavar="section.option=value")
+    parsed = parser.parse_args(arguments)
+    try:
+        config = configuration.load(parsed.config, parsed.overrides)
+        hf_config = AutoConfig.from_pretrained(config.model.path, trust_remote_code=False)
+        vllm_options.check(config, hf_config)
+        check_plugin()
+        if not (key := os.environ.get(KEY_VARIABLE)):
+            raise ConfigError(f"{KEY_VARIABLE} is not set; set it to one secret, here and where the trainer runs")
+        socket.create_server((parsed.host, parsed.port)).close()
+    except (ConfigError, OSError) as error:
+        taken = f"--host {parsed.host} --port {parsed.port}: " * isinstance(error, OSError)
+        print(f"error: {taken}{error}", file=sys.stderr)
+        return exit_codes.MISTAKE
+    words = command(server_options(config, hf_config), ["--host", parsed.host, "--port", str(parsed.port)])
+    os.execve(words[0], words, environment(key, os.environ.get("CUDA_VISIBLE_DEVICES")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""Seconds per named phase of a step, where this rank stands now, and seconds in which the process ran."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+
+class RunTime:
+    """A clock that stands still while the process does not run: stopped by a signal, frozen, or its machine paused.
+
+    Every call of `now` counts the time since the call before, at most `LONGEST_S` of it. So somebody must call it more
+    often than that: `ticking` does. Any thread may read it.
+    """
+
+    TICK_S = 0.25
+    LONGEST_S = 1.0
+    """More than a tick on a loaded machine, and little enough for deadlines of seconds."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._seconds, self._seen = 0.0, time.monotonic()
+
+    def now(self) -> float:
+        """Seconds, from an arbitrary start."""
+        with self._lock:
+            seen = time.monotonic()
+            self._seconds += min(seen - self._seen, self.LONGEST_S)
+            self._seen = seen
+            return self._seconds
+
+    @contextmanager
+    def ticking(self) -> Iterator[None]:
+        """Within the block a thread reads the clock often enough."""
+        stopping = threading.Event()
+
+        def tick() -> None:
+            while not stopping.wait(self.TICK_S):
+                self.now()
+
+        thread = threading.Thread(target=tick, name="run time", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stopping.set()
+            thread.join()
+
+
+@dataclass(frozen=True, slots=True)
+class PhasePosition:
+    """Where a rank stands. Replaced as a whole, so that another thread never reads half of it."""
+
+    step: int = 0
+    phase: str = "between phases"
+    """The innermost one."""
+    since: float = 0.0
+    """By `Clock.run_time`, when a phase was last entered or left."""
+    changes: int = 0
+    """Phases entered and left so far: the same on every rank that is equally far."""
+
+
+@dataclass(slots=True)
+class Clock:
+    """`with clock("gen"): ...` adds to that phase; `take()` reads all phases and starts afresh."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    step: int = 0
+    """The step that the phases belong to; set by the loop."""
+    run_time: RunTime = field(default_factory=RunTime)
+    """What deadlines go by."""
+    position: PhasePosition = field(default_factory=PhasePosition)
+
+    def seconds_since(self, position: PhasePosition) -> float:
+        """In which the process ran."""
+        return self.run_time.now() - position.since
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start, outer = time.perf_counter(), self.position.phase
+        self._enter(phase)
+        try:
+            yield
+        finally:
+            self._enter(outer)
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        taken, self.seconds = self.seconds, {}
+        return taken
+
+    def _enter(self, phase: str) -> None:
+        self.position = PhasePosition(self.step, phase, self.run_time.now(), self.position.changes + 1)

@@ -1,0 +1,93 @@
+r"""Is this machine ready for this run? `python -m lens_megatron.doctor CONFIG [section.option=value ...]`.
+
+Versions, devices, links, shared memory, disk, model, tokenizer, template, and grading of real rows, each with a remedy.
+`--checkpoint PATH` (a run folder or one iter_* folder) reads every file of its checkpoints instead, without CONFIG.
+Changes nothing. Exit status: 0 ready (perhaps with warnings), 1 a check failed, 2 CONFIG or PATH cannot be used.
+"""
+
+import logging
+import sys
+from argparse import ArgumentParser
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from lens_megatron import config as configuration
+from lens_megatron.config import Config, ConfigError
+from lens_megatron.policy.checkpoint_files import CheckpointError
+from lens_megatron.tools.diagnosis import checkpoints, machine, project
+from lens_megatron.tools.diagnosis.check import Check, CheckStatus
+from lens_megatron.tools.planning.hardware import cluster_of
+from lens_megatron.tools.planning.layout import LayerSpec
+from lens_megatron.tools.planning.model_shape import read_shape
+from lens_megatron.tools.planning.plan import LayoutError, make_plan
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints one line per check as it is done, then how many failed; returns the exit status."""
+    parser = ArgumentParser(prog="python -m lens_megatron.doctor", description=__doc__.splitlines()[0])
+    parser.add_argument("config", nargs="?", help="YAML file; see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="section.option=value")
+    parser.add_argument("--checkpoint", metavar="PATH", help="a run folder or one checkpoint: is all of it whole?")
+    parsed = parser.parse_intermixed_args(arguments)
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    if (parsed.checkpoint is None) == (parsed.config is None):
+        parser.error("give either a configuration or --checkpoint PATH")
+    try:
+        if parsed.checkpoint is not None:
+            found = checkpoints.examine(Path(parsed.checkpoint))
+        else:
+            found = examine(configuration.load(parsed.config, parsed.overrides))
+    except (ConfigError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return report(found)
+
+
+def report(found: Iterable[Check]) -> int:
+    """Prints each check as it is done; returns the exit status."""
+    checks = []
+    for check in found:
+        print(line(check), flush=True)
+        checks.append(check)
+    failed, warned = (sum(c.status is status for c in checks) for status in (CheckStatus.FAIL, CheckStatus.WARN))
+    print(f"{len(checks)} checks: {failed} failed, {warned} with a warning")
+    return 1 if failed else 0
+
+
+def line(check: Check) -> str:
+    text = f"{check.status:<12}{check.name:<20}{check.found}"
+    return f"{text}\n{'':<32}-> {check.remedy}" if check.remedy else text
+
+
+def examine(config: Config) -> Iterator[Check]:
+    """All checks, the quick ones first. What a failed one makes pointless is left out."""
+    cluster, gpus = cluster_of(config.cluster), machine.gpu_totals()
+    yield from machine.versions(config, len(gpus))
+    yield machine.devices(cluster, gpus)
+    yield machine.link_bandwidth(cluster, len(gpus))
+    yield machine.shared_memory(len(gpus))
+    try:
+        shape = read_shape(config.model.path)
+    except ConfigError as error:
+        yield Check("model", CheckStatus.FAIL, str(error), "download the model there, or set model.path")
+        return
+    try:
+        plan = make_plan(config, LayerSpec.TRANSFORMER_ENGINE)
+        yield project.layout(plan)
+        yield machine.disk(config, plan)
+    except LayoutError as error:
+        yield Check("layout", CheckStatus.FAIL, str(error), "see python -m lens_megatron.plan")
+    yield project.model(config, shape)
+    check, tokenizer = project.tokenizer(config, shape.vocab_size)
+    yield check
+    if tokenizer is None:
+        return
+    checks, training = project.data(config, tokenizer)
+    yield from checks
+    if training is not None:
+        yield project.template(config, tokenizer, training.prompts)
+        yield project.grading(config, training.prompts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""Configuration -> `ParallelLayout`, who holds what, and `Workload`, how much of it a step makes."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from lens_megatron.config import Config
+
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
+CHUNK_ROWS = 2048
+CHUNK_ROWS_CPU = 256
+"""Rows of logits at a time, as lens_kernels.linear_logprobs cuts them on a GPU and on a CPU."""
+
+
+class LayerSpec(StrEnum):
+    """Which implementation of a layer Megatron-Core runs; they keep different tensors for the backward pass."""
+
+    TRANSFORMER_ENGINE = "transformer_engine"
+    """Where Transformer Engine and a GPU are: flash attention, norms fused into the linear layers."""
+    LOCAL = "local"
+    """A GPU without it, in bfloat16: lens_megatron.policy.layers, flash attention too; CP gathers keys."""
+    LOCAL_CPU = "local_cpu"
+    """The same on a CPU: PyTorch's fused attention, one sequence at a time; the norms compute in float32 copies."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelLayout:
+    """How model, optimizer and engine are cut, and how a layer computes."""
+
+    world: int
+    tp: int
+    pp: int
+    vp: int
+    """Model chunks per pipeline stage."""
+    cp: int
+    sequence_parallel: bool
+    distributed_optimizer: bool
+    element_bytes: int
+    """Of weights and activations: 2 for bfloat16, 4 for float32."""
+    gradient_bytes: int
+    """Of an element of Megatron's gradient buffer."""
+    spec: LayerSpec
+    recompute: str
+    """none, selective (core attention) or full (whole layers)."""
+    recompute_layers: int
+    """full: layers per checkpoint."""
+    fused_swiglu: bool
+    fused_head_gradient: bool
+    """The head adds its weight's gradient to Megatron's buffer; else a second tensor of it is made."""
+    engine: str
+    engines: int
+    """Of the whole job."""
+    engine_tp: int
+    engine_share: float
+    """vLLM's gpu_memory_utilization."""
+    reference: bool
+    """A frozen reference policy, kept on the host and swapped in for a pass."""
+    offload: bool
+    """The trainer's state is on the host while the engine samples."""
+
+    @property
+    def dp(self) -> int:
+        return self.world // (self.tp * self.pp * self.cp)
+
+    @property
+    def optimizer_shards(self) -> int:
+        """The distributed optimizer cuts over data- and context-parallel ranks alike."""
+        return self.dp * self.cp if self.distributed_optimizer else 1
+
+    @property
+    def chunk_rows(self) -> int:
+        return CHUNK_ROWS_CPU if self.spec is LayerSpec.LOCAL_CPU else CHUNK_ROWS
+
+    def chunks_in_flight(self, stage: int, micro_batches: int) -> int:
+        """Model chunks' micro-batches whose activations a rank of `stage` holds at most: warm-up + 1.
+
+        Of megatron.core.pipeline_parallel.schedules.get_pp_rank_microbatches. Interleaved, a stage warms up with
+        2 (p - 1 - stage) + (v - 1) p of them, and takes micro-batches in multiples of p.
+        """
+        if self.vp == 1:
+            return min(self.pp - stage, micro_batches)
+        warm_up = 2 * (self.pp - 1 - stage) + (self.vp - 1) * self.pp
+        return min(warm_up + 1, -(-micro_batches // self.pp) * self.pp * self.vp)
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """One step. Lengths are the configured limits, which memory must hold."""
+
+    prompts: int
+    rollouts_per_prompt: int
+    prompt_tokens: int
+    response_tokens: int
+    max_tokens: int
+    """Prompt and response tokens packed into one micro-batch, at most; a longer sample goes alone."""
+    updates: int
+    running: int
+    """Sequences that one engine decodes at once, at most."""
+    lens: bool
+    kl: bool
+    old_log_probs: bool
+    """Computed for all samples, not only for the rescued ones."""
+
+    @property
+    def sequence_tokens(self) -> int:
+        return self.prompt_tokens + self.response_tokens
+
+    @property
+    def rollouts(self) -> int:
+        return self.prompts * self.rollouts_per_prompt
+
+    def sequences(self, length: float) -> int:
+        """That one micro-batch holds of this length. Example: 9 of 512 tokens, 1 of 4608, in 4608."""
+        return max(1, int(self.max_tokens // length))
+
+    def most_tokens(self, length: int, sequences: int) -> int:
+        """The fullest micro-batch of `sequences` up to `length` long: shorter ones fill the budget better than long."""
+        return min(max(self.max_tokens, length), sequences * length)
+
+    def micro_batches(self, dp: int, length: float) -> int:
+        """Of one data-parallel rank in one update. Example: 1024 rollouts of 4608 tokens, dp 4, budget 9216: 128."""
+        return -(-self.rollouts // (dp * self.updates * self.sequences(length)))
+
+
+def layout_of(config: Config, world: int, spec: LayerSpec) -> ParallelLayout:
+    """`world` processes, one GPU each. Options of `megatron.transformer` and `megatron.ddp` that matter are read."""
+    megatron, transformer = config.megatron, config.megatron.transformer
+    tp = megatron.tensor_model_parallel_size
+    vllm, servers = config.rollout.engine == "vllm", config.rollout.servers
+    servers = servers if isinstance(servers, int) else len(servers)
+    return ParallelLayout(
+        world=world,
+        tp=tp,
+        pp=megatron.pipeline_model_parallel_size,
+        vp=megatron.virtual_pipeline_model_parallel_size or 1,
+        cp=megatron.context_parallel_size,
+        sequence_parallel=megatron.sequence_parallel,
+        distributed_optimizer=megatron.use_distributed_optimizer,
+        element_bytes=ELEMENT_BYTES[config.model.dtype],
+        gradient_bytes=4 if megatron.ddp.get("grad_reduce_in_fp32", True) else ELEMENT_BYTES[config.model.dtype],
+        spec=spec,
+        recompute=transformer.get("recompute_granularity") or "none",
+        recompute_layers=int(transformer.get("recompute_num_layers") or 1),
+        fused_swiglu=bool(transformer.get("bias_activation_fusion", False)),
+        fused_head_gradient=megatron.ddp.get("grad_reduce_in_fp32", True)
+        and not megatron.ddp.get("overlap_grad_reduce", False),
+        engine=config.rollout.engine,
+        engines=servers if config.rollout.engine == "vllm_server" else world // config.ranks_per_engine,
+        engine_tp=1 if config.rollout.engine == "local" else config.vllm.tensor_parallel_size,
+        engine_share=config.vllm.gpu_memory_utilization if vllm else 0.0,
+        reference=config.algorithm.kl_coef > 0 or config.lens.enabled,
+        offload=vllm and spec is not LayerSpec.LOCAL_CPU
+        if config.rollout.offload_trainer is None
+        else config.rollout.offload_trainer,
+    )
+
+
+def workload_of(config: Config) -> Workload:
+    rollout = config.rollout
+    running = rollout.max_running_sequences
+    if rollout.engine == "vllm":
+        running = int(config.vllm.model_dump().get("max_num_seqs", running))
+    return Workload(
+        prompts=rollout.prompts_per_step,
+        rollouts_per_prompt=rollout.rollouts_per_prompt,
+        prompt_tokens=config.data.max_prompt_length,
+        response_tokens=rollout.max_response_length,
+        max_tokens=config.train.max_tokens_per_micro_batch,
+        updates=config.train.updates_per_batch,
+        running=running,
+        lens=config.lens.enabled,
+        kl=config.algorithm.kl_coef > 0,
+        old_log_probs=config.train.updates_per_batch > 1
+        or config.algorithm.ratio_form == "acl"
+        or config.algorithm.correction != "none",
+    )

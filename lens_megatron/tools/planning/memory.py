@@ -1,0 +1,262 @@
+"""Bytes per GPU, by phase of a step and by component."""
+
+from dataclasses import dataclass, fields
+
+from lens_megatron.tools.planning.activations import FLOAT32, Packed, micro_batch_bytes
+from lens_megatron.tools.planning.hardware import GIB, Cluster
+from lens_megatron.tools.planning.layout import LayerSpec, ParallelLayout, Workload
+from lens_megatron.tools.planning.model_shape import ModelShape
+
+FRAMEWORK_BYTES = 3 * GIB
+"""Assumed: CUDA context, NCCL's and cuBLAS's buffers, what the allocator cannot hand out again."""
+VLLM_WORKSPACE_BYTES = 3 * GIB
+"""Assumed: activations of a prefill chunk and CUDA graphs."""
+VLLM_ASLEEP_BYTES = 1 * GIB
+"""Assumed: what a sleeping vLLM (level 2) still holds."""
+WEIGHT_BLOCK_ELEMENTS = 1 << 22
+"""Of lens_kernels.linear_logprobs: elements of a half-precision weight that a CPU turns to float32 at a time."""
+
+
+STATISTICS_ELEMENTS = 1 << 20
+"""Of lens_kernels._rows: logits that the plain PyTorch path works on at a time, in float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateBytes:
+    """What a rank holds in every phase."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    on_host: int
+    """The reference policy always; weights and optimizer while the engine samples, if they are offloaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peaks:
+    """Highest sums of what comes and goes. `saved`: of tensors kept for the backward pass alone."""
+
+    saved: int
+    activations: int
+    head: int
+    """At the moment when activations + head is highest."""
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseBytes:
+    phase: str
+    stage: int
+    """The pipeline stage that needs most in this phase."""
+    weights: int = 0
+    reference: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    head: int = 0
+    engine: int = 0
+    kv_cache: int = 0
+    workspace: int = 0
+    framework: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, name) for name in COMPONENTS)
+
+
+COMPONENTS = tuple(field.name for field in fields(PhaseBytes) if field.name not in ("phase", "stage"))
+
+
+def held_on_host(layout: ParallelLayout) -> str:
+    """What `StateBytes.on_host` is of, in words."""
+    reference, state = "the reference policy", "the trainer's state while the engine samples"
+    return " and ".join([reference] * layout.reference + [state] * layout.offload)
+
+
+def state_bytes(shape: ModelShape, layout: ParallelLayout, stage: int) -> StateBytes:
+    """Weights, gradient buffer and Adam's state of one rank.
+
+    Adam keeps two float32 moments, and in bfloat16 a float32 copy of the weights; the distributed optimizer cuts them
+    by dp x cp, not the gradient buffer. Example, Qwen2.5-7B, bf16, TP2, DP4, distributed: 7.6 + 15.2 + 11.4 GB.
+    """
+    parameters = shape.stage_parameters(layout.tp, layout.pp, stage)
+    per_parameter = 2 * FLOAT32 + (FLOAT32 if layout.element_bytes < FLOAT32 else 0)
+    weights = parameters * layout.element_bytes
+    optimizer = parameters * per_parameter // layout.optimizer_shards
+    return StateBytes(
+        weights=weights,
+        gradients=parameters * layout.gradient_bytes,
+        optimizer=optimizer,
+        on_host=weights * layout.reference + (weights + optimizer) * layout.offload,
+    )
+
+
+def update_peaks(
+    shape: ModelShape, layout: ParallelLayout, micro_batch: Packed, responses: int, micro_batches: int, stage: int
+) -> Peaks:
+    """Of forward and backward over all micro-batches. `responses`: tokens of the micro-batch that reach the head; of a
+    context-parallel rank's rows all may be such, since prompts lie in the first one's chunk.
+
+    Two moments compete: the head's forward, when everything is kept and the head's gradients exist, and the first
+    backward through a layer. Pipelines hold several micro-batches at once: `ParallelLayout.chunks_in_flight`.
+    """
+    micro = micro_batch_bytes(shape, layout, micro_batch)
+    rows = micro_batch.rows(layout)
+    kept = layout.chunks_in_flight(stage, micro_batches) * micro.kept
+    in_flight = kept + (layout.chunks_in_flight(stage, micro_batches) * micro.sent if layout.pp > 1 else 0)
+    inside_layer = in_flight + micro.buffer + micro.hidden + micro.layer + micro.backward_peak
+    saved = kept + micro.kept_above
+    if stage < layout.pp - 1:
+        return Peaks(saved, inside_layer, 0)
+    kept_by_head = _final_norm(shape, layout, rows)
+    head = _head_update(shape, layout, rows, min(rows, responses))
+    saved = kept + max(micro.kept_above, kept_by_head + _head_kept(shape, layout, rows))
+    at_head = in_flight + micro.buffer + kept_by_head + micro.hidden
+    if at_head + head > inside_layer:
+        return Peaks(saved, at_head, head)
+    return Peaks(saved, inside_layer, 0)
+
+
+def forward_peaks(shape: ModelShape, layout: ParallelLayout, micro_batch: Packed, responses: int, stage: int) -> Peaks:
+    """Of a pass without gradients: one layer at a time, then the head."""
+    micro, rows = micro_batch_bytes(shape, layout, micro_batch), micro_batch.rows(layout)
+    if stage < layout.pp - 1:
+        return Peaks(0, micro.forward_peak + micro.buffer, 0)
+    head = _logits_chunk(shape, layout, min(rows, responses)) + _gathered(shape, layout, rows)
+    if 2 * micro.hidden + head > micro.forward_peak:
+        return Peaks(0, 2 * micro.hidden + micro.buffer, head)
+    return Peaks(0, micro.forward_peak + micro.buffer, 0)
+
+
+def phases(shape: ModelShape, layout: ParallelLayout, work: Workload, cluster: Cluster) -> list[PhaseBytes]:
+    """The phases that this configuration has, in their order; of each, the stage that needs most."""
+    found = [_rollout(shape, layout, work, cluster, stage) for stage in range(layout.pp)]
+    result = [max(found, key=lambda phase: phase.total)]
+    if work.lens:
+        result.insert(0, _forward_phase("scores", shape, layout, work, work.prompt_tokens, work.prompt_tokens))
+    if work.lens or work.kl or work.old_log_probs:
+        tokens = work.sequence_tokens
+        result.append(_forward_phase("log-probs", shape, layout, work, tokens, work.response_tokens))
+    result.append(_update_phase(shape, layout, work))
+    return result
+
+
+def engine_weight_bytes(shape: ModelShape, layout: ParallelLayout) -> int:
+    """Of one GPU's part of an engine. A tied head is there once."""
+    return shape.parameters * layout.element_bytes // layout.engine_tp
+
+
+def sequences_per_engine(layout: ParallelLayout, work: Workload) -> int:
+    """Rollouts of a wave that one engine gets: prompts are dealt out to engines in turn."""
+    return -(-work.prompts // layout.engines) * work.rollouts_per_prompt
+
+
+def kv_bytes_per_sequence(shape: ModelShape, layout: ParallelLayout, work: Workload) -> int:
+    return shape.kv_bytes_per_token(layout.element_bytes) * work.sequence_tokens // layout.engine_tp
+
+
+def _base(phase: str, shape: ModelShape, layout: ParallelLayout, stage: int, **more: int) -> PhaseBytes:
+    state = state_bytes(shape, layout, stage)
+    engine = engine_weight_bytes(shape, layout) if layout.engine != "vllm_server" else 0
+    if layout.engine == "vllm":
+        # It gets the new weights when prompts are scored, while the trainer is there: counted with that phase.
+        engine = VLLM_ASLEEP_BYTES + (engine if phase == "scores" else 0)
+    framework = 0 if layout.spec is LayerSpec.LOCAL_CPU else FRAMEWORK_BYTES
+    values = {"engine": engine, "framework": framework, **more}
+    if phase == "rollout" and layout.offload:
+        return PhaseBytes(phase, stage, **values)
+    return PhaseBytes(
+        phase, stage, weights=state.weights, gradients=state.gradients, optimizer=state.optimizer, **values
+    )
+
+
+def _forward_phase(
+    phase: str, shape: ModelShape, layout: ParallelLayout, work: Workload, length: int, responses: int
+) -> PhaseBytes:
+    uses_reference = work.lens if phase == "scores" else work.kl
+    rows = work.prompts if phase == "scores" else work.rollouts
+    packed = _fullest(layout, work, length, rows)
+    candidates = []
+    for stage in range(layout.pp):
+        peaks = forward_peaks(shape, layout, packed, packed.tokens * responses // length, stage)
+        more = {"activations": peaks.activations, "head": peaks.head}
+        if uses_reference:
+            more["reference"] = state_bytes(shape, layout, stage).weights
+        candidates.append(_base(phase, shape, layout, stage, **more))
+    return max(candidates, key=lambda candidate: candidate.total)
+
+
+def _update_phase(shape: ModelShape, layout: ParallelLayout, work: Workload) -> PhaseBytes:
+    length = work.sequence_tokens
+    packed = _fullest(layout, work, length, work.rollouts // work.updates)
+    responses, micro_batches = packed.tokens * work.response_tokens // length, work.micro_batches(layout.dp, length)
+    candidates = []
+    for stage in range(layout.pp):
+        peaks = update_peaks(shape, layout, packed, responses, micro_batches, stage)
+        candidates.append(_base("update", shape, layout, stage, activations=peaks.activations, head=peaks.head))
+    return max(candidates, key=lambda candidate: candidate.total)
+
+
+def _fullest(layout: ParallelLayout, work: Workload, length: int, rows: int) -> Packed:
+    return Packed(work.most_tokens(length, -(-rows // layout.dp)), length)
+
+
+def _rollout(shape: ModelShape, layout: ParallelLayout, work: Workload, cluster: Cluster, stage: int) -> PhaseBytes:
+    weights = engine_weight_bytes(shape, layout)
+    if layout.engine == "vllm_server":
+        return _base("rollout", shape, layout, stage)  # servers have GPUs of their own
+    if layout.engine == "vllm":
+        # It fills its share: what weights and workspace leave is cache.
+        share = int(cluster.memory_bytes * layout.engine_share)
+        cache = share - weights - VLLM_WORKSPACE_BYTES
+        return _base(
+            "rollout", shape, layout, stage, engine=weights, kv_cache=cache, workspace=VLLM_WORKSPACE_BYTES
+        )  # fmt: skip
+    running = min(work.running, sequences_per_engine(layout, work))
+    cache = running * kv_bytes_per_sequence(shape, layout, work)
+    # The embedded engine lengthens its cache by making a layer's anew, and draws from [running, V] in float64.
+    workspace = cache // shape.num_hidden_layers + running * shape.vocab_size * (
+        layout.element_bytes + 2 * FLOAT32 + 2 * 8
+    )
+    return _base("rollout", shape, layout, stage, engine=weights, kv_cache=cache, workspace=workspace)
+
+
+def _final_norm(shape: ModelShape, layout: ParallelLayout, rows: int) -> int:
+    rows //= layout.tp if layout.sequence_parallel else 1
+    if layout.spec is LayerSpec.LOCAL_CPU:
+        return rows * (2 * shape.hidden_size + 1) * FLOAT32
+    return rows * (shape.hidden_size * layout.element_bytes + FLOAT32)
+
+
+def _head_kept(shape: ModelShape, layout: ParallelLayout, rows: int) -> int:
+    """linear_policy_loss forms its gradients in the forward pass and keeps them, in float32, for the backward."""
+    vocabulary = shape.padded_vocab_size(layout.tp) // layout.tp
+    return (rows + vocabulary) * shape.hidden_size * FLOAT32
+
+
+def _head_update(shape: ModelShape, layout: ParallelLayout, rows: int, responses: int) -> int:
+    chunk_rows = min(layout.chunk_rows, responses)
+    chunk = _logits_chunk(shape, layout, responses) + chunk_rows * shape.hidden_size * FLOAT32
+    backward = rows * shape.hidden_size * (FLOAT32 + layout.element_bytes)
+    if not layout.fused_head_gradient:
+        backward += shape.padded_vocab_size(layout.tp) // layout.tp * shape.hidden_size * layout.element_bytes
+    return _head_kept(shape, layout, rows) + max(chunk + _gathered(shape, layout, rows), backward)
+
+
+def _gathered(shape: ModelShape, layout: ParallelLayout, rows: int) -> int:
+    """Under sequence parallelism the head gathers the hidden states of the whole group."""
+    return rows * shape.hidden_size * layout.element_bytes if layout.sequence_parallel else 0
+
+
+def _logits_chunk(shape: ModelShape, layout: ParallelLayout, responses: int) -> int:
+    """chunk_rows x V / tp float32 logits and their hidden states; on a CPU the plain path's temporaries too."""
+    rows, vocabulary = min(layout.chunk_rows, responses), shape.padded_vocab_size(layout.tp) // layout.tp
+    logits = rows * vocabulary * FLOAT32
+    if layout.spec is not LayerSpec.LOCAL_CPU:
+        return logits + rows * shape.hidden_size * layout.element_bytes
+    step = min(rows, max(1, STATISTICS_ELEMENTS // vocabulary))
+    # Three tensors of a step; in the second step two of the first are still there.
+    statistics = max(3 * step, 2 * step + 2 * min(step, rows - step)) * vocabulary * FLOAT32
+    blocks = 0
+    if layout.element_bytes < FLOAT32:  # the block at hand and the one before it
+        blocks = min(2 * WEIGHT_BLOCK_ELEMENTS, vocabulary * shape.hidden_size) * FLOAT32
+    return logits + rows * shape.hidden_size * FLOAT32 + max(statistics, blocks)

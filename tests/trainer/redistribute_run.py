@@ -1,0 +1,43 @@
+"""Three ranks with 0, 1 and 8 samples exchange them; fails if one has changed: `torchrun redistribute_run.py`."""
+
+import torch
+from records import rollout
+
+from lens_megatron.batch import balance, redistribute
+from lens_megatron.reward.types import GradeStatus
+from lens_megatron.types import Origin, Rollout, Sample
+
+OWNED = [0, 1, 8]
+HIDDEN = 16
+
+
+def samples() -> list[Sample]:
+    made = []
+    for i in range(sum(OWNED)):
+        origin = Origin.PURIFIED if i % 2 else Origin.NATIVE
+        length = 1 + (5 * i) % 7
+        kept = Rollout(
+            tuple(range(i, i + length)), (-1 / (i + 3),) * length, i % 3 > 0, origin, i, i / 7, GradeStatus.UNPARSED
+        )
+        prompt = tuple(range(100, 103 + i))
+        made.append(Sample(prompt, prompt[:2] if i % 2 else prompt, kept, 1 / (i + 3), i / 11))
+    return [*made[:-1], Sample((4, 5), (4, 5), rollout(True), 0.1, 0.2)]
+
+
+def main() -> None:
+    torch.distributed.init_process_group("gloo")
+    rank, everything = torch.distributed.get_rank(), samples()
+    first = sum(OWNED[:rank])
+    group, cpu = torch.distributed.group.WORLD, torch.device("cpu")
+    share = redistribute.redistribute(everything[first : first + OWNED[rank]], group, HIDDEN, cpu)
+    lengths = [len(s.prompt) + len(s.rollout.token_ids) for s in everything]
+    shares = balance.assign(lengths, len(OWNED), HIDDEN)
+    assert share.samples == [everything[i] for i in shares[rank]] and len(shares[rank]) >= 2
+    assert share.imbalance == balance.imbalance(lengths, shares, HIDDEN)
+    assert redistribute.redistribute([], group, HIDDEN, cpu) == redistribute.Share([], 1.0)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
