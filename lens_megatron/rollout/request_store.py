@@ -89,7 +89,7 @@ class RequestStore:
     def look(self) -> Totals:
         """Reads all counters, in one question to the store; what is new is told by the methods below."""
         values = self.store.get([self._key(name) for name in self.counts])
-        self.counts = {name: int(value) for name, value in zip(self.counts, values, strict=True)}
+        self.counts = {name: int(value or 0) for name, value in zip(self.counts, values, strict=True)}
         return Totals(*(self.counts[name] for name in TOTALS))
 
     def post(self, batch: RequestBatch) -> int:
@@ -115,7 +115,7 @@ class RequestStore:
         self._add("unfinished", -requests)
 
     def send(self, owner: int, completion: Completion) -> None:
-        self._append(f"results/{owner}", codec.encode(Completion, [completion]))
+        self._append(f"results/{owner}", bytes(codec.encode(Completion, [completion])))
 
     def received(self) -> list[Completion]:
         """Of this rank's requests, what other engines have completed, at the last look."""
@@ -128,7 +128,7 @@ class RequestStore:
 
     def withdraw(self, request_ids: Collection[int]) -> None:
         """Asks whoever serves them to stop. Completions already under way may still come."""
-        self._append("withdrawn", codec.encode(_Withdrawal, [_Withdrawal(tuple(sorted(request_ids)))]))
+        self._append("withdrawn", bytes(codec.encode(_Withdrawal, [_Withdrawal(tuple(sorted(request_ids)))])))
 
     def newly_withdrawn(self) -> set[int]:
         found = [withdrawal for data in self._read_new("withdrawn") for withdrawal in codec.decode(_Withdrawal, data)]
@@ -152,7 +152,14 @@ class RequestStore:
         self.read[name] = max(seen, count)
         if count <= seen:
             return []
-        return self.store.get([self._key(f"{name}/{number}") for number in range(seen, count)])
+        keys = [self._key(f"{name}/{number}") for number in range(seen, count)]
+        found = [data for data in self.store.get(keys) if data is not None]
+        if len(found) < len(keys):
+            raise RuntimeError(
+                f"the control store has {len(found)} of {len(keys)} entries {keys[0]} to {keys[-1]}, which are kept for "
+                "a phase longer than anyone reads them; please report this"
+            )
+        return found
 
 
 def _batch_bytes(batch: RequestBatch) -> bytes:
@@ -161,7 +168,7 @@ def _batch_bytes(batch: RequestBatch) -> bytes:
     if any(request.prompt != first.prompt for request in others):
         raise ValueError("the requests of a batch share a prompt")
     lean = tuple(replace(request, prompt=()) for request in others)
-    return codec.encode(RequestBatch, [replace(batch, requests=(first, *lean))])
+    return bytes(codec.encode(RequestBatch, [replace(batch, requests=(first, *lean))]))
 
 
 def _read_batch(data: bytes) -> RequestBatch:
