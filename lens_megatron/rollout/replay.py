@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch.distributed import ProcessGroup
 
+from lens_megatron.errors import UserError
 from lens_megatron.files import open_regular, why_no_folder
 from lens_megatron.reward.types import GradeStatus
 from lens_megatron.types import Group, Origin, Prompt, PurifiedPrompt, Rollout
@@ -16,7 +17,7 @@ from lens_megatron.types import Group, Origin, Prompt, PurifiedPrompt, Rollout
 _LONGEST_LINE = 1 << 29
 
 
-class ReplayError(ValueError):
+class ReplayError(UserError):
     """Saved rollouts that are not there or cannot be read; the message names file and line."""
 
 
