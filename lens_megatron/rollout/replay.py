@@ -15,6 +15,8 @@ from lens_megatron.reward.types import GradeStatus
 from lens_megatron.types import Group, Origin, Prompt, PurifiedPrompt, Rollout
 
 _LONGEST_LINE = 1 << 29
+_OLD_ORIGINS = {"rescued": Origin.PURIFIED}
+"""Names of origins in files that versions up to 0.1.0 wrote."""
 
 
 class ReplayError(UserError):
@@ -115,7 +117,7 @@ def _rollout(rollout: Rollout) -> dict:
 
 
 def _read_rollout(row: dict) -> Rollout:
-    kept = {"origin": Origin(row["origin"]), "status": GradeStatus(row["status"])}
+    kept = {"origin": Origin(_OLD_ORIGINS.get(row["origin"], row["origin"])), "status": GradeStatus(row["status"])}
     return Rollout(**{**row, **kept, **_tuples(row, "token_ids", "log_probs")})
 
 
