@@ -12,54 +12,30 @@ from tqdm import tqdm
 
 from lens_megatron import config as configuration
 from lens_megatron.build import build_run, collective_patience
-from lens_megatron.config import Config, ConfigError
-from lens_megatron.data.model_files import ModelError
-from lens_megatron.data.prompts import DataError
-from lens_megatron.data.tokenizer import TokenizerError
+from lens_megatron.config import Config
+from lens_megatron.errors import ExitCode, UserError
 from lens_megatron.output import metrics, report, rollout_files, run_folder
 from lens_megatron.output.console import leave_console, say_error
-from lens_megatron.output.rollout_files import RolloutFileError, RolloutFiles
-from lens_megatron.output.run_folder import RunFolderError
-from lens_megatron.output.run_lease import FolderInUseError
+from lens_megatron.output.rollout_files import RolloutFiles
 from lens_megatron.phases.evaluate import evaluate
-from lens_megatron.phases.weight_sync import WeightSyncError
 from lens_megatron.policy import checkpoint, checkpoint_files, platform
-from lens_megatron.policy.checkpoint import CheckpointError, CheckpointWriter
+from lens_megatron.policy.checkpoint import CheckpointWriter
 from lens_megatron.policy.last_step import LastStep, is_exported
 from lens_megatron.policy.parallel import shut_down
-from lens_megatron.reward import GraderStartError
 from lens_megatron.rollout import replay
-from lens_megatron.rollout.engine import EnginesLostError
 from lens_megatron.rollout.progress import SamplingProgress
-from lens_megatron.rollout.replay import ReplayError
 from lens_megatron.run import Run
 from lens_megatron.step import run_step
-from lens_megatron.supervision import exit_codes, non_finite
-from lens_megatron.supervision.agreement import ToldError, told_by_main
-from lens_megatron.supervision.non_finite import NonFiniteError
+from lens_megatron.supervision import non_finite
+from lens_megatron.supervision.agreement import told_by_main
 from lens_megatron.supervision.parent import end_with_launcher
 from lens_megatron.supervision.stop import Stop
 from lens_megatron.supervision.watchdog import watch
 from lens_megatron.types import StepResult
 
-USER_ERRORS = (
-    ConfigError,
-    DataError,
-    ModelError,
-    TokenizerError,
-    RunFolderError,
-    FolderInUseError,
-    ToldError,
-    CheckpointError,
-    GraderStartError,
-    ReplayError,
-    RolloutFileError,
-    WeightSyncError,
-)
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns one of `exit_codes`."""
+    """Trains as the command line says. Returns an `ExitCode`; any other error than a UserError is raised."""
     parser = ArgumentParser(prog="pretrain_lens.py", description="Train a reasoning model with LENS or GRPO.")
     parser.add_argument("--config", required=True, help="YAML file; see configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.option=value")
@@ -67,20 +43,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     try:
         train(configuration.load(parsed.config, parsed.overrides))
-    except EnginesLostError as error:
-        say_error(f"{error}\nwhat was graded is kept: the same command goes on from there")
-        return exit_codes.ENGINES_LOST
-    except (*USER_ERRORS, NonFiniteError) as error:
+    except UserError as error:
         say_error(str(error))
-        return exit_codes.NON_FINITE if isinstance(error, NonFiniteError) else exit_codes.MISTAKE
+        return error.exit_code
     finally:
         shut_down()
         leave_console()
-    return exit_codes.DONE
+    return ExitCode.DONE
 
 
 def train(config: Config) -> None:
-    """Trains as configured. Raises one of USER_ERRORS, before anything is written, when it cannot; NonFiniteError."""
+    """Trains as configured. Raises a UserError, before anything is written where that can be known then."""
     with Stop() as stop:
         end_with_launcher()
         _train(config, stop)

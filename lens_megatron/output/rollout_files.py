@@ -6,12 +6,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from lens_megatron.data.tokenizer import Tokenizer
+from lens_megatron.errors import UserError
 from lens_megatron.policy.parallel import Mesh
 from lens_megatron.supervision.agreement import first_to_fail, raise_together
 from lens_megatron.types import Sample, StepResult, TrainingGroup
 
 
-class RolloutFileError(ValueError):
+class RolloutFileError(UserError):
     """Rollouts that the user asked for cannot be written; the message says what to change."""
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import psutil
 
+from lens_megatron.errors import UserError
 from lens_megatron.files import write_atomically
 
 LOCK, LEASE = ".lock", ".lease.json"
@@ -32,7 +33,7 @@ PROBE_S = 2.0
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
-class FolderInUseError(RuntimeError):
+class FolderInUseError(UserError):
     """Another process writes to the folder; the message names it."""
 
 

@@ -9,14 +9,17 @@ from pathlib import Path
 import torch
 from torch.distributed import ProcessGroup
 
+from lens_megatron.errors import UserError
 from lens_megatron.files import open_regular, why_no_folder
 from lens_megatron.reward.types import GradeStatus
 from lens_megatron.types import Group, Origin, Prompt, PurifiedPrompt, Rollout
 
 _LONGEST_LINE = 1 << 29
+_OLD_ORIGINS = {"rescued": Origin.PURIFIED}
+"""Names of origins in files that versions up to 0.1.0 wrote."""
 
 
-class ReplayError(ValueError):
+class ReplayError(UserError):
     """Saved rollouts that are not there or cannot be read; the message names file and line."""
 
 
@@ -114,7 +117,7 @@ def _rollout(rollout: Rollout) -> dict:
 
 
 def _read_rollout(row: dict) -> Rollout:
-    kept = {"origin": Origin(row["origin"]), "status": GradeStatus(row["status"])}
+    kept = {"origin": Origin(_OLD_ORIGINS.get(row["origin"], row["origin"])), "status": GradeStatus(row["status"])}
     return Rollout(**{**row, **kept, **_tuples(row, "token_ids", "log_probs")})
 
 

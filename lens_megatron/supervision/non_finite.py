@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from lens_megatron.errors import ExitCode, UserError
 from lens_megatron.files import write_atomically
 from lens_megatron.types import Sample, UpdateStats
 
@@ -20,8 +21,10 @@ KEPT = 10
 """Batches kept per rank; the first ones, which are nearest to the cause."""
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(UserError):
     """`train.max_skipped_updates` updates in a row were skipped."""
+
+    exit_code = ExitCode.NON_FINITE
 
 
 def dump(

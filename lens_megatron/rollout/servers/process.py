@@ -30,9 +30,9 @@ from transformers import AutoConfig, PretrainedConfig
 
 from lens_megatron import config as configuration
 from lens_megatron.config import Config, ConfigError
+from lens_megatron.errors import ExitCode
 from lens_megatron.rollout.servers import weight_transfer
 from lens_megatron.rollout.vllm import options as vllm_options
-from lens_megatron.supervision import exit_codes
 
 KEY_VARIABLE = "LENS_VLLM_API_KEY"
 """Environment variable with the key of servers that the trainer did not start."""
@@ -260,7 +260,7 @@ def stop_all(servers: Sequence[ServerProcess]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Becomes the server, or returns one of `exit_codes`."""
+    """Becomes the server, or returns an exit code."""
     parser = ArgumentParser(prog="python -m lens_megatron.rollout.servers.process", description="Start one server.")
     parser.add_argument("--config", required=True)
     parser.add_argument("--host", default="127.0.0.1", help="the cluster's private interface; never a public one")
@@ -278,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, OSError) as error:
         taken = f"--host {parsed.host} --port {parsed.port}: " * isinstance(error, OSError)
         print(f"error: {taken}{error}", file=sys.stderr)
-        return exit_codes.MISTAKE
+        return ExitCode.MISTAKE
     words = command(server_options(config, hf_config), ["--host", parsed.host, "--port", str(parsed.port)])
     os.execve(words[0], words, environment(key, os.environ.get("CUDA_VISIBLE_DEVICES")))
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from lens_megatron.config import Config
+from lens_megatron.errors import UserError
 from lens_megatron.tools.planning import checks, memory
 from lens_megatron.tools.planning.activations import FLOAT32
 from lens_megatron.tools.planning.hardware import Cluster, cluster_of
@@ -13,7 +14,7 @@ from lens_megatron.tools.planning.model_shape import ModelShape, read_shape
 from lens_megatron.tools.planning.step_time import Assumptions, PhaseTime, WeightSync, step_times, weight_sync
 
 
-class LayoutError(ValueError):
+class LayoutError(UserError):
     """This configuration cannot run on its cluster; the message says why, one reason per line."""
 
 
