@@ -148,10 +148,9 @@ def _build_engine(
 
 def _build_request_store(config: Config, engine_group: EngineGroup, store: ControlStore) -> RequestStore | None:
     """Between engines: of those over several ranks the first one speaks."""
-    shared = config.rollout.engine != "local" if config.rollout.share_work is None else config.rollout.share_work
     return (
         RequestStore(store, engine_group.number, engine_group.engines)
-        if shared and engine_group.leads and engine_group.engines > 1
+        if config.rollout.shares_work and engine_group.leads and engine_group.engines > 1
         else None
     )
 
