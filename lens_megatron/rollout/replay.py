@@ -7,14 +7,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from lens_megatron.errors import UserError
 from lens_megatron.files import open_regular, why_no_folder
 from lens_megatron.reward.types import GradeStatus
 from lens_megatron.types import Group, Origin, Prompt, PurifiedPrompt, Rollout
 
 _LONGEST_LINE = 1 << 29
+_OLD_ORIGINS = {"rescued": Origin.PURIFIED}
+"""Names of origins in files that versions up to 0.1.0 wrote."""
 
 
-class ReplayError(ValueError):
+class ReplayError(UserError):
     """Saved rollouts that are not there or cannot be read; the message names file and line."""
 
 
@@ -99,7 +102,7 @@ def _are_finite(values: Sequence[float]) -> bool:
 
 
 def _read_rollout(row: dict) -> Rollout:
-    kept = {"origin": Origin(row["origin"]), "status": GradeStatus(row["status"])}
+    kept = {"origin": Origin(_OLD_ORIGINS.get(row["origin"], row["origin"])), "status": GradeStatus(row["status"])}
     return Rollout(**{**row, **kept, **_tuples(row, "token_ids", "log_probs")})
 
 
