@@ -127,8 +127,8 @@ def _build_engine(
     """A collective where the engine is vLLM's."""
     if config.rollout.engine == "vllm":
         engine = VllmEngine(config, hf_config)
-        if engine.left_by_sleep is not None:
-            logger.info(f"vLLM asleep leaves {engine.left_by_sleep / 2**30:.2f} GiB of the GPU in use")
+        if engine.bytes_while_asleep is not None:
+            logger.info(f"vLLM asleep leaves {engine.bytes_while_asleep / 2**30:.2f} GiB of the GPU in use")
         return engine if engine_group.size == 1 else TensorParallelEngine(engine, engine_group)
     if config.rollout.engine == "vllm_server":
         engine, failure = None, None

@@ -162,7 +162,7 @@ def finish(
     done: dict[int, Completion] = {}
     until = time.monotonic() + seconds
     while len(done) < count:
-        assert time.monotonic() < until, (len(done), engine.progress(), [m.known for m in engine.pool.members])
+        assert time.monotonic() < until, (len(done), engine.progress(), [m.health for m in engine.pool.members])
         for completion in engine.step():
             assert completion.request_id not in done
             done[completion.request_id] = completion
@@ -189,7 +189,7 @@ def until(condition: Callable[[], bool], seconds: float = 40) -> None:
 
 
 def states(engine: ServerEngine) -> list[ServerState]:
-    return [member.known.state for member in engine.pool.members]
+    return [member.health.state for member in engine.pool.members]
 
 
 def sync_both_ways(engine: ServerEngine, first: torch.nn.Module, second: torch.nn.Module) -> None:
@@ -444,7 +444,7 @@ def test_the_only_server_is_killed_and_its_requests_wait_until_it_serves_again(o
 def test_where_others_serve_they_get_its_requests_at_once(own: Future[ServerEngine], fleet: Fleet):
     engine, model, requests = own.result(), fleet.models["untied"][0], requests_of(30, tokens=80)
     engine.load_weights(weights(model), 6)
-    engine.alone = engine.pool.patient = False
+    engine.alone = engine.pool.waits_for_restarts = False
     engine.submit(requests)
     done: list[Completion] = []
     until(lambda: bool(done.extend(engine.step()) or done))
@@ -456,7 +456,7 @@ def test_where_others_serve_they_get_its_requests_at_once(own: Future[ServerEngi
     engine.load_weights(weights(model), 7)  # waits for it
     engine.submit(taken)
     check(model, taken, finish(engine, len(taken)), 7)
-    engine.alone = engine.pool.patient = True
+    engine.alone = engine.pool.waits_for_restarts = True
 
 
 def test_a_server_of_the_trainers_own_answers_on_no_port(own: Future[ServerEngine]):
