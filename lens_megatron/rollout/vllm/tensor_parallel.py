@@ -10,7 +10,8 @@ as tensors. Weights, waking and sleeping are not told: every rank comes to them 
 
 import struct
 import zlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import IntEnum
@@ -21,7 +22,7 @@ from torch.distributed import ProcessGroup
 
 from lens_megatron.rollout import replay
 from lens_megatron.rollout.engine import Completion, EngineProgress, Request, RolloutEngine
-from lens_megatron.types import Group, Prompt, PurifiedPrompt
+from lens_megatron.types import Group, StepPrompt
 
 
 class EngineGroupError(RuntimeError):
@@ -64,20 +65,26 @@ def build_engine_group(size: int, timeout_minutes: float = 30) -> EngineGroup:
 class Work:
     """What one engine is to sample: on the leader all that its group was dealt, on followers nothing."""
 
-    prompts: tuple[Prompt, ...]
-    purified: tuple[PurifiedPrompt | None, ...]
+    prompts: tuple[StepPrompt, ...]
     counts: tuple[int, ...]
     """Prompts that each rank of the group was dealt; the leader's come first."""
 
 
-def collect(engine_group: EngineGroup, prompts: Sequence[Prompt], purified: Sequence[PurifiedPrompt | None]) -> Work:
+def collect(engine_group: EngineGroup, prompts: Sequence[StepPrompt]) -> Work:
     """Brings the ranks' prompts to the leader. A collective of the group."""
     if engine_group.size == 1:
-        return Work(tuple(prompts), tuple(purified), (len(prompts),))
-    dealt = [Group(prompt, (), deletion) for prompt, deletion in zip(prompts, purified, strict=True)]
-    parts = replay.exchange(dealt, engine_group.group)
-    led = [group for part in parts for group in part if engine_group.leads]
-    return Work(tuple(g.prompt for g in led), tuple(g.purified for g in led), tuple(map(len, parts)))
+        return Work(tuple(prompts), (len(prompts),))
+    parts = replay.exchange([Group(p.prompt, (), p.purified) for p in prompts], engine_group.group)
+    own = torch.full((max(map(len, parts)),), -1)
+    own[: len(prompts)] = torch.tensor([prompt.place for prompt in prompts], dtype=torch.int64)
+    places = [torch.empty_like(own) for _ in parts]
+    torch.distributed.all_gather(places, own, group=engine_group.group)
+    gathered = [
+        StepPrompt(place, group.prompt, group.purified)
+        for part, row in zip(parts, places, strict=True)
+        for group, place in zip(part, row[: len(part)].tolist(), strict=True)
+    ]
+    return Work(tuple(gathered) if engine_group.leads else (), tuple(map(len, parts)))
 
 
 def hand_back(engine_group: EngineGroup, groups: Sequence[Group], work: Work) -> list[Group]:
@@ -107,6 +114,12 @@ class TensorParallelEngine:
     @property
     def version(self) -> int | None:
         return self.engine.version
+
+    @contextmanager
+    def phase(self) -> Iterator[None]:
+        self.follow()
+        yield
+        self.dismiss()
 
     def submit(self, requests: Iterable[Request]) -> None:
         requests = list(requests)
