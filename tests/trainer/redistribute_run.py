@@ -1,4 +1,4 @@
-"""Three ranks with 0, 1 and 8 samples exchange them; fails if one has changed: `torchrun redistribute_run.py`."""
+"""Three ranks with 0, 1 and 8 samples exchange them; fails if one has changed: `redistribute_run.py` on every rank."""
 
 import torch
 from records import rollout
