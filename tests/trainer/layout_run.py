@@ -1,4 +1,4 @@
-"""One batch of samples through the trainer under several layouts: `torchrun layout_run.py MODEL OUT JSON`.
+"""One batch of samples through the trainer under several layouts: `layout_run.py MODEL OUT JSON` on every rank.
 
 JSON maps a name to options of `megatron:`, `max_tokens` per micro-batch, options of `algorithm:`, and the `share` of
 samples that each data-parallel rank has. Every rank saves what must not depend on them: scores, log-probabilities,

@@ -1,4 +1,4 @@
-"""Engines over two ranks each: `torchrun tensor_parallel_run.py MODEL OTHER_MODEL OUT`. Every rank writes what it drew.
+"""Engines over two ranks each: `tensor_parallel_run.py MODEL OTHER_MODEL OUT`. Every rank writes what it drew.
 
 The generators of the ranks differ, requests come in the middle, some are taken back: what would make ranks diverge.
 """
