@@ -14,13 +14,14 @@ from functools import partial
 from lens_megatron.algorithms.purification import interference
 from lens_megatron.phases import engine_turn
 from lens_megatron.policy.forward import prompt_scores
+from lens_megatron.records import between_ranks
 from lens_megatron.rollout import replay
 from lens_megatron.rollout.background import BackgroundSampling
 from lens_megatron.rollout.vllm import tensor_parallel
-from lens_megatron.rollout.vllm.tensor_parallel import Work
+from lens_megatron.rollout.vllm.tensor_parallel import EnginePrompts
 from lens_megatron.run import Run
 from lens_megatron.seeds import derive
-from lens_megatron.types import CollectedGroups, Prompt, StepPrompt, SyncStats
+from lens_megatron.types import CollectedGroups, Group, Prompt, StepPrompt, SyncStats
 
 
 def take_groups(run: Run, step: int) -> CollectedGroups:
@@ -31,7 +32,8 @@ def take_groups(run: Run, step: int) -> CollectedGroups:
         return CollectedGroups([groups[place] for place in run.places])
     own = _sample_now(run, step) if run.background is None else _take_and_begin_next(run, run.background, step)
     with run.clock("exchange"):
-        return replace(own, groups=replay.interleave(replay.exchange(own.groups, run.mesh.model_group)))
+        parts = between_ranks.all_gather(Group, own.groups, run.mesh.model_group)
+    return replace(own, groups=between_ranks.interleave(parts))
 
 
 def _sample_now(run: Run, step: int) -> CollectedGroups:
@@ -44,7 +46,8 @@ def _sample_now(run: Run, step: int) -> CollectedGroups:
 
     sampled, sync = engine_turn.let_engine_sample(run, sampling)
     with run.clock("exchange"):
-        return replace(sampled, groups=tensor_parallel.hand_back(run.engine_group, sampled.groups, work), sync=sync)
+        groups = tensor_parallel.scatter_from_leader(run.engine_group, sampled.groups, work)
+    return replace(sampled, groups=groups, sync=sync)
 
 
 def _take_and_begin_next(run: Run, background: BackgroundSampling, step: int) -> CollectedGroups:
@@ -67,15 +70,15 @@ def _begin(run: Run, background: BackgroundSampling, step: int) -> SyncStats | N
     return sync
 
 
-def prepare(run: Run, step: int) -> Work:
+def prepare(run: Run, step: int) -> EnginePrompts:
     """What this rank's engine is to sample. Prompts are scored, for which the trainer's weights must be in place."""
     prompts = run.prompts.take(step - 1)
     with run.clock("score"):
         scored = purify(run, [prompts[place] for place in run.places], step)
-    return tensor_parallel.collect(run.engine_group, scored[run.mesh.model_rank :: run.mesh.model_size])
+    return tensor_parallel.gather_to_leader(run.engine_group, scored[run.mesh.model_rank :: run.mesh.model_size])
 
 
-def sample(run: Run, work: Work, step: int, version: int) -> CollectedGroups:
+def sample(run: Run, work: EnginePrompts, step: int, version: int) -> CollectedGroups:
     """Samples and grades with the weights of `version`, which the engine has. The trainer may be at work meanwhile."""
     with run.engine.phase():
         return run.sampler.sample(work.prompts, step, version)

@@ -130,7 +130,7 @@ def _update_on(run: Run, rows: Sequence[TrainingRow], imbalance: float) -> tuple
 
 
 def _redistribute(run: Run, samples: Sequence[Sample]) -> redistribute.Share:
-    return redistribute.redistribute(samples, run.mesh.dp_group, run.policy.bridge.config.hidden_size, run.mesh.device)
+    return redistribute.redistribute(samples, run.mesh.dp_group, run.policy.bridge.config.hidden_size)
 
 
 def _log_probs(run: Run, pairs: Sequence[pack.Pair]) -> list[Tensor]:

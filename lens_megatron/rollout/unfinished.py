@@ -7,7 +7,7 @@ under every layout of as many ranks. A line is the place of a prompt and its gro
 a line is no JSON, and is ignored.
 """
 
-import sys
+import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,6 +16,8 @@ from pathlib import Path
 from lens_megatron.files import append_whole
 from lens_megatron.rollout.replay import from_json, to_json
 from lens_megatron.types import Group, StepPrompt
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -42,10 +44,9 @@ class UnfinishedGroups:
         asked = {prompt.place: prompt.prompt for prompt in prompts}
         kept = {place: group for place, group in found.items() if asked.get(place) == group.prompt}
         if kept:
-            print(
+            logger.info(
                 f"step {step}: {len(kept)} of {len(prompts)} groups of share {self.share} kept from the interrupted "
-                "attempt",
-                flush=True,
+                "attempt"
             )
         return kept
 
@@ -62,9 +63,7 @@ class UnfinishedGroups:
         except OSError as error:
             if self.writable:
                 self.writable = False
-                print(
-                    f"{self.folder}: graded rollouts are not kept for a restart: {error}", file=sys.stderr, flush=True
-                )
+                logger.warning(f"{self.folder}: graded rollouts are not kept for a restart: {error}")
 
     def remove(self, step: int) -> None:
         """What is kept of `step`, once no rank needs it: each removes its own, the first also other numbers' files."""
