@@ -1,4 +1,4 @@
-"""Three ranks with 0, 1 and 8 samples redistribute them; fails if one has changed: `torchrun redistribute_run.py`."""
+"""Three ranks with 0, 1 and 8 samples redistribute them; fails if one has changed: to be run on every rank."""
 
 from dataclasses import replace
 

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -141,6 +141,9 @@ class ServerEngine:
             except ServerError as error:
                 raise ConfigError(f"rollout.servers: {error}") from error
             self.context = min(self.context, _context_of(member.address, info, self.config))
+
+    def phase(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def submit(self, requests: Iterable[Request]) -> None:
         requests = list(requests)

@@ -70,6 +70,9 @@ class VllmEngine:
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
 
+    def phase(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def submit(self, requests: Iterable[Request]) -> None:
         requests = list(requests)
         self._check_weights()

@@ -10,7 +10,8 @@ does. It does not broadcast loading of weights, waking and sleeping, since every
 
 import struct
 import zlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
@@ -22,7 +23,7 @@ from torch.distributed import ProcessGroup
 
 from lens_megatron.records import between_ranks
 from lens_megatron.rollout.engine import Completion, EngineProgress, Request, RolloutEngine
-from lens_megatron.types import Group, Prompt, PurifiedPrompt
+from lens_megatron.types import Group, StepPrompt
 
 
 class EngineGroupError(RuntimeError):
@@ -69,17 +70,14 @@ def build_engine_group(size: int, timeout_minutes: float = 30) -> EngineGroup:
 class EnginePrompts:
     """What one engine is to sample: on the leader the prompts of all ranks of its group, on followers none."""
 
-    prompts: tuple[Prompt, ...]
-    purified: tuple[PurifiedPrompt | None, ...]
+    prompts: tuple[StepPrompt, ...]
     counts: tuple[int, ...]
     """How many of the prompts are each rank's; the leader's come first. Empty on followers."""
 
 
-def gather_to_leader(
-    engine_group: EngineGroup, prompts: Sequence[Prompt], purified: Sequence[PurifiedPrompt | None]
-) -> EnginePrompts:
+def gather_to_leader(engine_group: EngineGroup, prompts: Sequence[StepPrompt]) -> EnginePrompts:
     """Brings the prompts of all ranks of the engine to its leader. A collective of the group."""
-    own = EnginePrompts(tuple(prompts), tuple(purified), (len(prompts),))
+    own = EnginePrompts(tuple(prompts), (len(prompts),))
     if engine_group.group is None:
         return own
     nothing: list[list[EnginePrompts]] = [[] for _ in range(engine_group.size - 1)]
@@ -87,7 +85,6 @@ def gather_to_leader(
     parts = [part for of_rank in sent for part in of_rank]
     return EnginePrompts(
         prompts=tuple(prompt for part in parts for prompt in part.prompts),
-        purified=tuple(purified for part in parts for purified in part.purified),
         counts=tuple(count for part in parts for count in part.counts),
     )
 
@@ -145,6 +142,12 @@ class TensorParallelEngine:
     @property
     def version(self) -> int | None:
         return self.engine.version
+
+    @contextmanager
+    def phase(self) -> Iterator[None]:
+        self.follow()
+        yield
+        self.dismiss()
 
     def submit(self, requests: Iterable[Request]) -> None:
         requests = tuple(requests)
