@@ -29,6 +29,9 @@ class RunConfig(Section):
     phase_timeout_minutes: float = Field(60.0, ge=0, le=10_080)
     """A phase that lasts longer ends the run, with every rank's stacks and the late ranks' names. 0: never. At most a
     week: timers of the operating system and of the collectives overflow soon after."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least important messages that the console shows. Other ranks than 0 show warnings and errors, and what is
+    about their own servers and files."""
     tensorboard: bool = True
     """Write the metrics for TensorBoard too, into tensorboard/."""
     save_rollout_files: bool = True

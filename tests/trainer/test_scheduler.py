@@ -9,6 +9,7 @@ from toy_runs import Toy
 from transformers import AutoModelForCausalLM
 
 from lens_megatron.config import LensConfig, RolloutConfig
+from lens_megatron.records import between_ranks
 from lens_megatron.reward import Grade, GradeStatus
 from lens_megatron.rollout import replay
 from lens_megatron.rollout.local import LocalEngine
@@ -114,4 +115,4 @@ def test_saved_groups_read_back_the_same(engine: LocalEngine):
 
 def test_interleave_undoes_dealing():
     dealt = [list(range(7))[rank::3] for rank in range(3)]
-    assert replay.interleave(dealt) == list(range(7))
+    assert between_ranks.interleave(dealt) == list(range(7))
