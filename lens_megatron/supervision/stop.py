@@ -9,6 +9,7 @@ code for minutes; the wakeup descriptor is written at once. All ranks do the sam
 decides from what all have told.
 """
 
+import logging
 import os
 import select
 import signal
@@ -27,6 +28,8 @@ from torch.distributed import ProcessGroup, ReduceOp
 
 from lens_megatron.errors import ExitCode
 from lens_megatron.supervision.heartbeat import UNCOUNTED
+
+logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ROUND_S = 0.5
@@ -196,7 +199,7 @@ class Stop:
                 continue
             if not said:
                 self.asked = said = True
-                self._say(f"{self._name or 'another rank was told to stop'}: stopping within seconds")
+                logger.info(f"{self._name or 'another rank was told to stop'}: stopping within seconds")
             if not seen.claimed:
                 rounds += 1
                 if rounds > GRACE_ROUNDS or not seen.attached:
@@ -251,7 +254,7 @@ class Stop:
         failed = torch.tensor([failure is not None], dtype=torch.int32)
         torch.distributed.all_reduce(failed, op=ReduceOp.MAX, group=self._group)
         if failure is not None and self._rank():
-            print(f"rank {self._rank()} could not save its part: {failure}", flush=True)
+            logger.warning(f"this rank's part could not be saved: {failure}")
         return failure or ("another rank failed" if failed.item() else None)
 
     def _end(self, code: int, text: str) -> None:
@@ -259,7 +262,8 @@ class Stop:
         try:
             if self._last_step is not None:
                 self._last_step.abandon()
-            self._say(text)
+            if self._rank() == 0:
+                logger.log(logging.INFO if code == ExitCode.DONE else logging.ERROR, text)
             with suppress(RuntimeError):  # nothing depends on it: the ranks end together where they can
                 if self._group is not None and code != ExitCode.CRASH:
                     self._agree(None)
@@ -267,10 +271,6 @@ class Stop:
                 stream.flush()
         finally:
             os._exit(code)
-
-    def _say(self, text: str) -> None:
-        if self._rank() == 0:
-            print(text, flush=True)
 
     def _rank(self) -> int:
         return int(os.environ.get("RANK", 0))

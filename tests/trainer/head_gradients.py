@@ -1,4 +1,4 @@
-"""Run by test_gradients.py under torchrun: scores, log-probabilities and gradients beside autograd on full logits.
+"""Run by test_gradients.py on every rank: scores, log-probabilities and gradients beside autograd on full logits.
 
 Usage: head_gradients.py TP PP MODEL_DIR... Prints one line per model and case; fails at the first difference. Beside
 every MODEL_DIR stands MODEL_DIR_reference. The body of the model beside which we stand computes in float32, as

@@ -5,14 +5,13 @@ That neither depends on the layout is in test_layouts.py.
 
 import json
 import math
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from records import rollout, sample
-from toy_runs import Toy, command, environment
+from toy_runs import Toy, run_program
 
 from lens_megatron.algorithms.corrections import CORRECTIONS
 from lens_megatron.algorithms.mismatch import Mismatch, mismatch, mismatch_sums, pooled
@@ -230,7 +229,7 @@ def test_metrics_have_verls_names_for_all_native_and_rescued_tokens():
     ("native", "rescued", "expected"),
     [
         (0.0049, 0.001, None),
-        (0.0051, 0.001, "warning (limit 0.005): engine and trainer disagree on the sampled tokens' probabilities by "
+        (0.0051, 0.001, "mismatch (limit 0.005): engine and trainer disagree on the sampled tokens' probabilities by "
          "0.0051 on native rows"),
         (0.001, 0.0101, "!!! ALARM (limit 0.01): engine and trainer disagree on the sampled tokens' probabilities by "
          "0.0101 on rescued rows"),
@@ -273,9 +272,7 @@ def test_what_goes_together_is_not_refused():
 
 def run(tree: dict, folder: Path, ranks: int = 1) -> tuple[dict, str]:
     """The last step's row of metrics, and what was printed."""
-    arguments = command(tree, folder, ranks)
-    result = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    result = run_program(tree, folder, ranks)
     return read_metrics(Path(tree["run"]["directory"]))[-1], result.stdout
 
 

@@ -9,6 +9,7 @@ would start it with. Its key is read from LENS_VLLM_API_KEY, there and at the tr
 """
 
 import json
+import logging
 import os
 import re
 import secrets
@@ -33,6 +34,8 @@ from lens_megatron.config import Config, ConfigError
 from lens_megatron.errors import ExitCode
 from lens_megatron.rollout.servers import weight_transfer
 from lens_megatron.rollout.vllm import options as vllm_options
+
+logger = logging.getLogger(__name__)
 
 KEY_VARIABLE = "LENS_VLLM_API_KEY"
 """Environment variable with the key of servers that the trainer did not start."""
@@ -204,7 +207,7 @@ class ServerProcess:
                 self.kept_log.write_bytes(self.log.read_bytes())
             self.log.unlink(missing_ok=True)
         except OSError as error:
-            print(f"{self.name}: its log stays in {self.log}: {error}", file=sys.stderr)
+            logger.warning(f"{self.name}: its log stays in {self.log}: {error}")
 
     def ask_to_stop(self) -> None:
         if self.process is not None and self.process.poll() is None:
