@@ -15,7 +15,7 @@ def run_step(run: Run, step: int) -> StepResult:
     version = run.policy.version
     sampled = collect.take_groups(run, step)
     seeds = [derive(run.config.run.seed, "merge", step, group.prompt.index) for group in sampled.groups]
-    merged = [rescue.merge(g, run.config.lens, seed=s) for g, s in zip(sampled.groups, seeds, strict=True)]
+    merged = [rescue.replace_failures(g, run.config.lens, seed=s) for g, s in zip(sampled.groups, seeds, strict=True)]
     rows = samples.to_samples(merged, run.config.algorithm)
     updates, packings = update.train_on(run, rows, step)
     return StepResult(step, tuple(merged), tuple(rows), updates, packings, run.last_sync.stats, sampled.stats, version)
