@@ -40,9 +40,7 @@ def test_options_that_are_named_exist(page: Path):
 
 def test_targets_of_make_that_are_named_exist(page: Path):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)", page.read_text(), re.MULTILINE)) <= {
-        pair for target in targets for pair in ((target, ""), ("", target))
-    }
+    assert set(re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(), re.MULTILINE)) <= targets
 
 
 def test_the_changelog_names_modules_that_exist():
