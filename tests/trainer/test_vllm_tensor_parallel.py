@@ -1,12 +1,13 @@
 """vLLM engines over two ranks each: the ranks draw the same tokens, which are the model's; and whole runs on them."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 import tensor_parallel_run
 from test_vllm import error_in_log_probs, other, roomy, save  # noqa: F401
-from toy_runs import Toy, launch, rollout_rows, run_ranks
+from toy_runs import Toy, environment, launch, rollout_rows, torchrun
 from transformers import AutoModelForCausalLM
 
 from lens_megatron.config import ConfigError, from_tree
@@ -31,7 +32,11 @@ def test_the_ranks_of_an_engine_draw_the_same_and_it_is_the_models(ranks: int, t
         model = other(AutoModelForCausalLM.from_pretrained(path), seed + 1)
         model.save_pretrained(path)
     models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in paths]
-    result = run_ranks(ranks, Path(tensor_parallel_run.__file__), *paths, tmp_path)
+    result = subprocess.run(
+        [*torchrun(ranks), tensor_parallel_run.__file__, *map(str, paths), str(tmp_path)],
+        env=environment(), capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     assert "Traceback" not in result.stderr, "closed in order, vLLM leaves nothing that raises at the exit"
     found = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(ranks)]
     assert [(f["team"], f["leads"], f["engines"]) for f in found] == [
