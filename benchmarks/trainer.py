@@ -2,7 +2,7 @@
 
     python -m benchmarks.trainer cpu                      # tiny model, here; a quarter of an hour
     python -m benchmarks.trainer gpu --shape qwen2.5-3b   # one GPU, beside transformers + Liger-Kernel
-    python -m benchmarks.trainer schedule                 # 1,000,000 samples for 1024 ranks
+    python -m benchmarks.trainer balance                  # 1,000,000 samples for 1024 ranks
 
 Writes one JSON into --out and prints a table. How it is measured: TRAINER_NOTES.md.
 """
@@ -150,10 +150,10 @@ def measure(spec: dict, ranks: int = 1) -> list[dict]:
 
 
 def on_cpu(models: Path, rounds: int) -> dict:
-    """Beside transformers; growth with micro-batches and length; layouts of two processes; the schedule."""
+    """Compares with transformers, and measures growth with micro-batches and length, layouts, and `simulate`."""
     base = {"model": str(load.save_models(models, "cpu", torch.float32)), "shape": "cpu", "dtype": "float32"}
     base |= {"megatron": {}, "sides": ["ours"], "rounds": rounds}
-    found: dict[str, Any] = {"schedule": simulate(1_000_000, 1024)}
+    found: dict[str, Any] = {"balance": simulate(1_000_000, 1024)}
     sides = ["ours", *TRANSFORMERS]
     found["beside_transformers"] = measure({**base, "sides": sides, "cases": CPU_BATCHES, "memory": True})
     found["micro_batches"] = measure({**base, "cases": CPU_MICRO_BATCHES})
@@ -180,7 +180,7 @@ def on_gpu(models: Path, shape: str, rounds: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("where", choices=("cpu", "gpu", "schedule"))
+    parser.add_argument("where", choices=("cpu", "gpu", "balance"))
     parser.add_argument("--shape", choices=sorted(set(load.SHAPES) - {"cpu"}), default="qwen2.5-1.5b")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
@@ -188,8 +188,8 @@ def main() -> None:
     from benchmarks.training.roof import machine
 
     with tempfile.TemporaryDirectory() as folder:
-        if chosen.where == "schedule":
-            found = {"schedule": simulate(1_000_000, 1024)}
+        if chosen.where == "balance":
+            found = {"balance": simulate(1_000_000, 1024)}
         elif chosen.where == "cpu":
             found = on_cpu(Path(folder), chosen.rounds)
         else:

@@ -1,14 +1,21 @@
+import re
 from pathlib import Path
 
 from setuptools import setup
 
+# Read, not imported: a build environment has no torch.
+SOURCE = Path(__file__).parent.joinpath("lens_kernels", "__init__.py").read_text(encoding="utf-8")
+VERSION = re.search(r'^__version__ = "(.+)"$', SOURCE, re.MULTILINE).group(1)
+
 setup(
     name="lens-kernels",
-    version="0.1.0",
+    version=VERSION,
     description="Token log-probabilities, interference scores and clipped policy losses without a full log-softmax",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    license="Apache-2.0",
     packages=["lens_kernels"],
+    package_data={"lens_kernels": ["py.typed"]},
     python_requires=">=3.11",
     install_requires=["torch>=2.8", 'triton; platform_system=="Linux"'],
 )

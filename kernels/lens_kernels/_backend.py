@@ -2,12 +2,15 @@
 
 LENS_KERNELS_BACKEND=reference or triton forces one; unset or `auto` goes by the tensors' device. Triton kernels run on
 CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1, set before the import): slow, for checking values.
+
+Kernels are written `@jit @no_type_check`: Triton compiles their source, which is no Python that a type checker knows.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -19,14 +22,16 @@ except ImportError:  # no Triton on this platform: the reference is all there is
 
 from lens_kernels._checks import require
 
+__all__ = ["jit", "multiprocessors", "tl", "triton", "uses_triton"]
 
-def jit(function: Callable) -> Callable:
+
+def jit(function: Callable[..., Any]) -> Any:
     """triton.jit, or the plain function where there is no Triton to run it."""
     return function if triton is None else triton.jit(function)
 
 
 def uses_triton(device: torch.device) -> bool:
-    """Whether tensors of `device` go through the Triton kernels."""
+    """Whether tensors of `device` go through the Triton kernels. Raises ValueError for a backend that cannot run."""
     wanted = os.environ.get("LENS_KERNELS_BACKEND") or "auto"
     known = wanted in ("auto", "reference", "triton")
     require(known, "LENS_KERNELS_BACKEND", repr(wanted), "reference, triton or auto")

@@ -53,10 +53,8 @@ def check_token_ids(token_ids: Tensor, shape: torch.Size, device: torch.device) 
     return token_ids.reshape(-1).long().contiguous()
 
 
-def per_row(argument: str, value: Tensor | float | None, shape: torch.Size, device: torch.device) -> Tensor | None:
-    """Broadcasts a number or tensor to the rows: float32 [T], contiguous, detached. None stays None."""
-    if value is None:
-        return None
+def per_row(argument: str, value: Tensor | float, shape: torch.Size, device: torch.device) -> Tensor:
+    """Broadcasts a number or tensor to the rows: float32 [T], contiguous, detached."""
     if isinstance(value, (int, float)):
         # full() fills on the device; as_tensor() would copy from the host, which a CUDA graph cannot record.
         return torch.full((shape.numel(),), float(value), dtype=torch.float32, device=device)
@@ -68,6 +66,13 @@ def per_row(argument: str, value: Tensor | float | None, shape: torch.Size, devi
     )
     require(fits, argument, f"shape {tuple(value.shape)}", f"a shape that broadcasts to the rows {tuple(shape)}")
     return value.detach().broadcast_to(shape).reshape(-1).float().contiguous()
+
+
+def per_row_or_none(
+    argument: str, value: Tensor | float | None, shape: torch.Size, device: torch.device
+) -> Tensor | None:
+    """Broadcasts as `per_row` does; None stays None."""
+    return None if value is None else per_row(argument, value, shape, device)
 
 
 def check_temperature(temperature: Tensor | float, shape: torch.Size, device: torch.device) -> Tensor | None:
@@ -89,11 +94,13 @@ def check_valid_vocab_size(valid_vocab_size: int | None) -> None:
         require(is_count, "valid_vocab_size", valid_vocab_size, "an integer >= 1 (global vocabulary without padding)")
 
 
-def check_clips(clip_low: float, clip_high: float, dual_clip: float | None) -> None:
+def check_limits(clip_low: float, clip_high: float, dual_clip: float | None, kl_limit: float | None) -> None:
     require(clip_low >= 0, "clip_low", clip_low, "a number >= 0")
     require(clip_high >= 0, "clip_high", clip_high, "a number >= 0")
     if dual_clip is not None:
         require(dual_clip > 1, "dual_clip", dual_clip, "a number > 1, or None")
+    if kl_limit is not None:
+        require(kl_limit > 0, "kl_limit", kl_limit, "a number > 0, or None for no limit")
 
 
 def check_chunk_rows(chunk_rows: int | None) -> None:

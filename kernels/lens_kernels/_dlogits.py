@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from lens_kernels._backend import jit, tl, uses_triton
 from lens_kernels._rows import RowLayout, row_chunks, row_layout
 from lens_kernels._vocab_parallel import (
     LOWEST,
-    RowTotals,
+    SoftmaxTotals,
     VocabShard,
     columns_to_read,
     local_targets,
@@ -27,7 +29,7 @@ def write_dlogits_reference(
     token_ids: Tensor,  # [T]
     tau: Tensor | None,  # [T]
     shard: VocabShard,
-    totals: RowTotals,
+    totals: SoftmaxTotals,
     d_logprobs: Tensor,  # [T] g
     d_entropy: Tensor | None,  # [T] e
 ) -> None:
@@ -47,7 +49,7 @@ def write_dlogits_reference(
             grad = p.mul_(-d_logprobs[rows, None])
         else:
             # -p * (g + e * (log p + H)). LOWEST for -inf: 0 * -inf is NaN. p comes before e: no overflow.
-            logp.clamp_(min=LOWEST).add_(totals.entropy[rows, None]).mul_(p).mul_(d_entropy[rows, None])
+            logp.clamp_(min=LOWEST).add_(totals.asked_entropy()[rows, None]).mul_(p).mul_(d_entropy[rows, None])
             grad = p.mul_(d_logprobs[rows, None]).add_(logp).neg_()
         grad.scatter_add_(1, local[rows, None], at_target[rows, None])
         if tau is not None:
@@ -56,6 +58,7 @@ def write_dlogits_reference(
 
 
 @jit
+@no_type_check
 def _write_dlogits_kernel(
     # inputs
     logits_ptr,  # [outer, inner, V]
@@ -124,7 +127,7 @@ def write_dlogits_triton(
     token_ids: Tensor,
     tau: Tensor | None,
     shard: VocabShard,
-    totals: RowTotals,
+    totals: SoftmaxTotals,
     d_logprobs: Tensor,
     d_entropy: Tensor | None,
 ) -> None:
@@ -155,14 +158,14 @@ def write_dlogits(
     token_ids: Tensor,  # [T]
     tau: Tensor | None,  # [T]
     shard: VocabShard,
-    totals: RowTotals,
+    totals: SoftmaxTotals,
     d_logprobs: Tensor,  # [T] g
     d_entropy: Tensor | None,  # [T] e
 ) -> None:
     """Writes the gradient of this shard's logits; zeros on ignored rows and padding columns."""
     if uses_triton(logits.device):
-        layouts = row_layout(logits), row_layout(out)
-        if None not in layouts:
-            write_dlogits_triton(out, logits, layouts, token_ids, tau, shard, totals, d_logprobs, d_entropy)
+        read, written = row_layout(logits), row_layout(out)
+        if read is not None and written is not None:
+            write_dlogits_triton(out, logits, (read, written), token_ids, tau, shard, totals, d_logprobs, d_entropy)
             return
     write_dlogits_reference(out, logits, token_ids, tau, shard, totals, d_logprobs, d_entropy)

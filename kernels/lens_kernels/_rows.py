@@ -17,8 +17,9 @@ def row_chunks(*tensors: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
     Layouts whose leading axes cannot be merged into one (a transposed [S, B, V]) are walked along their first axis.
     """
     shape = tensors[0].shape
-    flat = [_flat_view(x) for x in tensors]
-    if None not in flat:
+    views = [_flat_view(x) for x in tensors]
+    flat = [view for view in views if view is not None]
+    if len(flat) == len(tensors):
         step = max(1, CHUNK_ELEMENTS // shape[-1])
         for start in range(0, shape[:-1].numel(), step):
             yield slice(start, min(start + step, shape[:-1].numel())), [x[start : start + step] for x in flat]
@@ -56,3 +57,8 @@ def row_layout(x: Tensor) -> RowLayout | None:
         return None
     (_, stride_outer), (inner, stride_inner) = [*[(1, 0)] * (2 - len(axes)), *axes]
     return RowLayout(inner, stride_outer, stride_inner, x.stride(-1))
+
+
+def contiguous_layout(x: Tensor) -> RowLayout:
+    """The layout of a contiguous tensor, whatever its leading axes."""
+    return RowLayout(x.shape[:-1].numel(), 0, x.shape[-1], 1)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import torch
 from torch import Tensor
 
 from lens_kernels._backend import jit, multiprocessors, tl, uses_triton
-from lens_kernels._rows import row_chunks, row_layout
+from lens_kernels._rows import contiguous_layout, row_chunks, row_layout
 from lens_kernels._vocab_parallel import (
     LOWEST,
     VocabShard,
@@ -51,6 +53,7 @@ def row_statistics_reference(
 
 
 @jit
+@no_type_check
 def _accumulate(
     z,  # [UNROLL, THREADS, VECTOR]
     top,  # [THREADS] running maximum of z, finite
@@ -71,6 +74,7 @@ def _accumulate(
 
 
 @jit
+@no_type_check
 def _row_statistics_kernel(
     # inputs
     logits_ptr,  # [outer, inner, V]
@@ -147,7 +151,7 @@ def row_statistics_triton(
     layout = row_layout(logits)
     if layout is None:
         logits = logits.contiguous()
-        layout = row_layout(logits)
+        layout = contiguous_layout(logits)
     rows, columns, kinds = len(token_ids), logits.shape[-1], 4 if with_entropy else 3
     vector = VECTOR_BYTES // logits.element_size()
     blocks = -(-columns // (UNROLL * WARPS * 32 * vector))

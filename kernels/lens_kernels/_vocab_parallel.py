@@ -8,7 +8,7 @@ Shifting by the maximum before dividing keeps logits of 1e4 as exact as logits o
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, no_type_check
 
 import torch
 import torch.distributed as dist
@@ -29,13 +29,30 @@ class VocabShard(NamedTuple):
     valid: int | Tensor | None  # local columns from here on are padding; None: none is
 
 
-class RowTotals(NamedTuple):
-    """Statistics of whole rows, float32 [T], equal to the bit on every rank."""
+class SoftmaxTotals(NamedTuple):
+    """What the gradient needs of whole rows' softmax, float32 [T], equal to the bit on every rank."""
 
     maximum: Tensor  # of the raw logits; some finite number where every logit is -inf
     log_sum: Tensor  # log sum exp((z - maximum) / tau)
-    logprobs: Tensor  # 0 on ignored rows
-    entropy: Tensor | None  # 0 on ignored rows
+    entropy: Tensor | None  # 0 on ignored rows; None if it was not asked for
+
+    def at(self, rows: slice) -> SoftmaxTotals:
+        return SoftmaxTotals(
+            self.maximum[rows], self.log_sum[rows], None if self.entropy is None else self.entropy[rows]
+        )
+
+    def asked_entropy(self) -> Tensor:
+        """The entropy [T] of statistics that were made with it."""
+        if self.entropy is None:
+            raise RuntimeError("entropy: got statistics without it, need row_statistics(..., with_entropy=True)")
+        return self.entropy
+
+
+class RowTotals(NamedTuple):
+    """Statistics of whole rows, equal to the bit on every rank."""
+
+    softmax: SoftmaxTotals
+    logprobs: Tensor  # [T] float32, 0 on ignored rows
 
 
 def locate_shard(
@@ -45,7 +62,8 @@ def locate_shard(
 
     The sizes are not cached: a cache that hits on one rank and misses on another would deadlock.
     """
-    start, vocabulary = 0, columns
+    start: int | Tensor = 0
+    vocabulary: int | Tensor = columns
     if group is not None and dist.get_world_size(group) > 1:
         size = torch.tensor([columns], dtype=torch.int64, device=token_ids.device)
         sizes = _all_gather(size, group).view(-1)
@@ -64,13 +82,14 @@ def locate_shard(
 
 def shard_arguments(shard: VocabShard, columns: int) -> tuple[Tensor | None, int]:
     """How kernels receive a shard: (start and valid as int64 [2] on the device, 0) or (None, valid)."""
-    if isinstance(shard.start, int):
-        return None, columns if shard.valid is None else min(shard.valid, columns)
-    valid = torch.full_like(shard.start, columns) if shard.valid is None else shard.valid
-    return torch.stack([shard.start, valid]), 0
+    start, valid = shard.start, shard.valid
+    if isinstance(start, Tensor):
+        return torch.stack([start, valid if isinstance(valid, Tensor) else torch.full_like(start, columns)]), 0
+    return None, min(valid, columns) if isinstance(valid, int) else columns
 
 
 @jit
+@no_type_check
 def columns_to_read(shard_ptr, valid, columns, token):
     """(global id of column 0, columns that are tokens) from `shard_arguments`; no columns of an ignored row."""
     start = tl.zeros((), tl.int64)
@@ -126,10 +145,11 @@ def merge_reference(
         # A piece without a finite logit has offset -inf and sum 0: LOWEST keeps the product 0 instead of NaN.
         moment = (scale * (parts[:, 3] + offset.clamp(min=LOWEST) * sums)).sum(0)
         entropy = (log_sum - moment / total).masked_fill(ignored, 0)
-    return RowTotals(maximum, log_sum, (target - log_sum).masked_fill(ignored, 0), entropy)
+    return RowTotals(SoftmaxTotals(maximum, log_sum, entropy), (target - log_sum).masked_fill(ignored, 0))
 
 
 @jit
+@no_type_check
 def exp_accurate(x):
     """exp to 1 ulp or so for |x| < 80; the hardware's exp2 alone loses a digit once |x| is large."""
     # x = n * ln 2 + r: subtracting n * ln 2 in two parts is exact.
@@ -139,6 +159,7 @@ def exp_accurate(x):
 
 
 @jit
+@no_type_check
 def _merge_kernel(
     # inputs
     parts_ptr,  # [pieces, K, T]
@@ -194,7 +215,8 @@ def merge_triton(parts: Tensor, token_ids: Tensor, tau: Tensor | None) -> RowTot
     if rows:
         grid = (-(-rows // MERGE_ROWS),)
         _merge_kernel[grid](parts, token_ids, tau, totals, rows, pieces, kinds, MERGE_ROWS)
-    return RowTotals(*totals, *([None] * (4 - kinds)))
+    maximum, log_sum, logprobs, *entropy = totals.unbind()
+    return RowTotals(SoftmaxTotals(maximum, log_sum, entropy[0] if entropy else None), logprobs)
 
 
 def reduce_hidden_gradient(d_hidden: Tensor, shard: VocabShard) -> Tensor:

@@ -4,19 +4,20 @@ Per row t, with logp_t and H_t from logprobs.py and A_t = advantages:
     loss_t  = policy_weights_t * PG_t + kl_weights_t * k3_t - entropy_weights_t * H_t
     rho_t   = exp(clamp(logp_t - old_logprobs_t, -20, 20))
     PG_t    = max(-rho_t * A_t, -clip(rho_t, 1 - clip_low, 1 + clip_high) * A_t), at most -dual_clip * A_t if A_t < 0
-    k3_t    = min(exp(-u) + u - 1, 10),  u = logp_t - reference_logprobs_t, -u clamped to +-20
+    k3_t    = min(exp(-u) + u - 1, kl_limit),  u = logp_t - reference_logprobs_t, -u clamped to +-20
+The gradient is that of these formulas, so it is 0 where a bound holds: where rho or k3 is clipped, and where a
+log-ratio, which is clamped only so that its exp does not overflow, is beyond +-20 nats. Without a kl_limit a token
+that the policy makes very improbable may dominate the KL term: at -u = 10 its gradient is 22,025 * kl_weights_t.
 Every normalisation of an algorithm (per token, per sequence, LENS's success-rate weights) belongs into the weights.
 
 On-policy rows: old_logprobs=None, or NaN on a row, means that the row was sampled from the policy being trained. Its
 rho is exactly 1 and its gradient is that of old_logprobs = logp.detach(), so no second forward is needed to learn it.
-Sources: LENS, arXiv 2601.21244, eq. 7; PPO, arXiv 1707.06347; dual clip, arXiv 1912.09729; k3, Schulman's note
-"Approximating KL divergence".
+Sources: LENS, arXiv 2601.21244, eq. 7; PPO, arXiv 1707.06347; dual clip, arXiv 1912.09729; k3 in kl.py.
 """
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, no_type_check
 
 import torch
 import torch.distributed as dist
@@ -24,14 +25,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lens_kernels._backend import jit, tl, uses_triton
-from lens_kernels._checks import check_clips, check_tensor, per_row, require
+from lens_kernels._checks import check_limits, check_tensor, per_row, per_row_or_none
 from lens_kernels._statistics import row_statistics
-from lens_kernels._vocab_parallel import exp_accurate, locate_shard, merge_statistics
+from lens_kernels._vocab_parallel import VocabShard, exp_accurate, locate_shard, merge_statistics
+from lens_kernels.kl import LOG_RATIO_LIMIT, k3, k3_and_slope
 from lens_kernels.logprobs import check_logits_arguments, compute_dlogits, save_rows
 
-LOG_RATIO_LIMIT = 20.0
-K3_LIMIT = 10.0
-_K3_SERIES = [1 / math.factorial(n) for n in range(11, 1, -1)]
 CRPO_ROWS = 128  # rows per program of the Triton kernel
 
 
@@ -42,7 +41,7 @@ class PolicyLoss(NamedTuple):
     logprobs: Tensor  # [...]
     ratio: Tensor | None  # [...] rho; None with an objective of the caller's own
     clipped: Tensor | None  # [...] 1.0 where a clip (dual clip included) cut the policy gradient to 0; None likewise
-    kl: Tensor | None  # [...] k3, 0 without reference_logprobs; None likewise
+    kl: Tensor | None  # [...] k3, at most kl_limit, 0 without reference_logprobs; None likewise
     entropy: Tensor  # [...]
 
 
@@ -58,9 +57,22 @@ class LossTerms(NamedTuple):
     clip_low: float
     clip_high: float
     dual_clip: float | None
+    kl_limit: float | None
 
     def at(self, rows: slice) -> LossTerms:
-        return LossTerms(*(x[rows] if isinstance(x, Tensor) else x for x in self))
+        """The terms of some of the rows."""
+        return self._replace(
+            old_logprobs=_rows_of(self.old_logprobs, rows),
+            advantages=self.advantages[rows],
+            reference_logprobs=_rows_of(self.reference_logprobs, rows),
+            policy_weights=_rows_of(self.policy_weights, rows),
+            kl_weights=_rows_of(self.kl_weights, rows),
+            entropy_weights=_rows_of(self.entropy_weights, rows),
+        )
+
+
+def _rows_of(term: Tensor | None, rows: slice) -> Tensor | None:
+    return None if term is None else term[rows]
 
 
 class TokenLosses(NamedTuple):
@@ -72,18 +84,6 @@ class TokenLosses(NamedTuple):
     kl: Tensor | None
     d_logprobs: Tensor
     d_entropy: Tensor | None  # None: the loss does not depend on the entropy
-
-
-def k3(log_ratio: Tensor) -> Tensor:
-    """exp(d) - d - 1 for d = log_ratio, to about 2e-7 relative in float32.
-
-    The formula as written loses everything to cancellation near 0 (its result is then d**2 / 2); expm1(d) - d still
-    loses half the digits at d = 0.001. Taylor's series to d**11 is exact to rounding below 1.
-    """
-    series = torch.full_like(log_ratio, _K3_SERIES[0])
-    for coefficient in _K3_SERIES[1:]:
-        series = series * log_ratio + coefficient
-    return torch.where(log_ratio.abs() < 1, series * log_ratio * log_ratio, torch.expm1(log_ratio) - log_ratio)
 
 
 def crpo_reference(logprobs: Tensor, entropy: Tensor, token_ids: Tensor, terms: LossTerms) -> TokenLosses:
@@ -106,39 +106,32 @@ def crpo_reference(logprobs: Tensor, entropy: Tensor, token_ids: Tensor, terms: 
 
     kl = torch.zeros_like(logprobs)
     if terms.reference_logprobs is not None:
-        difference = (terms.reference_logprobs - logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        difference = terms.reference_logprobs - logprobs
         kl = k3(difference)
+        flat = difference.abs() > LOG_RATIO_LIMIT
+        if terms.kl_limit is not None:
+            flat |= kl > terms.kl_limit
+            kl = kl.clamp(max=terms.kl_limit)
         if terms.kl_weights is not None:
-            d_kl = (-torch.expm1(difference)).masked_fill(kl > K3_LIMIT, 0)
-            d_logprobs = d_logprobs + terms.kl_weights * d_kl
-        kl = kl.clamp(max=K3_LIMIT)
+            d_logprobs = d_logprobs - terms.kl_weights * torch.expm1(difference).masked_fill(flat, 0)
     if terms.kl_weights is not None:
         losses = losses + terms.kl_weights * kl
     d_entropy = None
     if terms.entropy_weights is not None:
         losses, d_entropy = losses - terms.entropy_weights * entropy, -terms.entropy_weights
-    results = TokenLosses(losses, ratio, clipped.float(), kl, d_logprobs, d_entropy)
-    return TokenLosses(*(None if x is None else x.masked_fill(token_ids < 0, 0) for x in results))
+    ignored = token_ids < 0
+    return TokenLosses(
+        losses.masked_fill(ignored, 0),
+        ratio.masked_fill(ignored, 0),
+        clipped.float().masked_fill(ignored, 0),
+        kl.masked_fill(ignored, 0),
+        d_logprobs.masked_fill(ignored, 0),
+        None if d_entropy is None else d_entropy.masked_fill(ignored, 0),
+    )
 
 
 @jit
-def _k3(d):
-    """k3 and its derivative by d, as in the reference; |d| <= 20."""
-    series = tl.full(d.shape, 1 / 39916800, tl.float32)
-    series = series * d + 1 / 3628800
-    series = series * d + 1 / 362880
-    series = series * d + 1 / 40320
-    series = series * d + 1 / 5040
-    series = series * d + 1 / 720
-    series = series * d + 1 / 120
-    series = series * d + 1 / 24
-    series = series * d + 1 / 6
-    series = series * d + 0.5
-    value = tl.where(tl.abs(d) < 1, series * d * d, exp_accurate(d) - d - 1)
-    return value, value + d
-
-
-@jit
+@no_type_check
 def _crpo_kernel(
     # inputs, [T]; those that may be None, are for an absent term
     logprobs_ptr,
@@ -164,7 +157,7 @@ def _crpo_kernel(
     CLIP_HIGH: tl.constexpr,
     DUAL_CLIP: tl.constexpr,  # or None
     LOG_RATIO_LIMIT: tl.constexpr,
-    K3_LIMIT: tl.constexpr,
+    KL_LIMIT: tl.constexpr,  # or None
     # tunables
     BLOCK: tl.constexpr,
 ):
@@ -194,9 +187,7 @@ def _crpo_kernel(
     kl = tl.zeros((BLOCK,), tl.float32)
     if reference_ptr is not None:
         difference = tl.load(reference_ptr + row, mask=inside, other=0.0) - logprobs
-        kl, slope = _k3(tl.minimum(tl.maximum(difference, -LOG_RATIO_LIMIT), LOG_RATIO_LIMIT))
-        slope = tl.where(kl > K3_LIMIT, 0.0, slope)
-        kl = tl.minimum(kl, K3_LIMIT)
+        kl, slope = k3_and_slope(difference, LOG_RATIO_LIMIT, KL_LIMIT)
         if kl_weights_ptr is not None:
             weights = tl.load(kl_weights_ptr + row, mask=inside, other=0.0)
             losses += weights * kl
@@ -215,14 +206,17 @@ def _crpo_kernel(
 def crpo_triton(logprobs: Tensor, entropy: Tensor, token_ids: Tensor, terms: LossTerms) -> TokenLosses:
     rows = len(token_ids)
     outputs = torch.empty(6, rows, dtype=torch.float32, device=logprobs.device)
-    results = TokenLosses(*outputs[:5], None if terms.entropy_weights is None else outputs[5])
+    losses, ratio, clipped, kl, d_logprobs, d_entropy = outputs.unbind()
+    results = TokenLosses(losses, ratio, clipped, kl, d_logprobs, None if terms.entropy_weights is None else d_entropy)
     if rows:
         _crpo_kernel[(-(-rows // CRPO_ROWS),)](
             *(logprobs, entropy, token_ids, *terms[:6]),
             *results,
             rows,
             *(float(terms.clip_low), float(terms.clip_high)),
-            *(None if terms.dual_clip is None else float(terms.dual_clip), LOG_RATIO_LIMIT, K3_LIMIT),
+            None if terms.dual_clip is None else float(terms.dual_clip),
+            LOG_RATIO_LIMIT,
+            None if terms.kl_limit is None else float(terms.kl_limit),
             CRPO_ROWS,
         )
     return results
@@ -236,20 +230,29 @@ def crpo(logprobs: Tensor, entropy: Tensor, token_ids: Tensor, terms: LossTerms)
 
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, token_ids, tau, shard, terms, inplace):
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        token_ids: Tensor,
+        tau: Tensor | None,
+        shard: VocabShard,
+        terms: LossTerms,
+        inplace: bool,
+    ) -> tuple[Tensor | None, ...]:
         stats = row_statistics(logits, token_ids, tau, shard, with_entropy=True)
         totals = merge_statistics(stats, token_ids, tau, shard)
-        tokens = crpo(totals.logprobs, totals.entropy, token_ids, terms)
-        save_rows(ctx, logits, token_ids, tau, shard, totals)
+        entropy = totals.softmax.asked_entropy()
+        tokens = crpo(totals.logprobs, entropy, token_ids, terms)
+        save_rows(ctx, logits, token_ids, tau, shard, totals.softmax)
         ctx.inplace = inplace
         ctx.derivatives = tokens.d_logprobs, tokens.d_entropy
-        per_token = (totals.logprobs, tokens.ratio, tokens.clipped, tokens.kl, totals.entropy.clone())
+        per_token = (totals.logprobs, tokens.ratio, tokens.clipped, tokens.kl, entropy.clone())
         ctx.mark_non_differentiable(*per_token)
         return tokens.losses.sum(), *per_token
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_loss, *_):
+    def backward(ctx: Any, d_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         d_logprobs, d_entropy = ctx.derivatives
         d_entropy = None if d_entropy is None else d_entropy * d_loss
         return compute_dlogits(ctx, d_logprobs * d_loss, d_entropy), None, None, None, None, None
@@ -260,7 +263,7 @@ def check_loss_terms(
     device: torch.device,
     *,
     old_logprobs: Tensor | None,
-    advantages: Tensor | float,
+    advantages: Tensor | float | None,
     reference_logprobs: Tensor | None,
     policy_weights: Tensor | float | None,
     kl_weights: Tensor | float | None,
@@ -268,21 +271,25 @@ def check_loss_terms(
     clip_low: float,
     clip_high: float,
     dual_clip: float | None,
+    kl_limit: float | None,
 ) -> LossTerms:
-    check_clips(clip_low, clip_high, dual_clip)
-    require(advantages is not None, "advantages", None, "a tensor that broadcasts to the rows")
+    """Checks the loss's arguments and broadcasts them to rows of `shape`. Raises ValueError."""
+    check_limits(clip_low, clip_high, dual_clip, kl_limit)
+    if advantages is None:
+        raise ValueError("advantages: got None, need a tensor that broadcasts to the rows")
     if kl_weights is not None:
         check_tensor("reference_logprobs (needed by kl_weights)", reference_logprobs)
     return LossTerms(
-        per_row("old_logprobs", old_logprobs, shape, device),
+        per_row_or_none("old_logprobs", old_logprobs, shape, device),
         per_row("advantages", advantages, shape, device),
-        per_row("reference_logprobs", reference_logprobs, shape, device),
-        per_row("policy_weights", policy_weights, shape, device),
-        per_row("kl_weights", kl_weights, shape, device),
-        per_row("entropy_weights", entropy_weights, shape, device),
+        per_row_or_none("reference_logprobs", reference_logprobs, shape, device),
+        per_row_or_none("policy_weights", policy_weights, shape, device),
+        per_row_or_none("kl_weights", kl_weights, shape, device),
+        per_row_or_none("entropy_weights", entropy_weights, shape, device),
         clip_low,
         clip_high,
         dual_clip,
+        kl_limit,
     )
 
 
@@ -299,6 +306,7 @@ def policy_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,  # > 1
+    kl_limit: float | None = None,  # > 0; None: no limit
     temperature: Tensor | float = 1.0,
     valid_vocab_size: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
@@ -307,10 +315,11 @@ def policy_loss(
     """The CRPO loss of the module docstring, summed over rows, and its per-row parts.
 
     A row whose old_logprobs is NaN (all rows, if old_logprobs is None) is on-policy: ratio exactly 1, with gradient.
+    `kl_limit` bounds k3, in the loss and in the result; where k3 is above it, the KL term has no gradient.
     Temperature, padding, shards, ignored rows and `inplace_backward` are as in token_logprobs.
     Saved for backward: the logits and five numbers per row. Bytes per bf16 element: 2 forward, 4 backward.
 
-    Raises ValueError for a wrong shape, dtype, device, temperature or clip, and for kl_weights without
+    Raises ValueError for a wrong shape, dtype, device, temperature, clip or limit, and for kl_weights without
     reference_logprobs; RuntimeError for a second use of the logits after inplace_backward.
     """
     ids, tau = check_logits_arguments(logits, token_ids, temperature, valid_vocab_size, inplace_backward)
@@ -326,6 +335,7 @@ def policy_loss(
         clip_low=clip_low,
         clip_high=clip_high,
         dual_clip=dual_clip,
+        kl_limit=kl_limit,
     )
     shard = locate_shard(logits.shape[-1], ids, valid_vocab_size, tp_group)
     loss, *per_token = _PolicyLoss.apply(logits, ids, tau, shard, terms, inplace_backward)

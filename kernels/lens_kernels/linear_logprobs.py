@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
@@ -35,7 +35,7 @@ from lens_kernels._checks import (
 from lens_kernels._dlogits import write_dlogits
 from lens_kernels._statistics import row_statistics
 from lens_kernels._vocab_parallel import (
-    RowTotals,
+    SoftmaxTotals,
     VocabShard,
     gather_rows,
     locate_shard,
@@ -43,7 +43,7 @@ from lens_kernels._vocab_parallel import (
     reduce_hidden_gradient,
     scatter_hidden_gradient,
 )
-from lens_kernels.logprobs import shape_results
+from lens_kernels.logprobs import shape_results, zeros_for_none
 
 # Each chunk passes once over the weight and once, twice as wide, over its gradient: the more rows, the better hidden.
 CHUNK_ROWS = 2048
@@ -52,24 +52,25 @@ WEIGHT_BLOCK_ELEMENTS = 1 << 22  # float32 elements of a half-precision weight u
 GRADIENT_BLOCK_ROWS = 1 << 13  # rows of the weight whose gradient is formed apart where cuBLAS cannot add in place
 
 
-class Head(NamedTuple):
-    """The LM head's operands and how its rows are cut, checked."""
+class HeadRows(NamedTuple):
+    """Which rows go through the LM head and how they are cut, checked."""
 
-    hidden: Tensor | None  # [N, H]; this and the next two: None until with_operands
-    weight: Tensor | None  # [V, H]
-    bias: Tensor | None  # [V]
-    rows: Tensor | None  # [T] indices into N; None: all, T = N
+    rows: Tensor | None  # [T] indices into the N rows of the hidden states; None: all, T = N
     token_ids: Tensor  # [T]
     tau: Tensor | None  # [T]
     shard: VocabShard
     chunk_rows: int
     sequence_parallel: bool  # `hidden` was cut along its first axis: gathered forward, its gradient reduce-scattered
 
-    def with_operands(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Head:
-        """Under autograd the operands travel as arguments of their own; a record would hide them from it."""
+    def head(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Head:
+        """Joins the rows to the operands, which autograd must see as arguments of their own and not in a record."""
         if self.sequence_parallel:
             hidden = gather_rows(hidden, self.shard)
-        return self._replace(hidden=hidden.reshape(-1, hidden.shape[-1]), weight=weight, bias=bias)
+        return Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias, self)
+
+    def at(self, part: slice) -> tuple[Tensor, Tensor | None]:
+        """(token ids, temperatures) of a chunk's rows."""
+        return self.token_ids[part], None if self.tau is None else self.tau[part]
 
     def reduce(self, d_hidden: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
         """Sums the shards' parts [N, H] of the gradient, into the shape and dtype of the hidden states given."""
@@ -78,33 +79,42 @@ class Head(NamedTuple):
         scatter = scatter_hidden_gradient if self.sequence_parallel else reduce_hidden_gradient
         return scatter(d_hidden, self.shard).to(dtype).view(shape)
 
+
+class Head(NamedTuple):
+    """The LM head's operands and the rows that go through it."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    rows: HeadRows
+
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yields (slice of the T rows, their hidden states [n, H], of the dtype they are multiplied in)."""
         dtype = torch.bfloat16 if multiplies_bfloat16(self) else torch.float32
-        for start in range(0, len(self.token_ids), self.chunk_rows):
-            part = slice(start, min(start + self.chunk_rows, len(self.token_ids)))
-            hidden = self.hidden[part] if self.rows is None else self.hidden[self.rows[part]]
+        rows, token_ids, step = self.rows.rows, self.rows.token_ids, self.rows.chunk_rows
+        for start in range(0, len(token_ids), step):
+            part = slice(start, min(start + step, len(token_ids)))
+            hidden = self.hidden[part] if rows is None else self.hidden[rows[part]]
             # Ignored rows may hold anything, NaN too: 0 * NaN would reach the weight's gradient.
-            yield part, hidden.to(dtype).masked_fill((self.token_ids[part] < 0)[:, None], 0)
-
-    def at(self, part: slice) -> tuple[Tensor, Tensor | None]:
-        return self.token_ids[part], None if self.tau is None else self.tau[part]
+            yield part, hidden.to(dtype).masked_fill((token_ids[part] < 0)[:, None], 0)
 
     def empty_logits(self) -> Tensor:
         """One buffer for all chunks, float32 [chunk_rows, V]."""
-        count = min(self.chunk_rows, len(self.token_ids))
+        count = min(self.rows.chunk_rows, len(self.rows.token_ids))
         return torch.empty(count, len(self.weight), dtype=torch.float32, device=self.weight.device)
 
     def scatter(self, d_hidden: Tensor | None, part: slice, d_chunk: Tensor | None) -> None:
-        if d_hidden is None:
+        """Puts a chunk's gradient [n, H] in its place in that of all hidden states [N, H]; None: there is none."""
+        if d_hidden is None or d_chunk is None:
             return
-        if self.rows is None:
+        if self.rows.rows is None:
             d_hidden[part] = d_chunk
         else:
-            d_hidden.index_add_(0, self.rows[part], d_chunk)  # adds, because `rows` may name a row twice
+            d_hidden.index_add_(0, self.rows.rows[part], d_chunk)  # adds, because `rows` may name a row twice
 
 
 def multiplies_bfloat16(head: Head) -> bool:
+    """Whether the products take bfloat16 operands as they are."""
     both = head.hidden.dtype == head.weight.dtype == torch.bfloat16
     return both and uses_triton(head.hidden.device) and head.hidden.device.type == "cuda"
 
@@ -178,49 +188,57 @@ def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def zeros_float32(like: Tensor | None, needed: bool) -> Tensor | None:
-    return torch.zeros(like.shape, dtype=torch.float32, device=like.device) if needed else None
+    """A float32 gradient of `like` to add to; None where there is no operand or nobody asks for its gradient."""
+    if like is None or not needed:
+        return None
+    return torch.zeros(like.shape, dtype=torch.float32, device=like.device)
 
 
 class _LinearTokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, head, return_entropy):
-        full = head.with_operands(hidden, weight, bias)
-        stats = hidden.new_empty((1, 4 if return_entropy else 3, len(head.token_ids)), dtype=torch.float32)
-        buffer = full.empty_logits()
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: HeadRows, return_entropy: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        head = rows.head(hidden, weight, bias)
+        stats = hidden.new_empty((1, 4 if return_entropy else 3, len(rows.token_ids)), dtype=torch.float32)
+        buffer = head.empty_logits()
         with full_precision(hidden.device):
-            for part, chunk in full.chunks():
-                logits = project(chunk, full, buffer[: len(chunk)])
+            for part, chunk in head.chunks():
+                ids, tau = rows.at(part)
+                logits = project(chunk, head, buffer[: len(chunk)])
                 stats[:, :, part] = row_statistics(
-                    logits, *full.at(part), full.shard, with_entropy=return_entropy, split_rows=False
+                    logits, ids, tau, rows.shard, with_entropy=return_entropy, split_rows=False
                 )
-        totals = merge_statistics(stats, head.token_ids, head.tau, head.shard)
-        ctx.save_for_backward(hidden, weight, bias, totals.maximum, totals.log_sum, totals.entropy)
-        ctx.head = head
+        totals = merge_statistics(stats, rows.token_ids, rows.tau, rows.shard)
+        ctx.save_for_backward(hidden, weight, bias, *totals.softmax)
+        ctx.rows = rows
         ctx.set_materialize_grads(False)
-        return (totals.logprobs, totals.entropy.clone()) if return_entropy else totals.logprobs
+        return (totals.logprobs, totals.softmax.asked_entropy().clone()) if return_entropy else totals.logprobs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_logprobs, d_entropy=None):
-        hidden, weight, bias, maximum, log_sum, entropy = ctx.saved_tensors
-        head = ctx.head.with_operands(hidden, weight, bias)
-        if d_logprobs is None:
-            d_logprobs = torch.zeros_like(d_entropy)
+    def backward(ctx: Any, d_logprobs: Tensor | None, d_entropy: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, *saved = ctx.saved_tensors
+        rows, totals = ctx.rows, SoftmaxTotals(*saved)
+        head = rows.head(hidden, weight, bias)
+        d_logprobs = zeros_for_none(d_logprobs, d_entropy)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         d_hidden = zeros_float32(head.hidden, needs_hidden)
         d_weight, d_bias = zeros_float32(weight, needs_weight), zeros_float32(bias, needs_bias)
         buffer = head.empty_logits()
         with full_precision(hidden.device):
             for part, chunk in head.chunks():
+                ids, tau = rows.at(part)
                 logits = project(chunk, head, buffer[: len(chunk)])
                 d_logits = gradient_buffer(logits, chunk)
-                totals = RowTotals(maximum[part], log_sum[part], None, None if entropy is None else entropy[part])
                 chunk_d_entropy = None if d_entropy is None else d_entropy[part]
-                write_dlogits(d_logits, logits, *head.at(part), head.shard, totals, d_logprobs[part], chunk_d_entropy)
+                write_dlogits(
+                    d_logits, logits, ids, tau, rows.shard, totals.at(part), d_logprobs[part], chunk_d_entropy
+                )
                 head.scatter(d_hidden, part, backproject(d_logits, chunk, head, d_weight, d_bias, needs_hidden))
         d_weight = None if d_weight is None else d_weight.to(weight.dtype)
         d_bias = None if d_bias is None else d_bias.to(bias.dtype)
-        return head.reduce(d_hidden, hidden.shape, hidden.dtype), d_weight, d_bias, None, None
+        return rows.reduce(d_hidden, hidden.shape, hidden.dtype), d_weight, d_bias, None, None
 
 
 def check_head(
@@ -234,7 +252,7 @@ def check_head(
     tp_group: dist.ProcessGroup | None,
     chunk_rows: int | None,
     sequence_parallel: bool,
-) -> Head:
+) -> HeadRows:
     """Checks what the two linear functions share. Collective: learns the shards' sizes."""
     check_matrix("hidden", hidden, "H")
     check_matrix("weight", weight, "H")
@@ -261,7 +279,41 @@ def check_head(
     if chunk_rows is None:
         chunk_rows = CHUNK_ROWS_CPU if hidden.device.type == "cpu" else CHUNK_ROWS
     shard = locate_shard(len(weight), ids, valid_vocab_size, tp_group)
-    return Head(None, None, None, rows, ids, tau, shard, chunk_rows, sequence_parallel and shard.group is not None)
+    return HeadRows(rows, ids, tau, shard, chunk_rows, sequence_parallel and shard.group is not None)
+
+
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    rows: Tensor | None = ...,
+    temperature: Tensor | float = ...,
+    return_entropy: Literal[False] = ...,
+    valid_vocab_size: int | None = ...,
+    tp_group: dist.ProcessGroup | None = ...,
+    chunk_rows: int | None = ...,
+    sequence_parallel: bool = ...,
+) -> Tensor: ...
+
+
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    rows: Tensor | None = ...,
+    temperature: Tensor | float = ...,
+    return_entropy: Literal[True],
+    valid_vocab_size: int | None = ...,
+    tp_group: dist.ProcessGroup | None = ...,
+    chunk_rows: int | None = ...,
+    sequence_parallel: bool = ...,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def linear_token_logprobs(
@@ -289,8 +341,8 @@ def linear_token_logprobs(
 
     Raises ValueError for a wrong shape, dtype, device, temperature, vocabulary size, chunk or row index.
     """
-    head = check_head(
+    head_rows = check_head(
         hidden, weight, token_ids, bias, rows, temperature, valid_vocab_size, tp_group, chunk_rows, sequence_parallel
     )
-    results = _LinearTokenLogprobs.apply(hidden, weight, bias, head, return_entropy)
+    results = _LinearTokenLogprobs.apply(hidden, weight, bias, head_rows, return_entropy)
     return shape_results(results, token_ids.shape)

@@ -8,7 +8,8 @@ autograd, backward (four GEMMs).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from lens_kernels._statistics import row_statistics
 from lens_kernels._vocab_parallel import merge_statistics
 from lens_kernels.clipped_loss import LossTerms, PolicyLoss, TokenLosses, check_loss_terms, crpo
 from lens_kernels.linear_logprobs import (
+    HeadRows,
     backproject,
     check_head,
     full_precision,
@@ -30,6 +32,9 @@ from lens_kernels.linear_logprobs import (
 )
 
 Objective = Callable[[Tensor, Tensor, slice], Tensor]
+"""(log-probabilities [n], entropies [n], which of the T rows they are) -> losses [n], under autograd."""
+_Evaluator = Callable[[Tensor, Tensor, Tensor, slice], TokenLosses]
+"""(log-probabilities [n], entropies [n], token ids [n], which of the T rows they are) -> losses and derivatives."""
 
 
 def differentiate_objective(
@@ -55,42 +60,54 @@ def differentiate_objective(
 
 class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, head, evaluate, accumulate_into, needs):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: HeadRows,
+        evaluate: _Evaluator,
+        accumulate_into: Tensor | None,
+        needs: list[bool],
+    ) -> tuple[Tensor | None, ...]:
         ctx.shape, ctx.dtypes = hidden.shape, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        full = head.with_operands(hidden, weight, bias)
+        head = rows.head(hidden, weight, bias)
         needs_hidden, needs_weight, needs_bias = needs
-        d_hidden = zeros_float32(full.hidden, needs_hidden)
+        d_hidden = zeros_float32(head.hidden, needs_hidden)
         d_weight, d_bias = zeros_float32(weight, needs_weight), zeros_float32(bias, needs_bias)
-        buffer = full.empty_logits()
-        results = []
+        buffer = head.empty_logits()
+        losses: list[Tensor] = [torch.zeros(0, dtype=torch.float32, device=hidden.device)]
+        results: list[tuple[Tensor | None, ...]] = []
         with full_precision(hidden.device):
-            for part, chunk in full.chunks():
-                ids, tau = full.at(part)
-                logits = project(chunk, full, buffer[: len(chunk)])
-                stats = row_statistics(logits, ids, tau, full.shard, with_entropy=True, split_rows=False)
-                totals = merge_statistics(stats, ids, tau, full.shard)
-                tokens = evaluate(totals.logprobs, totals.entropy, ids, part)
-                results.append(
-                    (tokens.losses, totals.logprobs, tokens.ratio, tokens.clipped, tokens.kl, totals.entropy)
-                )
+            for part, chunk in head.chunks():
+                ids, tau = rows.at(part)
+                logits = project(chunk, head, buffer[: len(chunk)])
+                stats = row_statistics(logits, ids, tau, rows.shard, with_entropy=True, split_rows=False)
+                totals = merge_statistics(stats, ids, tau, rows.shard)
+                entropy = totals.softmax.asked_entropy()
+                tokens = evaluate(totals.logprobs, entropy, ids, part)
+                losses.append(tokens.losses)
+                results.append((totals.logprobs, tokens.ratio, tokens.clipped, tokens.kl, entropy))
                 if not any(needs):
                     continue
                 d_logits = gradient_buffer(logits, chunk)
-                write_dlogits(d_logits, logits, ids, tau, full.shard, totals, tokens.d_logprobs, tokens.d_entropy)
-                full.scatter(d_hidden, part, backproject(d_logits, chunk, full, d_weight, d_bias, needs_hidden))
+                write_dlogits(
+                    d_logits, logits, ids, tau, rows.shard, totals.softmax, tokens.d_logprobs, tokens.d_entropy
+                )
+                head.scatter(d_hidden, part, backproject(d_logits, chunk, head, d_weight, d_bias, needs_hidden))
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
-        ctx.head, ctx.accumulate_into = head, accumulate_into
-        losses, *per_token = _concatenate(results, hidden)
+        ctx.rows, ctx.accumulate_into = rows, accumulate_into
+        per_token = _concatenate(results) or [losses[0].clone() for _ in range(5)]
         ctx.mark_non_differentiable(*(x for x in per_token if x is not None))
-        return losses.sum(), *per_token
+        return torch.cat(losses).sum(), *per_token
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_loss, *_):
+    def backward(ctx: Any, d_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight, d_bias = ctx.saved_tensors
         if d_hidden is not None:
             # Scaled into a new tensor: the saved one must survive a second backward.
-            d_hidden = ctx.head.reduce(d_hidden * d_loss, ctx.shape, ctx.dtypes[0])
+            d_hidden = ctx.rows.reduce(d_hidden * d_loss, ctx.shape, ctx.dtypes[0])
         if d_weight is not None and ctx.accumulate_into is not None:
             ctx.accumulate_into.addcmul_(d_weight, d_loss)
             d_weight = None
@@ -105,10 +122,14 @@ def _scale(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(x, factor, out=torch.empty(x.shape, dtype=dtype, device=x.device))
 
 
-def _concatenate(results: list[tuple[Tensor | None, ...]], hidden: Tensor) -> list[Tensor | None]:
-    if not results:
-        return [torch.zeros(0, dtype=torch.float32, device=hidden.device) for _ in range(6)]
-    return [None if parts[0] is None else torch.cat(parts) for parts in zip(*results, strict=True)]
+def _concatenate(results: Sequence[tuple[Tensor | None, ...]]) -> list[Tensor | None]:
+    """Joins the chunks' tensors into [T] each; a tensor that the chunks do not have stays None."""
+    return [_join(column) for column in zip(*results, strict=True)]
+
+
+def _join(parts: Sequence[Tensor | None]) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if present else None
 
 
 def _check_accumulator(accumulate_into: Tensor | None, weight: Tensor) -> None:
@@ -139,6 +160,7 @@ def linear_policy_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
+    kl_limit: float | None = None,
     temperature: Tensor | float = 1.0,
     valid_vocab_size: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
@@ -158,27 +180,52 @@ def linear_policy_loss(
 
     Raises ValueError as linear_token_logprobs and policy_loss do, and for loss arguments next to an objective.
     """
-    head = check_head(
+    head_rows = check_head(
         hidden, weight, token_ids, bias, rows, temperature, valid_vocab_size, tp_group, chunk_rows, sequence_parallel
     )
     _check_accumulator(accumulate_into, weight)
-    terms = dict(old_logprobs=old_logprobs, advantages=advantages, reference_logprobs=reference_logprobs)
-    terms |= dict(policy_weights=policy_weights, kl_weights=kl_weights, entropy_weights=entropy_weights)
-    clips = dict(clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
-    evaluate = _evaluator(objective, terms, clips, token_ids, hidden.device)
+    if objective is None:
+        terms = check_loss_terms(
+            token_ids.shape,
+            hidden.device,
+            old_logprobs=old_logprobs,
+            advantages=advantages,
+            reference_logprobs=reference_logprobs,
+            policy_weights=policy_weights,
+            kl_weights=kl_weights,
+            entropy_weights=entropy_weights,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            dual_clip=dual_clip,
+            kl_limit=kl_limit,
+        )
+        evaluate = _crpo_evaluator(terms)
+    else:
+        _refuse_loss_arguments(
+            old_logprobs=old_logprobs,
+            advantages=advantages,
+            reference_logprobs=reference_logprobs,
+            policy_weights=policy_weights,
+            kl_weights=kl_weights,
+            entropy_weights=entropy_weights,
+        )
+        evaluate = _objective_evaluator(objective)
     operands = hidden, weight, bias
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in operands]
-    loss, *per_token = _LinearPolicyLoss.apply(*operands, head, evaluate, accumulate_into, needs)
-    return PolicyLoss(loss, *(None if x is None else x.view(token_ids.shape) for x in per_token))
+    loss, logprobs, *optional, entropy = _LinearPolicyLoss.apply(*operands, head_rows, evaluate, accumulate_into, needs)
+    shape = token_ids.shape
+    ratio, clipped, kl = (None if x is None else x.view(shape) for x in optional)
+    return PolicyLoss(loss, logprobs.view(shape), ratio, clipped, kl, entropy.view(shape))
 
 
-def _evaluator(
-    objective: Objective | None, terms: dict, clips: dict, token_ids: Tensor, device: torch.device
-) -> Callable[[Tensor, Tensor, Tensor, slice], TokenLosses]:
-    """What turns a chunk's (logprobs, entropy, token_ids, part) into losses and their derivatives."""
-    if objective is not None:
-        given = [name for name, value in terms.items() if value is not None]
-        require(not given, ", ".join(given), "a value next to objective", "None: the objective replaces the CRPO loss")
-        return lambda logprobs, entropy, ids, part: differentiate_objective(objective, logprobs, entropy, ids, part)
-    checked: LossTerms = check_loss_terms(token_ids.shape, device, **terms, **clips)
-    return lambda logprobs, entropy, ids, part: crpo(logprobs, entropy, ids, checked.at(part))
+def _crpo_evaluator(terms: LossTerms) -> _Evaluator:
+    return lambda logprobs, entropy, ids, part: crpo(logprobs, entropy, ids, terms.at(part))
+
+
+def _objective_evaluator(objective: Objective) -> _Evaluator:
+    return lambda logprobs, entropy, ids, part: differentiate_objective(objective, logprobs, entropy, ids, part)
+
+
+def _refuse_loss_arguments(**arguments: Tensor | float | None) -> None:
+    given = [name for name, value in arguments.items() if value is not None]
+    require(not given, ", ".join(given), "a value next to objective", "None: the objective replaces the CRPO loss")

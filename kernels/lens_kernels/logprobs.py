@@ -12,18 +12,20 @@ In order: _statistics.py (one pass over the logits) -> _vocab_parallel.py (merge
 
 from __future__ import annotations
 
+from typing import Any, Literal, overload
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from lens_kernels._checks import check_matrix, check_temperature, check_token_ids, check_valid_vocab_size, require
 from lens_kernels._dlogits import write_dlogits
 from lens_kernels._statistics import row_statistics
-from lens_kernels._vocab_parallel import RowTotals, VocabShard, locate_shard, merge_statistics
+from lens_kernels._vocab_parallel import SoftmaxTotals, VocabShard, locate_shard, merge_statistics
 
 
-def compute_dlogits(ctx: FunctionCtx, d_logprobs: Tensor, d_entropy: Tensor | None) -> Tensor:
+def compute_dlogits(ctx: Any, d_logprobs: Tensor, d_entropy: Tensor | None) -> Tensor:
     """Backward shared by the losses from logits; `ctx` was filled by save_rows."""
     try:
         logits, token_ids, tau, maximum, log_sum, entropy = ctx.saved_tensors
@@ -34,7 +36,7 @@ def compute_dlogits(ctx: FunctionCtx, d_logprobs: Tensor, d_entropy: Tensor | No
             "inplace_backward=True: the logits were changed after the forward or already used up by a backward. Their "
             "storage receives the gradient, so they allow one backward and no other use; pass inplace_backward=False"
         ) from error
-    totals = RowTotals(maximum, log_sum, None, entropy)
+    totals = SoftmaxTotals(maximum, log_sum, entropy)
     logits = logits.detach()
     out = logits if ctx.inplace else torch.empty_like(logits)
     write_dlogits(out, logits, token_ids, tau, ctx.shard, totals, d_logprobs, d_entropy)
@@ -42,7 +44,7 @@ def compute_dlogits(ctx: FunctionCtx, d_logprobs: Tensor, d_entropy: Tensor | No
 
 
 def save_rows(
-    ctx: FunctionCtx, logits: Tensor, token_ids: Tensor, tau: Tensor | None, shard: VocabShard, totals: RowTotals
+    ctx: Any, logits: Tensor, token_ids: Tensor, tau: Tensor | None, shard: VocabShard, totals: SoftmaxTotals
 ) -> None:
     """Saves what compute_dlogits needs: the logits, and three numbers per row."""
     ctx.save_for_backward(logits, token_ids, tau, totals.maximum, totals.log_sum, totals.entropy)
@@ -51,27 +53,43 @@ def save_rows(
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, token_ids, tau, shard, return_entropy, inplace):
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        token_ids: Tensor,
+        tau: Tensor | None,
+        shard: VocabShard,
+        return_entropy: bool,
+        inplace: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         stats = row_statistics(logits, token_ids, tau, shard, with_entropy=return_entropy)
         totals = merge_statistics(stats, token_ids, tau, shard)
-        save_rows(ctx, logits, token_ids, tau, shard, totals)
+        save_rows(ctx, logits, token_ids, tau, shard, totals.softmax)
         ctx.inplace = inplace
         ctx.set_materialize_grads(False)
         # Cloned, since the entropy is also saved: a caller may change the results in place. No None among the results:
         # torch.compile has no gradient for it.
-        return (totals.logprobs, totals.entropy.clone()) if return_entropy else totals.logprobs
+        return (totals.logprobs, totals.softmax.asked_entropy().clone()) if return_entropy else totals.logprobs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_logprobs, d_entropy=None):
-        if d_logprobs is None:
-            d_logprobs = torch.zeros_like(d_entropy)
+    def backward(ctx: Any, d_logprobs: Tensor | None, d_entropy: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        d_logprobs = zeros_for_none(d_logprobs, d_entropy)
         return compute_dlogits(ctx, d_logprobs, d_entropy), None, None, None, None, None
+
+
+def zeros_for_none(d_logprobs: Tensor | None, d_entropy: Tensor | None) -> Tensor:
+    """The gradient [T] by the log-probabilities: zeros where the loss used the entropies alone."""
+    if d_logprobs is not None:
+        return d_logprobs
+    if d_entropy is None:
+        raise RuntimeError("backward: got no gradient at all, need one of log-probabilities or entropies")
+    return torch.zeros_like(d_entropy)
 
 
 def shape_results(results: Tensor | tuple[Tensor, Tensor], shape: torch.Size) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probabilities [T], or those and entropies, in the shape of the token ids."""
-    return results.view(shape) if isinstance(results, Tensor) else tuple(x.view(shape) for x in results)
+    return results.view(shape) if isinstance(results, Tensor) else (results[0].view(shape), results[1].view(shape))
 
 
 def check_logits_arguments(
@@ -85,6 +103,32 @@ def check_logits_arguments(
         shared = any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True))
         require(not shared, "logits", f"strides {logits.stride()}", "no expanded axis with inplace_backward=True")
     return ids, check_temperature(temperature, logits.shape[:-1], logits.device)
+
+
+@overload
+def token_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: Tensor | float = ...,
+    return_entropy: Literal[False] = ...,
+    valid_vocab_size: int | None = ...,
+    tp_group: dist.ProcessGroup | None = ...,
+    inplace_backward: bool = ...,
+) -> Tensor: ...
+
+
+@overload
+def token_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: Tensor | float = ...,
+    return_entropy: Literal[True],
+    valid_vocab_size: int | None = ...,
+    tp_group: dist.ProcessGroup | None = ...,
+    inplace_backward: bool = ...,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def token_logprobs(

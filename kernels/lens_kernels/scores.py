@@ -38,12 +38,15 @@ def interference_scores(
     Raises ValueError for a wrong shape, dtype, device, temperature, or not exactly one kind of reference.
     """
     ids, tau = check_logits_arguments(policy_logits, token_ids, temperature, valid_vocab_size, inplace=False)
-    given = [reference_logits is not None, reference_logprobs is not None]
-    got = "both" if all(given) else "neither"
-    require(sum(given) == 1, "reference_logits, reference_logprobs", got, "exactly one of the two")
+    got = "neither" if reference_logits is None else "both"
+    one = (reference_logits is None) != (reference_logprobs is None)
+    require(one, "reference_logits, reference_logprobs", got, "exactly one of the two")
     shard = locate_shard(policy_logits.shape[-1], ids, valid_vocab_size, tp_group)
     stats = row_statistics(policy_logits, ids, tau, shard, with_entropy=False)
-    if reference_logits is not None:
+    if reference_logprobs is not None:
+        reference = per_row("reference_logprobs", reference_logprobs, token_ids.shape, policy_logits.device)
+        difference = merge_statistics(stats, ids, tau, shard).logprobs - reference
+    elif reference_logits is not None:
         check_matrix("reference_logits", reference_logits, "V")
         same = reference_logits.shape == policy_logits.shape
         require(same, "reference_logits", f"shape {tuple(reference_logits.shape)}", f"{tuple(policy_logits.shape)}")
@@ -52,8 +55,5 @@ def interference_scores(
         both_tau = None if tau is None else tau.repeat(2)
         both = merge_statistics(torch.cat([stats, other], dim=2), ids.repeat(2), both_tau, shard).logprobs
         difference = both[: len(ids)] - both[len(ids) :]
-    else:
-        reference = per_row("reference_logprobs", reference_logprobs, token_ids.shape, policy_logits.device)
-        difference = merge_statistics(stats, ids, tau, shard).logprobs - reference
     scores = difference if signed else difference.abs()
     return scores.masked_fill(ids < 0, 0).view(token_ids.shape)

@@ -93,7 +93,7 @@ def world_mistakes(config: Any, world_size: int, ranks_per_node: int) -> Iterato
             )
     servers = config.rollout.servers
     count = servers if isinstance(servers, int) else len(servers)
-    if config.rollout.engine == "vllm_server" and config.rollout.share_work is False and count < world_size:
+    if config.rollout.engine == "vllm_server" and not config.rollout.shares_work and count < world_size:
         yield (
             f"rollout.servers ({count}) are fewer than the ranks ({world_size}), and with rollout.share_work=false a "
             "rank without a server cannot sample; leave share_work empty, or start more"

@@ -13,7 +13,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (the backend must be chosen first)
 
 from lens_megatron.files import write_atomically  # noqa: E402
-from lens_megatron.output.metrics import read_metrics, say  # noqa: E402
+from lens_megatron.output.console import print_text  # noqa: E402
+from lens_megatron.output.metrics import read_metrics  # noqa: E402
 
 PHASES = ("score", "gen", "exchange", "old_log_prob", "ref", "update_actor", "update_weights", "wake", "sleep", "step",
           "testing", "save_checkpoint")  # fmt: skip
@@ -107,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not (folder / "metrics.jsonl").is_file():
             raise OSError(f"{folder} has no metrics.jsonl; give the folder of a run")
-        say(write(folder))
+        print_text(write(folder))
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -18,8 +18,9 @@ from typing import Any
 
 import yaml
 
-from lens_megatron.config import Config
+from lens_megatron.config import Config, ConfigError
 from lens_megatron.config.files import differing_keys, parse_yaml
+from lens_megatron.errors import UserError
 from lens_megatron.files import write_atomically
 from lens_megatron.output.run_lease import LEASE, LOCK, RunLease, refuse_if_in_use
 from lens_megatron.supervision.parent import launcher
@@ -50,7 +51,7 @@ SHARED_S = 90.0
 """How long a rank looks for the launch's token: network file systems show new files late."""
 
 
-class RunFolderError(ValueError):
+class RunFolderError(UserError):
     """The folder cannot be used for this run; the message says what to change."""
 
 
@@ -146,8 +147,6 @@ def _resolved(config: Config) -> Path:
         if folder.exists() and not folder.is_dir():
             raise RunFolderError(f"run.directory {folder} is a file; choose another folder")
     except (OSError, ValueError, RuntimeError) as error:  # a name too long, a NUL in it, a circle of links
-        if isinstance(error, RunFolderError):
-            raise
         raise RunFolderError(f"run.directory {name[:100]!r} cannot be used: {error}; choose another folder") from error
     return folder
 
@@ -188,7 +187,7 @@ def _check_run(folder: Path, config: Config) -> bool:
     remedy = "restore it, choose another folder, or set run.if_exists=restart to move that run aside"
     try:
         old = parse_yaml(recorded.read_text(encoding="utf-8"), "it is not YAML")
-    except (OSError, ValueError) as error:
+    except (OSError, UnicodeDecodeError, ConfigError) as error:
         raise RunFolderError(f"{recorded} cannot be read: {error}; {remedy}") from error
     if not isinstance(old, dict):
         raise RunFolderError(f"{recorded} holds no configuration but {type(old).__name__}; {remedy}")

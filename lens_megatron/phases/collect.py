@@ -13,10 +13,11 @@ from functools import partial
 from lens_megatron.algorithms.purification import interference
 from lens_megatron.phases import engine_turn
 from lens_megatron.policy.forward import prompt_scores
+from lens_megatron.records import between_ranks
 from lens_megatron.rollout import replay
 from lens_megatron.rollout.background import BackgroundSampling
 from lens_megatron.rollout.vllm import tensor_parallel
-from lens_megatron.rollout.vllm.tensor_parallel import Work
+from lens_megatron.rollout.vllm.tensor_parallel import EnginePrompts
 from lens_megatron.run import Run
 from lens_megatron.seeds import derive
 from lens_megatron.types import CollectedGroups, Group, Prompt, PurifiedPrompt
@@ -30,7 +31,8 @@ def take_groups(run: Run, step: int) -> CollectedGroups:
         return CollectedGroups(groups[run.mesh.dp_rank :: run.mesh.dp_size])
     sampled = _sample_now(run, step) if run.background is None else _take_and_begin_next(run, run.background, step)
     with run.clock("exchange"):
-        return CollectedGroups(replay.interleave(replay.exchange(sampled.groups, run.mesh.model_group)), sampled.stats)
+        parts = between_ranks.all_gather(Group, sampled.groups, run.mesh.model_group)
+    return CollectedGroups(between_ranks.interleave(parts), sampled.stats)
 
 
 def _sample_now(run: Run, step: int) -> CollectedGroups:
@@ -38,7 +40,8 @@ def _sample_now(run: Run, step: int) -> CollectedGroups:
     with engine_turn.engine_awake(run), run.clock("gen"):
         sampled = sample(run, work, step, run.policy.version)
     with run.clock("exchange"):
-        return CollectedGroups(tensor_parallel.hand_back(run.engine_group, sampled.groups, work), sampled.stats)
+        groups = tensor_parallel.scatter_from_leader(run.engine_group, sampled.groups, work)
+    return CollectedGroups(groups, sampled.stats)
 
 
 def _take_and_begin_next(run: Run, ahead: BackgroundSampling, step: int) -> CollectedGroups:
@@ -57,16 +60,16 @@ def _begin(run: Run, ahead: BackgroundSampling, step: int) -> None:
     ahead.begin(step, partial(sample, run, work, step, run.policy.version))
 
 
-def prepare(run: Run, step: int) -> Work:
+def prepare(run: Run, step: int) -> EnginePrompts:
     """Scores the step's prompts, while the trainer's weights are in place; what this rank's engine is to sample."""
     prompts = run.prompts.take(step - 1)[run.mesh.dp_rank :: run.mesh.dp_size]
     with run.clock("score"):
         purified = purified_prompts(run, prompts, step)
     share = slice(run.mesh.model_rank, None, run.mesh.model_size)
-    return tensor_parallel.collect(run.engine_group, prompts[share], purified[share])
+    return tensor_parallel.gather_to_leader(run.engine_group, prompts[share], purified[share])
 
 
-def sample(run: Run, work: Work, step: int, version: int) -> CollectedGroups:
+def sample(run: Run, work: EnginePrompts, step: int, version: int) -> CollectedGroups:
     """Samples and grades with the weights of `version`, which the engine has. Not a collective of the trainer's."""
     groups: list[Group] = run.sampler.sample(work.prompts, work.purified, step, version)
     return CollectedGroups(groups, run.sampler.stats)

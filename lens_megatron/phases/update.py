@@ -119,7 +119,7 @@ def _update_on(
 
 
 def _deal(run: Run, samples: Sequence[Sample]) -> redistribute.Share:
-    return redistribute.redistribute(samples, run.mesh.dp_group, run.policy.bridge.config.hidden_size, run.mesh.device)
+    return redistribute.redistribute(samples, run.mesh.dp_group, run.policy.bridge.config.hidden_size)
 
 
 def _log_probs(run: Run, pairs: list) -> list[Tensor]:

@@ -12,6 +12,7 @@ computed from the copies, and compared with every file before anything is loaded
 not used because its metadata is a pickle; ours is safetensors and JSON, cut by Megatron's `sharded_state_dict`.
 """
 
+import logging
 import os
 import shutil
 import threading
@@ -52,6 +53,8 @@ from lens_megatron.policy.sharded_state import (
     restore_generators,
 )
 from lens_megatron.policy.shards import Piece, ShardError, ShardReader
+
+logger = logging.getLogger(__name__)
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _PATIENCE = timedelta(hours=6)
@@ -152,7 +155,7 @@ class CheckpointWriter:
             self._thread.join()
             self._thread = None
             if self._failure is not None:
-                print(f"checkpoint not written to {self.folder}: {self._failure}", flush=True)
+                logger.warning(f"checkpoint not written to {self.folder}: {self._failure}")
 
     def _stage(self, step: int, metric: float | None) -> Staged:
         policy = self.policy
@@ -208,7 +211,7 @@ class CheckpointWriter:
         failed = torch.tensor([failure is not None], dtype=torch.int32)
         torch.distributed.all_reduce(failed, op=ReduceOp.MAX, group=self._group)
         if failure is not None and self.policy.mesh.rank != 0:
-            print(f"rank {self.policy.mesh.rank} could not write its checkpoint: {failure}", flush=True)
+            logger.warning(f"this rank's part of the checkpoint could not be written: {failure}")
         return failure or ("another rank failed" if failed.item() else None)
 
     def _publish(self, temporary: Path, state: TrainingState) -> None:
@@ -237,7 +240,7 @@ def resume(policy: Policy, folder: Path) -> TrainingState | None:
         if checkpoint is None:
             continue
         if policy.mesh.rank == 0 and not checkpoint.has_checksums:
-            print(f"checkpoint {path} has no checksums, only sizes; it was saved by an older version", flush=True)
+            logger.warning(f"checkpoint {path} has no checksums, only sizes; it was saved by an older version")
         if _together(policy, path, lambda checkpoint=checkpoint: _load(policy, checkpoint)) is None:
             continue
         state = checkpoint.state
@@ -259,7 +262,7 @@ def _together(policy: Policy, path: Path, action: Callable[[], _Result]) -> _Res
     results: list[_Result] = []
     failure = _attempt(lambda: results.append(action()))
     if failure is not None:
-        print(f"checkpoint {path} cannot be used: {failure}; trying the one before it", flush=True)
+        logger.warning(f"checkpoint {path} cannot be used: {failure}; trying the one before it")
     failed = torch.tensor([failure is not None], dtype=torch.int32, device=policy.mesh.device)
     torch.distributed.all_reduce(failed, op=ReduceOp.MAX)
     return None if failed.item() else results[0]

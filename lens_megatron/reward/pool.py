@@ -17,6 +17,7 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 
+from lens_megatron.errors import UserError
 from lens_megatron.reward.boxed import excerpt, last_box
 from lens_megatron.reward.process import GradingProcess, Task, end
 from lens_megatron.reward.registry import check_name
@@ -33,7 +34,7 @@ LOOK_S = 0.5
 """Between two looks at whether processes live, while nothing arrives from them."""
 
 
-class GraderStartError(RuntimeError):
+class GraderStartError(UserError):
     """No worker could be started; the message holds the reason."""
 
 

@@ -9,6 +9,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from lens_megatron.errors import ExitCode, UserError
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -49,8 +51,13 @@ class WeightManifestError(RuntimeError):
     """The streamed weights are not exactly the engine's: names missing, unknown, duplicate, or of another shape."""
 
 
-class EnginesLostError(RuntimeError):
+class EnginesLostError(UserError):
     """No engine is left that could serve what is asked for."""
+
+    exit_code = ExitCode.ENGINES_LOST
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}\nwhat was graded is kept: the same command goes on from there"
 
 
 class WeightManifest:

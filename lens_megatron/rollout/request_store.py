@@ -6,12 +6,10 @@ rank that claims it first; its completions go back to the owner. Only bytes trav
     batches/3 -> requests     claims/3 -> how many have tried     results/0/7 -> the eighth completion sent to rank 0
 """
 
-import json
 from collections.abc import Collection
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, replace
 
-import numpy as np
-
+from lens_megatron.records import codec
 from lens_megatron.rollout.engine import Completion, Request
 from lens_megatron.supervision.control_store import ControlStore
 
@@ -25,6 +23,13 @@ class RequestBatch:
     """To be started before all that is not."""
     expected_length: float
     """The longer are started first. In any unit."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Withdrawal:
+    """Requests that their owner no longer wants."""
+
+    request_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,23 +115,24 @@ class RequestStore:
         self._add("unfinished", -requests)
 
     def send(self, owner: int, completion: Completion) -> None:
-        self._append(f"results/{owner}", _completion_bytes(completion))
+        self._append(f"results/{owner}", codec.encode(Completion, [completion]))
 
     def received(self) -> list[Completion]:
         """Of this rank's requests, what other engines have completed, at the last look."""
         name = f"results/{self.rank}"
         first = self.read[name]
-        found = [_read_completion(data) for data in self._read_new(name)]
+        found = [completion for data in self._read_new(name) for completion in codec.decode(Completion, data)]
         if found:
             self.store.delete([self._key(f"{name}/{first + place}") for place in range(len(found))])
         return found
 
     def withdraw(self, request_ids: Collection[int]) -> None:
         """Asks whoever serves them to stop. Completions already under way may still come."""
-        self._append("withdrawn", json.dumps(sorted(request_ids)).encode())
+        self._append("withdrawn", codec.encode(_Withdrawal, [_Withdrawal(tuple(sorted(request_ids)))]))
 
     def newly_withdrawn(self) -> set[int]:
-        return {number for data in self._read_new("withdrawn") for number in json.loads(data)}
+        found = [withdrawal for data in self._read_new("withdrawn") for withdrawal in codec.decode(_Withdrawal, data)]
+        return {number for withdrawal in found for number in withdrawal.request_ids}
 
     def _key(self, name: str) -> str:
         return f"{self.phase}/{name}"
@@ -150,26 +156,15 @@ class RequestStore:
 
 
 def _batch_bytes(batch: RequestBatch) -> bytes:
-    first = batch.requests[0]
-    if any(request.prompt != first.prompt for request in batch.requests):
+    """The prompt that the requests share is written once, with the first of them."""
+    first, *others = batch.requests
+    if any(request.prompt != first.prompt for request in others):
         raise ValueError("the requests of a batch share a prompt")
-    rows = [astuple(request)[:1] + astuple(request)[2:] for request in batch.requests]
-    return json.dumps([first.prompt, batch.urgent, batch.expected_length, rows]).encode()
+    lean = tuple(replace(request, prompt=()) for request in others)
+    return codec.encode(RequestBatch, [replace(batch, requests=(first, *lean))])
 
 
 def _read_batch(data: bytes) -> RequestBatch:
-    prompt, urgent, expected_length, rows = json.loads(data)
-    return RequestBatch(tuple(Request(row[0], tuple(prompt), *row[1:]) for row in rows), urgent, expected_length)
-
-
-def _completion_bytes(completion: Completion) -> bytes:
-    head = [completion.request_id, completion.finished, completion.weight_version, len(completion.token_ids)]
-    tokens, log_probs = np.array(completion.token_ids, np.int64), np.array(completion.log_probs, np.float64)
-    return json.dumps(head).encode() + b"\n" + tokens.tobytes() + log_probs.tobytes()
-
-
-def _read_completion(data: bytes) -> Completion:
-    head, _, body = data.partition(b"\n")
-    request_id, finished, version, length = json.loads(head)
-    tokens, log_probs = np.frombuffer(body, np.int64, length), np.frombuffer(body, np.float64, length, 8 * length)
-    return Completion(request_id, tuple(tokens.tolist()), tuple(log_probs.tolist()), finished, version)
+    (batch,) = codec.decode(RequestBatch, data)
+    prompt = batch.requests[0].prompt
+    return replace(batch, requests=tuple(replace(request, prompt=prompt) for request in batch.requests))

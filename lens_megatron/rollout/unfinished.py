@@ -6,7 +6,7 @@ A share is what one rank samples of a step: prompts 3, 11, 19, ... in data order
 layout of as many ranks. A line is complete or it is no JSON, so whatever a killed writer left is ignored.
 """
 
-import sys
+import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,6 +15,8 @@ from pathlib import Path
 from lens_megatron.files import append_whole
 from lens_megatron.rollout.replay import from_json, to_json
 from lens_megatron.types import Group, Prompt
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -40,10 +42,9 @@ class UnfinishedGroups:
         groups = {group.prompt: group for path in paths for group in _read(path) if self._fresh(group, version)}
         kept = {place: groups[prompt] for place, prompt in enumerate(prompts) if prompt in groups}
         if kept:
-            print(
+            logger.info(
                 f"step {step}: {len(kept)} of {len(prompts)} groups of share {self.share} kept from the interrupted "
-                "attempt",
-                flush=True,
+                "attempt"
             )
         return kept
 
@@ -57,9 +58,7 @@ class UnfinishedGroups:
         except OSError as error:
             if self.writable:
                 self.writable = False
-                print(
-                    f"{self.folder}: graded rollouts are not kept for a restart: {error}", file=sys.stderr, flush=True
-                )
+                logger.warning(f"{self.folder}: graded rollouts are not kept for a restart: {error}")
 
     def remove(self, step: int) -> None:
         """What is kept of `step`, once no rank needs it: each removes its own, the first also other numbers' files."""

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from lens_megatron.errors import UserError
+
 
 def told_by_main(tell: Callable[[], str], device: torch.device) -> str:
     """What `tell` returns on rank 0, on every rank. Raises what it raises there; elsewhere ToldError with its text."""
@@ -20,7 +22,7 @@ def told_by_main(tell: Callable[[], str], device: torch.device) -> str:
     return text
 
 
-class ToldError(ValueError):
+class ToldError(UserError):
     """Rank 0 cannot go on, and says why."""
 
 

@@ -6,22 +6,27 @@
 """
 
 import json
+import logging
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
+from lens_megatron.errors import ExitCode, UserError
 from lens_megatron.files import write_atomically
 from lens_megatron.types import Sample, UpdateStats
+
+logger = logging.getLogger(__name__)
 
 KEPT = 10
 """Batches kept per rank; the first ones, which are nearest to the cause."""
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(UserError):
     """`train.max_skipped_updates` updates in a row were skipped."""
+
+    exit_code = ExitCode.NON_FINITE
 
 
 def dump(
@@ -42,7 +47,7 @@ def dump(
         if len(list(folder.glob(f"*_{rank}.jsonl"))) < KEPT:
             write_atomically(folder / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in (head, *lines)))
     except OSError as error:
-        print(f"{folder}: the batch of a skipped update cannot be written: {error}", file=sys.stderr, flush=True)
+        logger.warning(f"{folder}: the batch of a skipped update cannot be written: {error}")
 
 
 def _sample_line(sample: Sample, old: Tensor | None, reference: Tensor | None) -> dict:

@@ -113,7 +113,7 @@ def launches() -> Iterator[tuple[str, Any]]:
     import torch
     from lens_kernels import linear_token_logprobs, policy_loss, token_logprobs
     from lens_kernels._dlogits import write_dlogits
-    from lens_kernels._vocab_parallel import RowTotals, VocabShard
+    from lens_kernels._vocab_parallel import SoftmaxTotals, VocabShard
     from lens_kernels.linear_logprobs import gradient_buffer
 
     rows, columns = 64, 151936
@@ -122,7 +122,7 @@ def launches() -> Iterator[tuple[str, Any]]:
 
     def every_term(dtype: torch.dtype, size: int) -> None:
         logits = torch.empty(rows, size, dtype=dtype, device="meta", requires_grad=True)
-        terms = {"old_logprobs": row, "advantages": row, "reference_logprobs": row, "dual_clip": 3.0}
+        terms = {"old_logprobs": row, "advantages": row, "reference_logprobs": row, "dual_clip": 3.0, "kl_limit": 10.0}
         weights = {"policy_weights": row, "kl_weights": row, "entropy_weights": row, "temperature": row + 1}
         policy_loss(logits, ids, **terms, **weights).loss.backward()
 
@@ -137,7 +137,7 @@ def launches() -> Iterator[tuple[str, Any]]:
 
     def packed() -> None:  # what bfloat16 hidden states launch on a GPU
         logits = torch.empty(rows, columns, device="meta")
-        totals = RowTotals(row, row, row, row)
+        totals = SoftmaxTotals(row, row, row)
         packed = gradient_buffer(logits, torch.empty(rows, 64, dtype=torch.bfloat16, device="meta"))
         write_dlogits(packed, logits, ids, None, VocabShard(None, 0, None), totals, row, row)
 

@@ -1,5 +1,7 @@
 """The operators written once more, in float64 PyTorch with the full softmax and plain autograd."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,7 @@ def token_losses(
     clip_low=0.2,
     clip_high=0.2,
     dual_clip=None,
+    kl_limit=None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(losses, ratio, kl) per row, as algorithms on paper have them."""
     advantages = torch.as_tensor(advantages, dtype=torch.float64).expand(logprobs.shape)
@@ -45,7 +48,7 @@ def token_losses(
     kl = torch.zeros_like(logprobs)
     if reference_logprobs is not None:
         d = (reference_logprobs.double() - logprobs).clamp(-20, 20)
-        kl = (d.expm1() - d).clamp(max=10)
+        kl = (d.expm1() - d).clamp(max=math.inf if kl_limit is None else kl_limit)
     return policy_weights * policy + kl_weights * kl - entropy_weights * entropy, ratio, kl
 
 

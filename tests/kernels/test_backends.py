@@ -9,7 +9,7 @@ import lens_kernels
 import pytest
 import torch
 from lens_kernels import _dlogits, _statistics, _vocab_parallel, clipped_loss, token_logprobs
-from lens_kernels._vocab_parallel import RowTotals, VocabShard
+from lens_kernels._vocab_parallel import SoftmaxTotals, VocabShard
 from lens_kernels.linear_logprobs import gradient_buffer
 
 
@@ -58,7 +58,7 @@ def test_gradient_packed_into_the_logits(columns, with_entropy):
     logp = torch.log_softmax((logits / tau[:, None])[:, :-1], -1)
     maximum, entropy = logits[:, :-1].amax(1), -(logp * logp.exp()).sum(1)
     log_sum = ((logits[:, :-1] - maximum[:, None]) / tau[:, None]).exp().sum(1).log()
-    totals = RowTotals(maximum, log_sum, torch.zeros(4), entropy)
+    totals = SoftmaxTotals(maximum, log_sum, entropy)
     g, e = torch.randn(4), torch.randn(4) if with_entropy else None
 
     apart = torch.empty_like(logits)
@@ -84,7 +84,8 @@ def test_losses_under_torch_compile(start):
 
     def from_hidden_states(hidden, weight, ids):
         before = lens_kernels.linear_token_logprobs(hidden, weight, ids)
-        loss = lens_kernels.linear_policy_loss(hidden, weight, ids, advantages=1.0).loss
+        kl = {"reference_logprobs": before.detach() - 1, "kl_weights": 0.1, "kl_limit": 0.2}
+        loss = lens_kernels.linear_policy_loss(hidden, weight, ids, advantages=1.0, **kl).loss
         return loss + before.sum()
 
     hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)

@@ -16,6 +16,7 @@ def test_exports_and_module_names():
     assert functions == {
         "PolicyLoss",
         "interference_scores",
+        "k3",
         "linear_policy_loss",
         "linear_token_logprobs",
         "policy_loss",
@@ -24,6 +25,14 @@ def test_exports_and_module_names():
     }
     assert all(callable(getattr(lens_kernels, name)) for name in functions)
     assert not functions & {path.stem for path in SOURCES}
+
+
+def test_version_and_types_are_those_of_the_distribution():
+    """setup.py reads the version from the source, and without `py.typed` no type checker looks at the annotations."""
+    setup = (ROOT / "setup.py").read_text()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", lens_kernels.__version__)
+    assert "version=VERSION" in setup and '"py.typed"' in setup
+    assert (ROOT / "lens_kernels" / "py.typed").exists()
 
 
 def test_imports_nothing_beyond_torch_triton_and_the_standard_library():

@@ -72,6 +72,8 @@ def test_expanded_logits_cannot_be_overwritten():
         ({"clip_low": -0.1}, "clip_low: got -0.1, need a number >= 0"),
         ({"clip_high": float("nan")}, "clip_high: got nan"),
         ({"dual_clip": 1.0}, "dual_clip: got 1.0, need a number > 1"),
+        ({"kl_limit": 0.0}, "kl_limit: got 0.0, need a number > 0, or None for no limit"),
+        ({"kl_limit": float("nan")}, "kl_limit: got nan"),
     ],
 )
 def test_loss_arguments(changed, message):

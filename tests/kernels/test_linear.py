@@ -93,7 +93,7 @@ def test_equals_the_path_from_logits():
     hidden, weight, _, ids = make(12, 33)
     hidden, ids = hidden.view(4, 3, WIDTH), ids.view(4, 3)
     terms = make_terms((4, 3), linear_token_logprobs(hidden, weight, ids)) | {"advantages": torch.randn(3)}
-    settings = {"dual_clip": 1.5, "temperature": 0.8, "valid_vocab_size": 33}
+    settings = {"dual_clip": 1.5, "kl_limit": 0.02, "temperature": 0.8, "valid_vocab_size": 33}
     ours, theirs = leaves(hidden, weight), leaves(hidden, weight)
     mine = linear_policy_loss(ours[0], ours[1], ids, chunk_rows=5, **terms, **settings)
     other = policy_loss(theirs[0] @ theirs[1].T, ids, **terms, **settings)

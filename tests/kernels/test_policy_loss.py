@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 from kernel_oracle import assert_near, assert_rows_near, statistics, token_losses
-from lens_kernels import policy_loss, token_logprobs
-from lens_kernels.clipped_loss import k3
+from lens_kernels import k3, policy_loss, token_logprobs
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -207,14 +206,40 @@ def test_zero_clip_still_trains_on_policy_rows():
 
 
 def test_extreme_ratios_stay_finite():
-    """Log-ratios beyond +-20 and divergences beyond 10 are cut off, with gradient 0."""
+    """Log-ratios beyond +-20 are cut off, with gradient 0, and so is what exceeds kl_limit."""
     logits = torch.randn(4, 7)
     ids = torch.tensor([0, 1, 2, 3])
     logprobs = token_logprobs(logits, ids)
     shift = torch.tensor([60.0, -60.0, 5.0, -15.0])
     check(logits, ids, old_logprobs=logprobs - shift, advantages=torch.tensor([-1.0, -1.0, 1.0, 1.0]))
-    result = check(logits, ids, advantages=0.0, old_logprobs=None, reference_logprobs=logprobs + shift, kl_weights=1.0)
-    assert result.kl.max() == 10
+    kl = {"advantages": 0.0, "reference_logprobs": logprobs + shift, "kl_weights": 1.0}
+    assert check(logits, ids, kl_limit=10.0, **kl).kl.max() == 10
+    assert check(logits, ids, **kl).kl.max() == pytest.approx(math.exp(20) - 21)
+
+
+@pytest.mark.parametrize("kl_limit", [None, 10.0, 0.01])
+@pytest.mark.parametrize("shift", [-25.0, -12.0, -10.0, -2.0, -0.1, 0.1, 2.5, 2.7, 8.0, 19.0, 25.0])
+def test_kl_limit_bounds_the_value_and_takes_the_gradient_away(shift, kl_limit):
+    """Value and gradient beside float64, the reference `shift` nats above the policy: within a limit and beyond it."""
+    logits = torch.tensor([[0.4, -1.0, 2.0]])
+    ids = torch.tensor([1])
+    reference = token_logprobs(logits, ids) + shift
+    ours = logits.clone().requires_grad_()
+    result = policy_loss(
+        ours, ids, old_logprobs=None, advantages=0.0, reference_logprobs=reference, kl_weights=0.5, kl_limit=kl_limit
+    )
+    result.loss.backward()
+    exact = logits.double().requires_grad_()
+    log_prob = torch.log_softmax(exact, -1)[0, 1]
+    d = (reference.double()[0] - log_prob).clamp(-20, 20)
+    k3_exact = torch.expm1(d) - d
+    limited = k3_exact if kl_limit is None else k3_exact.clamp(max=kl_limit)
+    (0.5 * limited).backward()
+    torch.testing.assert_close(result.kl.double(), limited.detach()[None], rtol=1e-5, atol=0)
+    torch.testing.assert_close(result.loss.double(), 0.5 * limited.detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=1e-5, atol=0)
+    flat = abs(shift) > 20 or (kl_limit is not None and bool(k3_exact > kl_limit))
+    assert bool(ours.grad.any()) != flat
 
 
 def test_minus_infinity_target_has_finite_gradient():
@@ -228,7 +253,7 @@ def test_minus_infinity_target_has_finite_gradient():
     )
     result.loss.backward()
     assert result.loss.isfinite() and ours.grad.isfinite().all()
-    assert result.kl[0] == 10
+    assert result.kl[0] == pytest.approx(math.exp(20) - 21)
 
 
 def naive_k3(d):
@@ -248,6 +273,20 @@ def test_k3_relative_accuracy(sign):
     assert ((naive_k3(d) - exact) / exact)[near].abs().max() > 1
 
 
+@pytest.mark.parametrize("limit", [None, 10.0])
+def test_k3_under_autograd(limit):
+    """exp(d) - 1, and 0 beyond +-20 nats or beyond the limit; nothing is NaN at infinity."""
+    d = torch.tensor([-torch.inf, -1e4, -21.0, -15.0, -1.5, -0.5, 0.0, 1e-4, 0.5, 2.0, 3.0, 19.0, 21.0, torch.inf])
+    d.requires_grad_()
+    values = k3(d, limit)
+    values.sum().backward()
+    clamped = d.detach().double().clamp(-20, 20)
+    exact = torch.where(clamped.abs() < 1e-3, clamped**2 / 2 + clamped**3 / 6, torch.expm1(clamped) - clamped)
+    flat = (d.detach().abs() > 20) | (exact > (limit or torch.inf))
+    torch.testing.assert_close(values.double(), exact.clamp(max=limit or torch.inf), rtol=1e-6, atol=0)
+    torch.testing.assert_close(d.grad.double(), torch.expm1(clamped).masked_fill(flat, 0), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("scale", [1e-5, 1e-3, 0.1, 0.9, 1.1])
 def test_kl_value_and_gradient_are_accurate_through_the_loss(scale):
     """Against the float64 k3 of the float32 log-probabilities that the function itself reports."""
@@ -260,10 +299,10 @@ def test_kl_value_and_gradient_are_accurate_through_the_loss(scale):
     result.loss.backward()
     d = reference.double() - result.logprobs.double()
     exact = torch.where(d.abs() < 1e-4, d**2 / 2 + d**3 / 6, torch.expm1(d) - d)
-    torch.testing.assert_close(result.kl.double(), exact.clamp(max=10), rtol=1e-6, atol=0)
+    torch.testing.assert_close(result.kl.double(), exact, rtol=1e-6, atol=0)
     p = result.logprobs.double().exp()
     at_target = ours.grad.gather(1, ids[:, None])[:, 0]
-    expected = torch.where(exact > 10, 0, -torch.expm1(d)) * (1 - p)
+    expected = -torch.expm1(d) * (1 - p)
     torch.testing.assert_close(at_target.double(), expected, rtol=3e-6, atol=0)
 
 

@@ -60,7 +60,7 @@ def run_case(valid: int | None, columns: slice, group: dist.ProcessGroup | None)
     ids, old, reference = given["ids"], given["old"], given["old"].nan_to_num(-2.0) + 0.1
     settings = {"valid_vocab_size": valid, "tp_group": group, "temperature": given["temperature"]}
     terms = {"old_logprobs": old, "advantages": given["advantages"], "reference_logprobs": reference}
-    terms |= {"kl_weights": 0.1, "entropy_weights": 0.2, "dual_clip": 3.0}
+    terms |= {"kl_weights": 0.1, "entropy_weights": 0.2, "dual_clip": 3.0, "kl_limit": 0.004}
     shared, local = {}, {}
 
     def leaf(name):

@@ -64,7 +64,7 @@ def share_of(policy: Policy, kind: str) -> list[int]:
         return [] if mesh.dp_rank else list(range(len(everything)))
     ordered = everything[::-1] if kind == "dealt in reverse" else everything
     sampled = ordered if mesh.dp_size == 1 else ordered[:1] if mesh.dp_rank == 0 else ordered[1:]
-    mine = redistribute.redistribute(sampled, mesh.dp_group, policy.bridge.config.hidden_size, mesh.device).samples
+    mine = redistribute.redistribute(sampled, mesh.dp_group, policy.bridge.config.hidden_size).samples
     assert len(mine) > 1  # the rank that sampled one trains on more
     return [everything.index(sample) for sample in mine]  # ValueError if a bit of one was lost on the way
 

@@ -25,8 +25,8 @@ from lens_megatron.rollout.vllm.tensor_parallel import (
     EngineGroupError,
     TensorParallelEngine,
     build_engine_group,
-    collect,
-    hand_back,
+    gather_to_leader,
+    scatter_from_leader,
 )
 from lens_megatron.types import PurifiedPrompt
 
@@ -111,25 +111,25 @@ def said_when_ranks_differ(model: str, other: str, engine_group: EngineGroup) ->
     return ""
 
 
-def dealt_and_handed_back(engine_group: EngineGroup) -> dict[str, list[int]]:
+def gathered_and_scattered(engine_group: EngineGroup) -> dict[str, list[int]]:
     """The follower was dealt more prompts than the leader. Indices of prompts, in order."""
     count, first = engine_group.rank + 1, 10 * torch.distributed.get_rank()
     own = [replace(PROMPT, index=first + i) for i in range(count)]
     purified = [PurifiedPrompt((1, 2), (1,), (0.5,) * 6) if i else None for i in range(count)]
-    work = collect(engine_group, own, purified)
-    assert all((p is None) == (prompt.index % 10 == 0) for prompt, p in zip(work.prompts, work.purified, strict=True))
-    sampled = [replace(group("10"), prompt=prompt) for prompt in work.prompts]
-    back = hand_back(engine_group, sampled, work)
-    return {"led": [p.index for p in work.prompts], "back": [g.prompt.index for g in back]}
+    led = gather_to_leader(engine_group, own, purified)
+    assert all((p is None) == (prompt.index % 10 == 0) for prompt, p in zip(led.prompts, led.purified, strict=True))
+    sampled = [replace(group("10"), prompt=prompt) for prompt in led.prompts]
+    back = scatter_from_leader(engine_group, sampled, led)
+    return {"led": [p.index for p in led.prompts], "back": [g.prompt.index for g in back]}
 
 
 def main(model: str, other: str, out: Path) -> None:
     platform.init_process_group(platform.install())
     engine_group, rank = build_engine_group(2), torch.distributed.get_rank()
-    dealt = dealt_and_handed_back(engine_group)
+    dealt = gathered_and_scattered(engine_group)
     said = said_when_ranks_differ(model, other, engine_group)
     found = {
-        "team": engine_group.number,
+        "engine": engine_group.number,
         "leads": engine_group.leads,
         "engines": engine_group.engines,
         "said": said,

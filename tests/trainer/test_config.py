@@ -458,6 +458,18 @@ def test_vllm_options_pass_through_and_engines_take_whole_nodes(base):
     load(base, ["rollout.engine=vllm_server", "rollout.servers=2"]).check_world(4)
 
 
+@pytest.mark.parametrize(("engine", "shared"), [("local", False), ("vllm", False), ("vllm_server", True)])
+def test_only_servers_share_one_queue_unless_it_is_asked_for(base, engine, shared):
+    assert load(base, [f"rollout.engine={engine}"]).rollout.shares_work is shared
+    for asked in (True, False):
+        options = [f"rollout.engine={engine}", f"rollout.share_work={asked}"]
+        assert load(base, options).rollout.shares_work is asked
+
+
+def test_second_waves_are_speculative_by_default(base):
+    assert load(base).rollout.schedule == "speculative"
+
+
 def test_servers_are_a_number_or_addresses(base):
     assert load(base, ["rollout.servers=3"]).rollout.servers == 3
     assert load(base, ["rollout.servers=[http://a:1, http://b:2]"]).rollout.servers == ("http://a:1", "http://b:2")

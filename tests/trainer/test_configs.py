@@ -68,6 +68,7 @@ def test_its_grpo_baseline_differs_in_nothing_else(path):
 def test_it_fits_its_cluster_with_and_without_transformer_engine(path, spec):
     plan = make_plan(configuration.load(path), spec)
     assert not plan.mistakes
+    assert (plan.layout.engine, plan.layout.offload) == ("vllm", True)
     assert plan.shape.parameters == PUBLISHED[Path(configuration.load(path).model.path).name]
     assert plan.running >= 16
 

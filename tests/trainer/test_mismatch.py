@@ -229,7 +229,7 @@ def test_metrics_have_verls_names_for_all_native_and_rescued_tokens():
     ("native", "rescued", "expected"),
     [
         (0.0049, 0.001, None),
-        (0.0051, 0.001, "warning (limit 0.005): engine and trainer disagree on the sampled tokens' probabilities by "
+        (0.0051, 0.001, "mismatch (limit 0.005): engine and trainer disagree on the sampled tokens' probabilities by "
          "0.0051 on native rows"),
         (0.001, 0.0101, "!!! ALARM (limit 0.01): engine and trainer disagree on the sampled tokens' probabilities by "
          "0.0101 on rescued rows"),

@@ -263,15 +263,14 @@ def test_an_engine_stops_what_another_rank_takes_back(engines, store):
     assert 100 <= sum(engine.generated - old for engine, old in zip(engines, before, strict=True)) < 400
 
 
-def test_records_travel_unchanged():
+def test_a_batch_is_read_as_it_was_and_holds_its_prompt_once():
     requests = tuple(Request(7 * i, (3, 1, 4), 5, 0.7, 2**62 + i) for i in range(2))
     batch = RequestBatch(requests, urgent=True, expected_length=2.5)
     assert messages._read_batch(messages._batch_bytes(batch)) == batch
+    longer = RequestBatch((*requests, replace(requests[0], request_id=8)), urgent=True, expected_length=2.5)
+    assert len(messages._batch_bytes(longer)) - len(messages._batch_bytes(batch)) == 5 * 8, "one request without prompt"
     with pytest.raises(ValueError, match="share a prompt"):
         messages._batch_bytes(replace(batch, requests=(requests[0], replace(requests[1], prompt=(9,)))))
-    for tokens in ((), (1, 2**31)):
-        completion = Completion(9, tokens, tuple(-0.1 / 3 for _ in tokens), True, 4)
-        assert messages._read_completion(messages._completion_bytes(completion)) == completion
 
 
 def test_keys_of_phases_gone_by_are_deleted(engines, store):

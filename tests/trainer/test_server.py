@@ -1,5 +1,6 @@
 """vLLM's servers on a CPU, as processes of their own: beside transformers, in a run, and with what can fail."""
 
+import logging
 import math
 import os
 import socket
@@ -34,6 +35,25 @@ KEY = "the key of these tests"
 QUICK = Limits(probe_interval_s=0.2, answer_s=2.0, silent_probes=2, stuck_s=2.0, bucket_s=20.0, start_s=300.0)
 
 
+class Messages(logging.Handler):
+    """Keeps what is logged about the given servers, and apart from that what is about server 9."""
+
+    def __init__(self, said: list[str], of_server_9: list[str]):
+        super().__init__()
+        self.said, self.of_server_9 = said, of_server_9
+        self.logger = logging.getLogger("lens_megatron.rollout.servers")
+        self.logger.addHandler(self)
+        self.logger.setLevel(logging.INFO)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        (self.of_server_9 if "server 9: " in record.getMessage() else self.said).append(record.getMessage())
+
+    def close(self) -> None:
+        self.logger.removeHandler(self)
+        self.logger.setLevel(logging.NOTSET)
+        super().close()
+
+
 class Fleet:
     """Two servers of one model for all tests, one of another; engines come and go."""
 
@@ -50,8 +70,8 @@ class Fleet:
         options = self.options("tied")
         self.processes = [GivenServer(options, folder / f"given {i}.log", KEY) for i in range(2)]
         self.said: list[str] = []
-        self.own_said: list[str] = []
-        """Of the engine that owns its server."""
+        self.of_server_9: list[str] = []
+        self.messages = Messages(self.said, self.of_server_9)
         self.engines: list[ServerEngine] = []
 
     def config(self, model: str, **rollout: object) -> Config:
@@ -76,6 +96,7 @@ class Fleet:
         return server_options(config, read_hf_config(config.model.path))
 
     def stop(self) -> None:
+        self.messages.close()
         for process in self.processes:
             process.stop()
 
@@ -87,7 +108,7 @@ class Fleet:
         config = self.config("tied", servers=list(addresses))
         hf_config = read_hf_config(config.model.path)
         self.said.clear()
-        engine = ServerEngine(config, hf_config, (), addresses, limits=limits, say=self.said.append, **options)
+        engine = ServerEngine(config, hf_config, (), addresses, limits=limits, **options)
         self.engines.append(engine)
         if load is not None:
             engine.load_weights(weights(self.models["tied"][0]), load)
@@ -122,7 +143,7 @@ def own(fleet: Fleet) -> Iterator[Future[ServerEngine]]:
     process.start()
     hf_config = read_hf_config(config.model.path)
     with ThreadPoolExecutor(1) as pool:
-        engine = pool.submit(ServerEngine, config, hf_config, [process], limits=QUICK, say=fleet.own_said.append)
+        engine = pool.submit(ServerEngine, config, hf_config, [process], limits=QUICK)
         yield engine
         engine.result().close()
 
@@ -413,8 +434,8 @@ def test_the_only_server_is_killed_and_its_requests_wait_until_it_serves_again(o
     engine.submit(requests)
     done = finish(engine, 30, lambda done: family.extend(kill(engine)) if done and not family else None, seconds=300)
     check(model, requests, done, 5)
-    assert any("-> dead: " in line for line in fleet.own_said), fleet.own_said[-5:]
-    assert "server 9: serves again, with weights of version 5" in fleet.own_said
+    assert any("-> dead: " in line for line in fleet.of_server_9), fleet.of_server_9[-5:]
+    assert "server 9: serves again, with weights of version 5" in fleet.of_server_9
     assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family), "its engine is gone too"
     assert process.key != before[0] and process.folder != before[1] and not before[1].exists()
 

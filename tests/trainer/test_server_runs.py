@@ -12,7 +12,7 @@ from servers import announce_plugin
 from test_vllm import save
 from toy_runs import Toy, command, environment
 
-from lens_megatron.supervision import exit_codes
+from lens_megatron.errors import ExitCode
 
 pytest.importorskip("vllm", reason="make setup-vllm")
 pytestmark = pytest.mark.slow
@@ -85,7 +85,7 @@ def test_a_run_whose_servers_die_again_and_again_ends_and_goes_on_later(model: T
                 for server in servers_of(model):
                     server.kill()
         said = (tmp_path / "output").read_text()
-        assert process.poll() is not None and f"exitcode  : {exit_codes.ENGINES_LOST} " in said, said[-4000:]
+        assert process.poll() is not None and f"exitcode  : {ExitCode.ENGINES_LOST} " in said, said[-4000:]
         assert "no server is left for" in said and "server 0 is dead: " in said and "what was graded is kept" in said
         assert not processes_of(model)
         done = rows(directory)

@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM
 from lens_megatron.config import ConfigError, from_tree
 from lens_megatron.config.layout_rules import model_mistakes
 from lens_megatron.policy.hf_weights import read_hf_config
-from lens_megatron.rollout.engine import Completion, Request
-from lens_megatron.rollout.vllm.tensor_parallel import pack_requests, unpack_requests
+from lens_megatron.rollout.engine import Completion
 
 pytest.importorskip("vllm", reason="make setup-vllm")
 
@@ -39,14 +38,14 @@ def test_the_ranks_of_an_engine_draw_the_same_and_it_is_the_models(ranks: int, t
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     assert "Traceback" not in result.stderr, "closed in order, vLLM leaves nothing that raises at the exit"
     found = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(ranks)]
-    assert [(f["team"], f["leads"], f["engines"]) for f in found] == [
+    assert [(f["engine"], f["leads"], f["engines"]) for f in found] == [
         (r // 2, r % 2 == 0, ranks // 2) for r in range(ranks)
     ]
     for rank, here in enumerate(found):
         assert here["led"] == ([] if rank % 2 else [10 * rank, 10 * rank + 10, 10 * rank + 11])
         assert here["back"] == ([10 * rank, 10 * rank + 1] if rank % 2 else [10 * rank])
-        assert here["said"].startswith(f"the 2 ranks of engine {here['team']} drew different tokens")
-        wanted = {request.request_id: request for request in tensor_parallel_run.requests(here["team"])}
+        assert here["said"].startswith(f"the 2 ranks of engine {here['engine']} drew different tokens")
+        wanted = {request.request_id: request for request in tensor_parallel_run.requests(here["engine"])}
         phases = [completions(phase) for phase in here["phases"]]
         for version, phase in enumerate(phases):
             assert {c.request_id for c in phase} == wanted.keys() - set(tensor_parallel_run.CANCELLED)
@@ -83,11 +82,6 @@ def test_the_program_trains_on_an_engine_over_two_ranks(ranks: int, layout: dict
         prompts = [line["prompt_index"] for line in rollout_rows(tmp_path / "run", step)]
         assert len(set(prompts)) == 4
     assert all(name in rows[-1] for name in ("timing_s/wake", "timing_s/sleep"))
-
-
-def test_requests_travel_as_they_are():
-    sent = [Request(2**62, (1, 2, 3), 7, 0.1, 2**63 - 1), Request(0, (9,), 1, 0.0, 0)]
-    assert unpack_requests(pack_requests(sent)) == sent and unpack_requests(pack_requests([])) == []
 
 
 def test_models_that_cannot_be_cut_are_refused(roomy: Toy):  # noqa: F811

@@ -4,11 +4,12 @@ HTTP runs in a thread of its own. Weights are sent from the trainer's thread, si
 """
 
 import asyncio
+import logging
 import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -34,6 +35,8 @@ from lens_megatron.rollout.servers.health import Limits, ServerState
 from lens_megatron.rollout.servers.pool import Member, ServerPool
 from lens_megatron.rollout.servers.process import KEY_VARIABLE, ServerProcess, server_options, stop_all
 from lens_megatron.rollout.servers.weight_transfer import KeptBucket
+
+logger = logging.getLogger(__name__)
 
 WAIT_SECONDS = 0.02
 """`step` waits no longer than this when nothing has finished."""
@@ -62,9 +65,8 @@ class ServerEngine:
         *,
         alone: bool = True,
         limits: Limits | None = None,
-        say: Callable[[str], None] = print,
     ):
-        self.config, self.processes, self.alone, self.say = config, list(processes), alone, say
+        self.config, self.processes, self.alone = config, list(processes), alone
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
         self.shapes = {name: weight.shape for name, weight in checkpoint_weights(model).items()}
@@ -92,7 +94,7 @@ class ServerEngine:
         expected = Expected(self.vocabulary, self.ends, "", 0)
         per_server = self.config.rollout.max_running_sequences
         reload = loading.reload
-        pool = ServerPool(per_server, expected, self.limits, self.say, reload, patient=self.alone)
+        pool = ServerPool(per_server, expected, self.limits, reload, patient=self.alone)
         for process in self.processes:
             pool.add_process(process)
         for address in addresses:
@@ -113,7 +115,7 @@ class ServerEngine:
             if time.monotonic() - told > 10:
                 told = time.monotonic()
                 names = ", ".join(member.name for member in waiting)
-                self.say(f"waiting for {names}: {told - begin:.0f} s so far")
+                logger.info(f"waiting for {names}: {told - begin:.0f} s so far")
             time.sleep(0.05)
         self.pool.revives = True
 
@@ -252,16 +254,14 @@ class ServerEngine:
         stop_all(self.processes)
 
 
-def connect(
-    config: Config, hf_config: PretrainedConfig, processes: Sequence[ServerProcess], say: Callable[[str], None]
-) -> ServerEngine:
+def connect(config: Config, hf_config: PretrainedConfig, processes: Sequence[ServerProcess]) -> ServerEngine:
     """This rank's engine; torch.distributed is up and the run's folder is there. Raises ConfigError."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     for process in processes:
         process.move_log(Path(config.run.directory) / "servers")
     given = config.rollout.servers if isinstance(config.rollout.servers, tuple) else ()
     alone = world_size == 1 or config.rollout.share_work is False
-    return ServerEngine(config, hf_config, processes, given[rank::world_size], alone=alone, say=say)
+    return ServerEngine(config, hf_config, processes, given[rank::world_size], alone=alone)
 
 
 def _context_of(address: str, info: Mapping[str, Any], config: Config) -> int:

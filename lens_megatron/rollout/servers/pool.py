@@ -5,6 +5,7 @@ decided by `health.py`; here its events are found out and its decisions carried 
 """
 
 import asyncio
+import logging
 import secrets
 import time
 from collections import deque
@@ -30,6 +31,8 @@ from lens_megatron.rollout.servers.health import Event, Limits, Server, ServerSt
 from lens_megatron.rollout.servers.process import ServerProcess
 from lens_megatron.rollout.servers.weight_transfer import KeptBucket, Link
 from lens_megatron.supervision.channel import Address, address_towards
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -71,7 +74,6 @@ class ServerPool:
     """Args:
     per_server: requests that a server is given at once.
     expected: what completions must agree with, but for the weights.
-    say: tells people.
     reload: sends `kept` to a server.
     patient: requests wait for servers that may serve again, since nobody else takes them.
     """
@@ -81,12 +83,11 @@ class ServerPool:
         per_server: int,
         expected: Expected,
         limits: Limits,
-        say: Callable[[str], None],
         reload: Callable[["ServerPool", "Member"], Coroutine[Any, Any, None]],
         *,
         patient: bool,
     ):
-        self.per_server, self.expected, self.limits, self.say = per_server, expected, limits, say
+        self.per_server, self.expected, self.limits = per_server, expected, limits
         self.reload, self.patient = reload, patient
         self.members: list[Member] = []
         self.version: int | None = None
@@ -227,7 +228,7 @@ class ServerPool:
         first_start = before.state is ServerState.RESTARTING and known.starts == 0 and known.state is ServerState.STALE
         if (bad and not first_start) or before.state in (ServerState.DEAD, ServerState.SUSPECT):
             why = f": {known.reason}" * bool(bad and known.reason)
-            self.say(f"{member.name}: {before.state} -> {known.state}{why}")
+            logger.info(f"{member.name}: {before.state} -> {known.state}{why}")
         if not health.serving(known, self.version):
             for number, task in member.running.items():
                 task.cancel()
@@ -295,7 +296,7 @@ class ServerPool:
         version = self.version
         await self.reload(self, member)
         if health.serving(member.known, version):
-            self.say(f"{member.name}: serves again, with weights of version {version}")
+            logger.info(f"{member.name}: serves again, with weights of version {version}")
         self.assign()
 
     async def _probe(self, member: Member) -> None:

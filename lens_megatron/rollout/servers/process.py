@@ -9,6 +9,7 @@ would start it with. Its key is read from LENS_VLLM_API_KEY, there and at the tr
 """
 
 import json
+import logging
 import os
 import re
 import secrets
@@ -30,9 +31,11 @@ from transformers import AutoConfig, PretrainedConfig
 
 from lens_megatron import config as configuration
 from lens_megatron.config import Config, ConfigError
+from lens_megatron.errors import ExitCode
 from lens_megatron.rollout.servers import weight_transfer
 from lens_megatron.rollout.vllm import options as vllm_options
-from lens_megatron.supervision import exit_codes
+
+logger = logging.getLogger(__name__)
 
 KEY_VARIABLE = "LENS_VLLM_API_KEY"
 """Environment variable with the key of servers that the trainer did not start."""
@@ -204,7 +207,7 @@ class ServerProcess:
                 self.kept_log.write_bytes(self.log.read_bytes())
             self.log.unlink(missing_ok=True)
         except OSError as error:
-            print(f"{self.name}: its log stays in {self.log}: {error}", file=sys.stderr)
+            logger.warning(f"{self.name}: its log stays in {self.log}: {error}")
 
     def ask_to_stop(self) -> None:
         if self.process is not None and self.process.poll() is None:
@@ -260,7 +263,7 @@ def stop_all(servers: Sequence[ServerProcess]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Becomes the server, or returns one of `exit_codes`."""
+    """Becomes the server, or returns an exit code."""
     parser = ArgumentParser(prog="python -m lens_megatron.rollout.servers.process", description="Start one server.")
     parser.add_argument("--config", required=True)
     parser.add_argument("--host", default="127.0.0.1", help="the cluster's private interface; never a public one")
@@ -278,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, OSError) as error:
         taken = f"--host {parsed.host} --port {parsed.port}: " * isinstance(error, OSError)
         print(f"error: {taken}{error}", file=sys.stderr)
-        return exit_codes.MISTAKE
+        return ExitCode.MISTAKE
     words = command(server_options(config, hf_config), ["--host", parsed.host, "--port", str(parsed.port)])
     os.execve(words[0], words, environment(key, os.environ.get("CUDA_VISIBLE_DEVICES")))
 

@@ -1,0 +1,70 @@
+"""The k3 estimate of a KL divergence, and the bound on log-ratios, which the losses share. Reference and kernel.
+
+With d = log pi_ref - log pi_theta of a sampled token, k3 = exp(d) - d - 1 estimates KL(pi_theta || pi_ref) without bias
+and is never negative. Source: Schulman's note "Approximating KL divergence".
+"""
+
+from __future__ import annotations
+
+import math
+from typing import no_type_check
+
+import torch
+from torch import Tensor
+
+from lens_kernels._backend import jit, tl
+from lens_kernels._vocab_parallel import exp_accurate
+
+LOG_RATIO_LIMIT = 20.0
+"""Log-ratios are clamped to +-20 nats before exp, so that no ratio overflows; beyond it the gradient is 0."""
+_SERIES = [1 / math.factorial(n) for n in range(11, 1, -1)]
+
+
+def k3(log_ratio: Tensor, limit: float | None = None) -> Tensor:
+    """min(exp(d) - d - 1, limit) for d = log_ratio clamped to +-LOG_RATIO_LIMIT, elementwise and differentiable.
+
+    The formula as written loses everything to cancellation near 0, where the result is d**2 / 2, and expm1(d) - d still
+    loses half the digits at d = 0.001. Below |d| = 1 this takes Taylor's series to d**11 instead, and is good to a
+    relative error of 2e-7 in float32 and 4e-9 in float64.
+
+    Args:
+        log_ratio: [...] floating point, in nats: the reference's log-probability minus the policy's.
+        limit: the largest value that is returned; None sets no limit.
+
+    Returns:
+        [...] of the same dtype, in nats. The gradient by `log_ratio` is exp(d) - 1. It is 0 where |log_ratio| is above
+        LOG_RATIO_LIMIT and where k3 is above `limit`.
+    """
+    d = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    series = torch.full_like(d, _SERIES[0])
+    for coefficient in _SERIES[1:]:
+        series = series * d + coefficient
+    value = torch.where(d.abs() < 1, series * d * d, torch.expm1(d) - d)
+    return value if limit is None else value.clamp(max=limit)
+
+
+@jit
+@no_type_check
+def k3_and_slope(
+    log_ratio,
+    LOG_RATIO_LIMIT: tl.constexpr,
+    KL_LIMIT: tl.constexpr,  # or None
+):
+    """k3 and its derivative by `log_ratio`, as in the reference."""
+    d = tl.minimum(tl.maximum(log_ratio, -LOG_RATIO_LIMIT), LOG_RATIO_LIMIT)
+    series = tl.full(d.shape, 1 / 39916800, tl.float32)
+    series = series * d + 1 / 3628800
+    series = series * d + 1 / 362880
+    series = series * d + 1 / 40320
+    series = series * d + 1 / 5040
+    series = series * d + 1 / 720
+    series = series * d + 1 / 120
+    series = series * d + 1 / 24
+    series = series * d + 1 / 6
+    series = series * d + 0.5
+    value = tl.where(tl.abs(d) < 1, series * d * d, exp_accurate(d) - d - 1)
+    slope = tl.where(tl.abs(log_ratio) > LOG_RATIO_LIMIT, 0.0, value + d)
+    if KL_LIMIT is not None:
+        slope = tl.where(value > KL_LIMIT, 0.0, slope)
+        value = tl.minimum(value, KL_LIMIT)
+    return value, slope
