@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import tensor_parallel_run
-from test_vllm import error_in_log_probs, other, roomy, save  # noqa: F401
 from toy_runs import Toy, environment, launch, rollout_rows, torchrun
 from transformers import AutoModelForCausalLM
+from vllm_models import error_in_log_probs, other, save
 
 from lens_megatron.config import ConfigError, from_tree
 from lens_megatron.config.layout_rules import model_mistakes
@@ -67,7 +67,7 @@ TP2 = {"tensor_model_parallel_size": 2}
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "layout"), [(2, {}), (2, TP2), (4, TP2)])
-def test_the_program_trains_on_an_engine_over_two_ranks(ranks: int, layout: dict, roomy: Toy, tmp_path: Path):  # noqa: F811
+def test_the_program_trains_on_an_engine_over_two_ranks(ranks: int, layout: dict, roomy: Toy, tmp_path: Path):
     """In the first layout the two ranks of the engine train on different prompts. The trainer's state moves away."""
     tree = roomy.tree(
         tmp_path / "run", rollout={"engine": "vllm", "offload_trainer": True}, data={"eval": [str(roomy.eval)]},
