@@ -15,7 +15,7 @@ def run_step(run: Run, step: int) -> StepResult:
     config, version = run.config, run.policy.version
     collected = collect.take_groups(run, step)
     seeds = [derive(config.run.seed, "merge", step, place) for place in run.places]
-    merged = [rescue.merge(g, config.lens, seed=s) for g, s in zip(collected.groups, seeds, strict=True)]
+    merged = [rescue.replace_failures(g, config.lens, seed=s) for g, s in zip(collected.groups, seeds, strict=True)]
     weighted = samples.to_samples(merged, config.algorithm)
     updates, packings = update.train_on(run, merged, weighted, step)
     return StepResult(

@@ -63,7 +63,7 @@ def train(config: Config) -> None:
 
 def _train(config: Config, stop: Stop) -> None:
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    config.check_world(world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+    configuration.check_world(config, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
     device = platform.install()
     platform.init_process_group(device, collective_patience(config))
     stop.meet()

@@ -95,7 +95,7 @@ def make_engine(size: Size, folder: Path) -> Timed:
 
 
 def run(engine: Timed, size: Size, seed: int, policy: str) -> dict:
-    """One step's sampling: seconds, its groups, its engine's log."""
+    """Samples one step and returns its seconds, its groups and the log of its engine."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(ENDS, 512, (size.prompts, PROMPT_TOKENS), generator=generator).tolist()
     rates = torch.rand(size.prompts, generator=generator).tolist()
@@ -119,7 +119,7 @@ def run(engine: Timed, size: Size, seed: int, policy: str) -> dict:
 
 
 def fit(log: list[list[float]]) -> Cost:
-    """Least squares on [1, sequences, cells, prompt tokens], none below zero."""
+    """Fits by least squares on [1, sequences, cells, prompt tokens], with no coefficient below zero."""
     table = torch.tensor(log, dtype=torch.float64)
     columns = torch.cat([torch.ones(len(table), 1, dtype=torch.float64), table[:, :3]], 1)
     kept, found = [0, 1, 2, 3], torch.zeros(4, dtype=torch.float64)
@@ -134,7 +134,7 @@ def fit(log: list[list[float]]) -> Cost:
 
 
 def work_seconds(log: list[list[float]], cost: Cost) -> float:
-    """What the engine's steps cost by the fit: their number and contents are exact, whatever else the machine does."""
+    """Seconds that the engine's steps cost by the fit. Their number and contents are exact on a busy machine too."""
     parts = (cost.fixed, cost.per_sequence, cost.per_kv_token, cost.per_prompt_token)
     return sum(parts[0] + parts[1] * n + parts[2] * cells + parts[3] * prompt for n, cells, prompt, _ in log)
 

@@ -15,7 +15,7 @@ from toy_runs import Toy, run_program
 
 from lens_megatron.algorithms.corrections import CORRECTIONS
 from lens_megatron.algorithms.mismatch import Mismatch, mismatch, mismatch_sums, pooled
-from lens_megatron.algorithms.objectives import token_ratio
+from lens_megatron.algorithms.objectives.token_level import token_ratio
 from lens_megatron.batch import pack
 from lens_megatron.config import AlgorithmConfig, ConfigError, from_tree
 from lens_megatron.output.metrics import mismatch_metrics, mismatch_warning, read_metrics

@@ -11,7 +11,7 @@ import pytest
 import torch
 from records import PROMPT, group, rollout, sample, step_prompts, training_rows
 from safetensors.torch import load_file
-from toy_runs import ROOT, Toy, command, environment
+from toy_runs import ROOT, Toy, command, environment, run_program
 
 from lens_megatron.data.prompts import PromptStream
 from lens_megatron.output.metrics import read_metrics
@@ -28,7 +28,7 @@ def exported(run: Path, step: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_in_the_middle_of_sampling_and_restarted_equals_straight(toy: Toy, ranks: int, tmp_path: Path):
     sections = {
-        "reward": {"grader": "graders:murderous_score"},
+        "reward": {"grader": "graders:murderous_score", "timeout_s": 120},
         "rollout": {"max_running_sequences": 4},
         "train": {"steps": 3, "save_interval": 1},
     }
@@ -36,15 +36,16 @@ def test_killed_in_the_middle_of_sampling_and_restarted_equals_straight(toy: Toy
     for name in ("straight", "killed"):
         folder = tmp_path / name
         tree = toy.tree(folder / "run", **sections, run={"if_exists": "restart"})
-        arguments = command(tree, folder, ranks)
-        if name == "killed":
-            (folder / "armed").touch()
+        variables = {"MURDER": str(folder)}
+        if name == "straight":
+            result = run_program(tree, folder, ranks, variables=variables)
+        else:
+            arguments = command(tree, folder, ranks)
             arguments[3:3] = ["--max-restarts", "1"]
-        elif ranks == 1:
-            arguments = [arguments[0], *arguments[arguments.index(str(ROOT / "pretrain_lens.py")) :]]
-        result = subprocess.run(
-            arguments, env=environment() | {"MURDER": str(folder)}, capture_output=True, text=True, timeout=300
-        )
+            (folder / "armed").touch()
+            result = subprocess.run(
+                arguments, env=environment() | variables, capture_output=True, text=True, timeout=300
+            )
         assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
         outputs.append(result.stdout)
         assert not list((folder / "run" / "unfinished").iterdir())

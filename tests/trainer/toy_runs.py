@@ -105,10 +105,12 @@ def launch(tree: dict, folder: Path, ranks: int, *overrides: str) -> list[dict]:
     return read_metrics(Path(tree["run"]["directory"]))
 
 
-def run_program(tree: dict, folder: Path, ranks: int, *overrides: str) -> subprocess.CompletedProcess[str]:
+def run_program(
+    tree: dict, folder: Path, ranks: int, *overrides: str, variables: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Runs the program to its end; returns what it printed. Fails with its output when it fails."""
     path = write_config(tree, folder)
-    return run_ranks(ranks, ROOT / "pretrain_lens.py", "--config", path, *overrides)
+    return run_ranks(ranks, ROOT / "pretrain_lens.py", "--config", path, *overrides, variables=variables)
 
 
 def run_ranks(
