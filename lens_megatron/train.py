@@ -25,7 +25,7 @@ from lens_megatron.phases.evaluate import evaluate
 from lens_megatron.phases.weight_sync import WeightSyncError
 from lens_megatron.policy import checkpoint, checkpoint_files, platform
 from lens_megatron.policy.checkpoint import CheckpointError, CheckpointWriter
-from lens_megatron.policy.last_step import LastStep, is_exported
+from lens_megatron.policy.last_step import PolicyLastStep, is_exported
 from lens_megatron.policy.parallel import shut_down
 from lens_megatron.reward import GraderStartError
 from lens_megatron.rollout import replay
@@ -144,7 +144,7 @@ def _loop(run: Run, done: int, stop: Stop, saver: CheckpointWriter) -> None:
         writer = metrics.MetricsWriter(
             Path(config.run.directory), first_step=done + 1, tensorboard=config.run.tensorboard
         )
-    last_step = LastStep(run.policy, run.trainer_memory, saver, run.abandon)
+    last_step = PolicyLastStep(run.policy, run.trainer_memory, saver, run.abandon)
     saver.saved_step = done
     last_step.finish(done)
     stop.attach(last_step)

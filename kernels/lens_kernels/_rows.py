@@ -17,8 +17,8 @@ def row_chunks(*tensors: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
     Layouts whose leading axes cannot be merged into one (a transposed [S, B, V]) are walked along their first axis.
     """
     shape = tensors[0].shape
-    views = [_flat_view(x) for x in tensors]
-    flat = [view for view in views if view is not None]
+    flat_or_none = [_flat_view(x) for x in tensors]
+    flat = [view for view in flat_or_none if view is not None]
     if len(flat) == len(tensors):
         step = max(1, CHUNK_ELEMENTS // shape[-1])
         for start in range(0, shape[:-1].numel(), step):

@@ -6,9 +6,10 @@ The checksum is XXH3-128, at some 10 GB/s per core: it finds damage, not a forge
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from stat import S_ISREG
-from typing import Annotated, BinaryIO
+from typing import Annotated
 
 import torch
 import xxhash
@@ -75,7 +76,7 @@ def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, 
             file.write(part)
         for _, tensor in ordered:
             flat = tensor.contiguous().as_strided((tensor.numel(),), (1,))  # a single element may have any stride
-            data = memoryview(flat.view(torch.uint8).numpy())
+            data = flat.view(torch.uint8).numpy().data
             for start in range(0, len(data), _CHUNK):  # each chunk is summed while it is in the processor's cache
                 digest.update(data[start : start + _CHUNK])
                 file.write(data[start : start + _CHUNK])
@@ -113,7 +114,7 @@ def check_content(path: Path, record: FileRecord) -> None:
         raise DamageError(f"{path.name} has the checksum {digest.hexdigest()} instead of {record.checksum}")
 
 
-def _chunks(file: BinaryIO) -> Iterator[memoryview]:
+def _chunks(file: FileIO) -> Iterator[memoryview]:
     buffer = memoryview(bytearray(_CHUNK))
     while count := file.readinto(buffer):
         yield buffer[:count]

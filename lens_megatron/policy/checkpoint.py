@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -52,6 +53,7 @@ from lens_megatron.policy.sharded_state import (
     restore_generators,
 )
 from lens_megatron.policy.shards import Piece, ShardError, ShardReader
+from lens_megatron.supervision.agreement import shared_failure
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _PATIENCE = timedelta(hours=6)
@@ -168,11 +170,11 @@ class CheckpointWriter:
         temporary = self.folder / f".writing_iter_{step:07d}"
         try:
             self._failure = self._agree(
-                _attempt(lambda: _write_rank(temporary, self.policy.mesh.rank, staged), Exception)
+                _attempt(lambda: _write_rank(temporary, self.policy.mesh.rank, staged), (Exception,))
             )
             if self._failure is None:
                 self._failure = self._agree(
-                    _attempt(lambda: self._publish(temporary, staged.state), Exception) if main else None
+                    _attempt(lambda: self._publish(temporary, staged.state), (Exception,)) if main else None
                 )
         except RuntimeError as error:  # gloo's, when a rank dies
             self._failure = f"another rank was lost: {error}"
@@ -189,10 +191,10 @@ class CheckpointWriter:
         """
         step, main = staged.state.step, self.policy.mesh.rank == 0
         temporary = self.folder / f".writing_aside_{step:07d}"
-        failure = agree(_attempt(lambda: _write_rank(temporary, self.policy.mesh.rank, staged), Exception))
+        failure = agree(_attempt(lambda: _write_rank(temporary, self.policy.mesh.rank, staged), (Exception,)))
         self.wait_for_save(patience_s)
         if failure is None:
-            failure = agree(_attempt(lambda: self._publish(temporary, staged.state), Exception) if main else None)
+            failure = agree(_attempt(lambda: self._publish(temporary, staged.state), (Exception,)) if main else None)
         if main and failure is not None:
             _remove(temporary)
         return failure
@@ -204,12 +206,7 @@ class CheckpointWriter:
             writing.join(seconds)
 
     def _agree(self, failure: str | None) -> str | None:
-        """The failure of this rank or of another, None when all ranks succeeded."""
-        failed = torch.tensor([failure is not None], dtype=torch.int32)
-        torch.distributed.all_reduce(failed, op=ReduceOp.MAX, group=self._group)
-        if failure is not None and self.policy.mesh.rank != 0:
-            print(f"rank {self.policy.mesh.rank} could not write its checkpoint: {failure}", flush=True)
-        return failure or ("another rank failed" if failed.item() else None)
+        return shared_failure(failure, self._group, "write its checkpoint")
 
     def _publish(self, temporary: Path, state: TrainingState) -> None:
         checkpoint_files.write_index(temporary, state)
@@ -233,12 +230,12 @@ def resume(policy: Policy, folder: Path) -> TrainingState | None:
     """
     paths = published(folder)
     for path in reversed(paths):
-        checkpoint = _together(policy, path, lambda path=path: _verified(policy, path))
+        checkpoint = _together(policy, path, partial(_verified, policy, path))
         if checkpoint is None:
             continue
         if policy.mesh.rank == 0 and not checkpoint.has_checksums:
             print(f"checkpoint {path} has no checksums, only sizes; it was saved by an older version", flush=True)
-        if _together(policy, path, lambda checkpoint=checkpoint: _load(policy, checkpoint)) is None:
+        if _together(policy, path, partial(_load, policy, checkpoint)) is None:
             continue
         state = checkpoint.state
         policy.version = state.version
@@ -342,7 +339,7 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _attempt(action: Callable[[], object], failures: tuple | type = _FAILURES) -> str | None:
+def _attempt(action: Callable[[], object], failures: tuple[type[Exception], ...] = _FAILURES) -> str | None:
     """Runs `action`; returns the message of a failure instead of raising, so that ranks can agree."""
     try:
         action()

@@ -187,7 +187,7 @@ def write_index(folder: Path, state: TrainingState) -> None:
     receipts = [folder / _receipt(rank) for rank in ranks]
     written = [_parsed(_WRITTEN, _read(receipt), receipt.name) for receipt in receipts]
     files = {STATE: write_file(folder / STATE, json.dumps(asdict(state), indent=1).encode() + b"\n")}
-    export = {}
+    export: dict[str, FileRecord] = {}
     for rank in written:
         files |= rank.files
         export |= rank.export

@@ -100,7 +100,7 @@ def _start_next(plan: ExportPlan, buckets: Iterator[ExportBucket], side: torch.c
 
 
 def _finish(plan: ExportPlan, flight: _Flight, side: torch.cuda.Stream) -> None:
-    if not flight.work:
+    if flight.buffer is None:
         return
     with torch.cuda.stream(side):
         _wait(flight.work)

@@ -136,7 +136,8 @@ def cut_into_buckets(plan: ExportPlan, dtype: torch.dtype | None, bucket_bytes: 
     """
     stages: list[list[ExportBucket]] = []
     for stage in range(plan.mesh.pp_size):
-        done, filling = [], {}
+        done: list[ExportBucket] = []
+        filling: dict[tuple[Cut, torch.dtype], ExportBucket] = {}
         for shard in (shard for shard in plan.shards if shard.stage == stage):
             kind = (shard.cut, dtype or shard.dtype)
             limit = bucket_bytes // (kind[1].itemsize * plan.gatherings[shard.cut].size)

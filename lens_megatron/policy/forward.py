@@ -1,6 +1,6 @@
 """Forward passes without gradients: log-probabilities of given tokens, over all micro-batches in one pipelined run."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -81,11 +81,15 @@ def _run(policy: Policy, pairs: Sequence[Pair], packed: _Packed, temperature: fl
     for chunk in policy.chunks:
         chunk.eval()
 
-    def forward_step(iterator: Iterator[SequenceBatch], model: torch.nn.Module, *_: object):
+    def forward_step(
+        iterator: Iterator[SequenceBatch], model: torch.nn.Module, *_: object
+    ) -> tuple[Tensor, Callable[..., Tensor]]:
         batch = next(iterator)
-        return model_output(policy, model, batch), lambda hidden, non_loss_data: token_log_probs(
-            policy, hidden, batch, temperature
-        )
+
+        def log_probs(hidden: Tensor, non_loss_data: bool) -> Tensor:
+            return token_log_probs(policy, hidden, batch, temperature)
+
+        return model_output(policy, model, batch), log_probs
 
     with torch.no_grad():
         results = get_forward_backward_func()(

@@ -33,7 +33,7 @@ class FinishedStep:
 class StateGuard:
     """`finished` is None while weights and optimizer belong to no finished step. To be read with the lock held."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.lock = threading.Lock()
         self.finished: FinishedStep | None = None
         self._copied = False

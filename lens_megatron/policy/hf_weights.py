@@ -7,13 +7,15 @@ experts that are modules of their own.
 
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from mbridge.core.bridge import _MODEL_REGISTRY, Bridge
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.utils import unwrap_model
 from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig
@@ -123,6 +125,12 @@ class _LensBridge:
     """Mixed in before an mbridge class; overrides its hooks."""
 
     local_spec: bool
+    has_vp_stage: bool
+    config: TransformerConfig
+    hf_config: PretrainedConfig
+    _DIRECT_MAPPING: dict[str, str]
+    _OTHER_MAPPING: dict[str, list[str]]
+    _MLP_MAPPING: dict[str, list[str]]
 
     def _adjust_mapping_for_shared_weights(self) -> None:
         self._DIRECT_MAPPING = dict(self._DIRECT_MAPPING)  # mbridge would write into the class, for every later model
@@ -132,12 +140,12 @@ class _LensBridge:
         if self.hf_config.tie_word_embeddings:
             self._DIRECT_MAPPING["output_layer.weight"] = "model.embed_tokens.weight"
 
-    def _get_transformer_layer_spec(self, vp_stage: int | None = None):
+    def _get_transformer_layer_spec(self, vp_stage: int | None = None) -> TransformerBlockSubmodules:
         self.has_vp_stage = True
         spec = get_gpt_decoder_block_spec(self.config, use_transformer_engine=not self.local_spec, vp_stage=vp_stage)
         return use_own_layers(spec) if self.local_spec else spec
 
-    def _get_gptmodel_args(self) -> dict:
+    def _get_gptmodel_args(self) -> dict[str, Any]:
         rope = dict(self.hf_config.rope_parameters)
         kind = rope.get("rope_type", "default")
         arguments = {
@@ -172,10 +180,10 @@ def _grouped_name(name: str) -> str:
     return re.sub(r"\.local_experts\.(\d+)\.(linear_fc\d\.weight)$", r".\2\1", name)
 
 
-def import_weights(bridge: Bridge, chunks: list[torch.nn.Module], path: str) -> None:
+def import_weights(bridge: Bridge, chunks: Sequence[torch.nn.Module], path: str) -> None:
     """Loads a Hugging Face directory into this rank's shards. Raises ModelError when a tensor is missing."""
     try:
         with torch.no_grad():
-            bridge.load_weights([GroupedNames(model) for model in unwrap_model(chunks)], path)
+            bridge.load_weights([GroupedNames(model) for model in unwrap_model(list(chunks))], path)
     except (KeyError, OSError, RuntimeError, AssertionError, ValueError, TypeError, SafetensorError) as error:
         raise ModelError(f"{path}: the weights do not fit its config.json: {error}") from error

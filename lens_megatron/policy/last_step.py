@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lens_megatron.policy.checkpoint import CheckpointWriter, Staged, TrainingState
+from lens_megatron.policy.checkpoint import CheckpointWriter, Staged
+from lens_megatron.policy.checkpoint_files import TrainingState
 from lens_megatron.policy.guard import FinishedStep
 from lens_megatron.policy.model import Policy
 from lens_megatron.policy.offload import TrainerMemory
@@ -27,7 +28,7 @@ SAVE_PATIENCE_S = 10.0
 """How long a stop waits for a save in flight."""
 
 
-class LastStep:
+class PolicyLastStep:
     """Implements `supervision.stop.LastStep` for this rank's part of the policy.
 
     Args:
@@ -66,19 +67,28 @@ class LastStep:
         self.policy.guard.lock.release()
 
     def is_saved(self) -> bool:
-        step = self.policy.guard.finished.step
+        step = self._held().step
         if step > self.saver.saved_step:
             self.saver.wait_for_save(SAVE_PATIENCE_S)
         return step <= self.saver.saved_step
 
     def save(self, agree: Callable[[str | None], str | None]) -> str | None:
-        failure, staged = None, None
+        failure: str | None = None
+        staged: Staged | None = None
         try:
-            staged = self._stage(self.policy.guard.finished)
+            staged = self._stage(self._held())
         except Exception as error:  # the other ranks wait: they must hear of it, whatever it is
             failure = f"{type(error).__name__}: {error}"
         failure = agree(failure)
-        return failure if failure else self.saver.save_aside(staged, agree, SAVE_PATIENCE_S)
+        if failure is not None or staged is None:
+            return failure
+        return self.saver.save_aside(staged, agree, SAVE_PATIENCE_S)
+
+    def _held(self) -> FinishedStep:
+        finished = self.policy.guard.finished
+        if finished is None:
+            raise RuntimeError("no finished step is held; call hold() first and go on only if it returns a step")
+        return finished
 
     def _stage(self, finished: FinishedStep) -> Staged:
         with _own_stream(self.policy.mesh.device):

@@ -47,7 +47,7 @@ class Policy:
 
     mesh: Mesh
     bridge: Bridge
-    chunks: list[torch.nn.Module]
+    chunks: list[DistributedDataParallel]
     """DDP-wrapped model chunks of this rank's pipeline stage."""
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
@@ -180,7 +180,7 @@ def _wrap(model: GPTModel, config: Config) -> DistributedDataParallel:
     return DistributedDataParallel(model.config, ddp_config, model, disable_bucketing=later)
 
 
-def _build_optimizer(config: Config, chunks: list[torch.nn.Module]) -> MegatronOptimizer:
+def _build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
     ours = config.optimizer
     options = {
         "optimizer": "adam",
@@ -221,6 +221,8 @@ def _build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerP
     )
 
 
-def _finalize_without_token_scaling(chunks: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs) -> None:
+def _finalize_without_token_scaling(
+    chunks: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: Any
+) -> None:
     # The loss arrives already divided by global counts, so Megatron's own division by tokens must not happen.
     finalize_model_grads(chunks, None, **kwargs)

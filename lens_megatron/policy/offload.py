@@ -115,7 +115,7 @@ def _gradients(policy: Policy) -> Iterator[Tensor]:
 
 def _storages(tensors: Iterable[Tensor], device: torch.device) -> dict[int, UntypedStorage]:
     """Each once, those on `device` only: an optimizer may keep some of its state in host memory by itself."""
-    found = {}
+    found: dict[int, UntypedStorage] = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()
         if storage.device.type == device.type and storage.nbytes():

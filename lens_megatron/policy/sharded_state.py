@@ -75,7 +75,7 @@ def local_pieces(policy: Policy) -> list[LocalPiece]:
     materialise(policy)
     model = list(_boxes(policy))
     boxes = {id(tensor): parts for tensor, parts in model}
-    pieces = []
+    pieces: list[LocalPiece] = []
     for tensor, parts in model:
         pieces += _cut(parts, "model", tensor.detach().view(-1), 0)
     for state in _optimizer_states(policy):
@@ -136,13 +136,13 @@ def materialise(policy: Policy) -> None:
 def generator_states(policy: Policy) -> dict[str, Tensor]:
     """Every generator of this process, as tensors: torch, the device's, Megatron's trackers, Python, numpy."""
     _, python, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()
+    numpy = np.random.get_state(legacy=False)
     states = {
         "rng/torch": torch.get_rng_state(),
         "rng/python": torch.tensor(python),
         "rng/python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-        "rng/numpy": torch.tensor([*keys.tolist(), position, has_gauss]),
-        "rng/numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+        "rng/numpy": torch.tensor([*numpy["state"]["key"].tolist(), numpy["state"]["pos"], numpy["has_gauss"]]),
+        "rng/numpy_gauss": torch.tensor([numpy["gauss"]], dtype=torch.float64),
     }
     states |= {f"rng/megatron.{name}": state.cpu() for name, state in get_cuda_rng_tracker().get_states().items()}
     if policy.mesh.device.type == "cuda":

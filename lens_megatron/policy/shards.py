@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -114,7 +114,9 @@ class ShardReader:
     """Reads any piece of the tensors of a folder, however they were cut. Use as a context manager."""
 
     def __init__(self, folder: Path, pieces: Iterable[StoredPiece]):
-        self.folder, self._files, self._open = folder, ExitStack(), {}
+        self.folder, self._files = folder, ExitStack()
+        self._open: dict[str, Any] = {}
+        """safetensors' handles of the files that have been read from."""
         self._by_key: dict[str, list[StoredPiece]] = {}
         for stored in pieces:
             self._by_key.setdefault(stored.piece.key, []).append(stored)
@@ -204,5 +206,12 @@ def _slices(low: list[int], high: list[int], offset: tuple[int, ...]) -> tuple[s
 
 
 def _piece(record: Mapping[str, Any]) -> Piece:
-    values = {field.name: record[field.name] for field in fields(Piece)}
-    return Piece(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    return Piece(
+        key=record["key"],
+        global_shape=tuple(record["global_shape"]),
+        offset=tuple(record["offset"]),
+        shape=tuple(record["shape"]),
+        start=record["start"],
+        stop=record["stop"],
+        padded=record["padded"],
+    )

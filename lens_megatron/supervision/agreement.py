@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from torch.distributed import ProcessGroup
 
 
 def told_by_main(tell: Callable[[], str], device: torch.device) -> str:
@@ -38,6 +39,19 @@ def first_to_fail(failed: bool, device: torch.device) -> int | None:
     first = torch.tensor([rank if failed else world_size], dtype=torch.int32, device=device)
     torch.distributed.all_reduce(first, op=torch.distributed.ReduceOp.MIN)
     return int(first.item()) if first.item() < world_size else None
+
+
+def shared_failure(failure: str | None, group: ProcessGroup | None, task: str) -> str | None:
+    """Returns this rank's failure, or that another rank failed, or None where all ranks of `group` succeeded.
+
+    A collective of `group`, over the CPU. A failure of another rank than 0 is printed with `task`, what it was to do.
+    """
+    failed = torch.tensor([failure is not None], dtype=torch.int32)
+    torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX, group=group)
+    rank = torch.distributed.get_rank()
+    if failure is not None and rank != 0:
+        print(f"rank {rank} could not {task}: {failure}", flush=True)
+    return failure or ("another rank failed" if failed.item() else None)
 
 
 def _broadcast(flag: bool, text: str, device: torch.device) -> tuple[bool, str]:

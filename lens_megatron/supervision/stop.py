@@ -26,6 +26,7 @@ import torch
 from torch.distributed import ProcessGroup, ReduceOp
 
 from lens_megatron.supervision import exit_codes
+from lens_megatron.supervision.agreement import shared_failure
 from lens_megatron.supervision.heartbeat import UNCOUNTED
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -248,11 +249,7 @@ class Stop:
         return None
 
     def _agree(self, failure: str | None) -> str | None:
-        failed = torch.tensor([failure is not None], dtype=torch.int32)
-        torch.distributed.all_reduce(failed, op=ReduceOp.MAX, group=self._group)
-        if failure is not None and self._rank():
-            print(f"rank {self._rank()} could not save its part: {failure}", flush=True)
-        return failure or ("another rank failed" if failed.item() else None)
+        return shared_failure(failure, self._group, "save its part")
 
     def _end(self, code: int, text: str) -> None:
         """Does not return."""
