@@ -1,11 +1,17 @@
 """Distribution lens-megatron. The kernels are a distribution of their own: `pip install -e kernels -e .`."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="lens-megatron",
     version="0.1.0",
     description="LENS: reinforcement learning for reasoning with instruction purification, on Megatron-Core and vLLM",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     packages=find_packages(include=["lens_megatron", "lens_megatron.*"]),
     python_requires=">=3.11,<3.14",
     install_requires=[

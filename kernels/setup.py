@@ -13,6 +13,7 @@ setup(
     description="Token log-probabilities, interference scores and clipped policy losses without a full log-softmax",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    license="Apache-2.0",
     packages=["lens_kernels"],
     package_data={"lens_kernels": ["py.typed"]},
     python_requires=">=3.11",

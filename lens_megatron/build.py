@@ -1,5 +1,6 @@
 """A configuration -> everything one rank of a run holds, checked in the order in which mistakes are cheapest."""
 
+import logging
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ from lens_megatron.data.prompts import DataError, PromptStream, load_prompts
 from lens_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from lens_megatron.files import why_no_folder
 from lens_megatron.output import metrics, run_folder
+from lens_megatron.output.progress_bar import ProgressBar
 from lens_megatron.output.run_folder import RunFolderError
 from lens_megatron.output.run_lease import RunLease
 from lens_megatron.policy import platform
@@ -26,6 +28,7 @@ from lens_megatron.rollout import replay
 from lens_megatron.rollout.background import BackgroundSampling
 from lens_megatron.rollout.engine import RolloutEngine
 from lens_megatron.rollout.local import LocalEngine
+from lens_megatron.rollout.progress import NoDisplay
 from lens_megatron.rollout.request_store import RequestStore
 from lens_megatron.rollout.scheduler import RolloutScheduler
 from lens_megatron.rollout.servers.engine import connect
@@ -34,11 +37,13 @@ from lens_megatron.rollout.unfinished import UnfinishedGroups
 from lens_megatron.rollout.vllm import options as vllm_options
 from lens_megatron.rollout.vllm.engine import VllmEngine
 from lens_megatron.rollout.vllm.tensor_parallel import EngineGroup, TensorParallelEngine, build_engine_group
-from lens_megatron.run import LastSync, Run
+from lens_megatron.run import Run
 from lens_megatron.supervision.agreement import raise_together, told_by_main
 from lens_megatron.supervision.clock import Clock
 from lens_megatron.supervision.control_store import ControlStore
 from lens_megatron.types import Prompt
+
+logger = logging.getLogger(__name__)
 
 
 def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
@@ -71,13 +76,11 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
         engine = _build_engine(config, hf_config, device, engine_group, servers)
         memory.to_device()
         on_failure.pop_all()
-    share = mesh.dp_rank + mesh.dp_size * mesh.model_rank  # as `sampling.prepare` deals the prompts
-    staleness = config.rollout.off_policy_steps * config.train.updates_per_batch
-    unfinished = UnfinishedGroups(Path(config.run.directory) / "unfinished", share, mesh.world_size, staleness)
+    unfinished = _build_unfinished(config, mesh)
+    display = ProgressBar() if mesh.rank == 0 and os.isatty(2) else NoDisplay()
     request_store = _build_request_store(config, engine_group, control)
-    sampler = RolloutScheduler(
-        engine, graders, tokenizer.decode, config.rollout, config.lens, config.run.seed, unfinished, request_store
-    )
+    options = config.rollout, config.lens, config.run.seed
+    sampler = RolloutScheduler(engine, graders, tokenizer.decode, *options, unfinished, request_store, display)
     run = Run(
         config=config,
         mesh=mesh,
@@ -90,14 +93,13 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
         engine_group=engine_group,
         graders=graders,
         sampler=sampler,
+        unfinished=unfinished,
         background=BackgroundSampling() if config.rollout.off_policy_steps else None,
         trainer_memory=memory,
-        last_sync=LastSync(),
         lease=lease,
         clock=Clock(),
     )
-    if run.is_main:
-        _describe(run)
+    _describe(run)
     return run, resuming
 
 
@@ -125,13 +127,13 @@ def _build_engine(
     """A collective where the engine is vLLM's."""
     if config.rollout.engine == "vllm":
         engine = VllmEngine(config, hf_config)
-        if engine.left_by_sleep is not None and torch.distributed.get_rank() == 0:
-            metrics.say(f"vLLM asleep leaves {engine.left_by_sleep / 2**30:.2f} GiB of the GPU in use")
+        if engine.bytes_while_asleep is not None:
+            logger.info(f"vLLM asleep leaves {engine.bytes_while_asleep / 2**30:.2f} GiB of the GPU in use")
         return engine if engine_group.size == 1 else TensorParallelEngine(engine, engine_group)
     if config.rollout.engine == "vllm_server":
         engine, failure = None, None
         try:
-            engine = connect(config, hf_config, servers, metrics.say)
+            engine = connect(config, hf_config, servers)
         except ConfigError as error:
             failure = error
         raise_together(failure, ConfigError("the servers of another rank cannot be used"), device)
@@ -144,12 +146,17 @@ def _build_engine(
     )
 
 
+def _build_unfinished(config: Config, mesh: Mesh) -> UnfinishedGroups:
+    share = mesh.dp_rank + mesh.dp_size * mesh.model_rank  # as `phases.collect` deals the prompts
+    staleness = config.rollout.off_policy_steps * config.train.updates_per_batch
+    return UnfinishedGroups(Path(config.run.directory) / "unfinished", share, mesh.world_size, staleness)
+
+
 def _build_request_store(config: Config, engine_group: EngineGroup, store: ControlStore) -> RequestStore | None:
     """Between engines: of those over several ranks the first one speaks."""
-    shared = config.rollout.engine != "local" if config.rollout.share_work is None else config.rollout.share_work
     return (
         RequestStore(store, engine_group.number, engine_group.engines)
-        if shared and engine_group.leads and engine_group.engines > 1
+        if config.rollout.shares_work and engine_group.leads and engine_group.engines > 1
         else None
     )
 
@@ -172,10 +179,9 @@ def _start_graders(config: Config) -> GraderPool:
 def _load_data(config: Config, tokenizer: Tokenizer) -> tuple[PromptStream, tuple[Prompt, ...]]:
     training = load_prompts(config.data.train, tokenizer.hf, config.data, config.lens)
     held_out = [load_prompts(source, tokenizer.hf, config.data, config.lens) for source in config.data.eval]
-    if int(os.environ.get("RANK", 0)) == 0:
-        for loaded in (training, *held_out):
-            dropped = f", {loaded.dropped_too_long} longer than data.max_prompt_length dropped"
-            metrics.say(f"{loaded.source}: {len(loaded.prompts)} prompts" + dropped * bool(loaded.dropped_too_long))
+    for loaded in (training, *held_out):
+        dropped = f", {loaded.dropped_too_long} longer than data.max_prompt_length dropped"
+        logger.info(f"{loaded.source}: {len(loaded.prompts)} prompts" + dropped * bool(loaded.dropped_too_long))
     if len(training.prompts) < config.rollout.prompts_per_step:
         raise DataError(
             f"data.train has {len(training.prompts)} usable prompts, rollout.prompts_per_step asks for "
@@ -206,7 +212,7 @@ def _take_folder(config: Config, mesh: Mesh, on_failure: ExitStack) -> tuple[boo
         taken.append(run_folder.take(config, topology))
         on_failure.callback(taken[0].lease.release)
         if taken[0].moved:
-            metrics.say(f"the run that was in {taken[0].path} is now in {taken[0].moved}")
+            logger.info(f"the run that was in {taken[0].path} is now in {taken[0].moved}")
         return f"{taken[0].token} {'resume' if taken[0].resuming else 'begin'}"
 
     token, what = told_by_main(take, mesh.device).split()
@@ -222,7 +228,7 @@ def _take_folder(config: Config, mesh: Mesh, on_failure: ExitStack) -> tuple[boo
 def _describe(run: Run) -> None:
     mesh = run.mesh
     parameters = sum(p.numel() for chunk in run.policy.chunks for p in chunk.parameters())
-    metrics.say(
+    logger.info(
         f"{'LENS' if run.config.lens.enabled else 'no purification'}, advantage {run.config.algorithm.advantage}; "
         f"{mesh.world_size} ranks on {mesh.device.type}: TP{mesh.tp_size} CP{mesh.cp_size} PP{mesh.pp_size} "
         f"DP{mesh.dp_size}; "

@@ -4,83 +4,58 @@ import json
 import logging
 import os
 from argparse import ArgumentParser
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from lens_megatron import config as configuration
 from lens_megatron.build import build_run, collective_patience
-from lens_megatron.config import Config, ConfigError
-from lens_megatron.data.model_files import ModelError
-from lens_megatron.data.prompts import DataError
-from lens_megatron.data.tokenizer import TokenizerError
-from lens_megatron.output import metrics, report, rollout_files, run_folder
-from lens_megatron.output.console import leave_console, say_error
-from lens_megatron.output.rollout_files import RolloutFileError, RolloutFiles
-from lens_megatron.output.run_folder import RunFolderError
-from lens_megatron.output.run_lease import FolderInUseError
+from lens_megatron.config import Config
+from lens_megatron.errors import ExitCode, UserError
+from lens_megatron.output import console, metrics, report, rollout_files, run_folder
+from lens_megatron.output.rollout_files import RolloutFiles
 from lens_megatron.phases.evaluate import evaluate
-from lens_megatron.phases.weight_sync import WeightSyncError
 from lens_megatron.policy import checkpoint, checkpoint_files, platform
-from lens_megatron.policy.checkpoint import CheckpointError, CheckpointWriter
+from lens_megatron.policy.checkpoint import CheckpointWriter
 from lens_megatron.policy.last_step import PolicyLastStep, is_exported
 from lens_megatron.policy.parallel import shut_down
-from lens_megatron.reward import GraderStartError
 from lens_megatron.rollout import replay
-from lens_megatron.rollout.engine import EnginesLostError
-from lens_megatron.rollout.progress import SamplingProgress
-from lens_megatron.rollout.replay import ReplayError
 from lens_megatron.run import Run
 from lens_megatron.step import run_step
-from lens_megatron.supervision import exit_codes, non_finite
-from lens_megatron.supervision.agreement import ToldError, told_by_main
-from lens_megatron.supervision.non_finite import NonFiniteError
+from lens_megatron.supervision import non_finite
+from lens_megatron.supervision.agreement import told_by_main
 from lens_megatron.supervision.parent import end_with_launcher
 from lens_megatron.supervision.stop import Stop
 from lens_megatron.supervision.watchdog import watch
 from lens_megatron.types import StepResult
 
-USER_ERRORS = (
-    ConfigError,
-    DataError,
-    ModelError,
-    TokenizerError,
-    RunFolderError,
-    FolderInUseError,
-    ToldError,
-    CheckpointError,
-    GraderStartError,
-    ReplayError,
-    RolloutFileError,
-    WeightSyncError,
-)
+logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns one of `exit_codes`."""
+    """Trains as the command line says. Returns an `ExitCode`; any other error than a UserError is raised."""
     parser = ArgumentParser(prog="pretrain_lens.py", description="Train a reasoning model with LENS or GRPO.")
     parser.add_argument("--config", required=True, help="YAML file; see configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.option=value")
     parsed = parser.parse_args(arguments)
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    try:
-        train(configuration.load(parsed.config, parsed.overrides))
-    except EnginesLostError as error:
-        say_error(f"{error}\nwhat was graded is kept: the same command goes on from there")
-        return exit_codes.ENGINES_LOST
-    except (*USER_ERRORS, NonFiniteError) as error:
-        say_error(str(error))
-        return exit_codes.NON_FINITE if isinstance(error, NonFiniteError) else exit_codes.MISTAKE
-    finally:
-        shut_down()
-        leave_console()
-    return exit_codes.DONE
+    with console.messages_on_console():
+        try:
+            config = configuration.load(parsed.config, parsed.overrides)
+            console.set_level(config.run.log_level)
+            train(config)
+        except UserError as error:
+            console.report_error(str(error))
+            return error.exit_code
+        finally:
+            shut_down()
+            console.leave_console()
+    return ExitCode.DONE
 
 
 def train(config: Config) -> None:
-    """Trains as configured. Raises one of USER_ERRORS, before anything is written, when it cannot; NonFiniteError."""
+    """Trains as configured. Raises a UserError, before anything is written where that can be known then."""
     with Stop() as stop:
         end_with_launcher()
         _train(config, stop)
@@ -88,15 +63,17 @@ def train(config: Config) -> None:
 
 def _train(config: Config, stop: Stop) -> None:
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    config.check_world(world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+    configuration.check_world(config, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
     device = platform.install()
     platform.init_process_group(device, collective_patience(config))
     stop.meet()
     if _is_done(config, device):
         if rank == 0:
-            metrics.say(f"{config.run.directory} has done its {config.train.steps} steps already; raise train.steps")
-            metrics.say("to go on, or set run.if_exists=restart to move that run aside and start over.")
-            metrics.say(report.write(Path(config.run.directory)))
+            logger.info(
+                f"{config.run.directory} has done its {config.train.steps} steps already; raise train.steps\n"
+                "to go on, or set run.if_exists=restart to move that run aside and start over."
+            )
+            logger.info(report.write(Path(config.run.directory)))
         return
     run, resuming = build_run(config, device)
     try:
@@ -106,7 +83,7 @@ def _train(config: Config, stop: Stop) -> None:
     finally:
         run.close()
     if run.is_main:
-        metrics.say(report.write(Path(config.run.directory)))
+        logger.info(report.write(Path(config.run.directory)))
 
 
 def _is_done(config: Config, device: torch.device) -> bool:
@@ -128,11 +105,9 @@ def _resume(run: Run) -> int:
         state = checkpoint.resume(run.policy, folder)
     if state is None:
         return 0
-    if run.is_main:
-        metrics.say(f"resumed from {folder}/iter_{state.step:07d}: {state.step} steps done")
-        moved = checkpoint.layout_change(state)
-        if moved:
-            metrics.say(f"its layout was another ({moved}): equal up to rounding, not to the bit")
+    logger.info(f"resumed from {folder}/iter_{state.step:07d}: {state.step} steps done")
+    if moved := checkpoint.layout_change(state):
+        logger.info(f"its layout was another ({moved}): equal up to rounding, not to the bit")
     return state.step
 
 
@@ -151,10 +126,8 @@ def _loop(run: Run, done: int, stop: Stop, saver: CheckpointWriter) -> None:
     _catch_up(run, done, writer, saver)
     for step in range(done + 1, config.train.steps + 1):
         run.clock.step = step
-        run.sampler.on_progress = bar = _progress_bar(run, step)
         with run.clock("step"):
             result = run_step(run, step)
-        bar.close()
         if run.lease:
             run.lease.check()
         with run.clock("write_rollouts"):
@@ -162,7 +135,7 @@ def _loop(run: Run, done: int, stop: Stop, saver: CheckpointWriter) -> None:
                 described.write(step, rollout_files.rollout_lines(result, run.tokenizer, step))
             if replayable:
                 replayable.write(step, [replay.to_json(graded.group) for graded in result.groups])
-            run.sampler.store.remove(step)
+            run.unfinished.remove(step)
         logged = _step_metrics(run, result)
         if writer:
             writer.write(step, logged)  # before any save: a checkpoint whose row is missing would leave a gap for good
@@ -175,7 +148,7 @@ def _loop(run: Run, done: int, stop: Stop, saver: CheckpointWriter) -> None:
                 writer.add(step, evaluated)
             last_step.finish(step, score)
         if writer:
-            _say_step(config, step, logged)
+            _log_step(config, step, logged)
         stopping, last = stop.agreed(run.mesh.device), step == config.train.steps
         if stopping or last:
             stop.claim()
@@ -186,8 +159,7 @@ def _loop(run: Run, done: int, stop: Stop, saver: CheckpointWriter) -> None:
         skipped = non_finite.in_a_row(skipped, result.updates)
         non_finite.check(skipped, config.train.max_skipped_updates, step, Path(config.run.directory) / "non_finite")
         if stopping and not last:
-            if run.is_main:
-                metrics.say(f"stopped as asked after step {step}; the same command goes on from here")
+            logger.info(f"stopped as asked after step {step}; the same command goes on from here")
             break
     with run.clock("save_checkpoint"):
         saver.poll(wait=True)
@@ -218,10 +190,10 @@ def _catch_up(run: Run, done: int, writer: metrics.MetricsWriter | None, saver: 
             saver.save(done, metrics.best_model_metric(evaluated, config.train.metric_for_best_model))
 
 
-def _say_step(config: Config, step: int, logged: metrics.Metrics) -> None:
-    metrics.say(metrics.console_line(step, config.train.steps, logged))
+def _log_step(config: Config, step: int, logged: metrics.Metrics) -> None:
+    logger.info(metrics.console_line(step, config.train.steps, logged))
     if warning := metrics.mismatch_warning(logged, config.algorithm.correction):
-        metrics.say(warning)
+        logger.warning(warning)
 
 
 def _saver(run: Run) -> CheckpointWriter:
@@ -244,17 +216,16 @@ def _evaluate(run: Run) -> metrics.Metrics:
         with run.clock("gen"):
             run.background.settle()
     with run.clock("testing"):
-        results = evaluate(run)
+        evaluation = evaluate(run)
     samples = run.config.train.eval_samples
-    found = {}
-    for result in results:
+    found = metrics.sync_metrics(evaluation.sync)
+    for result in evaluation.accuracies:
         found[metrics.accuracy_name(result.source, samples)] = result.mean
         found[f"val-aux/{result.source}/acc/standard_error"] = result.standard_error
-        if run.is_main:
-            metrics.say(
-                f" {result.source}: accuracy {100 * result.mean:.1f} % +- {100 * result.standard_error:.1f} "
-                f"over {result.prompts} problems"
-            )
+        logger.info(
+            f" {result.source}: accuracy {100 * result.mean:.1f} % +- {100 * result.standard_error:.1f} "
+            f"over {result.prompts} problems"
+        )
     return found
 
 
@@ -264,14 +235,11 @@ def _step_metrics(run: Run, result: StepResult) -> metrics.Metrics:
     found |= metrics.mismatch_metrics(result.updates, run.config.algorithm.correction)
     found |= metrics.sampling_metrics(result.sampling, run.mesh.device, run.engine_group.size)
     found |= metrics.time_metrics(run.clock.take(), found, run.mesh.world_size)
+    found |= metrics.sync_metrics(result.sync)
     return found | {
         "training/global_step": result.step,
         "training/epoch": run.prompts.epoch(result.step - 1),
         "training/weight_version": run.policy.version,
-        "perf/weight_sync_bytes": result.sync.bytes,
-        "perf/weight_sync_received_bytes": result.sync.received_bytes,
-        "perf/weight_sync_gb_per_s": result.sync.gb_per_s,
-        "training/sync_log_prob_diff": result.sync.sync_difference,
     }
 
 
@@ -280,33 +248,6 @@ def _rollout_files(run: Run) -> tuple[RolloutFiles | None, RolloutFiles | None]:
     own, asked = Path(run.config.run.directory) / "rollouts", run.config.debug.save_rollouts
     wanted = run.config.run.save_rollout_files
     return (
-        RolloutFiles(own, "rollouts", run.mesh, required=False, tell=metrics.say) if wanted else None,
-        RolloutFiles(Path(asked), "debug.save_rollouts", run.mesh, required=True, tell=metrics.say) if asked else None,
+        RolloutFiles(own, "rollouts", run.mesh, required=False) if wanted else None,
+        RolloutFiles(Path(asked), "debug.save_rollouts", run.mesh, required=True) if asked else None,
     )
-
-
-class _Bar:
-    """A live bar of finished rollouts on the main rank's terminal."""
-
-    def __init__(self, step: int, total: int, shown: bool):
-        self.bar = tqdm(total=total, desc=f"step {step} sampling", unit="rollout", leave=False, disable=not shown)
-
-    def __call__(self, progress: SamplingProgress) -> None:
-        if self.bar.disable:
-            return
-        self.bar.total = max(self.bar.total, progress.total)
-        self.bar.set_postfix_str(
-            f"{progress.running} running, {progress.waiting} waiting, {progress.second_wave} second wave, "
-            f"{progress.tokens_per_second:.0f} tokens/s",
-            refresh=False,
-        )
-        self.bar.update(progress.finished - self.bar.n)
-
-    def close(self) -> None:
-        self.bar.close()
-
-
-def _progress_bar(run: Run, step: int) -> Callable[[SamplingProgress], None]:
-    share = len(range(run.engine_group.number, run.config.rollout.prompts_per_step, run.engine_group.engines))
-    shown = run.is_main and os.isatty(2)
-    return _Bar(step, share * run.config.rollout.rollouts_per_prompt, shown)

@@ -1,4 +1,4 @@
-"""The schedule at scale: samples of a step to ranks and micro-batches, no training. Pure Python, one process."""
+"""Divides the samples of a large step among ranks and micro-batches, without training, in one process of Python."""
 
 import random
 import statistics
@@ -8,13 +8,15 @@ from benchmarks.training.load import lengths
 from lens_megatron.batch import balance
 
 HIDDEN, BUDGET, ALIGNMENT = 2048, 16384, 4
-"""Qwen2.5-3B; the default token budget; what context parallelism over 2 ranks pads each sample to."""
+"""The hidden size of Qwen2.5-3B, the default token budget, and the multiple to which context parallelism over 2 ranks
+pads each sample."""
 
 
 def simulate(samples: int, ranks: int, limit: int = 4096) -> dict:
-    """Deals `samples` of the long tail to `ranks`, and cuts every rank's share into micro-batches.
+    """Divides `samples` of the long tail among `ranks`, and cuts every rank's share into micro-batches.
 
-    Seconds: `deal_s` is what each rank spends, for all samples; of the cut it does its own part, `cut_s_per_rank`.
+    `deal_s` are the seconds that each rank spends on dividing all samples, and `cut_s_per_rank` those that it spends on
+    cutting its own share.
     """
     sizes = [p + r for p, r in lengths("tail", samples, limit)]
     start = time.perf_counter()

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from lens_megatron.errors import UserError
 from lens_megatron.files import read_regular
 
 LARGEST_FILE = 1 << 18
@@ -23,7 +24,7 @@ LARGEST_DEPTH = 100
 """Levels of a tree."""
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A mistake in the user's configuration; the message names the option, the value and the remedy."""
 
 

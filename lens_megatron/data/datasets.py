@@ -26,6 +26,7 @@ import pyarrow
 import pyarrow.parquet
 
 from lens_megatron.config import DataConfig
+from lens_megatron.errors import UserError
 from lens_megatron.files import open_regular
 from lens_megatron.reward.boxed import last_box
 
@@ -51,7 +52,7 @@ _SIGNATURES = (
 """What other files begin with; the longer signature first."""
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A mistake in the user's data; the message names the file and line, the value and the remedy."""
 
 
@@ -192,8 +193,6 @@ def _parquet_rows(path: Path, wanted: set[str]) -> Iterator[_Row]:
                 for values in batch.to_pylist():
                     number += 1
                     yield _Row(f"{path}, row {number}", values, columns)
-    except DataError:
-        raise
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         raise DataError(f"{path}: cannot be read as parquet: {error}") from error
 

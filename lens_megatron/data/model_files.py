@@ -7,6 +7,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig
 
+from lens_megatron.errors import UserError
+
 WEIGHT_INDEX = "model.safetensors.index.json"
 _SMALL_FILES = (".json", ".txt", ".model", ".jinja")
 _OTHER_FORMATS = {
@@ -18,7 +20,7 @@ _OTHER_FORMATS = {
 """How files begin that stand in the place of safetensors, what they are, and the remedy."""
 
 
-class ModelError(ValueError):
+class ModelError(UserError):
     """The user's model directory cannot be used; the message says why and what to do."""
 
 

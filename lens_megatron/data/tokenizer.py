@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lens_megatron.data.model_files import in_one_line
+from lens_megatron.errors import UserError
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 """One of these must be there: without any, transformers makes an empty tokenizer and says nothing."""
@@ -19,7 +20,7 @@ _OPTIONS = "tokenizer_config.json"
 _JSON_FILES = (_OPTIONS, "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 
 
-class TokenizerError(ValueError):
+class TokenizerError(UserError):
     """The user's model directory has no tokenizer that can be used."""
 
 

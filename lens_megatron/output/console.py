@@ -1,30 +1,74 @@
-"""What a rank says on its console, and when it cannot go on: every mistake once, whichever rank makes it."""
+"""What a rank prints: the messages of the project's loggers, and every error once, whichever ranks come upon it."""
 
 import hashlib
+import logging
 import os
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 from torch.distributed import TCPStore
+from tqdm import tqdm
 
+PROJECT = "lens_megatron"
+ABOUT_ONE_RANK = ("lens_megatron.rollout.servers", "lens_megatron.rollout.unfinished")
+"""Loggers whose messages every rank shows: they are about its own servers and files, which rank 0 does not know."""
 HEAD_START_S = 1.0
-"""What all ranks find, rank 0 says."""
+"""Other ranks wait so long before they report an error, so that rank 0 reports what all of them find."""
 PATIENCE = timedelta(seconds=5)
 
 
-def say_error(text: str) -> None:
-    """Prints `error: ...`, or `rank N: error: ...` on other ranks than 0, unless another rank has said the same."""
-    rank = int(os.environ.get("RANK", 0))
-    if rank:
+class ConsoleHandler(logging.Handler):
+    """Prints `text`, `warning: text` or `error: text` on stdout; on other ranks than 0 with `rank N: ` before it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+            print_text(f"{_rank_prefix()}{level}{self.format(record)}")
+        except Exception:
+            self.handleError(record)
+
+
+@contextmanager
+def messages_on_console() -> Iterator[None]:
+    """Within the block the console shows what the project's modules log, from level info on."""
+    project, handler = logging.getLogger(PROJECT), ConsoleHandler()
+    project.addHandler(handler)
+    project.propagate = False  # a library may have given the root logger a handler of its own
+    set_level("info")
+    try:
+        yield
+    finally:
+        project.removeHandler(handler)
+        project.propagate = True
+        for name in (PROJECT, *ABOUT_ONE_RANK):
+            logging.getLogger(name).setLevel(logging.NOTSET)
+
+
+def set_level(name: str) -> None:
+    """Shows messages from level `name` (debug, info, warning, error) on; other ranks than 0 show no less than warnings.
+
+    What loggers of ABOUT_ONE_RANK say is shown on every rank.
+    """
+    level = logging.getLevelNamesMapping()[name.upper()]
+    logging.getLogger(PROJECT).setLevel(max(level, logging.WARNING) if _rank() else level)
+    for logger in ABOUT_ONE_RANK:
+        logging.getLogger(logger).setLevel(level)
+
+
+def report_error(text: str) -> None:
+    """Logs `text` as an error, unless another rank has reported the same."""
+    if _rank():
         time.sleep(HEAD_START_S)
     if _is_first(text):
-        say(f"rank {rank}: error: {text}" if rank else f"error: {text}")
+        logging.getLogger(__name__).error(text)
 
 
 def _is_first(text: str) -> bool:
-    """By torchrun's store. True where it cannot be asked: twice is better than never."""
+    """Whether no other rank has claimed `text` in torchrun's store. True where the store cannot be asked: an error
+    that is printed twice is better than one that never is."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return True
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -37,13 +81,14 @@ def _is_first(text: str) -> bool:
         return True
 
 
-def say(text: str) -> None:
-    """Prints what can be printed; the rest, such as half a character of a file's name, as an escape sequence.
+def print_text(text: str) -> None:
+    """Prints what the console's encoding has; the rest, such as half a character of a file's name, as an escape
+    sequence. A progress bar is drawn anew below the text.
 
     A console that takes nothing, because its file is on a full disk, must not end a run.
     """
     encoding = sys.stdout.encoding or "utf-8"
-    with suppress(OSError):
+    with suppress(OSError), tqdm.external_write_mode(file=sys.stdout):
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True, file=sys.stdout)
 
 
@@ -56,3 +101,11 @@ def leave_console() -> None:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, stream.fileno())
             os.close(nowhere)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def _rank_prefix() -> str:
+    return f"rank {_rank()}: " if _rank() else ""

@@ -16,7 +16,6 @@ from torch.distributed import ProcessGroup
 
 from lens_megatron.algorithms.mismatch import mismatch, pooled
 from lens_megatron.output import tensorboard_events
-from lens_megatron.output.console import say
 from lens_megatron.output.side_log import SideLog
 from lens_megatron.reward.types import GradeStatus
 from lens_megatron.types import (
@@ -25,6 +24,7 @@ from lens_megatron.types import (
     Rollout,
     SamplingStats,
     StepResult,
+    SyncStats,
     TrainingGroup,
     UpdateStats,
 )
@@ -204,7 +204,7 @@ def _mismatch_values(sums: MismatchSums, correction: str) -> Metrics:
 
 
 def mismatch_warning(metrics: Metrics, correction: str) -> str | None:
-    """A line for the console where engine and trainer differ too much on native or on rescued rows."""
+    """The text of a warning where engine and trainer differ too much on native or on rescued rows."""
     name = "training/rollout_probs_diff_mean"
     means = {origin: metrics[f"{name}_{origin}"] for origin in ("native", "rescued") if f"{name}_{origin}" in metrics}
     # Written so that a mean that is not a number is the worst of all.
@@ -212,12 +212,12 @@ def mismatch_warning(metrics: Metrics, correction: str) -> str | None:
     if not over:
         return None
     alarm = any(not mean < MISMATCH_ALARM for mean in over.values())
-    head = f"!!! ALARM (limit {MISMATCH_ALARM})" if alarm else f"warning (limit {MISMATCH_WARNING})"
+    head = f"!!! ALARM (limit {MISMATCH_ALARM})" if alarm else f"mismatch (limit {MISMATCH_WARNING})"
     shown = ", ".join(f"{mean:.4f} on {origin} rows" for origin, mean in over.items())
     remedy = "compare dtype, temperature and weight version of engine and trainer"
     if correction == "none":
         remedy += ", or set algorithm.correction=token_truncate"
-    return f" {head}: engine and trainer disagree on the sampled tokens' probabilities by {shown}; {remedy}"
+    return f"{head}: engine and trainer disagree on the sampled tokens' probabilities by {shown}; {remedy}"
 
 
 def sampling_metrics(stats: SamplingStats, device: torch.device, ranks_per_engine: int = 1) -> Metrics:
@@ -238,6 +238,21 @@ def sampling_metrics(stats: SamplingStats, device: torch.device, ranks_per_engin
         "lens/early_decisions": sum(early),
         "lens/discarded_tokens": sum(discarded),
         "reward/regraded": sum(regraded),
+    }
+
+
+def sync_metrics(sync: SyncStats | None) -> Metrics:
+    """What a transfer of weights to the engine took; no metrics where there was none. Of this rank, but for the last.
+
+    A step or an evaluation without a transfer used weights that the engine had already.
+    """
+    if sync is None:
+        return {}
+    return {
+        "perf/weight_sync_bytes": sync.bytes,
+        "perf/weight_sync_received_bytes": sync.received_bytes,
+        "perf/weight_sync_gb_per_s": sync.gb_per_s,
+        "training/sync_log_prob_diff": sync.sync_difference,
     }
 
 
@@ -280,11 +295,11 @@ class MetricsWriter:
             self._last, kept = (rows or [{}])[-1], b"".join(map(_line, rows))
         except OSError:
             kept = None  # what cannot be read must not be replaced; readers take the last row of a step
-        self.rows = SideLog(folder / "metrics.jsonl", kept, say)
+        self.rows = SideLog(folder / "metrics.jsonl", kept)
         self.events = None
         if tensorboard:
             name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
-            self.events = SideLog(folder / "tensorboard" / name, tensorboard_events.head(first_step), say)
+            self.events = SideLog(folder / "tensorboard" / name, tensorboard_events.head(first_step))
 
     def write(self, step: int, metrics: Metrics) -> None:
         self._last = {"step": step, **metrics}

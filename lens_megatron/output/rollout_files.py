@@ -1,17 +1,21 @@
 """A file per step with what was sampled: every data-parallel rank writes its part, rank 0 joins them."""
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from lens_megatron.data.tokenizer import Tokenizer
+from lens_megatron.errors import UserError
 from lens_megatron.policy.parallel import Mesh
 from lens_megatron.supervision.agreement import first_to_fail, raise_together
 from lens_megatron.types import Sample, StepResult, TrainingGroup
 
+logger = logging.getLogger(__name__)
 
-class RolloutFileError(ValueError):
+
+class RolloutFileError(UserError):
     """Rollouts that the user asked for cannot be written; the message says what to change."""
 
 
@@ -22,11 +26,10 @@ class RolloutFiles:
         name: for people.
         required: a step that cannot be written ends the run. Otherwise training goes on without it, with one warning
             until a step can be written again.
-        tell: prints a line.
     """
 
-    def __init__(self, folder: Path, name: str, mesh: Mesh, *, required: bool, tell: Callable[[str], None]):
-        self.folder, self.name, self.mesh, self.required, self.tell = folder, name, mesh, required, tell
+    def __init__(self, folder: Path, name: str, mesh: Mesh, *, required: bool):
+        self.folder, self.name, self.mesh, self.required = folder, name, mesh, required
         self.lost: list[int] = []
         """Steps since one could be written."""
 
@@ -53,14 +56,13 @@ class RolloutFiles:
             self._recovered()
         else:
             if failed == self.mesh.rank and not self.lost:
-                head = f"rank {self.mesh.rank}: " * (self.mesh.rank > 0)
-                self.tell(f"{head}warning: {self._describe(step)}: {failure}; training goes on without")
+                logger.warning(f"{self._describe(step)}: {failure}; training goes on without")
             self.lost.append(step)
 
     def _recovered(self) -> None:
         if self.lost and self.mesh.rank == 0:
             steps = f"step {self.lost[0]}" + f" to {self.lost[-1]}" * (len(self.lost) > 1)
-            self.tell(f"{self.name} can be written again; lost: {steps}")
+            logger.info(f"{self.name} can be written again; lost: {steps}")
         self.lost.clear()
 
     def _describe(self, step: int) -> str:

@@ -18,8 +18,9 @@ from typing import Any
 
 import yaml
 
-from lens_megatron.config import Config
-from lens_megatron.config.files import differing_keys, parse_yaml
+from lens_megatron.config import Config, ConfigError
+from lens_megatron.config.files import differing_keys, merge, parse_yaml
+from lens_megatron.errors import UserError
 from lens_megatron.files import write_atomically
 from lens_megatron.output.run_lease import LEASE, LOCK, RunLease, refuse_if_in_use
 from lens_megatron.supervision.parent import launcher
@@ -30,6 +31,8 @@ MAY_CHANGE = ("run.", "debug.", "cluster", "reward.workers_per_rank", "train.ste
               "megatron.pipeline_model_parallel_size", "megatron.virtual_pipeline_model_parallel_size",
               "megatron.context_parallel_size", "megatron.use_distributed_optimizer", "rollout.servers")  # fmt: skip
 """Options that a resumed run may set differently: none of them changes what a step computes, but for rounding."""
+BEFORE_THE_OPTION = {"algorithm": {"kl_limit": 10.0}}
+"""Values by which versions without these options computed. A record that lacks one of them is read as if it held it."""
 PACKAGES = (
     "torch",
     "megatron-core",
@@ -50,7 +53,7 @@ SHARED_S = 90.0
 """How long a rank looks for the launch's token: network file systems show new files late."""
 
 
-class RunFolderError(ValueError):
+class RunFolderError(UserError):
     """The folder cannot be used for this run; the message says what to change."""
 
 
@@ -146,8 +149,6 @@ def _resolved(config: Config) -> Path:
         if folder.exists() and not folder.is_dir():
             raise RunFolderError(f"run.directory {folder} is a file; choose another folder")
     except (OSError, ValueError, RuntimeError) as error:  # a name too long, a NUL in it, a circle of links
-        if isinstance(error, RunFolderError):
-            raise
         raise RunFolderError(f"run.directory {name[:100]!r} cannot be used: {error}; choose another folder") from error
     return folder
 
@@ -188,7 +189,7 @@ def _check_run(folder: Path, config: Config) -> bool:
     remedy = "restore it, choose another folder, or set run.if_exists=restart to move that run aside"
     try:
         old = parse_yaml(recorded.read_text(encoding="utf-8"), "it is not YAML")
-    except (OSError, ValueError) as error:
+    except (OSError, UnicodeDecodeError, ConfigError) as error:
         raise RunFolderError(f"{recorded} cannot be read: {error}; {remedy}") from error
     if not isinstance(old, dict):
         raise RunFolderError(f"{recorded} holds no configuration but {type(old).__name__}; {remedy}")
@@ -203,6 +204,7 @@ def _check_run(folder: Path, config: Config) -> bool:
 
 def _differing(old: dict, config: Config) -> list[str]:
     """Names of options that a run may not change when it goes on."""
+    old = merge(BEFORE_THE_OPTION, old)
     differing = [k for k in differing_keys(old, config.model_dump(mode="json")) if not k.startswith(MAY_CHANGE)]
     sections = {name: section if isinstance(section := old.get(name), dict) else {} for name in ("run", "train")}
     if sections["run"].get("seed") != config.run.seed:

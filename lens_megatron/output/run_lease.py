@@ -11,6 +11,7 @@ No two machines' clocks are compared.
 import errno
 import fcntl
 import json
+import logging
 import os
 import secrets
 import socket
@@ -21,7 +22,10 @@ from pathlib import Path
 
 import psutil
 
+from lens_megatron.errors import UserError
 from lens_megatron.files import write_atomically
+
+logger = logging.getLogger(__name__)
 
 LOCK, LEASE = ".lock", ".lease.json"
 RENEW_S = 10.0
@@ -32,7 +36,7 @@ PROBE_S = 2.0
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
-class FolderInUseError(RuntimeError):
+class FolderInUseError(UserError):
     """Another process writes to the folder; the message names it."""
 
 
@@ -170,7 +174,7 @@ def _lock(descriptor: int, folder: Path) -> bool | None:
 def _is_touched(folder: Path, owner: Owner) -> bool:
     """Watches the lease of an owner on another machine, for up to WATCH_S."""
     first, deadline = _state(folder), time.monotonic() + WATCH_S
-    print(f"{folder}: the last owner was {owner}; watching for {WATCH_S:.0f} s whether it still lives", flush=True)
+    logger.info(f"{folder}: the last owner was {owner}; watching for {WATCH_S:.0f} s whether it still lives")
     while time.monotonic() < deadline:
         time.sleep(min(1.0, WATCH_S / 10))
         if _state(folder) not in (first, None):

@@ -1,9 +1,11 @@
 """Logs that a run can do without: one that cannot be written costs a warning, never the run."""
 
-from collections.abc import Callable
+import logging
 from pathlib import Path
 
 from lens_megatron.files import append_whole, write_atomically
+
+logger = logging.getLogger(__name__)
 
 MAX_WAITING = 64 << 20
 """Bytes that a log keeps in memory while they cannot be written."""
@@ -14,11 +16,10 @@ class SideLog:
 
     Args:
         content: replaces what is in the file, before anything is appended. None: that stays.
-        tell: prints a line.
     """
 
-    def __init__(self, path: Path, content: bytes | None, tell: Callable[[str], None]):
-        self.path, self.tell = path, tell
+    def __init__(self, path: Path, content: bytes | None):
+        self.path = path
         self._content = content
         self._waiting: list[bytes] = []
         self._lost = 0
@@ -49,7 +50,7 @@ class SideLog:
         if self._waiting or self._content is not None:
             self._write()
         if self._failing:
-            self.tell(f"warning: {self.path} lacks its last {len(self._waiting) + self._lost} records")
+            logger.warning(f"{self.path} lacks its last {len(self._waiting) + self._lost} records")
 
     def _write(self) -> None:
         try:
@@ -60,13 +61,13 @@ class SideLog:
             append_whole(self.path, b"".join(self._waiting))
         except OSError as error:
             if not self._failing:
-                self.tell(
-                    f"warning: {self.path} cannot be written: {error}; training goes on, and writes what is missing as "
+                logger.warning(
+                    f"{self.path} cannot be written: {error}; training goes on, and writes what is missing as "
                     "soon as it can"
                 )
             self._failing = True
             return
         if self._failing:
             lost = f"{self._lost} records are lost" if self._lost else "nothing is lost"
-            self.tell(f"{self.path} can be written again; {lost}")
+            logger.info(f"{self.path} can be written again; {lost}")
         self._waiting, self._lost, self._failing = [], 0, False

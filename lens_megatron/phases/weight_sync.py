@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lens_megatron.errors import UserError
 from lens_megatron.rollout.engine import RolloutEngine
 from lens_megatron.types import SyncStats
 
@@ -17,7 +18,7 @@ CHECKSUM_EVERY = 10
 """Versions. Reading every weight once more costs a large part of a sync on a CPU; see benchmarks/TRAINER_NOTES.md."""
 
 
-class WeightSyncError(RuntimeError):
+class WeightSyncError(UserError):
     """The engine does not hold the trainer's weights, or ranks hold different ones; the message says how it shows."""
 
 

@@ -12,6 +12,7 @@ computed from the copies, and compared with every file before anything is loaded
 not used because its metadata is a pickle; ours is safetensors and JSON, cut by Megatron's `sharded_state_dict`.
 """
 
+import logging
 import os
 import shutil
 import threading
@@ -54,6 +55,8 @@ from lens_megatron.policy.sharded_state import (
 )
 from lens_megatron.policy.shards import Piece, ShardError, ShardReader
 from lens_megatron.supervision.agreement import shared_failure
+
+logger = logging.getLogger(__name__)
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _PATIENCE = timedelta(hours=6)
@@ -154,7 +157,7 @@ class CheckpointWriter:
             self._thread.join()
             self._thread = None
             if self._failure is not None:
-                print(f"checkpoint not written to {self.folder}: {self._failure}", flush=True)
+                logger.warning(f"checkpoint not written to {self.folder}: {self._failure}")
 
     def _stage(self, step: int, metric: float | None) -> Staged:
         policy = self.policy
@@ -206,7 +209,7 @@ class CheckpointWriter:
             writing.join(seconds)
 
     def _agree(self, failure: str | None) -> str | None:
-        return shared_failure(failure, self._group, "write its checkpoint")
+        return shared_failure(failure, self._group, "this rank's part of the checkpoint could not be written")
 
     def _publish(self, temporary: Path, state: TrainingState) -> None:
         checkpoint_files.write_index(temporary, state)
@@ -234,7 +237,7 @@ def resume(policy: Policy, folder: Path) -> TrainingState | None:
         if checkpoint is None:
             continue
         if policy.mesh.rank == 0 and not checkpoint.has_checksums:
-            print(f"checkpoint {path} has no checksums, only sizes; it was saved by an older version", flush=True)
+            logger.warning(f"checkpoint {path} has no checksums, only sizes; it was saved by an older version")
         if _together(policy, path, partial(_load, policy, checkpoint)) is None:
             continue
         state = checkpoint.state
@@ -256,7 +259,7 @@ def _together(policy: Policy, path: Path, action: Callable[[], _Result]) -> _Res
     results: list[_Result] = []
     failure = _attempt(lambda: results.append(action()))
     if failure is not None:
-        print(f"checkpoint {path} cannot be used: {failure}; trying the one before it", flush=True)
+        logger.warning(f"checkpoint {path} cannot be used: {failure}; trying the one before it")
     failed = torch.tensor([failure is not None], dtype=torch.int32, device=policy.mesh.device)
     torch.distributed.all_reduce(failed, op=ReduceOp.MAX)
     return None if failed.item() else results[0]

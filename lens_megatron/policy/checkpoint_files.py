@@ -14,6 +14,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from lens_megatron.errors import UserError
 from lens_megatron.policy.checked_files import DamageError, FileRecord, check_content, check_size, checksum, write_file
 from lens_megatron.policy.shards import StoredPiece, read_pieces
 
@@ -25,7 +26,7 @@ _Count = Annotated[int, Field(ge=0)]
 _Record = TypeVar("_Record")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint could not be written or read; earlier ones are untouched."""
 
 

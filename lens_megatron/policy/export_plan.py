@@ -1,12 +1,11 @@
 """Which rank holds what of every exported tensor: agreed once among the stages of a pipeline, when a policy is built.
 
-Only names, shapes and types are exchanged, as JSON in tensors of bytes. From then on every rank knows what comes next,
-from whom, and how large it is, so that `policy.export` need not ask.
+Only names, shapes and types are exchanged. From then on every rank knows what comes next, from whom, and how large it
+is, so that `policy.export` need not ask.
 """
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import zip_longest
@@ -14,12 +13,12 @@ from itertools import zip_longest
 import torch
 from mbridge.core.bridge import Bridge
 from megatron.core import parallel_state
-from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from lens_megatron.policy.hf_weights import GroupedNames
 from lens_megatron.policy.parallel import Mesh
+from lens_megatron.records import between_ranks
 
 _EXPERTS = ".mlp.experts."
 
@@ -50,6 +49,18 @@ class TensorShard:
     @property
     def elements(self) -> int:
         return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _Description:
+    """What the other stages must know of one parameter of a stage; the fields are those of `TensorShard`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    """torch's name of it, such as "bfloat16"."""
+    cut: Cut
+    dim: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +115,8 @@ class ExportBucket:
 
 def plan_export(bridge: Bridge, models: Sequence[torch.nn.Module], mesh: Mesh) -> ExportPlan:
     """Agrees on the plan. A collective over the ranks that share a copy of the model."""
-    own, described = {}, []
+    own: dict[str, Parameter] = {}
+    described: list[_Description] = []
     for model in map(GroupedNames, models):
         names = bridge._weight_name_mapping_mcore_local_to_global(model, consider_ep=False)
         for local, parameter in model.named_parameters():
@@ -113,9 +125,9 @@ def plan_export(bridge: Bridge, models: Sequence[torch.nn.Module], mesh: Mesh) -
             own[names[local]] = parameter
             described.append(_describe(names[local], parameter))
     shards = tuple(
-        TensorShard(stage, name, tuple(shape), getattr(torch, dtype), Cut(cut), dim)
-        for stage, text in enumerate(_gather_text(json.dumps(described), mesh))
-        for name, shape, dtype, cut, dim in json.loads(text)
+        TensorShard(stage, found.name, found.shape, getattr(torch, found.dtype), found.cut, found.dim)
+        for stage, of_stage in enumerate(between_ranks.all_gather(_Description, described, mesh.pp_group))
+        for found in of_stage
     )
     if len({shard.name for shard in shards}) < len(shards):
         raise RuntimeError("two pipeline stages hold a parameter of the same name, and only one may send it")
@@ -151,37 +163,18 @@ def cut_into_buckets(plan: ExportPlan, dtype: torch.dtype | None, bucket_bytes: 
     return [bucket for turn in zip_longest(*stages) for bucket in turn if bucket]
 
 
-def _describe(name: str, parameter: Parameter) -> tuple[str, list[int], str, Cut, int]:
+def _describe(name: str, parameter: Parameter) -> _Description:
     if _EXPERTS in name:
         cut = Cut.EXPERTS
     else:
         cut = Cut.TENSOR if getattr(parameter, "tensor_model_parallel", False) else Cut.WHOLE
     dtype = str(parameter.dtype).removeprefix("torch.")
-    return name, list(parameter.shape), dtype, cut, getattr(parameter, "partition_dim", 0)
-
-
-def _gather_text(text: str, mesh: Mesh) -> Iterator[str]:
-    """Every stage's `text`, in the order of the stages."""
-    if mesh.pp_size == 1:
-        yield text
-        return
-    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(mesh.device)
-    lengths = _gather(torch.tensor([len(data)], device=mesh.device), mesh.pp_group, mesh.pp_size)[:, 0].tolist()
-    padded = torch.zeros(max(lengths), dtype=torch.uint8, device=mesh.device)
-    padded[: len(data)] = data
-    for row, length in zip(_gather(padded, mesh.pp_group, mesh.pp_size), lengths, strict=True):
-        yield bytes(row[:length].tolist()).decode()
+    return _Description(name, tuple(parameter.shape), dtype, cut, getattr(parameter, "partition_dim", 0))
 
 
 def _expert_gathering(device: torch.device) -> Gathering:
     group = parallel_state.get_expert_tensor_and_model_parallel_group()
     number = torch.tensor([parallel_state.get_expert_model_parallel_rank()], device=device)
-    numbers = _gather(number, group, group.size())[:, 0].tolist()
-    return Gathering(group if len(numbers) > 1 else None, group.rank(), tuple(numbers))
-
-
-def _gather(tensor: Tensor, group: ProcessGroup, size: int) -> Tensor:
-    """[size, ...] of a [...] that has the same shape on every rank."""
-    gathered = tensor.new_empty(size, *tensor.shape)
-    torch.distributed.all_gather_into_tensor(gathered.view(-1), tensor.view(-1), group=group)
-    return gathered
+    numbers = number.new_empty(group.size())
+    torch.distributed.all_gather_into_tensor(numbers, number, group=group)
+    return Gathering(group if len(numbers) > 1 else None, group.rank(), tuple(numbers.tolist()))

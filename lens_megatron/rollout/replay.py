@@ -1,41 +1,37 @@
-"""Groups <-> JSON lines and bytes: for `debug.save_rollouts` / `load_rollouts`, and for exchange between ranks."""
+"""Groups <-> JSON lines, for people and for `debug.save_rollouts` and `debug.load_rollouts`."""
 
 import json
 import reprlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 
-import torch
-from torch.distributed import ProcessGroup
-
+from lens_megatron.errors import UserError
 from lens_megatron.files import open_regular, why_no_folder
 from lens_megatron.reward.types import GradeStatus
 from lens_megatron.types import Group, Origin, Prompt, PurifiedPrompt, Rollout
 
 _LONGEST_LINE = 1 << 29
+_OLD_ORIGINS = {"rescued": Origin.PURIFIED}
+"""Names of origins in files that versions up to 0.1.0 wrote."""
 
 
-class ReplayError(ValueError):
-    """Saved rollouts that are not there or cannot be read; the message names file and line."""
+class ReplayError(UserError):
+    """Saved rollouts are missing or cannot be read; the message names file and line."""
 
 
 def to_json(group: Group) -> str:
-    """One line. Floats keep every bit (repr round-trips)."""
-    purified = group.purified
-    return json.dumps(
-        {
-            "prompt": _prompt(group.prompt),
-            "native": [_rollout(r) for r in group.native],
-            "purified": purified
-            and {"token_ids": purified.token_ids, "deleted": purified.deleted, "scores": purified.scores},
-            "rescue": [_rollout(r) for r in group.rescue],
-        }
-    )
+    """The group as one line of JSON. `from_json` reads every float to the bit."""
+    return json.dumps(group, default=_fields)
+
+
+def _fields(record: Prompt | PurifiedPrompt | Rollout | Group) -> dict[str, object]:
+    return {field.name: getattr(record, field.name) for field in fields(record)}
 
 
 def from_json(line: str | bytes) -> Group:
-    """Raises ValueError when the line is not a graded group."""
+    """The group that `to_json` made `line` of. Raises ValueError where the line is no graded group."""
     try:
         group = _parse(line)
         mistake = next(_mistakes(group), "")
@@ -60,7 +56,7 @@ def _parse(line: str | bytes) -> Group:
 
 
 def _mistakes(group: Group) -> Iterator[str]:
-    """What a group cannot hold, whatever wrote it."""
+    """What is wrong with the values of a group; the types of its fields are not trusted."""
     prompt, purified = group.prompt, group.purified
     yield from _token_mistakes("prompt", prompt.token_ids)
     if not all(isinstance(text, str) for text in (prompt.answer, prompt.problem, prompt.source)):
@@ -105,16 +101,8 @@ def _are_finite(values: Sequence[float]) -> bool:
     return set(map(type, values)) <= {int, float} and all(abs(value) <= sys.float_info.max for value in values)
 
 
-def _prompt(prompt: Prompt) -> dict:
-    return {name: getattr(prompt, name) for name in Prompt.__slots__}
-
-
-def _rollout(rollout: Rollout) -> dict:
-    return {name: getattr(rollout, name) for name in Rollout.__slots__}
-
-
 def _read_rollout(row: dict) -> Rollout:
-    kept = {"origin": Origin(row["origin"]), "status": GradeStatus(row["status"])}
+    kept = {"origin": Origin(_OLD_ORIGINS.get(row["origin"], row["origin"])), "status": GradeStatus(row["status"])}
     return Rollout(**{**row, **kept, **_tuples(row, "token_ids", "log_probs")})
 
 
@@ -123,11 +111,15 @@ def _tuples(row: dict, *names: str) -> dict:
 
 
 def replay_path(folder: str, step: int) -> Path:
+    """The file in `folder` that holds the groups of `step`, one per line."""
     return Path(folder) / f"step_{step:06d}.jsonl"
 
 
 def read_groups(folder: str, step: int, *, count: int, vocab_size: int) -> list[Group]:
-    """The `count` groups of `step`. Raises ReplayError, also for fewer or more, or another vocabulary."""
+    """The `count` groups of `step`, in the order of the file.
+
+    Raises ReplayError where the file cannot be read, has fewer or more groups, or tokens beyond `vocab_size`.
+    """
     path, groups = replay_path(folder, step), []
     try:
         with open_regular(path) as file:
@@ -182,28 +174,3 @@ def check_folders(load: str | None, save: str | None, steps: int) -> None:
                 f"debug.load_rollouts: {load} has no {replay_path(load, lacking).name}, train.steps is {steps}; the "
                 f"folder holds {len(saved)} steps, lower train.steps or save more with debug.save_rollouts"
             )
-
-
-def exchange(groups: Iterable[Group], group: ProcessGroup) -> list[list[Group]]:
-    """Gives every rank of `group` the groups of every rank, in rank order. Only tensors travel."""
-    world = torch.distributed.get_world_size(group)
-    own = list(groups)
-    if world == 1:
-        return [own]
-    device = "cuda" if torch.distributed.get_backend(group) == "nccl" else "cpu"
-    payload = torch.frombuffer(bytearray("\n".join(map(to_json, own)).encode() or b"\n"), dtype=torch.uint8).to(device)
-    size = torch.tensor([payload.numel()], device=device)
-    sizes = [torch.zeros_like(size) for _ in range(world)]
-    torch.distributed.all_gather(sizes, size, group=group)
-    longest = int(max(sizes))
-    padded = torch.nn.functional.pad(payload, (0, longest - payload.numel()))
-    buffers = [torch.empty_like(padded) for _ in range(world)]
-    torch.distributed.all_gather(buffers, padded, group=group)
-    texts = [bytes(b[: int(n)].cpu().tolist()).decode() for b, n in zip(buffers, sizes, strict=True)]
-    return [[_parse(line) for line in text.splitlines() if line] for text in texts]
-
-
-def interleave(parts: Sequence[Sequence[Group]]) -> list[Group]:
-    """Undoes `items[rank::world]`: the first of every part, then the second, ..."""
-    longest = max(map(len, parts), default=0)
-    return [part[i] for i in range(longest) for part in parts if i < len(part)]

@@ -3,13 +3,15 @@
 An ordinary SIGTERM comes first, so that the run saves what it has and stops; after GRACE_S the process ends regardless.
 """
 
+import logging
 import os
 import signal
-import sys
 import threading
 import time
 
 import psutil
+
+logger = logging.getLogger(__name__)
 
 POLL_S = 1.0
 GRACE_S = 60.0
@@ -43,9 +45,7 @@ def _watch(parent: psutil.Process) -> None:
     if runs_torch(parent):
         while _lives(parent):
             time.sleep(POLL_S)
-    rank = os.environ.get("RANK", "0")
-    sys.__stderr__.write(f"rank {rank}: torchrun (process {parent.pid}) is gone; stopping\n")
-    sys.__stderr__.flush()
+    logger.warning(f"torchrun (process {parent.pid}) is gone; stopping")
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE_S)
     os._exit(128 + signal.SIGTERM)

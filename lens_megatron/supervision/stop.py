@@ -9,6 +9,7 @@ code for minutes; the wakeup descriptor is written at once. All ranks do the sam
 decides from what all have told.
 """
 
+import logging
 import os
 import select
 import signal
@@ -25,9 +26,11 @@ from typing import Protocol, Self
 import torch
 from torch.distributed import ProcessGroup, ReduceOp
 
-from lens_megatron.supervision import exit_codes
+from lens_megatron.errors import ExitCode
 from lens_megatron.supervision.agreement import shared_failure
 from lens_megatron.supervision.heartbeat import UNCOUNTED
+
+logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ROUND_S = 0.5
@@ -171,14 +174,14 @@ class Stop:
         except Exception as error:  # gloo's, when a rank is lost
             lost = f"the last step could not be saved: another rank was lost: {error}"
             if self._frozen:
-                self._end(exit_codes.CRASH, lost)
+                self._end(ExitCode.CRASH, lost)
             while not self.asked and not self._leaving:
                 self._listen()
             deadline = time.monotonic() + LOST_S  # the main thread may find it out too, and say more
             while not self._leaving and time.monotonic() < deadline:
                 self._listen()
             if not self._leaving:
-                self._end(exit_codes.CRASH, lost)
+                self._end(ExitCode.CRASH, lost)
 
     def _run(self) -> None:
         while self._group is None:
@@ -186,7 +189,7 @@ class Stop:
                 return
             self._listen()
             if self.asked and self._group is None:
-                self._end(exit_codes.DONE, f"{self._name}: stopped before anything was begun")
+                self._end(ExitCode.DONE, f"{self._name}: stopped before anything was begun")
         rounds, said = 0, False
         while not self._alone:
             self._listen()
@@ -197,7 +200,7 @@ class Stop:
                 continue
             if not said:
                 self.asked = said = True
-                self._say(f"{self._name or 'another rank was told to stop'}: stopping within seconds")
+                logger.info(f"{self._name or 'another rank was told to stop'}: stopping within seconds")
             if not seen.claimed:
                 rounds += 1
                 if rounds > GRACE_ROUNDS or not seen.attached:
@@ -225,16 +228,16 @@ class Stop:
                 self._turn.notify_all()
             return
         if not seen.attached:
-            self._end(exit_codes.DONE, "stopped as asked before the first step; the same command starts again")
+            self._end(ExitCode.DONE, "stopped as asked before the first step; the same command starts again")
         step = self._settle()
         if step is None:
-            self._end(exit_codes.MISTAKE, "the last step could not be saved: the ranks do not come to hold the same")
+            self._end(ExitCode.MISTAKE, "the last step could not be saved: the ranks do not come to hold the same")
         failure = None
         if self._told(unsaved=not self._last_step.is_saved()).combined(self._group).unsaved:
             failure = self._last_step.save(self._agree)
         if failure:
-            self._end(exit_codes.MISTAKE, f"stopped as asked, but step {step} could not be saved: {failure}")
-        self._end(exit_codes.DONE, f"stopped as asked after step {step}; the same command goes on from here")
+            self._end(ExitCode.MISTAKE, f"stopped as asked, but step {step} could not be saved: {failure}")
+        self._end(ExitCode.DONE, f"stopped as asked after step {step}; the same command goes on from here")
 
     def _settle(self) -> int | None:
         """Holds the last step when all ranks hold the same one; returns it."""
@@ -249,25 +252,22 @@ class Stop:
         return None
 
     def _agree(self, failure: str | None) -> str | None:
-        return shared_failure(failure, self._group, "save its part")
+        return shared_failure(failure, self._group, "this rank's part could not be saved")
 
     def _end(self, code: int, text: str) -> None:
         """Does not return."""
         try:
             if self._last_step is not None:
                 self._last_step.abandon()
-            self._say(text)
+            if self._rank() == 0:
+                logger.log(logging.INFO if code == ExitCode.DONE else logging.ERROR, text)
             with suppress(RuntimeError):  # nothing depends on it: the ranks end together where they can
-                if self._group is not None and code != exit_codes.CRASH:
+                if self._group is not None and code != ExitCode.CRASH:
                     self._agree(None)
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
         finally:
             os._exit(code)
-
-    def _say(self, text: str) -> None:
-        if self._rank() == 0:
-            print(text, flush=True)
 
     def _rank(self) -> int:
         return int(os.environ.get("RANK", 0))

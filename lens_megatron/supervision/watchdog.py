@@ -26,12 +26,12 @@ from pathlib import Path
 
 import torch
 
+from lens_megatron.errors import ExitCode
 from lens_megatron.supervision import heartbeat
 from lens_megatron.supervision.channel import ChannelError
 from lens_megatron.supervision.clock import Clock, PhasePosition
 from lens_megatron.supervision.control_store import ControlStore
 from lens_megatron.supervision.deadman import Deadman
-from lens_megatron.supervision.exit_codes import HANG
 from lens_megatron.supervision.heartbeat import Heartbeat
 
 MAX_TICK_S = 5.0
@@ -143,7 +143,7 @@ class Watchdog:
             _within(4 * self.grace, lambda: report.append(self._ask_the_others(position)))
             _within(FILE_SECONDS, lambda: self._write_files(stacks, "".join(report)))
         finally:
-            os._exit(HANG)
+            os._exit(ExitCode.HANG)
 
     def _ask_the_others(self, position: PhasePosition) -> str:
         """The report, on the rank that raised the alarm; nothing on the others."""
@@ -175,7 +175,7 @@ class Watchdog:
             time.sleep(self.tick / 2)
         head = (
             f"watchdog: a phase lasted longer than run.phase_timeout_minutes ({self.timeout_s / 60:g}); every rank "
-            f"ends with exit code {HANG}\nwatchdog: "
+            f"ends with exit code {ExitCode.HANG}\nwatchdog: "
         )
         _say(f"{head}{heartbeat.report(beats)}\nwatchdog: all ranks and stacks: {self.folder}\n")
         self.store.set(self.report, b"said")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lens_megatron import config as configuration
 from lens_megatron.config import Config, ConfigError
-from lens_megatron.policy.checkpoint_files import CheckpointError
+from lens_megatron.errors import UserError
 from lens_megatron.tools.diagnosis import checkpoints, machine, project
 from lens_megatron.tools.diagnosis.check import Check, CheckStatus
 from lens_megatron.tools.planning.hardware import cluster_of
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = checkpoints.examine(Path(parsed.checkpoint))
         else:
             found = examine(configuration.load(parsed.config, parsed.overrides))
-    except (ConfigError, CheckpointError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return report(found)

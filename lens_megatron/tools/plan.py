@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lens_megatron import config as configuration
-from lens_megatron.config import ConfigError
+from lens_megatron.errors import UserError
 from lens_megatron.tools.planning.layout import LayerSpec
-from lens_megatron.tools.planning.plan import LayoutError, make_plan
+from lens_megatron.tools.planning.plan import make_plan
 from lens_megatron.tools.planning.step_time import Assumptions
 from lens_megatron.tools.planning.table import render
 
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = configuration.load(parsed.config, parsed.overrides)
         plan = make_plan(config, LayerSpec(parsed.layer_spec), assumed)
-    except (ConfigError, LayoutError) as error:
+    except UserError as error:
         return _refuse(str(error).splitlines())
     print(render(plan))
     return _refuse(plan.mistakes) if plan.mistakes else 0

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import torch
 
+from lens_megatron.output.console import messages_on_console
 from lens_megatron.output.rollout_files import RolloutFileError, RolloutFiles
 
 
@@ -16,7 +17,7 @@ def main() -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     torch.distributed.init_process_group("gloo")
     mesh = SimpleNamespace(rank=rank, model_rank=0, dp_rank=rank, dp_size=2, device=torch.device("cpu"))
-    side = RolloutFiles(folder, "rollouts", mesh, required=False, tell=print)
+    side = RolloutFiles(folder, "rollouts", mesh, required=False)
     if rank == 0:
         (folder / ".step_000001.00002").write_text("of an attempt with three ranks\n")
         (folder / ".step_000002.00001").mkdir()
@@ -24,7 +25,7 @@ def main() -> None:
     torch.distributed.barrier()
     for step in range(1, 6):
         side.write(step, [f"step {step} rank {rank}"])
-    asked = RolloutFiles(folder, "debug.save_rollouts", mesh, required=True, tell=print)
+    asked = RolloutFiles(folder, "debug.save_rollouts", mesh, required=True)
     for step in (1, 2, 4):
         try:
             asked.write(step, [f"step {step} rank {rank}"])
@@ -34,4 +35,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with messages_on_console():
+        main()

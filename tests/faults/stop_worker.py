@@ -15,6 +15,7 @@ import time
 
 import torch
 
+from lens_megatron.output.console import messages_on_console
 from lens_megatron.policy import platform
 from lens_megatron.supervision.stop import Agree, Stop
 
@@ -45,7 +46,7 @@ class Step:
 
 def main(how: str) -> int:
     device = platform.install()
-    with Stop() as stop:
+    with messages_on_console(), Stop() as stop:
         print("listening", flush=True)
         if how == "alone":
             time.sleep(3600)

@@ -72,35 +72,41 @@ def test_what_is_appended_is_whole_or_not_there(small_disk: Path):
     assert path.read_bytes() == b"first\nsecond\n"
 
 
-def test_a_log_says_once_that_it_cannot_be_written_and_loses_nothing(small_disk: Path):
-    said: list[str] = []
-    log = SideLog(small_disk / "log", b"", said.append)
+def test_a_log_says_once_that_it_cannot_be_written_and_loses_nothing(
+    small_disk: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO", "lens_megatron")
+    log = SideLog(small_disk / "log", b"")
     log.append(b"0\n")
     filler = fill(small_disk)
     for number in range(1, 4):
         log.append(f"{number}".encode() * 5000 + b"\n")
-    assert len(said) == 1 and "No space left" in said[0] and str(small_disk / "log") in said[0]
+    (said,) = caplog.messages
+    assert "No space left" in said and str(small_disk / "log") in said
     filler.unlink()
     log.append(b"4\n")
-    assert said[1:] == [f"{small_disk / 'log'} can be written again; nothing is lost"]
+    assert caplog.messages[1:] == [f"{small_disk / 'log'} can be written again; nothing is lost"]
     assert [line[:1] for line in (small_disk / "log").read_text().splitlines()] == list("01234")
     fill(small_disk)
     log.append(b"5" * 5000 + b"\n")
     log.close()
-    assert said[-1] == f"warning: {small_disk / 'log'} lacks its last 1 records"
+    assert caplog.messages[-1] == f"{small_disk / 'log'} lacks its last 1 records"
 
 
-def test_a_log_whose_folder_has_gone(tmp_path: Path):
-    said: list[str] = []
-    log = SideLog(tmp_path / "run" / "folder" / "log", b"", said.append)
+def test_a_log_whose_folder_has_gone(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    log = SideLog(tmp_path / "run" / "folder" / "log", b"")
     log.append(b"1\n")
-    assert len(said) == 1 and "No such file" in said[0]
+    (said,) = caplog.messages
+    assert "No such file" in said
     (tmp_path / "run").mkdir()
     log.append(b"2\n")
     assert (tmp_path / "run" / "folder" / "log").read_bytes() == b"1\n2\n"
 
 
-def test_metrics_and_tensorboard_outlive_a_full_disk(small_disk: Path, capsys: pytest.CaptureFixture):
+def test_metrics_and_tensorboard_outlive_a_full_disk(
+    small_disk: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO", "lens_megatron")
     writer = MetricsWriter(small_disk, first_step=1, tensorboard=True)
     values = {f"name_{i}": float(i) for i in range(200)}
     writer.write(1, values)
@@ -113,8 +119,7 @@ def test_metrics_and_tensorboard_outlive_a_full_disk(small_disk: Path, capsys: p
     assert [row["step"] for row in map(json.loads, (small_disk / "metrics.jsonl").open())] == [1, 2, 3, 4]
     events = EventAccumulator(str(small_disk / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("name_7")] == [(step, 7.0) for step in (1, 2, 3, 4)]
-    output = capsys.readouterr()
-    assert len(output.out.splitlines()) == 4 and "Traceback" not in output.err, output
+    assert len(caplog.messages) == 4 and "Traceback" not in capsys.readouterr().err, caplog.text
 
 
 def test_tensorboard_forgets_steps_that_are_done_again(tmp_path: Path):
@@ -151,7 +156,8 @@ def test_a_summary_that_cannot_be_written_is_printed_all_the_same(tmp_path: Path
 
 def test_a_console_on_a_full_disk_ends_no_run():
     program = (
-        "import sys; from lens_megatron.output.console import leave_console, say; say('x'); say('y'); leave_console(); "
+        "import sys; from lens_megatron.output.console import leave_console, print_text; "
+        "print_text('x'); print_text('y'); leave_console(); "
         "sys.stderr.write('done')"
     )
     buffered = {name: value for name, value in environment().items() if name != "PYTHONUNBUFFERED"}

@@ -1,4 +1,4 @@
-"""One batch of samples through the trainer under several layouts: `torchrun layout_run.py MODEL OUT JSON`.
+"""One batch of samples through the trainer under several layouts: `layout_run.py MODEL OUT JSON` on every rank.
 
 JSON maps a name to options of `megatron:`, `max_tokens` per micro-batch, options of `algorithm:`, and the `share` of
 samples that each data-parallel rank has. Every rank saves what must not depend on them: scores, log-probabilities,
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from export_check import check_export
 from megatron.core import parallel_state
-from records import rollout
+from records import rollout, training_rows
 
 from lens_megatron.algorithms.objectives import OBJECTIVES
 from lens_megatron.batch import pack, redistribute
@@ -64,7 +64,7 @@ def share_of(policy: Policy, kind: str) -> list[int]:
         return [] if mesh.dp_rank else list(range(len(everything)))
     ordered = everything[::-1] if kind == "dealt in reverse" else everything
     sampled = ordered if mesh.dp_size == 1 else ordered[:1] if mesh.dp_rank == 0 else ordered[1:]
-    mine = redistribute.redistribute(sampled, mesh.dp_group, policy.bridge.config.hidden_size, mesh.device).samples
+    mine = redistribute.redistribute(sampled, mesh.dp_group, policy.bridge.config.hidden_size).samples
     assert len(mine) > 1  # the rank that sampled one trains on more
     return [everything.index(sample) for sample in mine]  # ValueError if a bit of one was lost on the way
 
@@ -105,11 +105,9 @@ def train(
     everything = samples()
     mine, scale = [everything[i] for i in share], pack.count(everything)
     corrected = config.algorithm.correction != "none"
+    shifted = [None if i % 3 == 1 else x + 0.1 for i, x in zip(share, old, strict=True)]
     batches = pack.pack(
-        mine,
-        old_log_probs=[None if i % 3 == 1 else x + 0.1 for i, x in zip(share, old, strict=True)],
-        reference_log_probs=reference,
-        trainer_log_probs=old if corrected else None,
+        training_rows(mine, shifted, reference, old if corrected else None),
         scale=scale,
         algorithm=config.algorithm,
         max_response_length=64,

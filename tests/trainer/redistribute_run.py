@@ -1,9 +1,13 @@
-"""Three ranks with 0, 1 and 8 samples exchange them; fails if one has changed: `torchrun redistribute_run.py`."""
+"""Three ranks with 0, 1 and 8 samples redistribute them; fails if one has changed: to be run on every rank."""
+
+from dataclasses import replace
 
 import torch
 from records import rollout
+from torch.distributed import ProcessGroup
 
 from lens_megatron.batch import balance, redistribute
+from lens_megatron.records import between_ranks
 from lens_megatron.reward.types import GradeStatus
 from lens_megatron.types import Origin, Rollout, Sample
 
@@ -24,17 +28,28 @@ def samples() -> list[Sample]:
     return [*made[:-1], Sample((4, 5), (4, 5), rollout(True), 0.1, 0.2)]
 
 
+def gathered_and_told(group: ProcessGroup, everything: list[Sample], rank: int, first: int) -> None:
+    """A sample of 200 bytes takes one message of a broadcast, one of 5000 tokens two."""
+    owned = everything[first : first + OWNED[rank]]
+    parts = between_ranks.all_gather(Sample, owned, group)
+    assert [len(part) for part in parts] == OWNED and [s for part in parts for s in part] == everything
+    uneven = replace(everything[0], rollout=replace(everything[0].rollout, log_probs=(-0.5, float("-inf"))))
+    for sample in (uneven, replace(uneven, prompt=tuple(range(5000)))):
+        assert between_ranks.broadcast(Sample, None if rank else sample, group) == sample
+
+
 def main() -> None:
     torch.distributed.init_process_group("gloo")
     rank, everything = torch.distributed.get_rank(), samples()
     first = sum(OWNED[:rank])
-    group, cpu = torch.distributed.group.WORLD, torch.device("cpu")
-    share = redistribute.redistribute(everything[first : first + OWNED[rank]], group, HIDDEN, cpu)
+    group = torch.distributed.group.WORLD
+    share = redistribute.redistribute(everything[first : first + OWNED[rank]], group, HIDDEN)
     lengths = [len(s.prompt) + len(s.rollout.token_ids) for s in everything]
     shares = balance.assign(lengths, len(OWNED), HIDDEN)
     assert share.samples == [everything[i] for i in shares[rank]] and len(shares[rank]) >= 2
     assert share.imbalance == balance.imbalance(lengths, shares, HIDDEN)
-    assert redistribute.redistribute([], group, HIDDEN, cpu) == redistribute.Share([], 1.0)
+    assert redistribute.redistribute([], group, HIDDEN) == redistribute.Share([], 1.0)
+    gathered_and_told(group, everything, rank, first)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

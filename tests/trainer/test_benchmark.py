@@ -43,7 +43,7 @@ def test_every_rank_samples_its_run_of_neighbours():
     assert sum((load.split(samples, rank, 3) for rank in range(3)), []) == samples
 
 
-def test_simulation_of_the_schedule():
+def test_division_of_samples_among_ranks():
     found = simulation.simulate(4000, 8)
     assert found["imbalance"] < 1.01 < found["imbalance_without_dealing"]
     assert found["fewest_of_any_rank"] <= found["micro_batches_per_rank"]

@@ -22,7 +22,7 @@ import torch
 from checkpoint_policy import LAYOUTS, config, exported, train_step, writer
 from safetensors.torch import load_file
 from test_policy import SIZES, saved_model
-from toy_runs import environment
+from toy_runs import environment, run_ranks
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from lens_megatron.data.model_files import small_files
@@ -157,13 +157,7 @@ def one(root: Path, mesh: Mesh) -> dict:
 @pytest.fixture(scope="module")
 def visited(root: Path, one: dict) -> Path:
     """Two ranks have been through all LAYOUTS, from the checkpoint of the world of one."""
-    script, port = str(Path(checkpoint_policy.__file__)), str(random.Random(os.getpid()).randrange(20_000, 30_000))
-    ranks = [
-        subprocess.Popen([sys.executable, script, rank, port, str(root)], env=environment(), stderr=subprocess.PIPE)
-        for rank in "01"
-    ]
-    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], b"".join(errors).decode()[-5000:]
+    run_ranks(2, Path(checkpoint_policy.__file__), "visit", root)
     return root
 
 
@@ -219,7 +213,7 @@ def test_training_goes_on_while_the_state_of_the_save_is_written(root, mesh, tmp
         checkpoint._delete(tmp_path / f"iter_{newest.step:07d}")
 
 
-def test_a_save_in_flight_is_published_at_exit_and_a_late_failure_is_raised(root, mesh, tmp_path, monkeypatch, capsys):
+def test_a_save_in_flight_is_published_at_exit_and_a_late_failure_is_raised(root, mesh, tmp_path, monkeypatch, caplog):
     policy, _ = fresh(root, mesh)
     with pytest.raises(ZeroDivisionError), writer(policy, tmp_path, root, background=True) as saver:
         saver.save(1)
@@ -231,7 +225,7 @@ def test_a_save_in_flight_is_published_at_exit_and_a_late_failure_is_raised(root
         with pytest.raises(CheckpointError, match="ZeroDivisionError"):
             saver.poll(wait=True)
         saver.save(3)
-    assert "checkpoint not written" in capsys.readouterr().out and names(tmp_path) == ["iter_0000001"]
+    assert "checkpoint not written" in caplog.text and names(tmp_path) == ["iter_0000001"]
 
 
 # ---- what is kept -------------------------------------------------------------------------------------------------
@@ -336,12 +330,12 @@ def scramble(path: Path) -> None:
 
 
 @pytest.mark.parametrize("message", DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over_with_a_line(message, root, mesh, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_passed_over_with_a_line(message, root, mesh, tmp_path, caplog):
     policy = saved(root, mesh, tmp_path, 1, 2)
     before = load_file(tmp_path / "iter_0000001" / "hf" / "model.safetensors")
     DAMAGES[message](tmp_path / "iter_0000002")
     assert checkpoint.resume(policy, tmp_path).step == 1 and same(exported(policy), before)
-    line = capsys.readouterr().out
+    (line,) = caplog.messages
     assert "iter_0000002 cannot be used" in line and message in line and "trying the one before it" in line
     DAMAGES[message](tmp_path / "iter_0000001")
     with pytest.raises(CheckpointError, match="none of the 2 checkpoints .* run.if_exists=restart"):
@@ -360,18 +354,18 @@ def test_a_damaged_checkpoint_does_not_crowd_out_the_one_written_after_it(root, 
     assert checkpoint.resume(policy, tmp_path).step == 3
 
 
-def test_another_models_checkpoint_is_refused(root, mesh, tmp_path, capsys):
+def test_another_models_checkpoint_is_refused(root, mesh, tmp_path, caplog):
     saved(root, mesh, tmp_path, 1)
     other = saved_model("qwen2", False, tmp_path / "other" / "model")
     assert other is not None
     policy, _ = fresh(tmp_path / "other", mesh)
     with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
         checkpoint.resume(policy, tmp_path)
-    assert "layer_norm_weight has shape [4, 64] there and [2, 64] here" in capsys.readouterr().out
+    assert "layer_norm_weight has shape [4, 64] there and [2, 64] here" in caplog.text
     half_precision, _ = fresh(root, mesh, dtype="bfloat16")
     with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
         checkpoint.resume(half_precision, tmp_path)
-    assert "there is no tensor main/" in capsys.readouterr().out
+    assert "there is no tensor main/" in caplog.text
 
 
 def test_kill_9_in_the_middle_of_a_save(root, mesh):

@@ -68,6 +68,7 @@ def test_its_grpo_baseline_differs_in_nothing_else(path):
 def test_it_fits_its_cluster_with_and_without_transformer_engine(path, spec):
     plan = make_plan(configuration.load(path), spec)
     assert not plan.mistakes
+    assert (plan.layout.engine, plan.layout.offload) == ("vllm", True)
     assert plan.shape.parameters == PUBLISHED[Path(configuration.load(path).model.path).name]
     assert plan.running >= 16
 
@@ -77,7 +78,9 @@ def test_training_takes_every_one_and_the_readme_names_it():
     for path in PATHS:
         config = configuration.load(path)
         assert f"{path.parent.name}/{{lens,grpo}}_{path.stem.partition('_')[2]}.yaml" in readme
-        config.check_world(config.cluster.nodes * config.cluster.gpus_per_node, config.cluster.gpus_per_node)
+        configuration.check_world(
+            config, config.cluster.nodes * config.cluster.gpus_per_node, config.cluster.gpus_per_node
+        )
 
 
 def test_no_option_is_said_twice():

@@ -4,13 +4,12 @@
 whose layer norms Megatron-Core has for GPUs alone.
 """
 
-import subprocess
 from itertools import product
 
 import pytest
 import torch
 from head_gradients import CASES
-from toy_runs import ROOT, environment, torchrun
+from toy_runs import ROOT, run_ranks
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from lens_megatron.batch.pack import make_sequences
@@ -45,11 +44,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_scores_log_probs_and_gradients_are_autograds_on_full_logits(tp: int, pp: int, models: list[str]):
-    program = [str(ROOT / "tests" / "trainer" / "head_gradients.py"), str(tp), str(pp), *models]
-    result = subprocess.run(
-        [*torchrun(tp * pp), *program], env=environment(), capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    result = run_ranks(tp * pp, ROOT / "tests" / "trainer" / "head_gradients.py", str(tp), str(pp), *models)
     assert result.stdout.count("worst") == len(models) * len(CASES)
 
 

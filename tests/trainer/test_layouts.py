@@ -6,14 +6,13 @@ Transformer Engine, GPUs.
 """
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy_runs import ROOT, environment, torchrun
+from toy_runs import ROOT, run_ranks
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -142,12 +141,10 @@ def with_exports(layouts: dict[int, dict], exported: dict[int, dict], models: di
 
 
 def results(model: str, folder: Path, layouts: dict[int, dict[str, dict]]) -> Found:
-    """By layout. One start of the ranks for all layouts of a size: that is what takes the time."""
-    program = str(ROOT / "tests" / "trainer" / "layout_run.py")
+    """By layout. The ranks are started once for all layouts of a size."""
+    program = ROOT / "tests" / "trainer" / "layout_run.py"
     for ranks, cases in layouts.items():
-        command = [*torchrun(ranks), program, model, str(folder), json.dumps(cases)]
-        result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
-        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+        run_ranks(ranks, program, model, folder, json.dumps(cases), timeout_s=600)
     named = ((ranks, name) for ranks, cases in layouts.items() for name in cases if not name.startswith("export of"))
     return {name: read(folder, name, ranks) for ranks, name in named}
 

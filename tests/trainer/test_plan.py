@@ -11,13 +11,16 @@ from lens_megatron.config import ConfigError, from_tree
 from lens_megatron.tools import plan as program
 from lens_megatron.tools.planning import memory
 from lens_megatron.tools.planning.activations import Packed, micro_batch_bytes
+from lens_megatron.tools.planning.engine_memory import VLLM_ASLEEP_BYTES, cache_bytes, cache_suffices
 from lens_megatron.tools.planning.hardware import GIB, cluster_of
+from lens_megatron.tools.planning.host_memory import EXPORT_SHARD_BYTES, host_bytes
 from lens_megatron.tools.planning.layout import LayerSpec, layout_of, workload_of
 from lens_megatron.tools.planning.model_shape import SHAPES, ModelShape, from_hf, read_shape
-from lens_megatron.tools.planning.plan import checkpoint_bytes, make_plan
+from lens_megatron.tools.planning.plan import Plan, checkpoint_bytes, make_plan
 from lens_megatron.tools.planning.step_time import Assumptions, bubble, step_times, weight_sync
 
 QWEN_7B = str(ROOT / "configs" / "a800x8" / "lens_qwen2.5-7b.yaml")
+LOCAL = ["rollout.engine=local", "rollout.max_running_sequences=64"]
 TINY = ModelShape(
     "qwen2", num_hidden_layers=4, hidden_size=8, num_attention_heads=4, num_key_value_heads=2, head_dim=2,
     intermediate_size=16, vocab_size=101, tie_word_embeddings=False, max_position_embeddings=64, qkv_bias=True,
@@ -33,6 +36,10 @@ def config(**sections: dict):
 
 def layout(spec: LayerSpec = LayerSpec.LOCAL_CPU, world: int = 1, transformer: dict | None = None, **megatron):
     return layout_of(config(megatron={"transformer": transformer or {}, **megatron}), world, spec)
+
+
+def phase(plan: Plan, name: str) -> memory.PhaseBytes:
+    return next(phase for phase in plan.phases if phase.phase == name)
 
 
 def refused(capsys, *arguments: str) -> str:
@@ -190,34 +197,95 @@ def test_micro_batches_are_filled_with_what_is_longest_or_fills_best():
 
 
 def test_a_colocated_engine_has_the_gpu_while_it_samples():
-    """And its weights are there while prompts are scored, beside all of the trainer's."""
-    options = ["rollout.engine=vllm", "vllm.gpu_memory_utilization=0.5"]
+    """And its weights arrive beside all of the trainer's state; while the trainer computes it is asleep."""
+    options = ["vllm.gpu_memory_utilization=0.5"]
     plan = make_plan(configuration.load(QWEN_7B, options))
     stay = make_plan(configuration.load(QWEN_7B, [*options, "rollout.offload_trainer=false"]))
-    scores, rollout, _, update = plan.phases
+    rollout, update = phase(plan, "rollout"), phase(plan, "update")
     assert (rollout.weights, rollout.gradients, rollout.optimizer) == (0, 0, 0)
-    assert scores.engine == update.engine + 7_615_616_512 * 2
+    assert rollout.engine + rollout.kv_cache + rollout.workspace == int(79.3 * GIB) // 2
+    assert phase(plan, "scores").engine == phase(plan, "log-probs").engine == update.engine == VLLM_ASLEEP_BYTES
+    sync = phase(plan, "weight sync")
+    assert sync.engine == VLLM_ASLEEP_BYTES + 7_615_616_512 * 2
+    assert (sync.weights, sync.gradients, sync.optimizer) == (update.weights, update.gradients, update.optimizer)
+    assert sync.workspace == (256 << 20) + 152064 * 3584 * 2  # TP2: a bucket, and the embedding in one of its own
     state = update.weights + update.gradients + update.optimizer
-    assert stay.phases[1].total == rollout.total + state and stay.phases[3] == update
-    assert plan.host_bytes - stay.host_bytes == 8 * (update.weights + update.optimizer)
+    assert phase(stay, "rollout").total == rollout.total + state and phase(stay, "update") == update
+    assert (plan.host.offloaded, stay.host.offloaded) == (8 * (update.weights + update.optimizer), 0)
+
+
+def test_weights_arrive_beside_the_trainer_without_purification_too():
+    grpo = make_plan(configuration.load(QWEN_7B, ["lens.enabled=false"]))
+    assert [phase.phase for phase in grpo.phases] == ["weight sync", "rollout", "log-probs", "update"]
+    assert phase(grpo, "weight sync").engine == VLLM_ASLEEP_BYTES + 7_615_616_512 * 2
+
+
+def test_key_value_cache_of_an_engine_over_several_gpus():
+    one = layout()
+    of = {size: dataclasses.replace(one, engine_tp=size) for size in (1, 2, 4)}
+    # TINY has two key-value heads of 2: 2 x 4 layers x 4 x 2 bytes a token; on four GPUs each head stands twice.
+    assert [cache_bytes(TINY, of[size], 10) for size in (1, 2, 4)] == [640, 320, 320]
+
+
+def test_the_cache_must_hold_all_running_sequences_and_the_longest_that_vllm_admits():
+    """Qwen2.5-7B: 57,344 bytes a token. 15 GiB of cache hold 60 sequences of 4608 tokens, two of 131,072."""
+
+    def suffices(*options: str) -> bool:
+        plan = make_plan(configuration.load(QWEN_7B, [f"vllm.kv_cache_memory_bytes={15 * GIB}", *options]))
+        assert phase(plan, "rollout").kv_cache == 15 * GIB
+        enough = cache_suffices(plan.shape, plan.layout, plan.work, plan.cluster)
+        assert enough is not any(mistake.startswith("rollout") for mistake in plan.mistakes)
+        return enough
+
+    assert suffices("rollout.max_running_sequences=60") and not suffices("rollout.max_running_sequences=61")
+    assert suffices("rollout.max_running_sequences=61", "vllm.max_num_seqs=60")
+    assert not suffices("rollout.max_running_sequences=8", "vllm.max_model_len=300000")
+    assert not suffices() and suffices("rollout.prompts_per_step=16")  # 2 prompts x 8 rollouts x 2 waves
+
+
+def test_host_memory_of_a_node():
+    """Two pipeline stages of TP2, four data-parallel ranks of each, on two nodes of eight."""
+    n = max(TINY.stage_parameters(2, 2, stage) for stage in (0, 1))
+    tree = {"cluster": {"nodes": 2}, "megatron": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2,
+            "use_distributed_optimizer": True}, "rollout": {"engine": "vllm"}}  # fmt: skip
+
+    def found(**sections: dict):
+        settings = config(**tree | sections)
+        cut = layout_of(settings, 16, LayerSpec.TRANSFORMER_ENGINE)
+        return host_bytes(TINY, cut, workload_of(settings), cluster_of(settings.cluster))
+
+    # Weights 2 bytes, optimizer 12 / 4. Four ranks hold the weights that count, all eight a part of the optimizer.
+    once = 4 * 2 * n + 8 * 3 * n
+    exported = min(2 * TINY.parameters, 8 * EXPORT_SHARD_BYTES)
+    default = found()
+    assert (default.reference, default.offloaded, default.checkpoint) == (8 * 2 * n, 8 * 5 * n, once + exported)
+    assert (default.sent_weights, default.before_updates) == (0, 0)
+    assert default.total == default.reference + default.offloaded + default.checkpoint
+    assert found(train={"updates_per_batch": 2}).before_updates == once
+    # Three ranks drive a server each and keep what they sent to it.
+    assert found(rollout={"engine": "vllm_server", "servers": 3}).sent_weights == 3 * 2 * TINY.parameters
+    assert found(rollout={"engine": "vllm_server", "servers": 64}).sent_weights == 8 * 2 * TINY.parameters
+    plain = found(lens={"enabled": False}, algorithm={"kl_coef": 0, "advantage": "grpo"})
+    assert plain.reference == 0
 
 
 def test_servers_take_nothing_of_the_trainers_gpus():
-    options = ["rollout.engine=vllm_server", "rollout.servers=4"]
+    options = ["rollout.engine=vllm_server", "rollout.servers=4", "rollout.max_running_sequences=64"]
     planned = make_plan(configuration.load(QWEN_7B, options))
-    _, rollout, _, update = planned.phases
+    rollout, update = phase(planned, "rollout"), phase(planned, "update")
     assert (rollout.engine, rollout.kv_cache, update.engine) == (0, 0, 0)
     assert rollout.total < update.total and planned.running == 64  # 32 prompts x 8 are each server's share
 
 
-def test_rollout_of_the_embedded_engine():
-    planned = make_plan(configuration.load(QWEN_7B))
-    rollout = next(phase for phase in planned.phases if phase.phase == "rollout")
+def test_rollout_of_the_local_engine():
+    planned = make_plan(configuration.load(QWEN_7B, LOCAL))
+    rollout = phase(planned, "rollout")
     assert rollout.engine == 7_615_616_512 * 2  # a whole model in every process
     assert rollout.kv_cache == 64 * 4608 * 57_344
-    assert [phase.phase for phase in planned.phases] == ["scores", "rollout", "log-probs", "update"]
-    grpo = make_plan(configuration.load(QWEN_7B, ["lens.enabled=false", "algorithm.kl_coef=0"]))
-    assert [phase.phase for phase in grpo.phases] == ["rollout", "update"] and grpo.host_bytes == 0
+    assert [phase.phase for phase in planned.phases] == ["scores", "weight sync", "rollout", "log-probs", "update"]
+    assert planned.host.offloaded == 0
+    grpo = make_plan(configuration.load(QWEN_7B, [*LOCAL, "lens.enabled=false", "algorithm.kl_coef=0"]))
+    assert [phase.phase for phase in grpo.phases] == ["weight sync", "rollout", "update"] and grpo.host.reference == 0
 
 
 def test_checkpoint_holds_every_tensor_once():
@@ -248,7 +316,9 @@ def test_seconds_of_update_and_rollout():
     shape, cluster = SHAPES["Qwen2.5-7B"], cluster_of(settings.cluster)
     made = layout_of(settings, 1, LayerSpec.TRANSFORMER_ENGINE)
     times = {t.phase: t.seconds for t in step_times(shape, made, workload_of(settings), cluster, Assumptions(), 8)}
-    assert list(times) == ["rollout", "update", "weight sync"]
+    assert list(times) == ["rollout", "offload", "update", "weight sync"]
+    # Weights and optimizer, 2 + 12 bytes a parameter, to the host and back at 20 GB/s.
+    assert times["offload"] == pytest.approx(2 * 14 * 7_615_616_512 / 20e9)
     # Mean 100 + 500 tokens, seeing 300 on average; 500 of them at the head; three times forward, 312 TFLOP/s, 40 %.
     layers = 28 * shape.layer_parameters(1)
     flops = 600 * (2 * layers + 4 * 28 * 3584 * 300) + 500 * 2 * 152064 * 3584
@@ -256,6 +326,27 @@ def test_seconds_of_update_and_rollout():
     # All eight run at once to the longest: 1000 steps of 15.2 GB, at 70 % of 2039 GB/s; cache 4000 tokens x 350.
     weights, cache = 1000 * 7_615_616_512 * 2, 8 * 500 * (100 + 250) * 57_344
     assert times["rollout"] == pytest.approx((weights + cache) / (2039e9 * 0.7))
+
+
+def test_speculation_ends_both_waves_together_and_samples_some_tokens_for_nothing():
+    def rollout_seconds(schedule: str) -> float:
+        sections = {"cluster": {"gpus_per_node": 1}, "train": {"max_tokens_per_micro_batch": 1200}}
+        settings = config(
+            **sections, data={"max_prompt_length": 200},
+            rollout={"prompts_per_step": 4, "rollouts_per_prompt": 2, "engine": "vllm", "max_response_length": 1000,
+                     "schedule": schedule},
+        )  # fmt: skip
+        made = layout_of(settings, 1, LayerSpec.TRANSFORMER_ENGINE)
+        cluster, assumed = cluster_of(settings.cluster), Assumptions(discarded_share=0.2)
+        times = step_times(SHAPES["Qwen2.5-7B"], made, workload_of(settings), cluster, assumed, 16)
+        return next(time.seconds for time in times if time.phase == "rollout")
+
+    # 8 sequences and half as many again, all at once: 500 steps and then a tail of 500, or two tails.
+    weights, token = 7_615_616_512 * 2, (100 + 250) * 57_344
+    bandwidth = 2039e9 * 0.7
+    assert rollout_seconds("streamed") == rollout_seconds("sequential")
+    assert rollout_seconds("streamed") == pytest.approx((1500 * weights + 12 * 500 * token) / bandwidth)
+    assert rollout_seconds("speculative") == pytest.approx((1000 * weights + 15 * 500 * token) / bandwidth)
 
 
 # ---- the program --------------------------------------------------------------------------------------------------
@@ -280,18 +371,34 @@ def test_the_table(capsys):
         (["cluster.nodes=3", "cluster.gpus_per_node=1"], "cluster.nodes (3) x cluster.gpus_per_node (1): world"),
         (["rollout.prompts_per_step=6"], "rollout.prompts_per_step (6) is not divisible by data-parallel size (4)"),
         (["rollout.max_response_length=140000"], "= 140512 exceeds the model's max_position_embeddings (131072)"),
-        (["rollout.max_running_sequences=128"],
+        (["rollout.engine=local", "rollout.max_running_sequences=128"],
          "rollout: needs 82.2 GiB per GPU, a GPU of this cluster has 79.3; the largest part is kv cache with 31.5 GiB; "
          "it fits with rollout.max_running_sequences=64"),
         (["cluster.gpu_memory_gib=40"], "no layout on this cluster makes it fit; take more GPUs"),
-        (["cluster.host_memory_gib=32"], "host memory for the reference policy is 56.7 GiB per node, cluster"),
-        (["rollout.engine=vllm", "vllm.gpu_memory_utilization=0.2"], "leave -1.3 GiB of vllm.gpu_memory_utiliz"),
-        (["rollout.engine=vllm", "vllm.tensor_parallel_size=8"], "vllm.tensor_parallel_size (8) does not divide the m"),
-        (["rollout.engine=vllm", "vllm.tensor_parallel_size=4", "cluster.gpus_per_node=2", "cluster.nodes=4"],
+        (["cluster.host_memory_gib=200"],
+         "host memory: needs 312.1 GiB per node, cluster.host_memory_gib is 200.0; the largest part is offloaded with "
+         "141.9 GiB; no single change makes it fit; take nodes with more memory, or raise"),
+        (["cluster.host_memory_gib=360", "train.updates_per_batch=2"], "; it fits with train.updates_per_batch=1"),
+        (["cluster.host_memory_gib=200", "vllm.gpu_memory_utilization=0.5", "rollout.max_running_sequences=64"],
+         "; it fits with rollout.offload_trainer=false"),
+        (["vllm.gpu_memory_utilization=0.2"],
+         "vllm.gpu_memory_utilization (0.2) leaves -1.3 GiB per GPU for the KV cache, beside 14.2 GiB of weights and "
+         "3.0 GiB of workspace; vLLM does not start without room for its longest sequence, whose 131072 tokens "
+         "(vllm.max_model_len) need 7.0 GiB; it fits with vllm.gpu_memory_utilization=0.85"),
+        (["vllm.gpu_memory_utilization=0.6"],
+         "vllm.gpu_memory_utilization (0.6) leaves 30.4 GiB per GPU for the KV cache, which holds 123 sequences of "
+         "4608 tokens; rollout.max_running_sequences (192) lets 192 run at once, which need 47.2 GiB; it fits with "
+         "vllm.gpu_memory_utilization=0.85"),
+        (["rollout.max_running_sequences=256", "vllm.gpu_memory_utilization=0.9"],
+         "lets 256 run at once, which need 63.0 GiB; it fits with rollout.max_running_sequences=220"),
+        (["vllm.kv_cache_memory_bytes=1000000000"],
+         "vllm.kv_cache_memory_bytes (1000000000) leaves 0.9 GiB per GPU for the KV cache, beside 14.2 GiB of weights"),
+        (["vllm.tensor_parallel_size=8"], "vllm.tensor_parallel_size (8) does not divide the m"),
+        (["vllm.tensor_parallel_size=4", "cluster.gpus_per_node=2", "cluster.nodes=4"],
          "vllm.tensor_parallel_size (4) does not divide the ranks of a node (2)"),
-        (["rollout.engine=vllm", "vllm.gpu_memory_utilization=0.6", "rollout.offload_trainer=false"],
+        (["vllm.gpu_memory_utilization=0.6", "rollout.max_running_sequences=64", "rollout.offload_trainer=false"],
          "it fits with rollout.offload_trainer=true"),
-        (["rollout.engine=vllm", "vllm.gpu_memory_utilization=0.97"],
+        (["vllm.gpu_memory_utilization=0.97"],
          "it fits with vllm.gpu_memory_utilization=0.92"),
         (["train.max_tokens_per_micro_batch=40000"], "update: needs"),
         (["megatron.virtual_pipeline_model_parallel_size=2"], "interleaves the stages of a pipeline, but"),
@@ -306,7 +413,7 @@ def test_what_is_refused_names_both_values_and_a_remedy(capsys, overrides, messa
 
 
 def test_a_remedy_is_one():
-    tight = ["train.max_tokens_per_micro_batch=40000", "rollout.max_running_sequences=32"]
+    tight = ["train.max_tokens_per_micro_batch=40000"]
     (mistake,) = [m for m in make_plan(configuration.load(QWEN_7B, tight)).mistakes if m.startswith("update")]
     assert mistake.endswith("it fits with train.max_tokens_per_micro_batch=4608")
     assert not make_plan(configuration.load(QWEN_7B, [*tight, "train.max_tokens_per_micro_batch=4608"])).mistakes

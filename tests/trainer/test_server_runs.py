@@ -1,5 +1,6 @@
 """Whole runs with servers that are killed, and trainers that are. Slow: every one starts servers, some twice."""
 
+import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -9,10 +10,10 @@ import psutil
 import pytest
 import torch
 from servers import announce_plugin
-from test_vllm import save
 from toy_runs import Toy, command, environment
+from vllm_models import save
 
-from lens_megatron.supervision import exit_codes
+from lens_megatron.errors import ExitCode
 
 pytest.importorskip("vllm", reason="make setup-vllm")
 pytestmark = pytest.mark.slow
@@ -69,7 +70,7 @@ def test_a_run_whose_only_server_dies_once_goes_on(model: Toy, tmp_path: Path):
                     server.kill()
     said = (tmp_path / "output").read_text()
     assert killed and process.poll() == 0, said[-4000:]
-    assert "-> dead: " in said and rows(directory) == 5
+    assert re.search("server 0: (healthy|suspect) -> dead: ", said) and rows(directory) == 5
     assert not processes_of(model) and "EnginesLost" not in said
 
 
@@ -85,7 +86,7 @@ def test_a_run_whose_servers_die_again_and_again_ends_and_goes_on_later(model: T
                 for server in servers_of(model):
                     server.kill()
         said = (tmp_path / "output").read_text()
-        assert process.poll() is not None and f"exitcode  : {exit_codes.ENGINES_LOST} " in said, said[-4000:]
+        assert process.poll() is not None and f"exitcode  : {ExitCode.ENGINES_LOST} " in said, said[-4000:]
         assert "no server is left for" in said and "server 0 is dead: " in said and "what was graded is kept" in said
         assert not processes_of(model)
         done = rows(directory)

@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 import tensor_parallel_run
-from test_vllm import error_in_log_probs, other, roomy, save  # noqa: F401
 from toy_runs import Toy, environment, launch, rollout_rows, torchrun
 from transformers import AutoModelForCausalLM
+from vllm_models import error_in_log_probs, other, save
 
-from lens_megatron.config import ConfigError, from_tree
+from lens_megatron.config import ConfigError, check_world, from_tree
 from lens_megatron.config.layout_rules import model_mistakes
 from lens_megatron.policy.hf_weights import read_hf_config
-from lens_megatron.rollout.engine import Completion, Request
-from lens_megatron.rollout.vllm.tensor_parallel import pack_requests, unpack_requests
+from lens_megatron.rollout.engine import Completion
 
 pytest.importorskip("vllm", reason="make setup-vllm")
 
@@ -39,14 +38,14 @@ def test_the_ranks_of_an_engine_draw_the_same_and_it_is_the_models(ranks: int, t
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     assert "Traceback" not in result.stderr, "closed in order, vLLM leaves nothing that raises at the exit"
     found = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(ranks)]
-    assert [(f["team"], f["leads"], f["engines"]) for f in found] == [
+    assert [(f["engine"], f["leads"], f["engines"]) for f in found] == [
         (r // 2, r % 2 == 0, ranks // 2) for r in range(ranks)
     ]
     for rank, here in enumerate(found):
         assert here["led"] == ([] if rank % 2 else [10 * rank, 10 * rank + 10, 10 * rank + 11])
         assert here["back"] == ([10 * rank, 10 * rank + 1] if rank % 2 else [10 * rank])
-        assert here["said"].startswith(f"the 2 ranks of engine {here['team']} drew different tokens")
-        wanted = {request.request_id: request for request in tensor_parallel_run.requests(here["team"])}
+        assert here["said"].startswith(f"the 2 ranks of engine {here['engine']} drew different tokens")
+        wanted = {request.request_id: request for request in tensor_parallel_run.requests(here["engine"])}
         phases = [completions(phase) for phase in here["phases"]]
         for version, phase in enumerate(phases):
             assert {c.request_id for c in phase} == wanted.keys() - set(tensor_parallel_run.CANCELLED)
@@ -68,7 +67,7 @@ TP2 = {"tensor_model_parallel_size": 2}
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "layout"), [(2, {}), (2, TP2), (4, TP2)])
-def test_the_program_trains_on_an_engine_over_two_ranks(ranks: int, layout: dict, roomy: Toy, tmp_path: Path):  # noqa: F811
+def test_the_program_trains_on_an_engine_over_two_ranks(ranks: int, layout: dict, roomy: Toy, tmp_path: Path):
     """In the first layout the two ranks of the engine train on different prompts. The trainer's state moves away."""
     tree = roomy.tree(
         tmp_path / "run", rollout={"engine": "vllm", "offload_trainer": True}, data={"eval": [str(roomy.eval)]},
@@ -83,11 +82,6 @@ def test_the_program_trains_on_an_engine_over_two_ranks(ranks: int, layout: dict
         prompts = [line["prompt_index"] for line in rollout_rows(tmp_path / "run", step)]
         assert len(set(prompts)) == 4
     assert all(name in rows[-1] for name in ("timing_s/wake", "timing_s/sleep"))
-
-
-def test_requests_travel_as_they_are():
-    sent = [Request(2**62, (1, 2, 3), 7, 0.1, 2**63 - 1), Request(0, (9,), 1, 0.0, 0)]
-    assert unpack_requests(pack_requests(sent)) == sent and unpack_requests(pack_requests([])) == []
 
 
 def test_models_that_cannot_be_cut_are_refused(roomy: Toy):  # noqa: F811
@@ -105,4 +99,4 @@ def test_models_that_cannot_be_cut_are_refused(roomy: Toy):  # noqa: F811
         said = list(model_mistakes(config, shape))
         assert len(said) == len(found) and all(part in line for part, line in zip(found, said, strict=True)), said
     with pytest.raises(ConfigError, match=r"vllm.tensor_parallel_size \(4\) does not divide world size \(6\)"):
-        from_tree({**tree, "rollout": {"engine": "vllm"}, "vllm": {"tensor_parallel_size": 4}}).check_world(6)
+        check_world(from_tree({**tree, "rollout": {"engine": "vllm"}, "vllm": {"tensor_parallel_size": 4}}), 6)

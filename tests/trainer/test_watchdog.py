@@ -16,10 +16,10 @@ import pytest
 from toy_runs import ROOT, Toy, command, environment
 from watchdog_worker import LATE
 
+from lens_megatron.errors import ExitCode
 from lens_megatron.supervision.clock import Clock
 from lens_megatron.supervision.control_store import ControlStore
 from lens_megatron.supervision.deadman import EXIT_SIGNAL
-from lens_megatron.supervision.exit_codes import HANG
 from lens_megatron.supervision.heartbeat import Heartbeat, late_ranks, report
 from lens_megatron.supervision.watchdog import watch
 
@@ -56,7 +56,7 @@ def run(folder: Path, how: str, late: int = LATE) -> tuple[list[int], list[str]]
 )
 def test_a_hang_is_named_and_ends_every_rank(how: str, late: str, tmp_path: Path):
     codes, errors = run(tmp_path, how)
-    assert codes == [HANG, -EXIT_SIGNAL if how == "locked" else HANG], errors
+    assert codes == [ExitCode.HANG, -EXIT_SIGNAL if how == "locked" else ExitCode.HANG], errors
     text = "".join(errors)
     assert text.count(late) == 1 and "run.phase_timeout_minutes (0.05)" in text, text
     for rank, error in enumerate(errors):
@@ -74,7 +74,7 @@ def test_a_hang_is_named_and_ends_every_rank(how: str, late: str, tmp_path: Path
 def test_a_frozen_rank_is_named_by_the_others(late: int, tmp_path: Path):
     """Rank 0 too, whose process started the store."""
     codes, errors = run(tmp_path, "frozen", late)
-    assert codes[late] == -signal.SIGKILL and codes[1 - late] == HANG, errors
+    assert codes[late] == -signal.SIGKILL and codes[1 - late] == ExitCode.HANG, errors
     assert f"late: rank {late} in update_actor of step 7 (did not answer" in errors[1 - late], errors[1 - late]
 
 

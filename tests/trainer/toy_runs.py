@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import torch
+import warm_ranks
 import yaml
 from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -31,7 +33,7 @@ class Toy:
     def tree(self, directory: Path, **sections: dict) -> dict:
         """A configuration; `sections` are merged over it."""
         tree = {
-            "run": {"directory": str(directory), "tensorboard": False},
+            "run": {"directory": str(directory), "tensorboard": False, "seed": 2},  # rescues in each of four steps
             "model": {"path": str(self.model)},
             "data": {"train": str(self.train), "max_prompt_length": 160, "instruction": "Answer in \\boxed{}."},
             "rollout": {"prompts_per_step": 4, "rollouts_per_prompt": 4, "max_response_length": 6},
@@ -77,10 +79,14 @@ def make_toy(folder: Path) -> Toy:
 
 def command(tree: dict, folder: Path, ranks: int) -> list[str]:
     """Writes the configuration and returns what a user would type."""
+    return [*torchrun(ranks), str(ROOT / "pretrain_lens.py"), "--config", str(write_config(tree, folder))]
+
+
+def write_config(tree: dict, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
-    return [*torchrun(ranks), str(ROOT / "pretrain_lens.py"), "--config", str(path)]
+    return path
 
 
 def torchrun(ranks: int) -> list[str]:
@@ -95,11 +101,33 @@ def environment() -> dict[str, str]:
 
 def launch(tree: dict, folder: Path, ranks: int, *overrides: str) -> list[dict]:
     """Runs the program to its end; returns the rows of metrics.jsonl. Fails with its output when it fails."""
-    result = subprocess.run(
-        [*command(tree, folder, ranks), *overrides], env=environment(), capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    run_program(tree, folder, ranks, *overrides)
     return read_metrics(Path(tree["run"]["directory"]))
+
+
+def run_program(
+    tree: dict, folder: Path, ranks: int, *overrides: str, variables: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs the program to its end; returns what it printed. Fails with its output when it fails."""
+    path = write_config(tree, folder)
+    return run_ranks(ranks, ROOT / "pretrain_lens.py", "--config", path, *overrides, variables=variables)
+
+
+def run_ranks(
+    ranks: int,
+    program: Path,
+    *arguments: str | Path,
+    timeout_s: float = 300,
+    variables: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Runs a program on `ranks` processes, without torchrun, to its end. Fails with its output when it fails.
+
+    `variables` are added to the ranks' environment.
+    """
+    words = [str(program), *map(str, arguments)]
+    result = warm_ranks.run(words, ranks, environment() | dict(variables or {}), timeout_s)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    return result
 
 
 def checkpoint_tensors(directory: Path, step: int, ranks: int) -> dict[str, torch.Tensor]:

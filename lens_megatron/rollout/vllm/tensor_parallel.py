@@ -1,27 +1,29 @@
-"""Consecutive ranks that hold one engine together: the first decides, the others do the same.
+"""Consecutive ranks that hold one engine together: the first rank leads, and the others follow its commands.
 
-    leader     submit, cancel, step, step, ...   dismiss        (the sampler drives it like any engine)
+    leader     submit, cancel, step, step, ...   dismiss        (the scheduler drives it like any engine)
     followers  follow() ------------------------ returns
 
-vLLM's tensor-parallel ranks each have a scheduler, and stay in step only if all are given the same requests in the same
-order between the same steps. When a verdict comes is up to graders, so only one rank may decide; its decisions travel
-as tensors. Weights, waking and sleeping are not told: every rank comes to them by itself.
+Each of vLLM's tensor-parallel ranks has a scheduler. They agree only if all are given the same requests, in the same
+order, between the same steps. When a grade comes depends on time, so the leader alone decides, and broadcasts what it
+does. It does not broadcast loading of weights, waking and sleeping, since every rank calls these at the same place.
 """
 
 import struct
 import zlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from enum import IntEnum
+from enum import StrEnum
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from lens_megatron.rollout import replay
+from lens_megatron.records import between_ranks
 from lens_megatron.rollout.engine import Completion, EngineProgress, Request, RolloutEngine
-from lens_megatron.types import Group, Prompt, PurifiedPrompt
+from lens_megatron.types import Group, StepPrompt
 
 
 class EngineGroupError(RuntimeError):
@@ -30,16 +32,18 @@ class EngineGroupError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class EngineGroup:
-    """The ranks of one engine, and where it stands among the engines of the job."""
+    """The ranks that hold one engine, and the engine's number among those of the job."""
 
     rank: int
-    """Within the group."""
+    """This rank's number within the group."""
     size: int
+    """The number of ranks that hold the engine."""
     number: int
-    """Of this engine, from 0."""
+    """The engine's number, from 0."""
     engines: int
+    """The number of engines of the job."""
     group: ProcessGroup | None
-    """gloo, so that no GPU waits for a command; None where every rank has an engine of its own."""
+    """A group of gloo, so that no GPU waits for a command. None where every rank has an engine of its own."""
 
     @property
     def leads(self) -> bool:
@@ -47,9 +51,11 @@ class EngineGroup:
 
 
 def build_engine_group(size: int, timeout_minutes: float = 30) -> EngineGroup:
-    """The group of this rank when every `size` consecutive ranks, which divide the world, share an engine.
+    """This rank's group where every `size` consecutive ranks hold an engine together. A collective of all ranks.
 
-    A collective over the world. A follower waits for a command as long as `timeout_minutes`.
+    Args:
+        size: a divisor of the number of ranks.
+        timeout_minutes: how long a follower waits for a command.
     """
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     group = None
@@ -61,84 +67,123 @@ def build_engine_group(size: int, timeout_minutes: float = 30) -> EngineGroup:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """What one engine is to sample: on the leader all that its group was dealt, on followers nothing."""
+class EnginePrompts:
+    """What one engine is to sample: on the leader the prompts of all ranks of its group, on followers none."""
 
-    prompts: tuple[Prompt, ...]
-    purified: tuple[PurifiedPrompt | None, ...]
+    prompts: tuple[StepPrompt, ...]
     counts: tuple[int, ...]
-    """Prompts that each rank of the group was dealt; the leader's come first."""
+    """How many of the prompts are each rank's; the leader's come first. Empty on followers."""
 
 
-def collect(engine_group: EngineGroup, prompts: Sequence[Prompt], purified: Sequence[PurifiedPrompt | None]) -> Work:
-    """Brings the ranks' prompts to the leader. A collective of the group."""
-    if engine_group.size == 1:
-        return Work(tuple(prompts), tuple(purified), (len(prompts),))
-    dealt = [Group(prompt, (), deletion) for prompt, deletion in zip(prompts, purified, strict=True)]
-    parts = replay.exchange(dealt, engine_group.group)
-    led = [group for part in parts for group in part if engine_group.leads]
-    return Work(tuple(g.prompt for g in led), tuple(g.purified for g in led), tuple(map(len, parts)))
+def gather_to_leader(engine_group: EngineGroup, prompts: Sequence[StepPrompt]) -> EnginePrompts:
+    """Brings the prompts of all ranks of the engine to its leader. A collective of the group."""
+    own = EnginePrompts(tuple(prompts), (len(prompts),))
+    if engine_group.group is None:
+        return own
+    nothing: list[list[EnginePrompts]] = [[] for _ in range(engine_group.size - 1)]
+    sent = between_ranks.all_to_all(EnginePrompts, [[own], *nothing], engine_group.group)
+    parts = [part for of_rank in sent for part in of_rank]
+    return EnginePrompts(
+        prompts=tuple(prompt for part in parts for prompt in part.prompts),
+        counts=tuple(count for part in parts for count in part.counts),
+    )
 
 
-def hand_back(engine_group: EngineGroup, groups: Sequence[Group], work: Work) -> list[Group]:
-    """The groups of the prompts that this rank was dealt; `groups` are the leader's. A collective of the group."""
-    if engine_group.size == 1:
+def scatter_from_leader(
+    engine_group: EngineGroup, groups: Sequence[Group], engine_prompts: EnginePrompts
+) -> list[Group]:
+    """The groups of the prompts that this rank gave to `gather_to_leader`. A collective of the group.
+
+    Args:
+        groups: on the leader one per prompt of `engine_prompts`, in its order; on followers none.
+    """
+    if engine_group.group is None:
         return list(groups)
-    everything = replay.exchange(groups, engine_group.group)[0]
-    first = sum(work.counts[: engine_group.rank])
-    return everything[first : first + work.counts[engine_group.rank]]
+    starts = [0, *accumulate(engine_prompts.counts)]
+    parts = [groups[start:end] for start, end in pairwise(starts)]
+    nothing: list[list[Group]] = [[] for _ in range(engine_group.size - len(parts))]
+    leaders, *_ = between_ranks.all_to_all(Group, [*parts, *nothing], engine_group.group)
+    return leaders
 
 
-class _Command(IntEnum):
-    DISMISS, SUBMIT, CANCEL, STEP = range(4)
+class Verb(StrEnum):
+    """What a leader can tell its followers to do."""
+
+    SUBMIT = "submit"
+    CANCEL = "cancel"
+    STEP = "step"
+    DISMISS = "dismiss"
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One decision of a leader, as its followers hear it."""
+
+    verb: Verb
+    requests: tuple[Request, ...] = ()
+    """To submit."""
+    request_ids: tuple[int, ...] = ()
+    """To cancel, ascending."""
 
 
 class TensorParallelEngine:
     """Implements `RolloutEngine` on the leader, over each rank's part of the engine. Followers call `follow` instead.
 
-    `load_weights`, `wake`, `sleep` and `close` are called by all ranks of the group.
+    All ranks of the group call `load_weights`, `wake`, `sleep` and `close`.
     """
 
     def __init__(self, engine: RolloutEngine, engine_group: EngineGroup):
-        self.engine, self.engine_group = engine, engine_group
+        if engine_group.group is None:
+            raise ValueError("a tensor-parallel engine needs a group of ranks; got an engine group of one rank")
+        self.engine, self.engine_group, self.group = engine, engine_group, engine_group.group
         self.seen = 0
-        """Checksum of all completions since the last dismissal."""
+        """The checksum of all completions since the last dismissal."""
 
     @property
     def version(self) -> int | None:
         return self.engine.version
 
+    @contextmanager
+    def phase(self) -> Iterator[None]:
+        self.follow()
+        yield
+        self.dismiss()
+
     def submit(self, requests: Iterable[Request]) -> None:
-        requests = list(requests)
-        self._tell(_Command.SUBMIT, pack_requests(requests))
+        requests = tuple(requests)
+        self._tell(Command(Verb.SUBMIT, requests=requests))
         self.engine.submit(requests)
 
     def step(self) -> list[Completion]:
-        self._tell(_Command.STEP)
-        return self._stepped()
+        self._tell(Command(Verb.STEP))
+        return self._step()
 
     def cancel(self, request_ids: Collection[int]) -> int:
-        numbers = sorted(request_ids)
-        self._tell(_Command.CANCEL, torch.tensor(numbers, dtype=torch.int64))
+        numbers = tuple(sorted(request_ids))
+        self._tell(Command(Verb.CANCEL, request_ids=numbers))
         return self.engine.cancel(numbers)
 
     def follow(self) -> None:
-        """A follower's part of a phase: does what the leader does, until it is dismissed. At once for the leader."""
+        """Does on a follower what the leader does, until the leader dismisses it. Returns at once on the leader.
+
+        Raises EngineGroupError where the ranks drew different tokens.
+        """
         while not self.engine_group.leads:
-            command, payload = self._hear()
-            if command is _Command.SUBMIT:
-                self.engine.submit(unpack_requests(payload))
-            elif command is _Command.CANCEL:
-                self.engine.cancel(payload.tolist())
-            elif command is _Command.STEP:
-                self._stepped()
-            else:
-                return self._compare()
+            command = self._hear()
+            match command.verb:
+                case Verb.SUBMIT:
+                    self.engine.submit(command.requests)
+                case Verb.CANCEL:
+                    self.engine.cancel(command.request_ids)
+                case Verb.STEP:
+                    self._step()
+                case Verb.DISMISS:
+                    return self._compare()
 
     def dismiss(self) -> None:
-        """The leader's end of a phase. Nothing for followers. Raises EngineGroupError, like `follow`."""
+        """Ends a phase on the leader. Does nothing on followers. Raises EngineGroupError, like `follow`."""
         if self.engine_group.leads:
-            self._tell(_Command.DISMISS)
+            self._tell(Command(Verb.DISMISS))
             self._compare()
 
     def capacity(self) -> int:
@@ -165,58 +210,26 @@ class TensorParallelEngine:
     def close(self) -> None:
         self.engine.close()
 
-    def _stepped(self) -> list[Completion]:
+    def _step(self) -> list[Completion]:
         completions = self.engine.step()
         for completion in completions:
             numbers = (completion.request_id, completion.finished, *completion.token_ids)
             self.seen = zlib.crc32(struct.pack(f"{len(numbers)}q", *numbers), self.seen)
         return completions
 
-    def _tell(self, command: _Command, payload: Tensor | None = None) -> None:
-        length = 0 if payload is None else len(payload)
-        self._broadcast(torch.tensor([command, length], dtype=torch.int64))
-        if length:
-            self._broadcast(payload)
+    def _tell(self, command: Command) -> None:
+        between_ranks.broadcast(Command, command, self.group)
 
-    def _hear(self) -> tuple[_Command, Tensor]:
-        head = torch.empty(2, dtype=torch.int64)
-        self._broadcast(head)
-        payload = torch.empty(int(head[1]), dtype=torch.int64)
-        if len(payload):
-            self._broadcast(payload)
-        return _Command(int(head[0])), payload
-
-    def _broadcast(self, tensor: Tensor) -> None:
-        torch.distributed.broadcast(tensor, group=self.engine_group.group, group_src=0)
+    def _hear(self) -> Command:
+        return between_ranks.broadcast(Command, None, self.group)
 
     def _compare(self) -> None:
         own, self.seen = torch.tensor([self.seen]), 0
         every = [torch.empty_like(own) for _ in range(self.engine_group.size)]
-        torch.distributed.all_gather(every, own, group=self.engine_group.group)
+        torch.distributed.all_gather(every, own, group=self.group)
         if len({int(seen) for seen in every}) > 1:
             size, number = self.engine_group.size, self.engine_group.number
             raise EngineGroupError(
                 f"the {size} ranks of engine {number} drew different tokens in this phase, so its log-probabilities "
                 "are of no policy; train with vllm.tensor_parallel_size=1 and report this"
             )
-
-
-def pack_requests(requests: Iterable[Request]) -> Tensor:
-    """[n] int64: of each its id, max_new_tokens, seed, temperature (bits of a double), tokens of the prompt, prompt."""
-    numbers: list[int] = []
-    for request in requests:
-        (bits,) = struct.unpack("q", struct.pack("d", request.temperature))
-        numbers += [request.request_id, request.max_new_tokens, request.seed, bits, len(request.prompt)]
-        numbers += request.prompt
-    return torch.tensor(numbers, dtype=torch.int64)
-
-
-def unpack_requests(packed: Tensor) -> list[Request]:
-    numbers, requests, place = packed.tolist(), [], 0
-    while place < len(numbers):
-        number, new_tokens, seed, bits, length = numbers[place : place + 5]
-        prompt = tuple(numbers[place + 5 : place + 5 + length])
-        (temperature,) = struct.unpack("d", struct.pack("q", bits))
-        requests.append(Request(number, prompt, new_tokens, temperature, seed))
-        place += 5 + length
-    return requests

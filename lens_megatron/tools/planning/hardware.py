@@ -7,6 +7,11 @@ from lens_megatron.config import ClusterConfig
 GIB = 1 << 30
 
 
+def gib(size: float) -> str:
+    """`size` bytes in GiB with one decimal, as the plan prints them."""
+    return f"{size / GIB:.1f}"
+
+
 @dataclass(frozen=True, slots=True)
 class Gpu:
     """Figures of NVIDIA's data sheets for the SXM form; `memory_gib` is what torch reports, less than the name says."""

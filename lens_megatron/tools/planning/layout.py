@@ -52,6 +52,8 @@ class ParallelLayout:
     engine_tp: int
     engine_share: float
     """vLLM's gpu_memory_utilization."""
+    engine_cache_bytes: int | None
+    """vLLM's kv_cache_memory_bytes, which replaces what the share leaves for the KV cache; None: not set."""
     reference: bool
     """A frozen reference policy, kept on the host and swapped in for a pass."""
     offload: bool
@@ -95,6 +97,10 @@ class Workload:
     updates: int
     running: int
     """Sequences that one engine decodes at once, at most."""
+    engine_context: int | None
+    """vLLM's max_model_len: tokens of the longest sequence that the engine must have room for; None: the model's."""
+    speculative: bool
+    """Second waves start before it is certain that their groups are hard."""
     lens: bool
     kl: bool
     old_log_probs: bool
@@ -147,6 +153,7 @@ def layout_of(config: Config, world: int, spec: LayerSpec) -> ParallelLayout:
         engines=servers if config.rollout.engine == "vllm_server" else world // config.ranks_per_engine,
         engine_tp=1 if config.rollout.engine == "local" else config.vllm.tensor_parallel_size,
         engine_share=config.vllm.gpu_memory_utilization if vllm else 0.0,
+        engine_cache_bytes=_vllm_count(config, "kv_cache_memory_bytes"),
         reference=config.algorithm.kl_coef > 0 or config.lens.enabled,
         offload=vllm and spec is not LayerSpec.LOCAL_CPU
         if config.rollout.offload_trainer is None
@@ -156,9 +163,6 @@ def layout_of(config: Config, world: int, spec: LayerSpec) -> ParallelLayout:
 
 def workload_of(config: Config) -> Workload:
     rollout = config.rollout
-    running = rollout.max_running_sequences
-    if rollout.engine == "vllm":
-        running = int(config.vllm.model_dump().get("max_num_seqs", running))
     return Workload(
         prompts=rollout.prompts_per_step,
         rollouts_per_prompt=rollout.rollouts_per_prompt,
@@ -166,10 +170,19 @@ def workload_of(config: Config) -> Workload:
         response_tokens=rollout.max_response_length,
         max_tokens=config.train.max_tokens_per_micro_batch,
         updates=config.train.updates_per_batch,
-        running=running,
+        running=_vllm_count(config, "max_num_seqs") or rollout.max_running_sequences,
+        engine_context=_vllm_count(config, "max_model_len"),
+        speculative=rollout.schedule == "speculative",
         lens=config.lens.enabled,
         kl=config.algorithm.kl_coef > 0,
         old_log_probs=config.train.updates_per_batch > 1
         or config.algorithm.ratio_form == "acl"
         or config.algorithm.correction != "none",
     )
+
+
+def _vllm_count(config: Config, name: str) -> int | None:
+    """An option of vLLM's that is a whole number from 1; None where it is not set or the engine is not in the trainer's
+    processes. The trainer refuses other values before it builds the engine."""
+    value = (config.vllm.model_extra or {}).get(name)
+    return value if config.rollout.engine == "vllm" and type(value) is int and value >= 1 else None

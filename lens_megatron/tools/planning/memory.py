@@ -3,33 +3,28 @@
 from dataclasses import dataclass, fields
 
 from lens_megatron.tools.planning.activations import FLOAT32, Packed, micro_batch_bytes
+from lens_megatron.tools.planning.engine_memory import VLLM_ASLEEP_BYTES, engine_bytes, weight_bytes
 from lens_megatron.tools.planning.hardware import GIB, Cluster
 from lens_megatron.tools.planning.layout import LayerSpec, ParallelLayout, Workload
 from lens_megatron.tools.planning.model_shape import ModelShape
 
 FRAMEWORK_BYTES = 3 * GIB
 """Assumed: CUDA context, NCCL's and cuBLAS's buffers, what the allocator cannot hand out again."""
-VLLM_WORKSPACE_BYTES = 3 * GIB
-"""Assumed: activations of a prefill chunk and CUDA graphs."""
-VLLM_ASLEEP_BYTES = 1 * GIB
-"""Assumed: what a sleeping vLLM (level 2) still holds."""
+EXPORT_BUCKET_BYTES = 256 << 20
+"""Of policy.export on a GPU: a bucket of gathered weights. A larger tensor has a bucket of its own."""
 WEIGHT_BLOCK_ELEMENTS = 1 << 22
 """Of lens_kernels.linear_logprobs: elements of a half-precision weight that a CPU turns to float32 at a time."""
-
-
 STATISTICS_ELEMENTS = 1 << 20
 """Of lens_kernels._rows: logits that the plain PyTorch path works on at a time, in float32."""
 
 
 @dataclass(frozen=True, slots=True)
 class StateBytes:
-    """What a rank holds in every phase."""
+    """What a rank holds on its GPU in every phase in which the trainer's state is there."""
 
     weights: int
     gradients: int
     optimizer: int
-    on_host: int
-    """The reference policy always; weights and optimizer while the engine samples, if they are offloaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +61,6 @@ class PhaseBytes:
 COMPONENTS = tuple(field.name for field in fields(PhaseBytes) if field.name not in ("phase", "stage"))
 
 
-def held_on_host(layout: ParallelLayout) -> str:
-    """What `StateBytes.on_host` is of, in words."""
-    reference, state = "the reference policy", "the trainer's state while the engine samples"
-    return " and ".join([reference] * layout.reference + [state] * layout.offload)
-
-
 def state_bytes(shape: ModelShape, layout: ParallelLayout, stage: int) -> StateBytes:
     """Weights, gradient buffer and Adam's state of one rank.
 
@@ -86,7 +75,6 @@ def state_bytes(shape: ModelShape, layout: ParallelLayout, stage: int) -> StateB
         weights=weights,
         gradients=parameters * layout.gradient_bytes,
         optimizer=optimizer,
-        on_host=weights * layout.reference + (weights + optimizer) * layout.offload,
     )
 
 
@@ -129,10 +117,12 @@ def forward_peaks(shape: ModelShape, layout: ParallelLayout, micro_batch: Packed
 
 def phases(shape: ModelShape, layout: ParallelLayout, work: Workload, cluster: Cluster) -> list[PhaseBytes]:
     """The phases that this configuration has, in their order; of each, the stage that needs most."""
-    found = [_rollout(shape, layout, work, cluster, stage) for stage in range(layout.pp)]
-    result = [max(found, key=lambda phase: phase.total)]
+    result = []
     if work.lens:
-        result.insert(0, _forward_phase("scores", shape, layout, work, work.prompt_tokens, work.prompt_tokens))
+        result.append(_forward_phase("scores", shape, layout, work, work.prompt_tokens, work.prompt_tokens))
+    stages = range(layout.pp)
+    result.append(max((_weight_sync(shape, layout, stage) for stage in stages), key=_total))
+    result.append(max((_rollout(shape, layout, work, cluster, stage) for stage in stages), key=_total))
     if work.lens or work.kl or work.old_log_probs:
         tokens = work.sequence_tokens
         result.append(_forward_phase("log-probs", shape, layout, work, tokens, work.response_tokens))
@@ -140,26 +130,13 @@ def phases(shape: ModelShape, layout: ParallelLayout, work: Workload, cluster: C
     return result
 
 
-def engine_weight_bytes(shape: ModelShape, layout: ParallelLayout) -> int:
-    """Of one GPU's part of an engine. A tied head is there once."""
-    return shape.parameters * layout.element_bytes // layout.engine_tp
-
-
-def sequences_per_engine(layout: ParallelLayout, work: Workload) -> int:
-    """Rollouts of a wave that one engine gets: prompts are dealt out to engines in turn."""
-    return -(-work.prompts // layout.engines) * work.rollouts_per_prompt
-
-
-def kv_bytes_per_sequence(shape: ModelShape, layout: ParallelLayout, work: Workload) -> int:
-    return shape.kv_bytes_per_token(layout.element_bytes) * work.sequence_tokens // layout.engine_tp
+def _total(phase: PhaseBytes) -> int:
+    return phase.total
 
 
 def _base(phase: str, shape: ModelShape, layout: ParallelLayout, stage: int, **more: int) -> PhaseBytes:
     state = state_bytes(shape, layout, stage)
-    engine = engine_weight_bytes(shape, layout) if layout.engine != "vllm_server" else 0
-    if layout.engine == "vllm":
-        # It gets the new weights when prompts are scored, while the trainer is there: counted with that phase.
-        engine = VLLM_ASLEEP_BYTES + (engine if phase == "scores" else 0)
+    engine = {"local": weight_bytes(shape, layout), "vllm": VLLM_ASLEEP_BYTES, "vllm_server": 0}[layout.engine]
     framework = 0 if layout.spec is LayerSpec.LOCAL_CPU else FRAMEWORK_BYTES
     values = {"engine": engine, "framework": framework, **more}
     if phase == "rollout" and layout.offload:
@@ -182,7 +159,7 @@ def _forward_phase(
         if uses_reference:
             more["reference"] = state_bytes(shape, layout, stage).weights
         candidates.append(_base(phase, shape, layout, stage, **more))
-    return max(candidates, key=lambda candidate: candidate.total)
+    return max(candidates, key=_total)
 
 
 def _update_phase(shape: ModelShape, layout: ParallelLayout, work: Workload) -> PhaseBytes:
@@ -193,31 +170,33 @@ def _update_phase(shape: ModelShape, layout: ParallelLayout, work: Workload) -> 
     for stage in range(layout.pp):
         peaks = update_peaks(shape, layout, packed, responses, micro_batches, stage)
         candidates.append(_base("update", shape, layout, stage, activations=peaks.activations, head=peaks.head))
-    return max(candidates, key=lambda candidate: candidate.total)
+    return max(candidates, key=_total)
 
 
 def _fullest(layout: ParallelLayout, work: Workload, length: int, rows: int) -> Packed:
     return Packed(work.most_tokens(length, -(-rows // layout.dp)), length)
 
 
-def _rollout(shape: ModelShape, layout: ParallelLayout, work: Workload, cluster: Cluster, stage: int) -> PhaseBytes:
-    weights = engine_weight_bytes(shape, layout)
-    if layout.engine == "vllm_server":
-        return _base("rollout", shape, layout, stage)  # servers have GPUs of their own
+def _weight_sync(shape: ModelShape, layout: ParallelLayout, stage: int) -> PhaseBytes:
+    """The engine receives the weights while all of the trainer's state is on the GPU, beside it.
+
+    Where the model is cut, two buckets are on their way at a time, and the largest tensor may have one of its own.
+    """
+    phase = "weight sync"
+    buckets = 0
+    if layout.tp * layout.pp > 1:
+        embedding = shape.padded_vocab_size(layout.tp) * shape.hidden_size * layout.element_bytes
+        buckets = EXPORT_BUCKET_BYTES + max(embedding, EXPORT_BUCKET_BYTES)
     if layout.engine == "vllm":
-        # It fills its share: what weights and workspace leave is cache.
-        share = int(cluster.memory_bytes * layout.engine_share)
-        cache = share - weights - VLLM_WORKSPACE_BYTES
         return _base(
-            "rollout", shape, layout, stage, engine=weights, kv_cache=cache, workspace=VLLM_WORKSPACE_BYTES
-        )  # fmt: skip
-    running = min(work.running, sequences_per_engine(layout, work))
-    cache = running * kv_bytes_per_sequence(shape, layout, work)
-    # The embedded engine lengthens its cache by making a layer's anew, and draws from [running, V] in float64.
-    workspace = cache // shape.num_hidden_layers + running * shape.vocab_size * (
-        layout.element_bytes + 2 * FLOAT32 + 2 * 8
-    )
-    return _base("rollout", shape, layout, stage, engine=weights, kv_cache=cache, workspace=workspace)
+            phase, shape, layout, stage, engine=VLLM_ASLEEP_BYTES + weight_bytes(shape, layout), workspace=buckets
+        )
+    return _base(phase, shape, layout, stage, workspace=buckets)
+
+
+def _rollout(shape: ModelShape, layout: ParallelLayout, work: Workload, cluster: Cluster, stage: int) -> PhaseBytes:
+    held = engine_bytes(shape, layout, work, cluster)
+    return _base("rollout", shape, layout, stage, engine=held.weights, kv_cache=held.kv_cache, workspace=held.workspace)
 
 
 def _final_norm(shape: ModelShape, layout: ParallelLayout, rows: int) -> int:

@@ -3,16 +3,18 @@
 from dataclasses import dataclass
 
 from lens_megatron.config import Config
+from lens_megatron.errors import UserError
 from lens_megatron.tools.planning import checks, memory
 from lens_megatron.tools.planning.activations import FLOAT32
 from lens_megatron.tools.planning.hardware import Cluster, cluster_of
+from lens_megatron.tools.planning.host_memory import HostBytes, host_bytes
 from lens_megatron.tools.planning.layout import LayerSpec, ParallelLayout, Workload, layout_of, workload_of
 from lens_megatron.tools.planning.memory import PhaseBytes
 from lens_megatron.tools.planning.model_shape import ModelShape, read_shape
 from lens_megatron.tools.planning.step_time import Assumptions, PhaseTime, WeightSync, step_times, weight_sync
 
 
-class LayoutError(ValueError):
+class LayoutError(UserError):
     """This configuration cannot run on its cluster; the message says why, one reason per line."""
 
 
@@ -28,8 +30,8 @@ class Plan:
     sync: WeightSync
     running: int
     """Sequences of full length that one engine decodes at once."""
-    host_bytes: int
-    """Of one node: see memory.held_on_host."""
+    host: HostBytes
+    """Host memory of one node."""
     checkpoint_bytes: int
     steps: int
     keep: int
@@ -52,8 +54,8 @@ def make_plan(
         raise LayoutError("\n".join(mistakes))
     layout, work = layout_of(config, cluster.gpus, spec), workload_of(config)
     phases = memory.phases(shape, layout, work, cluster)
-    running = checks.running_sequences(phases, shape, layout, work)
-    states = [memory.state_bytes(shape, layout, stage) for stage in range(layout.pp)]
+    running = checks.running_sequences(shape, layout, work, cluster)
+    host = host_bytes(shape, layout, work, cluster)
     return Plan(
         shape=shape,
         layout=layout,
@@ -64,11 +66,11 @@ def make_plan(
         times=tuple(step_times(shape, layout, work, cluster, assumed, running)),
         sync=weight_sync(shape, layout, cluster, assumed),
         running=running,
-        host_bytes=cluster.gpus_per_node * max(state.on_host for state in states),
+        host=host,
         checkpoint_bytes=checkpoint_bytes(shape, layout),
         steps=config.train.steps,
         keep=config.train.save_total_limit + config.train.save_best_limit,
-        mistakes=tuple(checks.memory_mistakes(phases, shape, layout, work, cluster)),
+        mistakes=tuple(checks.memory_mistakes(phases, host, shape, layout, work, cluster)),
     )
 
 

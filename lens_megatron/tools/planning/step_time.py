@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lens_megatron.tools.planning import memory
+from lens_megatron.tools.planning import engine_memory, memory
 from lens_megatron.tools.planning.hardware import Cluster
 from lens_megatron.tools.planning.layout import ParallelLayout, Workload
 from lens_megatron.tools.planning.model_shape import ModelShape
@@ -26,10 +26,13 @@ class Assumptions:
     """Mean length of prompts and of responses / their limits."""
     hard_share: float = 0.5
     """LENS: prompts below tau, which are sampled a second time."""
+    discarded_share: float = 0.15
+    """LENS with rollout.schedule=speculative: sampled tokens that are taken back. Simulated: 0.09 to 0.19, more where
+    more sequences run at once (benchmarks/ROLLOUT_NOTES.md)."""
     rescued_share: float = 0.1
     """LENS: rollouts whose old log-probabilities must be computed."""
     local_layer_s: float = 1e-3
-    """The embedded engine launches a layer's operators one by one from Python."""
+    """The local engine launches a layer's operators one by one from Python."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,8 @@ def step_times(
     if work.lens:
         times.append(_scores(shape, layout, work, cluster, assumed))
     times.append(_rollout(shape, layout, work, cluster, assumed, running))
+    if layout.offload:
+        times.append(_offload(shape, layout, assumed))
     if (log_probs := _log_probs(shape, layout, work, cluster, assumed)).seconds:
         times.append(log_probs)
     times.append(_update(shape, layout, work, cluster, assumed))
@@ -99,19 +104,23 @@ def _rollout(
 ) -> PhaseTime:
     """Decoding reads the engine's weights once per step and every running sequence's keys and values.
 
-    Steps: total tokens / running sequences while the batch is full, then the tail of the longest response.
+    Steps: total tokens / running sequences while the batch is full, then the tail of the longest response. Second waves
+    have a tail of their own after it, unless they are speculative: those end with the first ones, and some are sampled
+    for nothing.
     """
     waves = 1 + assumed.hard_share * work.lens
-    sequences = memory.sequences_per_engine(layout, work) * waves
+    tails = 2 if work.lens and not work.speculative else 1
+    kept = 1 - assumed.discarded_share if work.lens and work.speculative else 1
+    sequences = engine_memory.sequences_per_engine(layout, work) * waves / kept
     mean, longest = work.response_tokens * assumed.mean_length_share, work.response_tokens
     batch = min(running, sequences)
-    steps = sequences * mean / batch + longest - mean
+    steps = sequences * mean / batch + tails * (longest - mean)
     context = work.prompt_tokens * assumed.mean_length_share + mean / 2
-    kv = shape.kv_bytes_per_token(layout.element_bytes) / layout.engine_tp
-    # The embedded engine makes its cache anew at every token, padded to the longest: read, write, read again.
+    kv = engine_memory.cache_bytes(shape, layout, 1)
+    # The local engine makes its cache anew at every token, padded to the longest: read, write, read again.
     passes, context = (3, work.prompt_tokens + mean) if layout.engine == "local" else (1, context)
     bandwidth = cluster.gpu.memory_gb_s * GIGA * assumed.memory_efficiency
-    weights_s = steps * memory.engine_weight_bytes(shape, layout) / bandwidth
+    weights_s = steps * engine_memory.weight_bytes(shape, layout) / bandwidth
     cache_s = sequences * mean * context * kv * passes / bandwidth
     launch_s = steps * shape.num_hidden_layers * assumed.local_layer_s if layout.engine == "local" else 0.0
     how = (
@@ -119,6 +128,14 @@ def _rollout(
         f"{weights_s:.0f} s, cache {cache_s:.0f} s" + (f", launching {launch_s:.0f} s" if launch_s else "")
     )
     return PhaseTime("rollout", weights_s + cache_s + launch_s, how)
+
+
+def _offload(shape: ModelShape, layout: ParallelLayout, assumed: Assumptions) -> PhaseTime:
+    """Weights and optimizer state go to host memory and come back; gradients are not copied."""
+    state = memory.state_bytes(shape, layout, 0)
+    moved = state.weights + state.optimizer
+    how = f"{moved / GIGA:.1f} GB of every trainer's state to host memory while the engine samples, and back"
+    return PhaseTime("offload", 2 * moved / (assumed.host_link_gb_s * GIGA), how)
 
 
 def _log_probs(

@@ -1,7 +1,8 @@
 """A plan as text."""
 
 from lens_megatron.tools.planning import memory
-from lens_megatron.tools.planning.checks import gib
+from lens_megatron.tools.planning.hardware import gib
+from lens_megatron.tools.planning.host_memory import HOST_COMPONENTS
 from lens_megatron.tools.planning.plan import Plan
 
 LABELS = {
@@ -13,8 +14,15 @@ LABELS = {
     "head": "LM head and loss",
     "engine": "engine weights",
     "kv_cache": "KV cache",
-    "workspace": "engine workspace",
+    "workspace": "workspace, buckets",
     "framework": "CUDA, NCCL (assumed)",
+}
+HOST_LABELS = {
+    "reference": "reference policy",
+    "offloaded": "trainer's state while the engine samples",
+    "sent_weights": "weights for servers that start again",
+    "before_updates": "state before the updates of a step",
+    "checkpoint": "checkpoint being written",
 }
 WIDTH = 24
 
@@ -32,7 +40,7 @@ def _head(plan: Plan) -> list[str]:
     ]
     cuts += [f"CP{layout.cp}"] * (layout.cp > 1)
     cuts += [f"DP{layout.dp}" + " with the distributed optimizer" * layout.distributed_optimizer]
-    engine = f"{layout.engine}, {layout.world // layout.engine_tp} engines of {layout.engine_tp} GPU(s)"
+    engine = f"{layout.engine}, {layout.engines} engines of {layout.engine_tp} GPU(s)"
     return [
         f"{shape.model_type}, {shape.parameters:,} parameters, {'bfloat16' if layout.element_bytes == 2 else 'float32'}"
         f", on {plan.cluster.name}",
@@ -57,8 +65,11 @@ def _memory(plan: Plan) -> list[str]:
     lines.append(f"free of {gib(plan.cluster.memory_bytes)}".ljust(WIDTH) + "".join(f"{gib(v):>12}" for v in free))
     if plan.layout.pp > 1:
         lines.append("pipeline stage shown".ljust(WIDTH) + "".join(f"{phase.stage:>12}" for phase in phases))
-    if plan.host_bytes:
-        lines.append(f"host memory per node: {gib(plan.host_bytes)} GiB for {memory.held_on_host(plan.layout)}, pinned")
+    parts = [(HOST_LABELS[name], getattr(plan.host, name)) for name in HOST_COMPONENTS]
+    lines.append(
+        f"host memory per node: {gib(plan.host.total)} of {gib(plan.cluster.host_bytes)} GiB: "
+        + ", ".join(f"{label} {gib(size)}" for label, size in parts if size)
+    )
     return lines
 
 
@@ -83,7 +94,8 @@ def _notes(plan: Plan) -> list[str]:
         f"assumed: MFU {assumed.update_mfu:.0%} in the update, {assumed.forward_mfu:.0%} without gradients; "
         f"decoding at {assumed.memory_efficiency:.0%} of the memory bandwidth; links at {assumed.link_efficiency:.0%};",
         f"  mean lengths {assumed.mean_length_share:.0%} of the limits; {assumed.hard_share:.0%} of the prompts hard "
-        f"and {assumed.rescued_share:.0%} of the rollouts rescued (LENS).",
+        f"and {assumed.rescued_share:.0%} of the rollouts rescued (LENS), {assumed.discarded_share:.0%} of the sampled "
+        "tokens taken back (speculative).",
         "Memory of the local layers agrees with CPU allocations (table in configs/README.md). Transformer Engine's,",
         "the engines, the assumed CUDA part and all seconds have not been measured on a GPU.",
     ]
