@@ -46,7 +46,7 @@ class RowLayout(NamedTuple):
 
 
 def row_layout(x: Tensor) -> RowLayout | None:
-    """None where the leading axes do not fold into two (no layout of a trainer that we know of)."""
+    """Returns the strides; None where the leading axes do not fold into two, as in no trainer that we know of."""
     axes: list[tuple[int, int]] = []  # (size, stride), folded
     for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
         if axes and axes[-1][1] == size * stride:

@@ -23,7 +23,7 @@ _TYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-"""Their names in safetensors."""
+"""The names of torch's types in safetensors."""
 
 
 class DamageError(ValueError):
@@ -35,12 +35,13 @@ class FileRecord:
     """What a file held when it was written."""
 
     size: Annotated[int, Field(ge=0)]
-    """Bytes."""
+    """In bytes."""
     checksum: str | None
     """XXH3-128 in hexadecimal digits; None for a file of a checkpoint from before there were checksums."""
 
 
 def checksum(data: bytes) -> str:
+    """Returns the XXH3-128 of `data` in hexadecimal digits."""
     return xxhash.xxh3_128_hexdigest(data)
 
 

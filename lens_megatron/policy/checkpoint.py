@@ -73,7 +73,7 @@ class Staged:
     pieces: list[tuple[Piece, Tensor]]
     generators: dict[str, Tensor]
     export: StagedExport | None
-    """None where the policy is not to be written as a Hugging Face directory."""
+    """The policy as a Hugging Face directory; None where that is not to be written."""
 
 
 class CheckpointWriter:
@@ -103,7 +103,7 @@ class CheckpointWriter:
         self.policy, self.folder, self.background = policy, folder, background
         self.keep_last, self.keep_best, self.before_publishing = keep_last, keep_best, before_publishing
         self.saved_step = 0
-        """The last one published by this writer, or loaded from `folder`."""
+        """The step of the last checkpoint that this writer published or that was loaded from `folder`."""
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
         self._group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
@@ -203,7 +203,7 @@ class CheckpointWriter:
         return failure
 
     def wait_for_save(self, seconds: float) -> None:
-        """Until a save in flight has ended, or `seconds` have passed. From any thread."""
+        """Waits until a save in flight has ended or `seconds` have passed; any thread may call it."""
         writing = self._thread
         if writing is not None:
             writing.join(seconds)
@@ -272,7 +272,7 @@ def _verified(policy: Policy, path: Path) -> Checkpoint:
 
 
 def layout_change(state: TrainingState) -> str:
-    """E.g. "world_size 1 -> 2"; empty when `state` was saved on the layout of now."""
+    """Returns what differs, such as "world_size 1 -> 2"; an empty text when `state` was saved on the layout of now."""
     old = state.layout
     return ", ".join(f"{name} {old.get(name)} -> {size}" for name, size in layout().items() if old.get(name) != size)
 
@@ -327,7 +327,7 @@ def _tidy(folder: Path) -> None:
 
 
 def _delete(path: Path) -> None:
-    """By renaming first: a folder that is killed half deleted must not look like a checkpoint."""
+    """Renames the folder before deleting it, so that one that is half deleted does not look like a checkpoint."""
     hidden = path.with_name(f".deleting_{path.name}")
     _remove(hidden)
     path.rename(hidden)
@@ -335,7 +335,7 @@ def _delete(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """As far as that is possible; of a link only the link, not the folder that a user keeps elsewhere."""
+    """Removes what can be removed; of a link only the link, not the folder that a user keeps elsewhere."""
     if path.is_symlink():
         path.unlink(missing_ok=True)
     else:

@@ -1,4 +1,4 @@
-"""Hugging Face directory <-> Megatron shards, through mbridge.
+"""Reads Hugging Face directories into Megatron shards through mbridge.
 
 `build_bridge` wraps mbridge's bridge of the model family with what its version lacks: the local layer spec of a machine
 without Transformer Engine, rotary scaling of Llama 3, transformers 5's rope parameters, per-instance name tables,
@@ -25,7 +25,7 @@ from lens_megatron.policy.layers import use_own_layers
 
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""What Megatron-Core's RotaryEmbedding hard-codes for scaled rope."""
+"""The values that Megatron-Core's RotaryEmbedding hard-codes for scaled rope."""
 
 _LOCAL_NORMS = {
     "input_layernorm.weight": ["model.layers.{layer_number}.input_layernorm.weight"],
@@ -77,7 +77,7 @@ def _check_rope(where: str, rope: dict) -> None:
 def build_bridge(
     hf_config: PretrainedConfig, dtype: torch.dtype, tp_size: int, sequence_parallel: bool = False
 ) -> Bridge:
-    """A bridge whose `config` (TransformerConfig) fits this machine. Needs Megatron's parallel state."""
+    """Builds a bridge whose `config` (TransformerConfig) fits this machine; it needs Megatron's parallel state."""
     family = _MODEL_REGISTRY[hf_config.model_type]
     local = not transformer_engine_available()
     bridge_class = type(f"Lens{family.__name__}", (_LensBridge, family), {"local_spec": local})
@@ -100,7 +100,7 @@ def build_bridge(
 
 
 def _expert_options(hf_config: PretrainedConfig, local: bool) -> dict[str, Any]:
-    """What mbridge's Qwen3-MoE bridge leaves out, or takes for granted: as transformers computes it."""
+    """Returns the options that mbridge's Qwen3-MoE bridge leaves out or assumes, as transformers computes the model."""
     sparse = [
         i not in hf_config.mlp_only_layers and (i + 1) % hf_config.decoder_sparse_step == 0
         for i in range(hf_config.num_hidden_layers)
@@ -117,12 +117,12 @@ def _expert_options(hf_config: PretrainedConfig, local: bool) -> dict[str, Any]:
 
 
 def transformer_engine_available() -> bool:
-    """True where Transformer Engine is installed and has a GPU to run on."""
+    """Returns whether Transformer Engine is installed and has a GPU to run on."""
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
 class _LensBridge:
-    """Mixed in before an mbridge class; overrides its hooks."""
+    """This class is mixed in before an mbridge class, whose hooks it overrides."""
 
     local_spec: bool
     has_vp_stage: bool

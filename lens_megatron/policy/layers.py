@@ -94,7 +94,7 @@ def _starts_and_end(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """PyTorch's, with the mark by which Megatron sums its weight's gradient over a sequence-parallel group."""
+    """PyTorch's RMSNorm with the mark by which Megatron sums its weight's gradient over a sequence-parallel group."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
         super().__init__(hidden_size, eps=eps)
@@ -139,7 +139,7 @@ class PackedAttention(MegatronModule):
         return torch.cat(parts)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """One run of queries; row i of n sees all but the last n - 1 - i keys."""
+        """Attends one run of queries to its keys: row i of n sees all keys but the last n - 1 - i."""
         mask, (rows, columns) = None, (len(query), len(key))
         if rows != columns:
             mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
@@ -165,7 +165,7 @@ class PackedAttention(MegatronModule):
 
 
 class Router(TopKRouter):
-    """Megatron's, whose logits take a plain matrix product, in float32 or, if configured, float64."""
+    """Megatron's router, whose logits come from a plain matrix product in float32 or, if configured, float64."""
 
     def gating(self, input: Tensor) -> Tensor:
         """[S, B, D] -> [S, B, experts]"""
@@ -174,7 +174,7 @@ class Router(TopKRouter):
 
 
 def use_own_layers(spec: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
-    """Megatron's local layer spec with these layers in place of its own."""
+    """Puts these layers into Megatron's local layer spec, which it changes and returns."""
     for layer in spec.layer_specs:
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
         attention = layer.submodules.self_attention.submodules

@@ -31,10 +31,11 @@ def optimizer_step(
     algorithm: AlgorithmConfig,
     temperature: float,
 ) -> UpdateStats:
-    """One optimizer step on this data-parallel rank's micro-batches. A collective over all ranks.
+    """Takes one optimizer step on this data-parallel rank's micro-batches. A collective over all ranks.
 
     The loss is the sum over all micro-batches of all ranks, whose weights already hold the global denominators, so
-    neither the layout nor the cut into micro-batches changes it. Non-finite loss or gradients: no step, `skipped`.
+    neither the layout nor the cut into micro-batches changes it. With a loss or gradient that is not finite no step is
+    taken and the statistics say `skipped`.
     """
     for chunk in policy.chunks:
         chunk.train()
@@ -89,7 +90,7 @@ def _forward_backward(
 
 @contextmanager
 def _router_losses_averaged(policy: Policy, batches: Sequence[MicroBatch]) -> Iterator[None]:
-    """Within the block, routers' own losses (load balance, size of logits) weigh as their means over the update's rows.
+    """Within the block, routers' own losses (load balance, size of logits) are means over the rows of the update.
 
     Megatron multiplies them by the rows a rank's router sees, and expects all gradients to be divided by the number of
     tokens in the end; here the policy's loss comes divided, so theirs must. Rows of padding count: routers see them.
@@ -139,7 +140,7 @@ def _sums(result: MicroBatchLoss, terms: TokenTerms) -> Tensor:
 
 
 def _compared(result: MicroBatchLoss, terms: TokenTerms, chosen: Tensor) -> Tensor:
-    """`MismatchSums` of the `chosen` [t] tokens, as a vector."""
+    """Computes `MismatchSums` of the tokens that `chosen` [t] names, as a vector."""
     trainer = torch.where(terms.trainer_log_probs.isnan(), result.log_probs, terms.trainer_log_probs)
     return mismatch_sums(
         trainer[chosen], terms.engine_log_probs[chosen], terms.corrections[chosen], terms.limited[chosen]

@@ -110,7 +110,7 @@ def _replace_cuda_functions() -> None:
 
 
 def _gather_unequal(gather: Callable) -> Callable:
-    """`gather` of the ranks' rows, where they may hold different numbers of them: gloo gathers equal sizes only."""
+    """Makes `gather` take ranks with different numbers of rows: gloo gathers equal sizes only."""
 
     def replacement(
         rows: torch.Tensor,
@@ -129,7 +129,7 @@ def _gather_unequal(gather: Callable) -> Callable:
 
 
 def _scatter_unequal(reduce_scatter: Callable) -> Callable:
-    """`reduce_scatter` likewise: sums everything on every rank."""
+    """Makes `reduce_scatter` do so too: it sums everything on every rank and keeps this rank's rows."""
 
     def replacement(
         rows: torch.Tensor,
@@ -147,8 +147,10 @@ def _scatter_unequal(reduce_scatter: Callable) -> Callable:
 
 
 def _as_if_moved(value: object, as_numpy: bool = False, record_stream: bool = False) -> object:
-    """What the dispatcher of tokens to experts makes of a count on a GPU; one on a CPU it would leave a tensor, which
-    gloo does not take for a list of sizes."""
+    """Turns a count into what the dispatcher of tokens to experts makes of it on a GPU.
+
+    On a CPU it would leave a tensor, which gloo does not take for a list of sizes.
+    """
     return value.numpy() if as_numpy and isinstance(value, torch.Tensor) else value
 
 

@@ -1,4 +1,4 @@
-"""Megatron's model and optimizer <-> pieces of global tensors, the same whatever the layout; and the generators.
+"""Turns Megatron's model and optimizer into pieces of global tensors and back, whatever the layout; and generators.
 
 Megatron's `sharded_state_dict` says where each local parameter stands in its global tensor (layers are an axis of it,
 gate and up projections of a SwiGLU are boxes of their own) and which rank holds the copy that counts. The optimizer's
@@ -31,6 +31,8 @@ _NOT_SHARDED = ("step",)
 
 @dataclass(frozen=True, slots=True)
 class LocalPiece:
+    """A piece that this rank holds."""
+
     piece: Piece
     tensor: Tensor
     """1-D view of the live storage: writing to it changes the model or the optimizer."""
@@ -59,7 +61,7 @@ class _State:
 
 
 def layout() -> dict[str, int]:
-    """Sizes that decide which rank holds what. Equal layouts hold equal pieces."""
+    """Returns the sizes that decide which rank holds what. Equal layouts hold equal pieces."""
     return {
         "world_size": torch.distributed.get_world_size(),
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
@@ -71,7 +73,10 @@ def layout() -> dict[str, int]:
 
 
 def local_pieces(policy: Policy) -> list[LocalPiece]:
-    """Weights, buffers and optimizer tensors of this rank. `model/...`, `main/...`, `exp_avg/...`, `exp_avg_sq/...`."""
+    """Returns this rank's weights, buffers and optimizer tensors.
+
+    Their keys begin with `model/`, `main/`, `exp_avg/` and `exp_avg_sq/`.
+    """
     materialise(policy)
     model = list(_boxes(policy))
     boxes = {id(tensor): parts for tensor, parts in model}
@@ -151,7 +156,7 @@ def generator_states(policy: Policy) -> dict[str, Tensor]:
 
 
 def restore_generators(states: dict[str, Tensor]) -> None:
-    """The inverse of `generator_states`."""
+    """Puts every generator of this process into the state that `generator_states` returned."""
     gauss = states["rng/python_gauss"].tolist()
     random.setstate((3, tuple(states["rng/python"].tolist()), gauss[0] if gauss else None))
     *keys, position, has_gauss = states["rng/numpy"].tolist()

@@ -1,4 +1,4 @@
-"""Global tensors in pieces: safetensors files of pieces, and any other cut of them read back.
+"""Writes global tensors in pieces to safetensors files, and reads them back cut in any other way.
 
 A file's header says in its metadata where each of its pieces stands in its global tensor. A piece is a run of elements
 of a box: tensor and pipeline parallelism cut a global tensor into boxes, the distributed optimizer cuts the flattened
@@ -71,6 +71,8 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class StoredPiece:
+    """A piece and the name of the file that holds it."""
+
     file: str
     piece: Piece
 
@@ -89,7 +91,7 @@ def write_file(path: Path, pieces: Iterable[tuple[Piece, Tensor]], others: Mappi
 
 
 def read_pieces(folder: Path, files: Iterable[str]) -> tuple[StoredPiece, ...]:
-    """What the headers of `files` say.
+    """Reads from the headers of `files` which pieces they hold.
 
     Raises ShardError when a file is missing, or the pieces of a tensor do not add up to it.
     """
