@@ -29,7 +29,7 @@ WORKER = Path(__file__).with_name("stop_worker.py")
 
 
 def trained(root: Path, mesh: Mesh, layout: dict | None = None, dtype: str = "float32") -> tuple[Policy, object]:
-    """With a reference policy, one step further than it."""
+    """A policy that is one step further than its reference policy, and the options of the algorithm."""
     built = config(root, layout or {}, dtype)
     algorithm = built.algorithm.model_copy(update={"kl_coef": 0.1})
     policy = build_policy(built.model_copy(update={"algorithm": algorithm}), mesh)

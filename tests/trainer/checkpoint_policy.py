@@ -35,7 +35,7 @@ LAYOUTS = {
     "dp2": {},
     "dp2_distributed_optimizer": {"use_distributed_optimizer": True},
 }
-"""Of two ranks, in the order in which a checkpoint is handed on from one to the next."""
+"""Layouts of two ranks, in the order in which a checkpoint is handed on from one to the next."""
 SIZES = {
     "vocab_size": 131,
     "hidden_size": 64,
@@ -47,7 +47,7 @@ SIZES = {
     "eos_token_id": 0,
     "bos_token_id": None,
 }
-"""Of a small Qwen3 model whose vocabulary is padded under tensor parallelism."""
+"""The sizes of a small Qwen3 model whose vocabulary is padded under tensor parallelism."""
 PAIRS = [((1, 5, 9), (3, 7)), ((2, 8, 100), (4, 5, 6, 7)), ((2, 8, 17), (129,)), ((40, 41), (9, 9, 2))]
 ADVANTAGES = [1.5, -0.5, 2.0, -1.0]
 

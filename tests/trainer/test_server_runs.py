@@ -29,7 +29,7 @@ def model(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Toy:
 
 
 def processes_of(model: Toy) -> list[psutil.Process]:
-    """Of servers: their command lines name the model."""
+    """The processes of servers, whose command lines name the model."""
     found = []
     for process in psutil.process_iter():
         try:

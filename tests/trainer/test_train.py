@@ -42,10 +42,7 @@ def straight(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     return folder, launch(tree, folder, 1)
 
 
-@pytest.mark.parametrize(
-    "layout",
-    ["dp2", "tp2pp2", pytest.param("tp2", marks=pytest.mark.slow), pytest.param("pp2", marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_saved_rollouts_train_alike_under_every_layout(toy: Toy, straight, layout: str, tmp_path: Path):
     folder, expected = straight
     tp, pp, ranks = LAYOUTS[layout]
