@@ -34,7 +34,7 @@ def command(demo: Path, folder: Path, seed: int, options: tuple[str, ...]) -> li
 
 
 def measure(folder: Path) -> dict:
-    """What one finished run's metrics say."""
+    """Summarises the metrics of one finished run."""
     rows = read_metrics(folder)
     steps = [row for row in rows if "timing_s/step" in row]
     curve = [row[ACCURACY] for row in rows if ACCURACY in row]

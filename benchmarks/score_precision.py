@@ -63,7 +63,7 @@ def exact(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
 
 
 def rounded_logits(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
-    """What a head that computes in float32 and returns bfloat16 leaves to score with."""
+    """Logits of a head that computes in float32 and returns bfloat16."""
     return token_logprobs((hidden.float() @ weight.float().T).bfloat16(), token_ids)
 
 
@@ -96,7 +96,7 @@ def deleted(score: Tensor) -> Tensor:
 
 @torch.no_grad()
 def compare(models: Models) -> dict:
-    """One row: how each precision's scores and selection differ from the exact ones."""
+    """Returns one row, which says how the scores and the selection of each precision differ from the exact ones."""
     truth = scores(models, exact)
     chosen = deleted(truth)
     row = {"mean_score": truth.mean().item(), "deleted": int(chosen.sum()), "precisions": {}}

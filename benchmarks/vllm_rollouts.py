@@ -129,7 +129,7 @@ def throughput(engines: dict[str, tuple[RolloutEngine, float]], model: PreTraine
 
 @torch.no_grad()
 def differences(engine: RolloutEngine, model: PreTrainedModel) -> dict:
-    """Of the engine's log-probabilities and transformers' in the same dtype, in nats and as probabilities."""
+    """Compares the engine's log-probabilities with those of transformers in one dtype, in nats and as probabilities."""
     nats, probabilities = [], []
     asked = {request.request_id: request for request in requests(model.config.vocab_size, 7)[::4]}
     for completion in finish(engine, list(asked.values())):

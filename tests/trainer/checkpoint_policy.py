@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from records import rollout
+from records import rollout, training_rows
 from safetensors.torch import save_file
 
 from lens_megatron.algorithms.objectives import OBJECTIVES
@@ -74,9 +74,7 @@ def train_step(policy: Policy, algorithm) -> float:
         rows.append(Sample(prompt, prompt, rollout(True, tokens=response), advantage, 1.0))
     scale = LossScale(sum(len(response) for _, response in PAIRS), len(PAIRS), 0)
     batches = pack.pack(
-        rows,
-        old_log_probs=[torch.full((len(r.rollout.token_ids),), -2.0) for r in rows],
-        reference_log_probs=[None] * len(rows),
+        training_rows(rows, [torch.full((len(r.rollout.token_ids),), -2.0) for r in rows]),
         scale=scale,
         algorithm=algorithm,
         max_response_length=8,

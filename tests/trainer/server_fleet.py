@@ -135,7 +135,7 @@ def finish(
     done: dict[int, Completion] = {}
     until = time.monotonic() + seconds
     while len(done) < count:
-        assert time.monotonic() < until, (len(done), engine.progress(), [m.known for m in engine.pool.members])
+        assert time.monotonic() < until, (len(done), engine.progress(), [m.health for m in engine.pool.members])
         for completion in engine.step():
             assert completion.request_id not in done
             done[completion.request_id] = completion
@@ -162,7 +162,7 @@ def until(condition: Callable[[], bool], seconds: float = 240) -> None:
 
 
 def states(engine: ServerEngine) -> list[ServerState]:
-    return [member.known.state for member in engine.pool.members]
+    return [member.health.state for member in engine.pool.members]
 
 
 def sync_both_ways(engine: ServerEngine, first: torch.nn.Module, second: torch.nn.Module) -> None:

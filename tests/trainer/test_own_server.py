@@ -69,7 +69,7 @@ def test_the_only_server_is_killed_and_its_requests_wait_until_it_serves_again(o
 def test_where_others_serve_they_get_its_requests_at_once(own: ServerEngine, fleet: Fleet):
     engine, model, requests = own, fleet.models["untied"][0], requests_of(30, tokens=80)
     engine.load_weights(weights(model), 6)
-    engine.alone = engine.pool.patient = False
+    engine.alone = engine.pool.waits_for_restarts = False
     engine.submit(requests)
     done: list[Completion] = []
     until(lambda: bool(done.extend(engine.step()) or done))
@@ -81,7 +81,7 @@ def test_where_others_serve_they_get_its_requests_at_once(own: ServerEngine, fle
     engine.load_weights(weights(model), 7)  # waits for it
     engine.submit(taken)
     check(model, taken, finish(engine, len(taken)), 7)
-    engine.alone = engine.pool.patient = True
+    engine.alone = engine.pool.waits_for_restarts = True
 
 
 def test_a_server_of_the_trainers_own_answers_on_no_port(own: ServerEngine):

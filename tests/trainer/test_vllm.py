@@ -145,13 +145,13 @@ def test_all_schedules_make_the_same_groups(engine: VllmEngine, roomy: Toy, runn
     try:
         found = {}
         for schedule in ("sequential", "streamed", "speculative"):
-            found[schedule], sampler = test_streaming.sample(
+            found[schedule], stats = test_streaming.sample(
                 engine, test_streaming.odd, schedule, running=running, tau=tau
             )
             assert (engine.requests, engine.progress().running, engine.progress().waiting) == ({}, 0, 0)
     finally:
         engine.eos = ends
-    assert running < 48 or sampler.stats.discarded_tokens > 0
+    assert running < 48 or stats.discarded_tokens > 0
     drawn = {schedule: test_streaming.drawn(groups) for schedule, groups in found.items()}
     assert any(g.rescue for g in drawn["sequential"])
     assert drawn["sequential"] == drawn["streamed"] == drawn["speculative"]

@@ -10,7 +10,7 @@ from toy_runs import Toy, environment, launch, rollout_rows, torchrun
 from transformers import AutoModelForCausalLM
 from vllm_models import error_in_log_probs, other, save
 
-from lens_megatron.config import ConfigError, from_tree
+from lens_megatron.config import ConfigError, check_world, from_tree
 from lens_megatron.config.layout_rules import model_mistakes
 from lens_megatron.policy.hf_weights import read_hf_config
 from lens_megatron.rollout.engine import Completion
@@ -99,4 +99,4 @@ def test_models_that_cannot_be_cut_are_refused(roomy: Toy):  # noqa: F811
         said = list(model_mistakes(config, shape))
         assert len(said) == len(found) and all(part in line for part, line in zip(found, said, strict=True)), said
     with pytest.raises(ConfigError, match=r"vllm.tensor_parallel_size \(4\) does not divide world size \(6\)"):
-        from_tree({**tree, "rollout": {"engine": "vllm"}, "vllm": {"tensor_parallel_size": 4}}).check_world(6)
+        check_world(from_tree({**tree, "rollout": {"engine": "vllm"}, "vllm": {"tensor_parallel_size": 4}}), 6)
