@@ -201,7 +201,7 @@ def measure(case: Case, folder: Path) -> dict:
     from lens_megatron.policy.model import build_policy
     from lens_megatron.policy.optimizer_step import optimizer_step
     from lens_megatron.policy.parallel import build_mesh
-    from lens_megatron.types import LossScale
+    from lens_megatron.types import LossScale, TrainingRow
 
     device = platform.install()
     platform.init_process_group(device)
@@ -215,8 +215,7 @@ def measure(case: Case, folder: Path) -> dict:
     count = pack.count(samples)
     scale = LossScale(count.response_tokens * case.dp, count.sequences * case.dp, 0)
     batches = pack.pack(
-        samples, old_log_probs=[None] * len(samples),
-        reference_log_probs=[torch.zeros(case.length - PROMPT)] * len(samples),
+        [TrainingRow(sample, None, None, torch.zeros(case.length - PROMPT)) for sample in samples],
         scale=scale, algorithm=config.algorithm, max_response_length=case.length - PROMPT,
         parts=[range(i, i + case.sequences) for i in range(0, len(samples), case.sequences)], device=device,
         layout=policy.layout,

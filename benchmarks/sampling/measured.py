@@ -16,7 +16,7 @@ from lens_megatron.rollout.local import LocalEngine
 from lens_megatron.rollout.scheduler import GRADING_STEPS, RolloutScheduler
 from lens_megatron.tools.demo.problems import stream
 from lens_megatron.tools.demo.tokenizer import train_tokenizer
-from lens_megatron.types import Group, Prompt, PurifiedPrompt
+from lens_megatron.types import Group, Prompt, PurifiedPrompt, StepPrompt
 
 RUNNING = 256
 ROLLOUTS, LIMIT, ENDS, PROMPT_TOKENS = 8, 160, 10, 24
@@ -69,10 +69,10 @@ class Coins:
 class Nothing:
     """Keeps no groups."""
 
-    def read(self, step: int, prompts: Sequence[Prompt], version: int) -> dict[int, Group]:
+    def read(self, step: int, prompts: Sequence[StepPrompt], version: int) -> dict[int, Group]:
         return {}
 
-    def append(self, step: int, group: Group) -> None:
+    def append(self, step: int, place: int, group: Group) -> None:
         pass
 
 
@@ -112,9 +112,10 @@ def run(engine: Timed, size: Size, seed: int, policy: str) -> dict:
     engine.log = []
     sampler = RolloutScheduler(engine, Coins(), lambda i: str(list(i)), rollout, lens, seed, Nothing())
     wall, cpu = time.perf_counter(), time.process_time()
-    groups = sampler.sample(prompts, purified, step=1, version=0)
+    asked = [StepPrompt(place, *row) for place, row in enumerate(zip(prompts, purified, strict=True))]
+    collected = sampler.sample(asked, step=1, version=0)
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    return {"wall_s": wall, "cpu_s": cpu, "groups": groups, "log": engine.log, "stats": sampler.stats}
+    return {"wall_s": wall, "cpu_s": cpu, "groups": collected.groups, "log": engine.log, "stats": collected.stats}
 
 
 def fit(log: list[list[float]]) -> Cost:

@@ -1,6 +1,7 @@
-"""A YAML file and overrides become one validated, frozen `Config`: every option stands in options.py, once."""
+"""A YAML file and overrides become one validated, frozen `Config`. Every option stands in options.py, once."""
 
 from lens_megatron.config.files import ConfigError
+from lens_megatron.config.loading import all_options, from_tree, load, sections
 from lens_megatron.config.options import (
     AlgorithmConfig,
     ClusterConfig,
@@ -16,10 +17,8 @@ from lens_megatron.config.options import (
     RunConfig,
     TrainConfig,
     VllmConfig,
-    all_options,
-    from_tree,
-    load,
 )
+from lens_megatron.config.rules import check_world
 
 __all__ = [
     "AlgorithmConfig",
@@ -38,6 +37,8 @@ __all__ = [
     "TrainConfig",
     "VllmConfig",
     "all_options",
+    "check_world",
     "from_tree",
     "load",
+    "sections",
 ]

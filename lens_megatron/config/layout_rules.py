@@ -1,7 +1,7 @@
-"""What of a model the layout cannot cut: asked by the trainer before it builds one, and by the plan before that."""
+"""What of a model a layout cannot cut. The trainer asks before it builds one, and the plan before that."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Protocol
 
 from lens_megatron.config.options import Config
 
@@ -9,8 +9,34 @@ _DIMENSIONS = ("num_attention_heads", "num_key_value_heads", "num_hidden_layers"
                "head_dim", "vocab_size", "max_position_embeddings")  # fmt: skip
 
 
-def model_mistakes(config: Config, shape: Any) -> Iterator[str]:
-    """Why a model of this shape (a Hugging Face config, or planning's ModelShape) cannot be cut as asked."""
+class Dimensions(Protocol):
+    """What the rules read of a model: a Hugging Face config has it, and planning's ModelShape.
+
+    Models with experts have num_experts and moe_intermediate_size besides.
+    """
+
+    @property
+    def model_type(self) -> str: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def max_position_embeddings(self) -> int: ...
+
+
+def model_mistakes(config: Config, shape: Dimensions) -> Iterator[str]:
+    """Why a model of these dimensions cannot be cut as asked, one message for each reason."""
     broken = list(_shape_mistakes(shape))
     yield from broken
     if broken:
@@ -55,8 +81,8 @@ def model_mistakes(config: Config, shape: Any) -> Iterator[str]:
         )
 
 
-def _shape_mistakes(shape: Any) -> Iterator[str]:
-    """Dimensions that no model has."""
+def _shape_mistakes(shape: Dimensions) -> Iterator[str]:
+    """Dimensions that no model has. Of a user's config.json any of them may be missing or of any type."""
     for name in _DIMENSIONS:
         size = getattr(shape, name, None)
         if type(size) is not int or not 1 <= size < 2**31:
@@ -70,7 +96,7 @@ def _shape_mistakes(shape: Any) -> Iterator[str]:
         )
 
 
-def _engine_mistakes(config: Config, shape: Any) -> Iterator[str]:
+def _engine_mistakes(config: Config, shape: Dimensions) -> Iterator[str]:
     size, experts = config.ranks_per_engine, getattr(shape, "num_experts", 0)
     names = ["num_attention_heads", "intermediate_size"]
     if experts and not config.vllm.model_dump().get("enable_expert_parallel"):
@@ -89,7 +115,7 @@ def _engine_mistakes(config: Config, shape: Any) -> Iterator[str]:
         )
 
 
-def _expert_mistakes(config: Config, shape: Any) -> Iterator[str]:
+def _expert_mistakes(config: Config, shape: Dimensions) -> Iterator[str]:
     ours = config.megatron
     tp, ep = ours.tensor_model_parallel_size, ours.expert_model_parallel_size
     etp = ours.expert_tensor_parallel_size or tp
@@ -117,8 +143,9 @@ def _expert_mistakes(config: Config, shape: Any) -> Iterator[str]:
             f"differ from it only if experts are divided too, in groups of ranks of their own; set it to {tp}, "
             f"or raise expert_model_parallel_size ({ep})"
         )
-    if shape.moe_intermediate_size % etp:
+    intermediate = getattr(shape, "moe_intermediate_size", 0)
+    if intermediate % etp:
         yield (
             f"megatron.expert_tensor_parallel_size ({etp}) does not divide the model's moe_intermediate_size "
-            f"({shape.moe_intermediate_size}); choose a divisor"
+            f"({intermediate}); choose a divisor"
         )

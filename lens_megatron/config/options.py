@@ -1,29 +1,31 @@
-"""One YAML file and dotted overrides -> a validated, frozen `Config`.
+"""Every option of a run: its type, its bound and its meaning, once.
 
-Every option, its type, bound and meaning stands here once. `megatron.*` dictionaries pass through to Megatron-Core
-under Megatron's own names. Rules over more than one option are in rules.py.
+Sections are frozen pydantic models. The dictionaries under `megatron` pass through to Megatron-Core under Megatron's
+own names, other options under `vllm` to vLLM. Rules over more than one option are in rules.py, YAML files in files.py;
+loading.py makes a `Config` of both.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator
 
-from lens_megatron.config import rules
-from lens_megatron.config.files import ConfigError, apply_override, read_tree
-from lens_megatron.config.section import Section, UserPath, explain
+from lens_megatron.config.section import Section, UserPath
+from lens_megatron.reward.limits import MAX_TIMEOUT_S
 
 BOXED_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
 class RunConfig(Section):
+    """Where a run keeps its files, and how it is watched."""
+
     directory: UserPath
-    """Folder of this run: configuration, metrics, rollouts, checkpoints, pictures."""
+    """The run's folder: configuration, metrics, rollouts, checkpoints and pictures are written there."""
     if_exists: Literal["resume", "restart", "fail"] = "resume"
-    """What to do when the folder holds a run already. `restart` moves it aside, to NAME.old-1, and starts over."""
+    """What to do when the folder holds a run already. resume: go on from its last checkpoint. restart: move it aside,
+    to NAME.old-1, and start over. fail: end with an error."""
     seed: int = Field(0, ge=0, lt=2**31)
+    """All random choices of a run are functions of this number."""
     phase_timeout_minutes: float = Field(60.0, ge=0, le=10_080)
     """A phase that lasts longer ends the run, with every rank's stacks and the late ranks' names. 0: never. At most a
     week: timers of the operating system and of the collectives overflow soon after."""
@@ -31,51 +33,65 @@ class RunConfig(Section):
     """The least important messages that the console shows. Other ranks than 0 show warnings and errors, and what is
     about their own servers and files."""
     tensorboard: bool = True
+    """Write the metrics for TensorBoard too, into tensorboard/."""
     save_rollout_files: bool = True
+    """Write every rollout with its grade into rollouts/."""
 
 
 class ModelConfig(Section):
+    """The policy, and the reference policy that it is held to."""
+
     path: UserPath
-    """Hugging Face model directory (Qwen2, Qwen3 or Llama) with its tokenizer."""
+    """A Hugging Face model directory (Qwen2, Qwen3, Qwen3-MoE or Llama family) with its tokenizer."""
     reference_path: UserPath | None = None
-    """Frozen reference policy; the initial policy when empty."""
+    """The frozen reference policy. When empty it is the policy that training begins with."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """The type of weights and activations. With bfloat16 the optimizer keeps a float32 copy of the weights."""
 
 
 class DataConfig(Section):
+    """Problems and answers, and how a prompt is made of them."""
+
     train: UserPath
     """A .jsonl or .parquet file, or the name of a Hugging Face dataset (`name` or `name:split`)."""
     eval: tuple[UserPath, ...] = ()
+    """Files or datasets to evaluate on, in the same forms. When empty nothing is evaluated."""
     problem_key: str | None = None
-    """Column of the problem; found among problem, question, prompt when empty."""
+    """The column of the problem. When empty: the first of problem, question and prompt that is there."""
     answer_key: str | None = None
-    """Column of the answer; found among answer, solution, label, ground_truth when empty."""
+    """The column of the answer. When empty: the first of answer, solution, label and ground_truth that is there."""
     instruction: str = BOXED_INSTRUCTION
-    """Appended to the problem after a newline; never purified."""
+    """This text is appended to the problem after a newline. It is never purified."""
     system_prompt: str | None = None
+    """The system turn of conversations that have none of their own."""
     max_prompt_length: int = Field(512, ge=1)
-    """Tokens, template included; longer prompts are dropped and counted."""
+    """Tokens of a prompt, the chat template's included. Longer prompts are dropped and counted."""
     shuffle: bool = True
+    """Take the prompts of every epoch in another random order. Otherwise they come in the order of the file."""
 
 
 class RolloutConfig(Section):
+    """What is sampled in a step, by which engine, and when."""
+
     engine: Literal["local", "vllm", "vllm_server"] = "local"
-    """local: transformers, a whole model in every process. vllm: colocated in the trainer's processes. vllm_server: in
+    """local: transformers, a whole model in every process. vllm: vLLM in the trainer's processes. vllm_server: vLLM in
     processes of their own, here or on other machines."""
     servers: int | tuple[str, ...] = 1
-    """Of vllm_server: how many to start, each beside the rank that drives it; or addresses of running ones,
-    http://host:port. Server i is driven by rank i modulo the number of ranks."""
+    """With vllm_server: how many servers to start, each beside the rank that drives it; or the addresses of running
+    ones, http://host:port. Server i is driven by rank i modulo the number of ranks."""
     prompts_per_step: int = Field(128, ge=1)
+    """Prompts that are sampled in one step, all ranks together."""
     rollouts_per_prompt: int = Field(8, ge=1, le=10_000)
+    """Completions of one prompt in one wave: the size of a group."""
     max_response_length: int = Field(1024, ge=1)
-    """Tokens per completion."""
+    """Tokens of a completion, at most."""
     temperature: float = Field(1.0, ge=1e-3, le=1e3)
-    """Below the lower bound logits overflow."""
+    """Logits are divided by it. Below the lower bound they overflow."""
     max_running_sequences: int = Field(256, ge=1, le=65_536)
-    """Sequences that one engine decodes at once."""
+    """Sequences that one engine decodes at once, at most."""
     offload_trainer: bool | None = None
-    """Keep the trainer's weights, gradients and optimizer state in host memory while the engine samples. Default: on a
-    GPU with engine=vllm."""
+    """Keep the trainer's weights, gradients and optimizer state in host memory while the engine samples. When empty:
+    only on a GPU with engine=vllm."""
     schedule: Literal["speculative", "streamed", "sequential"] = "speculative"
     """When the second wave of a group starts. speculative: as soon as the engine has room, for the group that looks
     hardest; it is taken back if the group turns out not to be hard. streamed: as soon as the group is certainly hard.
@@ -84,22 +100,23 @@ class RolloutConfig(Section):
     the engine costs the same whatever runs, sampling alone was measured at 1.14, 1.43 and 1.83 times
     (benchmarks/ROLLOUT_NOTES.md)."""
     off_policy_steps: Literal[0, 1] = 0
-    """1: the next step is sampled while this one trains, by the policy before its updates. With the engines that have
-    memory of their own, `local` and `vllm_server`."""
+    """With 1 the next step is sampled while this one trains, by the policy before its updates. The engine must have
+    memory of its own: `local` or `vllm_server`."""
     share_work: bool | None = None
     """All engines take requests from one queue, so that none is idle while another has much to do. Which engine serves
-    a request is then a matter of timing, and log-probabilities differ by rounding from run to run. Default: only with
-    `vllm_server`, whose servers may be fewer than the ranks. Between engines in the trainer's processes no gain was
-    measured: sampling took 2.0 s with it and 1.9 s without, engines were idle for 14 % and 15 % of that time."""
+    a request is then a matter of timing, and log-probabilities differ by rounding from run to run. When empty: only
+    with `vllm_server`, whose servers may be fewer than the ranks. Between engines in the trainer's processes no gain
+    was measured: sampling took 2.0 s with it and 1.9 s without, engines were idle for 14 % and 15 % of that time."""
 
     @property
     def shares_work(self) -> bool:
-        """`share_work`, or its default."""
+        """`share_work`, or what stands for an empty one."""
         return self.engine == "vllm_server" if self.share_work is None else self.share_work
 
     @field_validator("servers", mode="before")
     @classmethod
     def check_servers(cls, value: Any) -> Any:
+        """Raises ValueError unless `value` is a number of servers or a list of different addresses."""
         if isinstance(value, (list, tuple)):
             bad = [v for v in value if not isinstance(v, str) or not _is_address(v)]
             if bad or not value or len(set(value)) < len(value):
@@ -115,35 +132,40 @@ def _is_address(text: str) -> bool:
 
 
 class RewardConfig(Section):
+    """How completions are graded."""
+
     grader: str = "math_verify"
-    """A registered grader, or `module:function`."""
-    timeout_s: float = Field(5.0, ge=1e-3, le=86_400)
-    """Wall-clock limit for one answer, from the start of its grading. At most a day."""
+    """A registered grader, or your own as `module:function`, with verl's or TRL's signature."""
+    timeout_s: float = Field(5.0, ge=1e-3, le=MAX_TIMEOUT_S)
+    """Seconds that the grading of one answer may take, from its start; the process is killed then. At most a day."""
     workers_per_rank: int = Field(1, ge=1, le=256)
-    """Processes that grade, of which every rank has its own; at most 16 for each of the machine's cores."""
+    """Grading processes of every rank. A machine runs at most 16 for each of its cores, all ranks together."""
 
 
 class LensConfig(Section):
     """Instruction purification. Defaults are the readings of the paper that this project takes."""
 
     enabled: bool = True
-    """False: plain group sampling (GRPO and its kin), same program."""
+    """With false nothing is purified and each prompt is sampled once: the program is then a plain GRPO trainer."""
     tau: float = Field(0.5, ge=0, le=1)
-    """A prompt with a success rate strictly below tau is hard and sampled again, purified."""
+    """A prompt whose success rate is strictly below tau is hard. It is sampled again, purified."""
     deletion_ratio: float = Field(0.03, gt=0, lt=1)
-    """gamma: share of tokens to delete, rounded up."""
+    """The paper's gamma: the share of tokens to delete, rounded up to whole tokens."""
     eligible: Literal["problem", "user", "all_nonspecial", "all"] = "problem"
-    """Tokens that may be deleted: the problem text; the user turn, instruction too; all but special ones; all."""
+    """Tokens that may be deleted. problem: those of the problem's text. user: those of the user's turn, the instruction
+    included. all_nonspecial: all but special tokens. all: every token."""
     protect_whitespace: bool = True
+    """Never delete a token that is nothing but white space."""
     ratio_base: Literal["eligible", "full"] = "eligible"
-    """What the deletion ratio is a share of."""
+    """What the deletion ratio is a share of: the tokens that may be deleted, or all tokens of the prompt."""
     deletion: Literal["ids", "text"] = "ids"
-    """Delete token ids, or delete and tokenize the remaining text again."""
+    """ids: delete token ids. text: delete their text, and tokenize what remains again."""
     min_score: float = Field(1e-4, ge=0)
-    """Noise floor in nats: a prompt whose highest score is below it is not purified."""
+    """The noise floor in nats: a prompt whose highest score is below it is not purified."""
     tie_break: Literal["position", "random"] = "position"
+    """Which of several tokens with the same score is deleted: the first one, or a random one."""
     gate: Literal["strict", "always"] = "strict"
-    """strict: the second wave counts only if its success rate is higher than the first's."""
+    """strict: the second wave counts only if its success rate is higher than the first's. always: it counts anyway."""
     cap_rescued: bool = False
     """Add at most as many successes as failures were removed, so that the group keeps its size."""
     min_keep_failures: int = Field(0, ge=0)
@@ -151,112 +173,144 @@ class LensConfig(Section):
 
 
 class AlgorithmConfig(Section):
+    """Advantages, the loss, and the correction for samples of another policy."""
+
     advantage: Literal["crpo", "grpo"] = "crpo"
-    """crpo: weighted group statistics and weights (LENS, eq. 4-6); grpo: (r - mean) / std, weight 1."""
+    """crpo: weighted statistics of the group, and weights (LENS, eq. 4-6). grpo: (r - mean) / std, all weights 1."""
     weights_scope: Literal["all", "purified_only"] = "all"
+    """Whether every group gets crpo's weights, or only those in which the second wave counts."""
     loss_weight: Literal["raw", "normalised"] = "raw"
-    """raw: w~ multiplies the loss; normalised: group size * w~ / sum of w~."""
+    """raw: w~ multiplies the loss. normalised: group size * w~ / sum of w~ does."""
     advantage_eps: float = Field(1e-6, gt=0)
+    """This number is added to the standard deviation that advantages are divided by."""
     ratio: Literal["token", "sequence_geometric", "sequence"] = "token"
+    """The importance ratio: one per token (PPO), the geometric mean of a response (GSPO), or the response's product."""
     ratio_form: Literal["v1", "acl"] = "v1"
-    """acl: w~ divides the old probability instead of multiplying the loss."""
+    """v1: w~ multiplies the loss. acl: w~ divides the old probability instead."""
     clip_low: float = Field(0.2, ge=0, lt=1)
+    """Ratios are clipped at 1 - clip_low."""
     clip_high: float = Field(0.2, ge=0)
+    """Ratios are clipped at 1 + clip_high."""
     dual_clip: float | None = Field(3.0, gt=1)
+    """The loss of a token with a negative advantage is at most this many times the advantage. Empty: no such bound."""
     aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = (
         "token-mean"
     )
+    """How the tokens' losses become one number: the mean of all tokens, or the mean over responses of each response's
+    mean, of its sum, or of its sum divided by rollout.max_response_length."""
     kl_coef: float = Field(0.001, ge=0)
     """Weight of the k3 estimate against the reference, on the original prompt. 0: no reference pass for it."""
     kl_limit: float | None = Field(None, gt=0)
     """Largest k3 estimate of a token, in nats; a token beyond it has no KL gradient. verl's is 10. None: no limit."""
     entropy_coef: float = Field(0.0, ge=0)
+    """The weight of the policy's entropy, which is subtracted from the loss."""
     imitation_coef: float = Field(0.0, ge=0)
-    """Weight of an extra negative log-likelihood of the rescued successes."""
+    """The weight of an extra negative log-likelihood of successes that came from purified prompts."""
     correction: Literal[
         "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "sequence_geometric_mask"
     ] = "none"
     """Weights for w = pi_trainer / pi_engine: TIS by token, IcePop, TIS by response, masks of responses. Any of them
     costs a forward pass over all samples; see algorithms/corrections.py."""
     correction_low: float = Field(0.5, ge=0, le=1)
-    """Masks drop what has w below it; truncation has no lower bound."""
+    """Masks drop what has w below it. Truncation has no lower bound."""
     correction_high: float = Field(2.0, ge=1)
-    """Truncation cuts w off here, masks drop what is above."""
+    """Truncation cuts w off here. Masks drop what is above."""
 
 
 class OptimizerConfig(Section):
+    """Adam with decoupled weight decay, and its learning rate."""
+
     lr: float = Field(1e-6, gt=0)
+    """The highest learning rate."""
     min_lr: float = Field(0.0, ge=0)
+    """The learning rate at which a decay ends."""
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate falls from lr to min_lr until the last step. constant: it does not."""
     lr_warmup_steps: int = Field(0, ge=0)
+    """Optimizer steps over which the learning rate rises from 0 to lr."""
     weight_decay: float = Field(0.01, ge=0)
+    """The share of a weight that a step with learning rate 1 would take away."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """The decay of the gradients' running mean."""
     adam_beta2: float = Field(0.95, ge=0, lt=1)
+    """The decay of the squared gradients' running mean."""
     adam_eps: float = Field(1e-8, gt=0)
+    """This number is added to the root of the squared gradients' mean."""
     clip_grad: float = Field(1.0, ge=0)
+    """Gradients whose norm over the whole model is larger are scaled down to it. 0: no bound."""
 
 
 class TrainConfig(Section):
+    """Steps, micro-batches, evaluations and checkpoints."""
+
     steps: int = Field(300, ge=0)
-    """Rollout batches to train on."""
+    """Steps of training: batches of rollouts that are sampled and trained on."""
     max_tokens_per_micro_batch: int = Field(16384, ge=1)
-    """Prompt and response tokens that one forward-backward pass packs together; a longer sample goes alone."""
+    """Prompt and response tokens that one forward-backward pass packs together. A longer sample goes alone."""
     updates_per_batch: int = Field(1, ge=1)
-    """Optimizer steps per rollout batch; more than one makes the later ones off-policy."""
+    """Optimizer steps per batch of rollouts. With more than one the later ones are off-policy."""
     eval_interval: int = Field(20, ge=0)
-    """Steps between evaluations; 0: only before the first and after the last step."""
+    """Steps between evaluations. 0: only before the first and after the last step."""
     eval_samples: int = Field(1, ge=1, le=10_000)
+    """Completions of every problem in an evaluation."""
     eval_temperature: float = Field(1.0, ge=0, le=1e3)
-    """0: greedy; else 0.001 or more."""
+    """The temperature of evaluations: 0 for greedy decoding, else 0.001 or more."""
     save_interval: int = Field(20, ge=1)
-    """Steps between checkpoints; the last step is always saved."""
+    """Steps between checkpoints. The last step is always saved."""
     async_save: bool = True
     """Write checkpoints in the background, from a copy in host memory."""
     save_total_limit: int = Field(2, ge=1)
-    """Newest checkpoints to keep."""
+    """How many of the newest checkpoints are kept."""
     save_best_limit: int = Field(0, ge=0)
-    """Best checkpoints to keep besides; only steps with both a save and an evaluation take part."""
+    """How many of the best checkpoints are kept besides. Only steps with both a save and an evaluation take part."""
     metric_for_best_model: str | None = None
-    """E.g. `val-core/math500/acc/mean@1`; the mean of all `val-core/` accuracies when empty. Higher is better."""
+    """E.g. `val-core/math500/acc/mean@1`. When empty: the mean of all `val-core/` accuracies. Higher is better."""
     max_skipped_updates: int = Field(3, ge=0)
-    """Updates in a row skipped for a loss or gradient that is not finite, before training stops. 0: never stop."""
+    """Training stops after so many updates in a row that are skipped because loss or gradient is not finite. 0: it
+    never does."""
 
 
 class MegatronConfig(Section):
-    """Layout, and options passed through to Megatron-Core under their own names."""
+    """The layout, and options that pass through to Megatron-Core under their own names."""
 
     tensor_model_parallel_size: int = Field(1, ge=1)
+    """Ranks among which every layer's matrices are cut."""
     pipeline_model_parallel_size: int = Field(1, ge=1)
+    """Stages among which the layers are divided."""
     virtual_pipeline_model_parallel_size: int | None = Field(None, ge=2)
     """Model chunks per pipeline stage (interleaved schedule)."""
     context_parallel_size: int = Field(1, ge=1)
+    """Ranks among which the rows of every sequence are divided."""
     sequence_parallel: bool = False
     """Divide the rows of norms and residuals among tensor-parallel ranks."""
     expert_model_parallel_size: int = Field(1, ge=1)
     """Divide experts among this many ranks of a stage: tensor-, context- and data-parallel ones alike."""
     expert_tensor_parallel_size: int | None = Field(None, ge=1)
-    """Cut each expert's matrices among this many ranks; default: tensor_model_parallel_size."""
+    """Cut each expert's matrices among this many ranks. When empty: tensor_model_parallel_size."""
     use_distributed_optimizer: bool = False
+    """Divide the optimizer's state among data- and context-parallel ranks."""
     transformer: dict[str, Any] = {}
     """Fields of megatron.core.transformer.TransformerConfig."""
     ddp: dict[str, Any] = {}
-    """Fields of megatron.core.distributed.DistributedDataParallelConfig; overlap_param_gather is refused."""
+    """Fields of megatron.core.distributed.DistributedDataParallelConfig. overlap_param_gather is refused."""
     optimizer: dict[str, Any] = {}
     """Fields of megatron.core.optimizer.OptimizerConfig."""
 
 
 class VllmConfig(Section):
-    """vLLM's engine options under their own names; any other than these is passed through as it is, but for those that
-    the trainer sets (rollout/vllm_options.py: OWNED)."""
+    """vLLM's engine options under their own names. Any other than these is passed through as it is, but for those that
+    the trainer sets (rollout/vllm/options.py: OWNED)."""
 
     model_config = ConfigDict(extra="allow")
 
     tensor_parallel_size: int = Field(1, ge=1)
+    """GPUs among which one engine is cut: with engine=vllm those of as many consecutive ranks of a node."""
     gpu_memory_utilization: float = Field(0.6, gt=0, le=1)
-    """Share of the GPU that weights, KV cache and workspace of the engine may take, as vLLM counts it."""
+    """The share of the GPU that weights, KV cache and workspace of the engine may take, as vLLM counts it."""
 
     def narrowed(self) -> str | None:
-        """An option with which the engine's log-probabilities are not those of the whole distribution sampled from."""
+        """The option with which the engine's log-probabilities are not those of the whole distribution sampled from,
+        with its value; None if there is none."""
         extra = self.model_extra or {}
         if extra.get("logprobs_mode", "processed_logprobs") != "processed_logprobs":
             return f"vllm.logprobs_mode={extra['logprobs_mode']}"
@@ -269,27 +323,33 @@ class ClusterConfig(Section):
     """The machines that `lens_megatron.plan` reckons with. Training takes what torchrun gives it."""
 
     gpu: Literal["A800-80GB", "A100-80GB", "H800-80GB", "H100-80GB", "H200-141GB"] = "A800-80GB"
-    """Names memory, arithmetic, memory bandwidth and links: lens_megatron/tools/planning/hardware.py."""
+    """The GPU, which stands for memory, arithmetic, bandwidths: see lens_megatron/tools/planning/hardware.py."""
     nodes: int = Field(1, ge=1, le=100_000)
+    """Machines of the cluster."""
     gpus_per_node: int = Field(8, ge=1, le=1024)
+    """GPUs of one machine, with one training process each."""
     gpu_memory_gib: float | None = Field(None, gt=0)
-    """What torch reports as the GPU's total memory; the table's when empty."""
+    """What torch reports as the GPU's total memory. When empty: the table's number."""
     host_memory_gib: float = Field(1024, gt=0)
-    """Of one node; the reference policy is kept there."""
+    """Host memory of one node, where the reference policy and, while the engine samples, the trainer's state are."""
     network_gb_s: float = Field(100, gt=0)
     """Gigabytes per second that leave a node in one direction: 4 x 200 Gb/s are 100."""
 
 
 class DebugConfig(Section):
+    """Sampling and training apart from each other."""
+
     save_rollouts: UserPath | None = None
-    """Folder to write each step's graded groups to, for `load_rollouts`."""
+    """A folder to write each step's graded groups to, for `load_rollouts`."""
     load_rollouts: UserPath | None = None
-    """Folder written by `save_rollouts`: train on it, sample nothing."""
+    """A folder written by `save_rollouts`: train on its groups and sample nothing."""
     rollout_only: bool = False
-    """Sample and grade, never update."""
+    """Sample and grade, but never update."""
 
 
 class Config(Section):
+    """All sections. `loading.load` and `loading.from_tree` make one, and refuse what rules.py refuses."""
+
     run: RunConfig
     model: ModelConfig
     data: DataConfig
@@ -304,50 +364,7 @@ class Config(Section):
     cluster: ClusterConfig = ClusterConfig()
     debug: DebugConfig = DebugConfig()
 
-    @model_validator(mode="after")
-    def check(self) -> Self:
-        for mistake in rules.mistakes(self):
-            raise ValueError(mistake)
-        return self
-
     @property
     def ranks_per_engine(self) -> int:
         """Consecutive ranks that hold one engine together."""
         return self.vllm.tensor_parallel_size if self.rollout.engine == "vllm" else 1
-
-    def check_world(self, world_size: int, ranks_per_node: int | None = None) -> None:
-        """Raises ConfigError unless `world_size` processes can carry the layout and the batch."""
-        for mistake in rules.world_mistakes(self, world_size, ranks_per_node or world_size):
-            raise ConfigError(mistake)
-
-
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads `path` (YAML) over the files it names as `base`, applies `a.b=value` overrides and validates.
-
-    Raises:
-        ConfigError: missing file, bad YAML, unknown option (with the nearest valid one), wrong type or bound.
-    """
-    tree = read_tree(Path(path))
-    for override in overrides:
-        apply_override(tree, override)
-    return from_tree(tree)
-
-
-def from_tree(tree: Mapping[str, Any]) -> Config:
-    """Validates nested mappings, as YAML gives them. Raises ConfigError listing every mistake, one per line."""
-    if isinstance(tree, Mapping):  # a section whose options are all commented out
-        tree = {name: section for name, section in tree.items() if section is not None}
-    try:
-        config = Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError("\n".join(explain(e, Config, all_options()) for e in error.errors())) from None
-    try:
-        config.model_dump_json()
-    except (ValueError, RecursionError) as error:  # YAML can say things that no file of the run could hold
-        raise ConfigError(f"configuration: a value cannot be saved: {error}; write plain values") from None
-    return config
-
-
-def all_options() -> list[str]:
-    """Dotted names of every option."""
-    return [f"{name}.{key}" for name, field in Config.model_fields.items() for key in field.annotation.model_fields]

@@ -1,16 +1,18 @@
-"""Rules over more than one option, each with both values and the remedy. `config.Config` asks for them."""
+"""Rules over more than one option. Every message names both values and the remedy."""
 
 import math
 import os.path
 from collections.abc import Iterator
-from typing import Any
+
+from lens_megatron.config.files import ConfigError
+from lens_megatron.config.options import Config
+from lens_megatron.reward.limits import PROCESSES_PER_CORE, most_processes
 
 COLDEST = 1e-3
-"""The lowest temperature but 0: `rollout.temperature` has it as its bound."""
-WORKERS_PER_CORE = 16
+"""The lowest temperature but 0. `rollout.temperature` has it as its bound."""
 
 
-def mistakes(config: Any) -> Iterator[str]:
+def mistakes(config: Config) -> Iterator[str]:
     """What in a configuration goes wrong on any machine."""
     rollouts, keep = config.rollout.rollouts_per_prompt, config.lens.min_keep_failures
     if keep > rollouts:
@@ -69,7 +71,7 @@ def mistakes(config: Any) -> Iterator[str]:
         yield (f"optimizer.min_lr ({config.optimizer.min_lr}) exceeds optimizer.lr ({config.optimizer.lr}); lower it")
 
 
-def _off_policy_mistakes(config: Any) -> Iterator[str]:
+def _off_policy_mistakes(config: Config) -> Iterator[str]:
     if config.rollout.engine == "vllm":
         yield (
             "rollout.off_policy_steps=1 samples while the trainer trains, rollout.engine=vllm in the trainer's "
@@ -82,7 +84,17 @@ def _off_policy_mistakes(config: Any) -> Iterator[str]:
         )
 
 
-def world_mistakes(config: Any, world_size: int, ranks_per_node: int) -> Iterator[str]:
+def check_world(config: Config, world_size: int, ranks_per_node: int | None = None) -> None:
+    """Raises ConfigError unless `world_size` processes can carry the layout and the batch.
+
+    Args:
+        ranks_per_node: the processes of one machine; all of them by default.
+    """
+    for mistake in world_mistakes(config, world_size, ranks_per_node or world_size):
+        raise ConfigError(mistake)
+
+
+def world_mistakes(config: Config, world_size: int, ranks_per_node: int) -> Iterator[str]:
     """Why `world_size` processes cannot carry layout and batch. Read the first: later ones may follow from it."""
     size = config.ranks_per_engine
     for count, where in ((world_size, "world size"), (ranks_per_node, "the ranks of a node")):
@@ -122,11 +134,12 @@ def world_mistakes(config: Any, world_size: int, ranks_per_node: int) -> Iterato
         )
 
 
-def machine_mistakes(config: Any, ranks_here: int, cores: int) -> Iterator[str]:
-    """What this machine cannot carry."""
-    per_rank, most = config.reward.workers_per_rank, max(64, WORKERS_PER_CORE * cores)
+def machine_mistakes(config: Config, ranks_here: int, cores: int) -> Iterator[str]:
+    """What this machine, with `ranks_here` training processes on `cores` cores, cannot carry."""
+    per_rank, most = config.reward.workers_per_rank, most_processes(cores, ranks_here)
     if per_rank * ranks_here > most:
         yield (
             f"reward.workers_per_rank ({per_rank}) x {ranks_here} ranks on this machine = {per_rank * ranks_here} "
-            f"processes, for {cores} cores; lower it to {max(1, most // ranks_here)} or less"
+            f"grading processes, more than {PROCESSES_PER_CORE} for each of its {cores} cores; lower it to "
+            f"{most // ranks_here} or less"
         )

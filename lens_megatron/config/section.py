@@ -42,6 +42,10 @@ UserPath = Annotated[str, AfterValidator(user_path)]
 """A file or folder of the user's, `~` expanded."""
 
 
+_NUMBERS: tuple[object, ...] = (int, float, int | None, float | None)
+"""Types of options that are numbers."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
@@ -51,7 +55,8 @@ class Section(BaseModel):
     @classmethod
     def refuse_booleans_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         """Without this, `lr: yes` is a learning rate of 1."""
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation in (int, float, float | None):
+        field = cls.model_fields.get(info.field_name or "")
+        if isinstance(value, bool) and field is not None and field.annotation in _NUMBERS:
             raise ValueError("expected a number")
         return value
 

@@ -89,7 +89,8 @@ def load_prompts(
 
 def _batches(records: Sequence[Record]) -> Iterator[list[Record]]:
     """Records that are tokenized together: few of long ones, for each character takes a tokenizer a thousand bytes."""
-    batch, characters = [], 0
+    batch: list[Record] = []
+    characters = 0
     for record in records:
         size = sum(len(message.content) for message in record.messages)
         if batch and (len(batch) == _BATCH or characters + size > _BATCH_CHARACTERS):
@@ -137,7 +138,7 @@ class PromptStream:
         """Passes over the dataset completed when `step` begins: 1.5 is the middle of the second."""
         return step * self.prompts_per_step / len(self.prompts)
 
-    def _order(self, epoch: int) -> Sequence[int]:
+    def _order(self, epoch: int) -> range | np.ndarray:
         if not self.shuffle:
             return range(len(self.prompts))
         if epoch not in self._last_order:

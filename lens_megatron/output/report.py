@@ -2,6 +2,7 @@
 
 import io
 import sys
+import textwrap
 import warnings
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -13,12 +14,15 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (the backend must be chosen first)
 
 from lens_megatron.files import write_atomically  # noqa: E402
+from lens_megatron.output import conclusion  # noqa: E402
+from lens_megatron.output.conclusion import accuracy_names, source_of  # noqa: E402
 from lens_megatron.output.console import print_text  # noqa: E402
 from lens_megatron.output.metrics import read_metrics  # noqa: E402
 
 PHASES = ("score", "gen", "exchange", "old_log_prob", "ref", "update_actor", "update_weights", "wake", "sleep", "step",
           "testing", "save_checkpoint")  # fmt: skip
-_LONGEST_SOURCE = 80
+_TITLE_WIDTH = 80
+"""Characters of a line above one half of the picture."""
 
 
 def write(folder: Path) -> str:
@@ -38,19 +42,14 @@ def write(folder: Path) -> str:
 
 
 def summary(rows: Sequence[dict], folder: Path) -> str:
-    """Accuracy before and after, prompts purified and rescued, seconds per phase."""
+    """What to conclude, in one line; then accuracy before and after by source, purification, seconds per phase."""
     steps = [row for row in rows if "timing_s/step" in row]
-    lines = [f"run {folder}: {len(steps)} steps"]
-    for name in _accuracies(rows):
+    lines = [f"run {folder}: {len(steps)} steps", f"  {conclusion.learning(rows)}"]
+    for name in accuracy_names(rows):
         curve = [row[name] for row in rows if name in row]
-        lines.append(f"  accuracy on {_source(name)}: {100 * curve[0]:.1f} % before, {100 * curve[-1]:.1f} % after")
+        lines.append(f"  accuracy on {source_of(name)}: {100 * curve[0]:.1f} % before, {100 * curve[-1]:.1f} % after")
     if steps:
-        prompts, purified, rescued = (
-            int(sum(row[f"lens/{name}"] for row in steps))
-            for name in ("prompts", "purified_prompts", "rescued_prompts")
-        )
-        extra = int(sum(row["lens/extra_rollouts"] for row in steps))
-        lines.append(f"  prompts purified: {purified} of {prompts}; rescued: {rescued}; extra rollouts: {extra}")
+        lines.append(f"  {conclusion.purification(steps)}")
         means = [(phase, [row[f"timing_s/{phase}"] for row in steps if f"timing_s/{phase}" in row]) for phase in PHASES]
         phases = ", ".join(f"{phase} {sum(values) / len(values):.2f}" for phase, values in means if values)
         lines.append(f"  seconds per phase (mean): {phases}")
@@ -60,15 +59,18 @@ def summary(rows: Sequence[dict], folder: Path) -> str:
 
 
 def draw(rows: Sequence[dict]) -> bytes:
-    """A PNG image. Training reward, held-out accuracy, and what purification did, against steps."""
+    """A PNG image: training reward, held-out accuracy, and what purification did, against steps.
+
+    The titles say what to conclude.
+    """
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     steps = [row for row in rows if "critic/rewards/mean" in row]
     x = [row["step"] for row in steps]
     left.plot(x, [row["critic/rewards/mean"] for row in steps], color="0.7", label="training reward (first wave)")
-    for name in _accuracies(rows):
+    for name in accuracy_names(rows):
         points = [(row["step"], row[name]) for row in rows if name in row]
-        left.plot(*zip(*points, strict=True), marker="o", label=f"accuracy, {_source(name)}")
-    left.set(xlabel="step", ylabel="share correct", ylim=(0, 1), title="learning curve")
+        left.plot(*zip(*points, strict=True), marker="o", label=f"accuracy, {source_of(name)}")
+    left.set(xlabel="step", ylabel="share correct", ylim=(0, 1))
     for name, label in (
         ("lens/purified_rate", "prompts sampled again, purified"),
         ("lens/rescued_rate", "prompts rescued"),
@@ -76,9 +78,10 @@ def draw(rows: Sequence[dict]) -> bytes:
         ("lens/zero_variance_after", "groups without contrast, after"),
     ):
         right.plot(x, [row[name] for row in steps], label=label)
-    right.set(xlabel="step", ylabel="share of prompts", ylim=(0, 1), title="purification")
-    for axes in (left, right):
-        for text in axes.legend(fontsize="small").get_texts():
+    right.set(xlabel="step", ylabel="share of prompts", ylim=(0, 1))
+    for axes, sentence in ((left, conclusion.learning(rows)), (right, conclusion.purification(steps))):
+        title = axes.set_title(textwrap.fill(sentence, _TITLE_WIDTH), fontsize="small", loc="left")
+        for text in (title, *axes.legend(fontsize="small").get_texts()):
             text.set_parse_math(False)  # a `$` in a source's name is no formula
         axes.grid(alpha=0.3)
     image = io.BytesIO()
@@ -87,17 +90,6 @@ def draw(rows: Sequence[dict]) -> bytes:
         figure.savefig(image, format="png", dpi=120)
     pyplot.close(figure)
     return image.getvalue()
-
-
-def _accuracies(rows: Sequence[dict]) -> list[str]:
-    return sorted({name for row in rows for name in row if name.startswith("val-core/")})
-
-
-def _source(name: str) -> str:
-    """What `metrics.accuracy_name` was given, on one line and short: `val-core/a/b/acc/mean@1` -> `a/b`."""
-    source = name.removeprefix("val-core/").rpartition("/acc/")[0]
-    shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in source)
-    return shown if len(shown) <= _LONGEST_SOURCE else f"{shown[: _LONGEST_SOURCE - 3]}..."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -62,7 +62,7 @@ class _Form:
     read: Callable[[_Reader], Any]
 
 
-def encode(record_type: type[R], records: Sequence[R]) -> bytes:
+def encode(record_type: type[R], records: Sequence[R]) -> bytearray:
     """The bytes from which `decode` makes equal records.
 
     Raises:
@@ -76,7 +76,7 @@ def encode(record_type: type[R], records: Sequence[R]) -> bytes:
             form.write(out, record)
         except (struct.error, AttributeError, TypeError) as error:
             raise ValueError(f"a {record_type.__name__} cannot be encoded: {error}") from error
-    return bytes(out)
+    return out
 
 
 def decode(record_type: type[R], data: bytes | bytearray | memoryview) -> list[R]:

@@ -92,8 +92,8 @@ def grade_answer(completion: str, answer: str) -> Verdict:
     cheap = compare_cheaply(box, gold.text)
     if cheap is not None:
         return Verdict(GradeStatus.CORRECT if cheap else GradeStatus.WRONG, float(cheap), box)
-    if why := too_complex(box):
-        return Verdict(GradeStatus.UNPARSED, 0.0, box, why)
+    if complexity := too_complex(box):
+        return Verdict(GradeStatus.UNPARSED, 0.0, box, complexity)
     predicted = _parse_whole(box)
     if not predicted:
         return Verdict(GradeStatus.UNPARSED, 0.0, box, "the last \\boxed does not hold mathematics")

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 from lens_megatron.errors import UserError
 from lens_megatron.reward.boxed import excerpt, last_box
+from lens_megatron.reward.limits import MAX_TIMEOUT_S, PROCESSES_PER_CORE, most_processes
 from lens_megatron.reward.process import GradingProcess, Task, end
 from lens_megatron.reward.registry import check_name
 from lens_megatron.reward.types import Grade, GradeStatus
@@ -27,8 +28,6 @@ from lens_megatron.reward.worker import encode_frame
 START_TIMEOUT_S = 120.0
 MAX_FAILED_STARTS = 3
 ANSWERS_PER_WORKER = 16
-MAX_WORKERS_PER_CORE = 16
-MAX_TIMEOUT_S = 86_400.0
 CACHED_VERDICTS = 4096
 LOOK_S = 0.5
 """Between two looks at whether processes live, while nothing arrives from them."""
@@ -48,11 +47,11 @@ class GraderPool:
     """
 
     def __init__(self, workers: int, timeout_s: float, grader: str = "math_verify"):
-        most = MAX_WORKERS_PER_CORE * (os.cpu_count() or 1)
-        if not 1 <= workers <= most:
+        cores = os.cpu_count() or 1
+        if not 1 <= workers <= most_processes(cores):
             raise ValueError(
-                f"reward.workers_per_rank {workers}: give at least 1 and, on this machine, at most {most} "
-                f"({MAX_WORKERS_PER_CORE} for each of {os.cpu_count()} cores)"
+                f"reward.workers_per_rank {workers}: give at least 1 and, on this machine, at most "
+                f"{most_processes(cores)} ({PROCESSES_PER_CORE} for each of its {cores} cores)"
             )
         if not 0 < timeout_s <= MAX_TIMEOUT_S:
             raise ValueError(f"reward.timeout_s {timeout_s}: give more than 0 and at most {MAX_TIMEOUT_S:g} seconds")
@@ -81,12 +80,12 @@ class GraderPool:
             self._check_open()
             self._tickets += 1
             ticket = self._tickets
-            if pair in self._verdicts:
+            if pair is not None and pair in self._verdicts:
                 self._verdicts.move_to_end(pair)
                 self._done[ticket] = self._verdicts[pair]
                 return ticket
             self._open.add(ticket)
-            if pair in self._under_way:
+            if pair is not None and pair in self._under_way:
                 self._under_way[pair].tickets.append(ticket)
                 return ticket
             frame = encode_frame({"completion": text, "answer": answer, "meta": meta or {}})
@@ -154,9 +153,9 @@ class GraderPool:
                 self._check_open()
                 timeout = min(timeout, self._until_next_deadline())
                 for process in self._processes:
-                    selector.register(process.keeper.stdout, selectors.EVENT_READ)
+                    selector.register(process.output, selectors.EVENT_READ)
                     if process.outbox:
-                        selector.register(process.keeper.stdin, selectors.EVENT_WRITE)
+                        selector.register(process.input, selectors.EVENT_WRITE)
             selector.select(timeout)  # without the lock, so that another thread can submit or close
         with self._lock:
             self._check_open()

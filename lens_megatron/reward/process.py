@@ -6,9 +6,10 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from lens_megatron.reward.worker import split_frames
 
@@ -43,8 +44,7 @@ class GradingProcess:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
             start_new_session=True,  # Ctrl-C is for the trainer; and one process group, to be killed as a whole
         )
-        for stream in (self.keeper.stdin, self.keeper.stdout):
-            os.set_blocking(stream.fileno(), False)
+        self.input, self.output = _pipes(self.keeper)
         self.pid: int | None = None
         """Of the grading process, known once it is ready."""
         self.tasks: deque[Task] = deque()
@@ -66,7 +66,7 @@ class GradingProcess:
         """Writes what the pipe takes; a process that stopped reading must not stop the trainer."""
         try:
             while self.outbox:
-                self.outbox = self.outbox[os.write(self.keeper.stdin.fileno(), self.outbox) :]
+                self.outbox = self.outbox[os.write(self.input.fileno(), self.outbox) :]
         except BlockingIOError:
             pass
         except OSError:
@@ -76,7 +76,7 @@ class GradingProcess:
         """(whole frames, whether the process has closed its output)."""
         closed = False
         try:
-            while chunk := os.read(self.keeper.stdout.fileno(), 1 << 16):
+            while chunk := os.read(self.output.fileno(), 1 << 16):
                 self.inbox += chunk
             closed = True
         except BlockingIOError:
@@ -110,14 +110,23 @@ def end(processes: Sequence[GradingProcess]) -> None:
             time.sleep(0.002)
         _signal(os.killpg, process.keeper.pid, signal.SIGKILL)  # whatever a killed keeper has left
         process.keeper.wait()
-        for stream in (process.keeper.stdin, process.keeper.stdout):
+        for stream in (process.input, process.output):
             try:
                 stream.close()
             except OSError:
                 pass  # bytes that it never read
 
 
-def _signal(send, target: int, number: int) -> None:
+def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
+    """The ends of its pipes that this process has, for its input and its output. Neither blocks."""
+    if process.stdin is None or process.stdout is None:
+        raise ValueError("the process was started without pipes")
+    for stream in (process.stdin, process.stdout):
+        os.set_blocking(stream.fileno(), False)
+    return process.stdin, process.stdout
+
+
+def _signal(send: Callable[[int, int], None], target: int, number: int) -> None:
     try:
         send(target, number)
     except ProcessLookupError:

@@ -61,7 +61,7 @@ def main(grader_name: str) -> None:
         grader = load_grader(grader_name)
         if sys.platform == "linux":
             _limit_memory()
-        hello = {"ready": True, "pid": own}
+        hello: dict[str, object] = {"ready": True, "pid": own}
     except (Exception, SystemExit) as error:  # whatever a user's module raises, the trainer shows it
         hello = {"ready": False, "why": f"{type(error).__name__}: {error}"}
     _send(frames_out, hello)

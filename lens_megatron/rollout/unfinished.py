@@ -2,8 +2,9 @@
 
     run.directory/unfinished/step_000014_00003_of_00008.jsonl     one line per group, share 3 of 8
 
-A share is what one rank samples of a step: prompts 3, 11, 19, ... in data order. It has the same prompts under every
-layout of as many ranks. A line is complete or it is no JSON, so whatever a killed writer left is ignored.
+A share is what one rank samples of a step: the prompts at places 3, 11, 19, ... in data order. It has the same prompts
+under every layout of as many ranks. A line is the place of a prompt and its group as JSON. What a killed writer left of
+a line is no JSON, and is ignored.
 """
 
 import logging
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from lens_megatron.files import append_whole
 from lens_megatron.rollout.replay import from_json, to_json
-from lens_megatron.types import Group, Prompt
+from lens_megatron.types import Group, StepPrompt
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +37,12 @@ class UnfinishedGroups:
     def __post_init__(self) -> None:
         self.found = tuple(sorted(self.folder.glob("step_*_of_*.jsonl")))
 
-    def read(self, step: int, prompts: Sequence[Prompt], version: int) -> dict[int, Group]:
-        """By place in `prompts`, the groups of `step` that weights of `version`, or little older ones, sampled."""
+    def read(self, step: int, prompts: Sequence[StepPrompt], version: int) -> dict[int, Group]:
+        """By place in the step, the groups of `prompts` that weights of `version`, or little older ones, sampled."""
         paths = self._dealt_otherwise(step) + [path for path in self.found if path == self._path(step)]
-        groups = {group.prompt: group for path in paths for group in _read(path) if self._fresh(group, version)}
-        kept = {place: groups[prompt] for place, prompt in enumerate(prompts) if prompt in groups}
+        found = {place: group for path in paths for place, group in _read(path) if self._fresh(group, version)}
+        asked = {prompt.place: prompt.prompt for prompt in prompts}
+        kept = {place: group for place, group in found.items() if asked.get(place) == group.prompt}
         if kept:
             logger.info(
                 f"step {step}: {len(kept)} of {len(prompts)} groups of share {self.share} kept from the interrupted "
@@ -48,9 +50,12 @@ class UnfinishedGroups:
             )
         return kept
 
-    def append(self, step: int, group: Group) -> None:
-        """Handed to the operating system before it returns. Without room on the disk the run goes on, unkept."""
-        line = "\n" + to_json(group)  # the line break first: the file may end in half a line
+    def append(self, step: int, place: int, group: Group) -> None:
+        """Writes the group of the prompt at `place` in `step`. Without room on the disk the run goes on, unkept.
+
+        The line is handed to the operating system before this returns.
+        """
+        line = f"\n{place} {to_json(group)}"  # the line break first: the file may end in half a line
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             append_whole(self._path(step), line.encode("utf-8", errors="backslashreplace"))
@@ -83,7 +88,8 @@ def _suffix(shares: int) -> str:
     return f"_of_{shares:05d}"
 
 
-def _read(path: Path) -> list[Group]:
+def _read(path: Path) -> list[tuple[int, Group]]:
+    """The groups of a file with their places."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError:
@@ -91,7 +97,8 @@ def _read(path: Path) -> list[Group]:
     groups = []
     for line in lines:
         try:
-            groups.append(from_json(line))
+            place, _, group = line.partition(" ")
+            groups.append((int(place), from_json(group)))
         except ValueError:
             continue  # blank, or cut off
     return groups

@@ -1,13 +1,16 @@
 r"""Answers that a policy could find to be paid for without being right, or to keep the graders busy."""
 
+import os
 import time
 
 import pytest
 
 from lens_megatron.config import ConfigError, from_tree
+from lens_megatron.config.rules import machine_mistakes
 from lens_megatron.reward import GradeCounts, GraderPool, GradeStatus, grade
 from lens_megatron.reward.boxed import excerpt, last_box
 from lens_megatron.reward.effort import MAX_NESTING, nesting
+from lens_megatron.reward.limits import most_processes
 from lens_megatron.reward.math_verify_grader import grade_answer
 from lens_megatron.reward.notation import count_items, tidy
 
@@ -116,6 +119,28 @@ def test_hostile_answers_are_refused_and_not_waited_for():
 def test_a_pool_has_bounds(workers: int, timeout_s: float, message: str):
     with pytest.raises(ValueError, match=message):
         GraderPool(workers, timeout_s)
+
+
+def test_one_rule_says_how_many_processes_a_machine_may_grade_with():
+    """The trainer's check of the machine and the pool's own agree; every rank may have a process however few cores."""
+    cores = os.cpu_count() or 1
+    tree = {"run": {"directory": "r"}, "model": {"path": "m"}, "data": {"train": "t"}}
+
+    def mistake(per_rank: int, ranks: int, cores: int) -> str | None:
+        config = from_tree(tree | {"reward": {"workers_per_rank": per_rank}})
+        return next(machine_mistakes(config, ranks, cores), None)
+
+    assert (most_processes(2), most_processes(2, ranks=8), most_processes(2, ranks=40)) == (32, 32, 40)
+    assert mistake(4, 8, cores=2) is None
+    assert mistake(5, 8, cores=2) == (
+        "reward.workers_per_rank (5) x 8 ranks on this machine = 40 grading processes, more than 16 for each of its 2 "
+        "cores; lower it to 4 or less"
+    )
+    assert mistake(1, 64, cores=2) is None and "lower it to 1 or less" in str(mistake(2, 64, cores=2))
+    too_many = most_processes(cores) + 1
+    with pytest.raises(ValueError, match=f"at most {most_processes(cores)} .16 for each of its {cores} cores"):
+        GraderPool(too_many, 5.0)
+    assert too_many > 256 or mistake(too_many, 1, cores) is not None
 
 
 @pytest.mark.parametrize("option", [{"timeout_s": 1e300}, {"workers_per_rank": 100_000}])

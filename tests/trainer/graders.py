@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 
@@ -11,10 +12,15 @@ def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_
 
 
 def murderous_score(data_source: str, solution_str: str, ground_truth: str, extra_info: dict | None = None) -> float:
-    """Kills the trainer once it has kept a group of step 2, if the folder MURDER holds a file `armed`."""
+    """Kills the trainer once it has kept a group of step 2, if the folder MURDER holds a file `armed`.
+
+    It waits for the checkpoint of step 1, which is written while step 2 is sampled.
+    """
     folder = Path(os.environ["MURDER"])
     kept = [path for path in folder.glob("run/unfinished/step_000002_*") if path.stat().st_size]
     if kept and (folder / "armed").exists():
+        while not (folder / "run" / "checkpoints" / "iter_0000001").exists():
+            time.sleep(0.01)
         (folder / "armed").unlink(missing_ok=True)
         os.kill(parent(os.getppid()), signal.SIGKILL)  # the parent itself is the keeper
     return float(len(solution_str) % 2 == 0)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from lens_kernels import linear_policy_loss, linear_token_logprobs
-from records import PROMPT, group, rollout, sample
+from records import PROMPT, group, rollout, sample, training_rows
 
 from lens_megatron.algorithms import samples
 from lens_megatron.algorithms.advantages.crpo import crpo, weighted_advantages
@@ -195,9 +195,7 @@ def rescued_terms(old: list[float], advantage: float, weight: float, algorithm: 
     row = sample(rollout(True, Origin.PURIFIED, tokens=(1, 1, 1)), advantage, weight)
     row = replace(row, prompt=(1,), generation_prompt=(1,))
     return pack.pack(
-        [row],
-        old_log_probs=[torch.tensor(old)],
-        reference_log_probs=[None],
+        training_rows([row], [torch.tensor(old)]),
         scale=LossScale(3, 1, 1),
         algorithm=algorithm,
         max_response_length=3,
@@ -357,9 +355,7 @@ def test_kl_limit_bounds_the_value_and_takes_the_gradient_away(form, kl_limit):
 
 def packed(rows, old, algorithm: AlgorithmConfig, reference=None):
     return pack.pack(
-        rows,
-        old_log_probs=old,
-        reference_log_probs=reference or [None] * len(rows),
+        training_rows(rows, old, reference),
         scale=pack.count(rows),
         algorithm=algorithm,
         max_response_length=4,
@@ -371,9 +367,11 @@ def packed(rows, old, algorithm: AlgorithmConfig, reference=None):
 def test_pack_aligns_responses_and_pads_nothing():
     rows = [sample(rollout(True, tokens=(5, 6))), sample(rollout(False, Origin.PURIFIED, tokens=(7, 8, 9)))]
     (batch,) = pack.pack(
-        rows,
-        old_log_probs=[None, torch.tensor([-1.0, -2.0, -3.0])],
-        reference_log_probs=[torch.tensor([-0.1, -0.2]), torch.tensor([-0.3, -0.4, -0.5])],
+        training_rows(
+            rows,
+            [None, torch.tensor([-1.0, -2.0, -3.0])],
+            [torch.tensor([-0.1, -0.2]), torch.tensor([-0.3, -0.4, -0.5])],
+        ),
         scale=pack.count(rows),
         algorithm=AlgorithmConfig(kl_coef=0.5),
         max_response_length=3,
@@ -398,8 +396,6 @@ def test_pack_aligns_responses_and_pads_nothing():
 def test_a_rank_without_samples_gets_one_empty_micro_batch():
     (batch,) = pack.pack(
         [],
-        old_log_probs=[],
-        reference_log_probs=[],
         scale=LossScale(4, 1, 0),
         algorithm=ALGORITHM,
         max_response_length=3,

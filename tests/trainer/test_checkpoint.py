@@ -22,7 +22,7 @@ import torch
 from checkpoint_policy import LAYOUTS, config, exported, train_step, writer
 from safetensors.torch import load_file
 from test_policy import SIZES, saved_model
-from toy_runs import environment
+from toy_runs import environment, run_ranks
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from lens_megatron.data.model_files import small_files
@@ -157,13 +157,7 @@ def one(root: Path, mesh: Mesh) -> dict:
 @pytest.fixture(scope="module")
 def visited(root: Path, one: dict) -> Path:
     """Two ranks have been through all LAYOUTS, from the checkpoint of the world of one."""
-    script, port = str(Path(checkpoint_policy.__file__)), str(random.Random(os.getpid()).randrange(20_000, 30_000))
-    ranks = [
-        subprocess.Popen([sys.executable, script, rank, port, str(root)], env=environment(), stderr=subprocess.PIPE)
-        for rank in "01"
-    ]
-    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], b"".join(errors).decode()[-5000:]
+    run_ranks(2, Path(checkpoint_policy.__file__), "visit", root)
     return root
 
 

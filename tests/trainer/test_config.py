@@ -8,7 +8,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lens_megatron.config import Config, ConfigError, all_options, from_tree, load
+from lens_megatron.config import Config, ConfigError, all_options, check_world, from_tree, load, sections
 from lens_megatron.config.files import differing_keys
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,6 +120,7 @@ def test_a_saved_config_is_the_same_config(base):
         ("optimizer.lr=.nan", "optimizer.lr: nan: Input should be a finite number"),
         ("optimizer.lr=true", "optimizer.lr: True: expected a number"),
         ("train.steps=yes", "train.steps: True: expected a number"),
+        ("megatron.expert_tensor_parallel_size=yes", "megatron.expert_tensor_parallel_size: True: expected a number"),
         ("algorithm.dual_clip=on", "algorithm.dual_clip: True: expected a number"),
         (
             "optimizer.lr=fast",
@@ -273,14 +274,14 @@ def world(tensor=1, pipeline=1, prompts=128, updates=1) -> Config:
 
 
 def test_check_world():
-    world(2, 2).check_world(8)
-    world(prompts=6, updates=3).check_world(2)
-    assert error(world(2, 3).check_world, 8) == (
+    check_world(world(2, 2), 8)
+    check_world(world(prompts=6, updates=3), 2)
+    assert error(check_world, world(2, 3), 8) == (
         "world size 8 is not divisible by megatron.tensor_model_parallel_size (2) x "
         "megatron.pipeline_model_parallel_size (3) x megatron.context_parallel_size (1) = 6; start torchrun with a "
         "multiple of 6 processes or change the layout"
     )
-    assert error(world(2, 1, prompts=12, updates=3).check_world, 6) == (
+    assert error(check_world, world(2, 1, prompts=12, updates=3), 6) == (
         "rollout.prompts_per_step (12) is not divisible by data-parallel size (3) x train.updates_per_batch (3); "
         "choose a multiple of 9"
     )
@@ -445,19 +446,19 @@ def test_vllm_options_pass_through_and_engines_take_whole_nodes(base):
     assert config.vllm.model_dump() == {
         "tensor_parallel_size": 1, "gpu_memory_utilization": 0.6, "max_num_seqs": 64
     }  # fmt: skip
-    config.check_world(1)
+    check_world(config, 1)
     pairs = load(base, ["rollout.engine=vllm", "vllm.tensor_parallel_size=2", "rollout.prompts_per_step=12"])
-    pairs.check_world(4, 2)
-    assert error(pairs.check_world, 3, 3).startswith("vllm.tensor_parallel_size (2) does not divide world size (3)")
-    assert error(pairs.check_world, 6, 3) == (
+    check_world(pairs, 4, 2)
+    assert error(check_world, pairs, 3, 3).startswith("vllm.tensor_parallel_size (2) does not divide world size (3)")
+    assert error(check_world, pairs, 6, 3) == (
         "vllm.tensor_parallel_size (2) does not divide the ranks of a node (3): consecutive ranks of one node hold an "
         "engine together; choose a divisor of 3"
     )
-    load(base, ["vllm.tensor_parallel_size=2"]).check_world(1)
+    check_world(load(base, ["vllm.tensor_parallel_size=2"]), 1)
     alone = load(base, ["rollout.engine=vllm_server", "rollout.share_work=false", "rollout.servers=2"])
-    alone.check_world(2)
-    assert error(alone.check_world, 4).startswith("rollout.servers (2) are fewer than the ranks (4), and with")
-    load(base, ["rollout.engine=vllm_server", "rollout.servers=2"]).check_world(4)
+    check_world(alone, 2)
+    assert error(check_world, alone, 4).startswith("rollout.servers (2) are fewer than the ranks (4), and with")
+    check_world(load(base, ["rollout.engine=vllm_server", "rollout.servers=2"]), 4)
 
 
 @pytest.mark.parametrize(("engine", "shared"), [("local", False), ("vllm", False), ("vllm_server", True)])
@@ -466,6 +467,14 @@ def test_only_servers_share_one_queue_unless_it_is_asked_for(base, engine, share
     for asked in (True, False):
         options = [f"rollout.engine={engine}", f"rollout.share_work={asked}"]
         assert load(base, options).rollout.shares_work is asked
+
+
+def test_every_option_says_what_it_means_and_every_section_what_it_is_about():
+    for name, section in sections().items():
+        assert section.__doc__ and section.__doc__.strip().endswith("."), name
+        for option, field in section.model_fields.items():
+            meaning = field.description or ""
+            assert meaning[:1].strip() and meaning.rstrip(")").endswith("."), f"{name}.{option}: {meaning!r}"
 
 
 def test_second_waves_are_speculative_by_default(base):

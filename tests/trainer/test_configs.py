@@ -78,7 +78,9 @@ def test_training_takes_every_one_and_the_readme_names_it():
     for path in PATHS:
         config = configuration.load(path)
         assert f"{path.parent.name}/{{lens,grpo}}_{path.stem.partition('_')[2]}.yaml" in readme
-        config.check_world(config.cluster.nodes * config.cluster.gpus_per_node, config.cluster.gpus_per_node)
+        configuration.check_world(
+            config, config.cluster.nodes * config.cluster.gpus_per_node, config.cluster.gpus_per_node
+        )
 
 
 def test_no_option_is_said_twice():

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from records import rollout
+from records import rollout, training_rows
 from torch import Tensor
 from toy_runs import Toy, launch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from lens_megatron.algorithms.objectives import OBJECTIVES
 from lens_megatron.batch import pack
-from lens_megatron.config import Config, ConfigError, from_tree
+from lens_megatron.config import Config, ConfigError, check_world, from_tree
 from lens_megatron.policy import platform
 from lens_megatron.policy.model import build_policy, check_layout
 from lens_megatron.policy.optimizer_step import optimizer_step
@@ -92,14 +92,14 @@ def test_a_model_without_experts_cannot_divide_them():
 
 
 def test_the_world_holds_whole_groups_of_experts():
-    layout(ep=4).check_world(8)
-    layout(tp=2, ep=2, expert_tensor_parallel_size=1).check_world(2)  # experts over the tensor-parallel ranks
+    check_world(layout(ep=4), 8)
+    check_world(layout(tp=2, ep=2, expert_tensor_parallel_size=1), 2)  # experts over the tensor-parallel ranks
     with pytest.raises(
         ConfigError, match=r"world size 6 is not .* \(4\) x .* = 4; start torchrun with a multiple of 4"
     ):
-        layout(ep=4).check_world(6)
+        check_world(layout(ep=4), 6)
     with pytest.raises(ConfigError, match=r"expert_tensor_parallel_size \(2; by default .* = 4; .* a multiple of 4 "):
-        layout(tp=2, ep=2).check_world(2)
+        check_world(layout(tp=2, ep=2), 2)
 
 
 def test_gradient_of_the_routers_own_loss_is_its_mean_over_rows(tmp_path: Path):
@@ -115,9 +115,7 @@ def test_gradient_of_the_routers_own_loss_is_its_mean_over_rows(tmp_path: Path):
         samples = [Sample(p, p, rollout(True, tokens=r), 0.0, 1.0) for p, r in PAIRS]
         scale, algorithm = pack.count(samples), config().algorithm
         batches = pack.pack(
-            samples,
-            old_log_probs=[None] * 3,
-            reference_log_probs=[None] * 3,
+            training_rows(samples),
             scale=scale,
             algorithm=algorithm,
             max_response_length=8,

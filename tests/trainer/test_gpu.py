@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from records import rollout
+from records import rollout, training_rows
 from test_layouts import SIZES, saved
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -63,9 +63,7 @@ def gradient_norm(policy: Policy, config: Config) -> float:
         for i, (prompt, response) in enumerate(PAIRS)
     ]
     batches = pack.pack(
-        rows,
-        old_log_probs=[None] * len(rows),
-        reference_log_probs=[None] * len(rows),
+        training_rows(rows),
         scale=pack.count(rows),
         algorithm=config.algorithm,
         max_response_length=64,

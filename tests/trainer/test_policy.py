@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from records import rollout
+from records import rollout, training_rows
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -155,9 +155,7 @@ def test_gradient_of_an_update_is_autograds_on_transformers(mesh: Mesh, tmp_path
     ]
     scale = pack.count(rows)
     batches = pack.pack(
-        rows,
-        old_log_probs=[None] * 3,
-        reference_log_probs=[None] * 3,
+        training_rows(rows),
         scale=scale,
         algorithm=algorithm,
         max_response_length=8,
@@ -212,9 +210,7 @@ def test_no_pass_holds_all_logits_and_unmoved_weights_give_ratio_1(options: dict
         old = response_log_probs(policy, pairs, max_tokens=1000, temperature=0.7)
         prompt_scores(policy, [prompt + tokens for prompt, tokens in pairs], max_tokens=1000)
     batches = pack.pack(
-        rows,
-        old_log_probs=old,
-        reference_log_probs=old,
+        training_rows(rows, old, old),
         scale=pack.count(rows),
         algorithm=algorithm,
         max_response_length=30,

@@ -33,7 +33,7 @@ class Toy:
     def tree(self, directory: Path, **sections: dict) -> dict:
         """A configuration; `sections` are merged over it."""
         tree = {
-            "run": {"directory": str(directory), "tensorboard": False},
+            "run": {"directory": str(directory), "tensorboard": False, "seed": 2},  # rescues in each of four steps
             "model": {"path": str(self.model)},
             "data": {"train": str(self.train), "max_prompt_length": 160, "instruction": "Answer in \\boxed{}."},
             "rollout": {"prompts_per_step": 4, "rollouts_per_prompt": 4, "max_response_length": 6},
@@ -105,10 +105,12 @@ def launch(tree: dict, folder: Path, ranks: int, *overrides: str) -> list[dict]:
     return read_metrics(Path(tree["run"]["directory"]))
 
 
-def run_program(tree: dict, folder: Path, ranks: int, *overrides: str) -> subprocess.CompletedProcess[str]:
+def run_program(
+    tree: dict, folder: Path, ranks: int, *overrides: str, variables: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Runs the program to its end; returns what it printed. Fails with its output when it fails."""
     path = write_config(tree, folder)
-    return run_ranks(ranks, ROOT / "pretrain_lens.py", "--config", path, *overrides)
+    return run_ranks(ranks, ROOT / "pretrain_lens.py", "--config", path, *overrides, variables=variables)
 
 
 def run_ranks(

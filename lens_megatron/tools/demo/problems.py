@@ -77,8 +77,8 @@ def write_jsonl(path: Path, problems: Iterator[Problem], count: int) -> None:
     """Write the first `count` problems as JSON lines `{"id", "problem", "answer", "noise", "kind", "core"}`."""
     with path.open("w", encoding="utf-8") as file:
         for i, p in enumerate(islice(problems, count)):
-            row = {"id": f"{path.stem}-{i}", "problem": p.problem, "answer": p.answer}
-            row |= {"noise": p.noise, "kind": p.kind, "core": p.core}
+            row = {"id": f"{path.stem}-{i}", "problem": p.problem, "answer": p.answer,
+                   "noise": p.noise, "kind": p.kind, "core": p.core}  # fmt: skip
             file.write(json.dumps(row) + "\n")
 
 

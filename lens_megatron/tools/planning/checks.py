@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from lens_megatron.config import Config, ConfigError
+from lens_megatron.config import Config, ConfigError, check_world
 from lens_megatron.config.layout_rules import model_mistakes
 from lens_megatron.tools.planning import memory, remedies
 from lens_megatron.tools.planning.engine_memory import (
@@ -22,7 +22,7 @@ from lens_megatron.tools.planning.model_shape import ModelShape
 def layout_mistakes(config: Config, shape: ModelShape, cluster: Cluster) -> list[str]:
     """Why the model or the batch cannot be cut so; empty if it can."""
     try:
-        config.check_world(cluster.gpus, cluster.gpus_per_node)
+        check_world(config, cluster.gpus, cluster.gpus_per_node)
     except ConfigError as error:
         return [
             f"cluster.nodes ({cluster.nodes}) x cluster.gpus_per_node ({cluster.gpus_per_node}): {line}"

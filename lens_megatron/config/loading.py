@@ -1,0 +1,53 @@
+"""One YAML file and dotted overrides -> a validated, frozen `Config`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from lens_megatron.config import rules
+from lens_megatron.config.files import ConfigError, apply_override, read_tree
+from lens_megatron.config.options import Config
+from lens_megatron.config.section import Section, explain
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads `path` (YAML) over the files it names as `base`, applies `a.b=value` overrides and validates.
+
+    Raises:
+        ConfigError: missing file, bad YAML, unknown option (with the nearest valid one), wrong type or bound, options
+            that do not go together.
+    """
+    tree = read_tree(Path(path))
+    for override in overrides:
+        apply_override(tree, override)
+    return from_tree(tree)
+
+
+def from_tree(tree: Mapping[str, Any]) -> Config:
+    """Validates nested mappings, as YAML gives them. Raises ConfigError listing every mistake, one per line."""
+    if isinstance(tree, Mapping):  # a section whose options are all commented out
+        tree = {name: section for name, section in tree.items() if section is not None}
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(explain(e, Config, all_options()) for e in error.errors())) from None
+    for mistake in rules.mistakes(config):
+        raise ConfigError(mistake)
+    try:
+        config.model_dump_json()
+    except (ValueError, RecursionError) as error:  # YAML can say things that no file of the run could hold
+        raise ConfigError(f"configuration: a value cannot be saved: {error}; write plain values") from None
+    return config
+
+
+def sections() -> dict[str, type[Section]]:
+    """The class of every section by its name, in the order of `Config`."""
+    found = {name: field.annotation for name, field in Config.model_fields.items()}
+    return {name: kind for name, kind in found.items() if isinstance(kind, type) and issubclass(kind, Section)}
+
+
+def all_options() -> list[str]:
+    """Dotted names of every option."""
+    return [f"{name}.{option}" for name, section in sections().items() for option in section.model_fields]

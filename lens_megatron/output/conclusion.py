@@ -1,0 +1,104 @@
+"""What a reader should conclude from a run's metrics: one sentence on learning, one on purification."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+ACCURACY, NOISE = "val-core/", "val-aux/{source}/acc/standard_error"
+"""What the names of accuracies begin with, and the name of the standard error that belongs to one."""
+LONGEST_SOURCE = 80
+CLEAR = 2.0
+"""A change of more than so many of its standard errors is not put down to chance: that happens one time in twenty."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Accuracy after `step`, the mean over all sources of held-out problems."""
+
+    step: int
+    accuracy: float
+    standard_error: float | None
+    """None where the metrics do not say it."""
+
+
+def accuracy_names(rows: Sequence[Mapping]) -> list[str]:
+    """Names of all accuracies in `rows`, sorted."""
+    return sorted({name for row in rows for name in row if name.startswith(ACCURACY)})
+
+
+def source_of(name: str) -> str:
+    """The source in the name of an accuracy, on one line and short: `val-core/a/b/acc/mean@1` -> `a/b`."""
+    source = _source(name)
+    shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in source)
+    return shown if len(shown) <= LONGEST_SOURCE else f"{shown[: LONGEST_SOURCE - 3]}..."
+
+
+def evaluations(rows: Sequence[Mapping]) -> list[Evaluation]:
+    """One for every row that has the accuracy of all sources."""
+    names = accuracy_names(rows)
+    return [_evaluation(row, names) for row in rows if names and all(name in row for name in names)]
+
+
+def learning(rows: Sequence[Mapping]) -> str:
+    """Whether the run learned: accuracy at the first and at the last evaluation, against the noise of one."""
+    names, found = accuracy_names(rows), evaluations(rows)
+    if not found:
+        return "No accuracy was measured, so nothing can be said about learning; data.eval names held-out problems."
+    first, last = found[0], found[-1]
+    what = f"Accuracy on {source_of(names[0])}" if len(names) == 1 else f"The mean accuracy of {len(names)} sources"
+    if first.step == last.step:
+        return (
+            f"{what} is {_percent(first.accuracy)} at step {first.step}{_noise_of(first)}, the only evaluation: "
+            "whether the run learns shows at the next one."
+        )
+    change = last.accuracy - first.accuracy
+    verb = "stayed at" if not change else "rose from" if change > 0 else "fell from"
+    course = _percent(first.accuracy) if not change else f"{_percent(first.accuracy)} to {_percent(last.accuracy)}"
+    if first.standard_error is None or last.standard_error is None:
+        noise, verdict = "", "the noise is not in the metrics, so it may be chance."
+    else:
+        larger = max(first.standard_error, last.standard_error)
+        noise = f"; the noise of one evaluation is +-{100 * larger:.1f}"
+        verdict = _verdict(change, math.hypot(first.standard_error, last.standard_error))
+    return f"{what} {verb} {course} in {last.step - first.step} steps ({100 * change:+.1f} points{noise}): {verdict}"
+
+
+def purification(rows: Sequence[Mapping]) -> str:
+    """How many prompts were hard and sampled again, and how many of them that rescued."""
+    steps = [row for row in rows if "lens/prompts" in row]
+    prompts, hard, rescued, extra = (
+        int(sum(row[f"lens/{name}"] for row in steps))
+        for name in ("prompts", "purified_prompts", "rescued_prompts", "extra_rollouts")
+    )
+    if not hard:
+        return f"Of {prompts} prompts none was purified and sampled again."
+    return (
+        f"Of {prompts} prompts {hard} were hard and sampled again, purified, with {extra} rollouts; "
+        f"{rescued} of them ({100 * rescued / hard:.0f} %) were rescued."
+    )
+
+
+def _evaluation(row: Mapping, names: Sequence[str]) -> Evaluation:
+    errors = [row.get(NOISE.format(source=_source(name))) for name in names]
+    known = [error for error in errors if error is not None]
+    noise = math.hypot(*known) / len(names) if len(known) == len(names) else None
+    return Evaluation(row["step"], sum(row[name] for name in names) / len(names), noise)
+
+
+def _verdict(change: float, noise: float) -> str:
+    """`noise`: one standard error of the change, as if the two evaluations had nothing in common."""
+    if abs(change) <= CLEAR * noise or not change:
+        return "this is within the noise, so the run shows neither learning nor harm; take more steps or more problems."
+    return "this run learned." if change > 0 else "this run made the policy worse."
+
+
+def _source(name: str) -> str:
+    return name.removeprefix(ACCURACY).rpartition("/acc/")[0]
+
+
+def _noise_of(evaluation: Evaluation) -> str:
+    return "" if evaluation.standard_error is None else f" (+-{100 * evaluation.standard_error:.1f})"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
