@@ -19,7 +19,7 @@ from lens_megatron.output.rollout_files import RolloutFiles
 from lens_megatron.phases.evaluate import evaluate
 from lens_megatron.policy import checkpoint, checkpoint_files, platform
 from lens_megatron.policy.checkpoint import CheckpointWriter
-from lens_megatron.policy.last_step import LastStep, is_exported
+from lens_megatron.policy.last_step import PolicyLastStep, is_exported
 from lens_megatron.policy.parallel import shut_down
 from lens_megatron.rollout import replay
 from lens_megatron.run import Run
@@ -121,7 +121,7 @@ def _loop(run: Run, done: int, stop: Stop, saver: CheckpointWriter) -> None:
         writer = metrics.MetricsWriter(
             Path(config.run.directory), first_step=done + 1, tensorboard=config.run.tensorboard
         )
-    last_step = LastStep(run.policy, run.trainer_memory, saver, run.abandon)
+    last_step = PolicyLastStep(run.policy, run.trainer_memory, saver, run.abandon)
     saver.saved_step = done
     last_step.finish(done)
     stop.attach(last_step)

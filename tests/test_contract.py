@@ -77,6 +77,16 @@ def test_no_circles():
     assert not graph, f"modules that import each other in a circle are among {sorted(graph)}"
 
 
+def test_no_two_public_classes_share_a_name():
+    """A name that is read in a message or a signature says which class is meant, whatever was imported."""
+    places: dict[str, list[str]] = {}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert {name: paths for name, paths in places.items() if len(paths) > 1} == {}
+
+
 @pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_and_functions_stay_short(path: Path):
     relative, limit = path.relative_to(ROOT), 400 if path in SOURCES else 500
