@@ -115,7 +115,7 @@ def _resume(run: Run) -> int:
 
 def _loop(run: Run, done: int, stop: Stop, saver: CheckpointWriter) -> None:
     config, skipped = run.config, 0
-    described, replayable = _rollout_files(run)
+    readable, replayable = _rollout_files(run)
     writer = None
     if run.is_main:
         writer = metrics.MetricsWriter(
@@ -133,8 +133,8 @@ def _loop(run: Run, done: int, stop: Stop, saver: CheckpointWriter) -> None:
         if run.lease:
             run.lease.check()
         with run.clock("write_rollouts"):
-            if described:
-                described.write(step, rollout_files.rollout_lines(result, run.tokenizer, step))
+            if readable:
+                readable.write(step, rollout_files.rollout_lines(result, run.tokenizer, step))
             if replayable:
                 replayable.write(step, [replay.to_json(graded.group) for graded in result.groups])
             run.unfinished.remove(step)
@@ -175,7 +175,7 @@ def _evaluation_is_due(config: Config, step: int) -> bool:
 
 
 def _catch_up(run: Run, done: int, writer: metrics.MetricsWriter | None, saver: CheckpointWriter) -> None:
-    """What should follow `done` steps and was not done before the run was stopped: evaluation, export. A collective."""
+    """Evaluates and exports what the run was stopped before, after `done` steps. A collective."""
     config = run.config
 
     def look() -> str:
@@ -246,7 +246,7 @@ def _step_metrics(run: Run, result: StepResult) -> metrics.Metrics:
 
 
 def _rollout_files(run: Run) -> tuple[RolloutFiles | None, RolloutFiles | None]:
-    """(of the run, of debug.save_rollouts)."""
+    """The files for people, in the run's folder, and those of debug.save_rollouts; None where they are not wanted."""
     own, asked = Path(run.config.run.directory) / "rollouts", run.config.debug.save_rollouts
     wanted = run.config.run.save_rollout_files
     return (

@@ -78,7 +78,7 @@ def nearest(word: str) -> str:
 
 
 def render(found: Sequence[SectionHelp]) -> str:
-    """Text for a terminal, at most 110 columns wide where no name is longer."""
+    """Text for a terminal, at most 110 columns wide."""
     return "\n\n".join("\n".join(_section_lines(section)) for section in found)
 
 
@@ -86,7 +86,8 @@ def _section_lines(section: SectionHelp) -> Iterator[str]:
     yield f"{section.name}:"
     yield from _wrapped(section.meaning, 2)
     for option in section.options:
-        yield f"  {option.name}  ({option.type}; {_default_text(option.default)})"
+        facts = f"  {option.name}  ({option.type}; {_default_text(option.default)})"
+        yield from textwrap.wrap(facts, _WIDTH, subsequent_indent=" " * 8)
         yield from _wrapped(option.meaning, 6)
 
 

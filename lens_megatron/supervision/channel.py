@@ -15,10 +15,11 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing, suppress
+from typing import Any
 
-Address = str | Sequence
+Address = str | list[Any] | tuple[Any, ...]
 """Path of a Unix socket, or host and port."""
 
 SECRET_BYTES = 32
@@ -68,9 +69,8 @@ def call(address: Address, secret: bytes, number: int, timeout_s: float) -> sock
     Raises:
         ChannelError: nobody listens there, or somebody who does not have the secret.
     """
-    unix = isinstance(address, str)
     try:
-        if unix:
+        if isinstance(address, str):
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             connection.settimeout(timeout_s)
             connection.connect(address)

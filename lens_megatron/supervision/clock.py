@@ -18,7 +18,7 @@ class RunTime:
     LONGEST_S = 1.0
     """More than a tick on a loaded machine, and little enough for deadlines of seconds."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._seconds, self._seen = 0.0, time.monotonic()
 

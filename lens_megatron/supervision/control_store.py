@@ -63,13 +63,11 @@ class ControlStore:
 
     def add(self, key: str, amount: int) -> int:
         """Returns the new value; what is not there counts as 0."""
-        (value,) = self._ask(b"add", [key.encode(), b"%d" % amount])
-        return int(value)
+        return self._ask_number(b"add", [key.encode(), b"%d" % amount])
 
     def append(self, name: str, value: bytes) -> int:
         """Writes to `name`/N and raises the number under `name`, in one; returns N, from 0."""
-        (value,) = self._ask(b"append", [name.encode(), value])
-        return int(value)
+        return self._ask_number(b"append", [name.encode(), value])
 
     def delete(self, keys: Collection[str]) -> None:
         self._ask(b"delete", [key.encode() for key in keys])
@@ -79,6 +77,12 @@ class ControlStore:
             self._hang_up()
         if self.process is not None:
             self.process.close()
+
+    def _ask_number(self, verb: bytes, fields: Sequence[bytes]) -> int:
+        (value,) = self._ask(verb, fields)
+        if value is None:
+            raise ChannelError(f"the store answered {verb.decode()} with nothing instead of a number")
+        return int(value)
 
     def _ask(self, verb: bytes, fields: Sequence[bytes]) -> list[bytes | None]:
         with self._lock:
@@ -101,7 +105,7 @@ class ControlStore:
 class Storage:
     """What the store holds, and what it answers."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.values: dict[bytes, bytes] = {}
         self._lock = threading.Lock()
 
@@ -111,7 +115,10 @@ class Storage:
         with connection:
             try:
                 while True:
-                    verb, *fields = _receive(connection)
+                    request = _receive(connection)
+                    verb, *fields = [field for field in request if field is not None]
+                    if 1 + len(fields) < len(request):
+                        raise ValueError("a request with a field that is absent")
                     with self._lock:
                         reply = self.answer(verb, fields)
                     _send(connection, reply)
@@ -157,6 +164,7 @@ class ControlProcess:
         self.secret = channel.new_secret()
         words = [sys.executable, "-m", "lens_megatron.supervision.control_store", host]
         self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self.process.stdin is not None and self.process.stdout is not None, "both are pipes"
         try:
             self.process.stdin.write(self.secret)
             self.process.stdin.flush()

@@ -57,7 +57,7 @@ class LateRanks:
 
 def take(rank: int, position: PhasePosition, seconds: float, *, answered: bool) -> Heartbeat:
     """Of this process, from any thread. `seconds`: since `position`."""
-    frame = sys._current_frames().get(threading.main_thread().ident)
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
     return Heartbeat(
         rank=rank,
         step=position.step,
@@ -75,7 +75,8 @@ def collectives_begun() -> dict[str, int]:
     """By name of the group. Gloo and NCCL count them; nothing public tells the count, or names all groups."""
     world = torch.distributed.distributed_c10d._world
     counted = [group for group in list(world.pg_map) if group.group_desc != UNCOUNTED]
-    return {group.group_name: group._get_sequence_number_for_group() for group in counted}
+    # torch's stubs lack the method.
+    return {group.group_name: group._get_sequence_number_for_group() for group in counted}  # type: ignore[attr-defined]
 
 
 def late_ranks(beats: Sequence[Heartbeat | None]) -> LateRanks:
