@@ -20,10 +20,11 @@ OWNERS = {
     "yaml": ("lens_megatron/config/files.py", "lens_megatron/output/run_folder.py"),
     "matplotlib": "lens_megatron/output/report.py",
 }
-ROOMS = ["errors", "seeds", "files", "records", "reward", "types", "config", "supervision", "data", "algorithms",
-         "batch", "rollout", "policy", "output", "run", "phases", "step", "build", "train", "tools"]  # fmt: skip
+ROOMS = ["errors", "seeds", "files", "records", "reward", "types", "config", "command_line", "supervision", "data",
+         "algorithms", "batch", "rollout", "policy", "output", "run", "phases", "step", "build", "train",
+         "tools"]  # fmt: skip
 """Lowest first: a module imports from its own room and from rooms before it."""
-COMMANDS = {"plan", "doctor", "report", "demo"}
+COMMANDS = {"__main__", "plan", "doctor", "report", "demo"}
 """`python -m lens_megatron.NAME`; nothing imports them."""
 
 

@@ -8,46 +8,28 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoint_policy import config, train_step, writer
 from safetensors.torch import load_file
-from test_policy import SIZES
 from toy_runs import ROOT, environment
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from lens_megatron.output import metrics
-from lens_megatron.policy import checkpoint_files, platform, shards
+from lens_megatron.policy import checkpoint_files, shards
 from lens_megatron.policy.last_step import PolicyLastStep, is_exported
 from lens_megatron.policy.model import Policy, build_policy, reference_weights
 from lens_megatron.policy.offload import TrainerMemory
-from lens_megatron.policy.parallel import Mesh, build_mesh, shut_down
+from lens_megatron.policy.parallel import Mesh
 from lens_megatron.supervision import heartbeat
 
 WORKER = Path(__file__).with_name("stop_worker.py")
 
 
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[Mesh]:
-    device = platform.install()
-    platform.init_process_group(device)
-    yield build_mesh(config(Path("x"), {}).megatron, 0, device)
-    shut_down()
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=32)).save_pretrained(folder / "model")
-    return folder
-
-
 def trained(root: Path, mesh: Mesh, layout: dict | None = None, dtype: str = "float32") -> tuple[Policy, object]:
-    """With a reference policy, one step further than it."""
+    """A policy that is one step further than its reference policy, and the options of the algorithm."""
     built = config(root, layout or {}, dtype)
     algorithm = built.algorithm.model_copy(update={"kl_coef": 0.1})
     policy = build_policy(built.model_copy(update={"algorithm": algorithm}), mesh)
