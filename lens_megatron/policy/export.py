@@ -17,9 +17,11 @@ from lens_megatron.policy.export_plan import Cut, ExportBucket, ExportPlan, Tens
 from lens_megatron.policy.model import Policy
 
 BUCKET_BYTES = {"cuda": 256 << 20, "cpu": 16 << 20}
-"""Bytes of a bucket once gathered, by the device's type. So many bytes make the start of a collective negligible and
-are little beside the model. On a CPU the C library gives larger
-blocks back at once, and the kernel then zeroes the next bucket's pages: that took longer than sending it."""
+"""Bytes of a bucket once gathered, by the device's type.
+
+So many bytes make the start of a collective negligible and are little beside the model. On a CPU the C library gives
+larger blocks back at once, and the kernel then zeroes the next bucket's pages, which took longer than sending it.
+"""
 
 
 @dataclass(frozen=True, slots=True)
