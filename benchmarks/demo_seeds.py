@@ -1,8 +1,9 @@
-"""LENS beside GRPO on the demo, several seeds each: accuracy before and after, seconds per phase, peak memory.
+"""Compares LENS with GRPO on the demo over several seeds: accuracy before and after, seconds per phase, peak memory.
 
     python benchmarks/demo_seeds.py --demo ~/.cache/lens_megatron/demo --runs runs/seeds --out results.json
 
-Runs that are finished in --runs are not repeated. One run at a time, two processes each, as `make demo` does.
+Runs in --runs that are finished are not repeated. The others go one after the other, in two processes each, like the
+demo.
 """
 
 import argparse
@@ -34,7 +35,7 @@ def command(demo: Path, folder: Path, seed: int, options: tuple[str, ...]) -> li
 
 
 def measure(folder: Path) -> dict:
-    """What one finished run's metrics say."""
+    """Summarises the metrics of one finished run."""
     rows = read_metrics(folder)
     steps = [row for row in rows if "timing_s/step" in row]
     curve = [row[ACCURACY] for row in rows if ACCURACY in row]

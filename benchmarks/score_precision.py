@@ -3,9 +3,9 @@
     python -m benchmarks.score_precision
 
 Policy and reference differ by a little noise in the LM head. Each of four precisions scores the same tokens and selects
-the highest of every prompt with select_interference_tokens; the truth does so in float64 from the same operands. Two
-are ours to choose: linear_token_logprobs never rounds a logit, token_logprobs takes what the model's head returns.
-Synthetic: what |score| a real policy has after n steps is not measured here.
+the highest of every prompt with select_interference_tokens; the truth does so in float64 from the same operands. We
+can choose between two of them: linear_token_logprobs never rounds a logit, and token_logprobs takes what the model's
+head returns. The data are synthetic: which |score| a real policy has after n steps is not measured here.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def exact(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
 
 
 def rounded_logits(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
-    """What a head that computes in float32 and returns bfloat16 leaves to score with."""
+    """Logits of a head that computes in float32 and returns bfloat16."""
     return token_logprobs((hidden.float() @ weight.float().T).bfloat16(), token_ids)
 
 
@@ -96,7 +96,7 @@ def deleted(score: Tensor) -> Tensor:
 
 @torch.no_grad()
 def compare(models: Models) -> dict:
-    """One row: how each precision's scores and selection differ from the exact ones."""
+    """Returns one row, which says how the scores and the selection of each precision differ from the exact ones."""
     truth = scores(models, exact)
     chosen = deleted(truth)
     row = {"mean_score": truth.mean().item(), "deleted": int(chosen.sum()), "precisions": {}}

@@ -1,10 +1,10 @@
-"""The trainer's speed: tokens/s, model FLOP utilisation, memory, padding, idle stages, beside transformers + PyTorch.
+"""Measures the trainer beside transformers: tokens/s, model FLOP utilisation, memory, padding, idle stages.
 
     python -m benchmarks.trainer cpu                      # tiny model, here; a quarter of an hour
     python -m benchmarks.trainer gpu --shape qwen2.5-3b   # one GPU, beside transformers + Liger-Kernel
     python -m benchmarks.trainer balance                  # 1,000,000 samples for 1024 ranks
 
-Writes one JSON into --out and prints a table. How it is measured: TRAINER_NOTES.md.
+It writes one JSON file into --out and prints a table. TRAINER_NOTES.md says how it is measured.
 """
 
 import argparse
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TRANSFORMERS = ("transformers, in order", "transformers, by length")
 LIGER = ("transformers + Liger, by length",)
 PHASES = {"ref": 1, "update_actor": 3}
-"""Forward passes' worth of FLOPs in each phase."""
+"""The FLOPs of each phase, counted in forward passes."""
 
 Case = dict[str, Any]
 
@@ -52,7 +52,10 @@ GPU_BATCHES = [case("constant 4096", "constant", 32, 4096, 16384), case("long ta
 
 
 def launch(spec: dict, ranks: int) -> list[dict]:
-    """Results of every rank of a worker. Raises CalledProcessError; what the worker said is on stderr."""
+    """Runs a worker and returns the results of each of its ranks.
+
+    Raises CalledProcessError if the worker fails; its messages are on stderr.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "spec.json"
         path.write_text(json.dumps(spec))
@@ -74,7 +77,7 @@ def spread(values: Iterable[float], digits: int = 4) -> dict[str, float]:
 
 
 def summarise(measured: Sequence[dict]) -> dict:
-    """One case, of all ranks: the slowest rank's seconds of each round.
+    """Summarises one case over all ranks: the seconds of each round are those of the slowest rank.
 
     Utilisation is of the best roof of all rounds on the wall clock, of the round's own in CPU seconds: other programs
     take wall time from a roof's milliseconds in one round and not in another.
@@ -122,7 +125,7 @@ def summarise(measured: Sequence[dict]) -> dict:
 
 
 def compare(rounds: dict[str, list[dict]]) -> dict[str, dict]:
-    """Ours beside each peer, round by round: seconds of theirs / of ours, on the wall clock and of CPU."""
+    """Compares ours with each peer round by round: their seconds / our seconds, on the wall clock and of CPU."""
     others = [name for name in rounds if name != "ours" and "ours" in rounds]
     return {
         name: {

@@ -1,9 +1,10 @@
-"""Weights from Megatron shards to every rank's engine: seconds and GB/s, beside mbridge's export and beside the roof.
+"""Measures weights on their way to every rank's engine: seconds and GB/s, beside mbridge's export and beside the roof.
 
     python -m benchmarks.weight_sync --rounds 7      # tiny clusters of processes, here; a few minutes
 
 Every side ends with a copy of each tensor into storage of the receiver, as an engine makes it. The roof is the same
-bytes in one flat tensor: for one rank a copy, for several a gloo broadcast and then that copy. Writes one JSON.
+bytes in one flat tensor: for one rank a copy, for several a gloo broadcast and then that copy. The result is one
+JSON file.
 """
 
 import argparse
@@ -50,7 +51,7 @@ def save_model(folder: Path) -> Path:
 
 
 def worker(model: str, options: dict, rounds: int, out: str) -> None:
-    """One rank: the seconds of each round of each side."""
+    """Runs one rank and returns the seconds of each round of each side."""
     from lens_megatron.config import from_tree
     from lens_megatron.policy import platform
     from lens_megatron.policy.export import bytes_received, export_weights
@@ -110,7 +111,7 @@ def load(stream: Iterator[tuple[str, Tensor]], engine: dict[str, Tensor]) -> Non
 
 
 def measure(model: Path, ranks: int, options: dict, rounds: int) -> dict:
-    """Of the slowest rank of each round."""
+    """Seconds of the slowest rank in each round."""
     with tempfile.TemporaryDirectory() as folder:
         program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])

@@ -15,6 +15,7 @@ from lens_megatron.data.prompts import DataError, PromptStream, load_prompts
 from lens_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from lens_megatron.files import why_no_folder
 from lens_megatron.output import metrics, run_folder
+from lens_megatron.output.progress_bar import ProgressBar
 from lens_megatron.output.run_folder import RunFolderError
 from lens_megatron.output.run_lease import RunLease
 from lens_megatron.policy import platform
@@ -27,6 +28,7 @@ from lens_megatron.rollout import replay
 from lens_megatron.rollout.background import BackgroundSampling
 from lens_megatron.rollout.engine import RolloutEngine
 from lens_megatron.rollout.local import LocalEngine
+from lens_megatron.rollout.progress import NoDisplay
 from lens_megatron.rollout.request_store import RequestStore
 from lens_megatron.rollout.scheduler import RolloutScheduler
 from lens_megatron.rollout.servers.engine import connect
@@ -35,7 +37,7 @@ from lens_megatron.rollout.unfinished import UnfinishedGroups
 from lens_megatron.rollout.vllm import options as vllm_options
 from lens_megatron.rollout.vllm.engine import VllmEngine
 from lens_megatron.rollout.vllm.tensor_parallel import EngineGroup, TensorParallelEngine, build_engine_group
-from lens_megatron.run import LastSync, Run
+from lens_megatron.run import Run
 from lens_megatron.supervision.agreement import raise_together, told_by_main
 from lens_megatron.supervision.clock import Clock
 from lens_megatron.supervision.control_store import ControlStore
@@ -74,13 +76,11 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
         engine = _build_engine(config, hf_config, device, engine_group, servers)
         memory.to_device()
         on_failure.pop_all()
-    share = mesh.dp_rank + mesh.dp_size * mesh.model_rank  # as `sampling.prepare` deals the prompts
-    staleness = config.rollout.off_policy_steps * config.train.updates_per_batch
-    unfinished = UnfinishedGroups(Path(config.run.directory) / "unfinished", share, mesh.world_size, staleness)
+    unfinished = _build_unfinished(config, mesh)
+    display = ProgressBar() if mesh.rank == 0 and os.isatty(2) else NoDisplay()
     request_store = _build_request_store(config, engine_group, control)
-    sampler = RolloutScheduler(
-        engine, graders, tokenizer.decode, config.rollout, config.lens, config.run.seed, unfinished, request_store
-    )
+    options = config.rollout, config.lens, config.run.seed
+    sampler = RolloutScheduler(engine, graders, tokenizer.decode, *options, unfinished, request_store, display)
     run = Run(
         config=config,
         mesh=mesh,
@@ -93,9 +93,9 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
         engine_group=engine_group,
         graders=graders,
         sampler=sampler,
+        unfinished=unfinished,
         background=BackgroundSampling() if config.rollout.off_policy_steps else None,
         trainer_memory=memory,
-        last_sync=LastSync(),
         lease=lease,
         clock=Clock(),
     )
@@ -127,8 +127,8 @@ def _build_engine(
     """A collective where the engine is vLLM's."""
     if config.rollout.engine == "vllm":
         engine = VllmEngine(config, hf_config)
-        if engine.left_by_sleep is not None:
-            logger.info(f"vLLM asleep leaves {engine.left_by_sleep / 2**30:.2f} GiB of the GPU in use")
+        if engine.bytes_while_asleep is not None:
+            logger.info(f"vLLM asleep leaves {engine.bytes_while_asleep / 2**30:.2f} GiB of the GPU in use")
         return engine if engine_group.size == 1 else TensorParallelEngine(engine, engine_group)
     if config.rollout.engine == "vllm_server":
         engine, failure = None, None
@@ -144,6 +144,12 @@ def _build_engine(
         dtype=DTYPES[config.model.dtype],
         device=str(device),
     )
+
+
+def _build_unfinished(config: Config, mesh: Mesh) -> UnfinishedGroups:
+    share = mesh.dp_rank + mesh.dp_size * mesh.model_rank  # as `phases.collect` deals the prompts
+    staleness = config.rollout.off_policy_steps * config.train.updates_per_batch
+    return UnfinishedGroups(Path(config.run.directory) / "unfinished", share, mesh.world_size, staleness)
 
 
 def _build_request_store(config: Config, engine_group: EngineGroup, store: ControlStore) -> RequestStore | None:

@@ -13,40 +13,37 @@ from lens_megatron.reward import GraderPool
 from lens_megatron.rollout.background import BackgroundSampling
 from lens_megatron.rollout.engine import RolloutEngine
 from lens_megatron.rollout.scheduler import RolloutScheduler
+from lens_megatron.rollout.unfinished import UnfinishedGroups
 from lens_megatron.rollout.vllm.tensor_parallel import EngineGroup
 from lens_megatron.supervision.clock import Clock
 from lens_megatron.supervision.control_store import ControlStore
-from lens_megatron.types import Prompt, SyncStats
-
-
-@dataclass(slots=True)
-class LastSync:
-    """The last transfer of a run."""
-
-    stats: SyncStats = SyncStats(0, 0, 0.0)
+from lens_megatron.types import Prompt
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
+    """Everything that one rank of a run holds from its beginning to its end."""
+
     config: Config
     mesh: Mesh
     control: ControlStore
-    """What the ranks tell each other beside collectives."""
+    """The store through which ranks tell each other what no collective tells them."""
     policy: Policy
     tokenizer: Tokenizer
     prompts: PromptStream
     eval_prompts: tuple[Prompt, ...]
     engine: RolloutEngine
     engine_group: EngineGroup
-    """The ranks that hold the engine together."""
+    """The ranks that hold the engine together with this one."""
     graders: GraderPool
     sampler: RolloutScheduler
+    unfinished: UnfinishedGroups
+    """The graded groups of the steps in progress, on disk; `sampler` reads and writes them."""
     background: BackgroundSampling | None
-    """Given: the next step is sampled while this one trains."""
+    """If it is given, the next step is sampled while this one trains."""
     trainer_memory: TrainerMemory
-    last_sync: LastSync
     lease: RunLease | None
-    """The right to write to the run's folder; on the main rank."""
+    """The right to write to the run's folder, which only the main rank has."""
     clock: Clock
 
     @property
@@ -54,8 +51,16 @@ class Run:
         """The rank that writes metrics and talks to the user."""
         return self.mesh.rank == 0
 
+    @property
+    def places(self) -> range:
+        """The places in a step of the prompts of this data-parallel rank; see `types.StepPrompt`."""
+        return range(self.mesh.dp_rank, self.config.rollout.prompts_per_step, self.mesh.dp_size)
+
     def abandon(self) -> None:
-        """Before another thread than the main one ends the process. Servers end by themselves."""
+        """Gives up what would outlive the process, before another thread than the main one ends it.
+
+        Servers end by themselves.
+        """
         try:
             self.graders.close()
         finally:
@@ -63,6 +68,7 @@ class Run:
                 self.lease.release()
 
     def close(self) -> None:
+        """Ends the engine, the graders and the control store, and gives the run's folder free."""
         try:
             self.engine.close()
             self.graders.close()

@@ -4,6 +4,6 @@ import hashlib
 
 
 def derive(*parts: int | str) -> int:
-    """A 63-bit seed from `parts`, e.g. derive(run_seed, "native", step, prompt_index, sample)."""
+    """A 63-bit seed from `parts`, e.g. derive(run_seed, "native", step, place, sample)."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

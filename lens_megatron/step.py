@@ -12,10 +12,19 @@ from lens_megatron.types import StepResult
 
 def run_step(run: Run, step: int) -> StepResult:
     """Gives the engine the policy's weights, samples a batch, trains on it. Steps count from 1. A collective."""
-    version = run.policy.version
-    sampled = collect.take_groups(run, step)
-    seeds = [derive(run.config.run.seed, "merge", step, group.prompt.index) for group in sampled.groups]
-    merged = [rescue.merge(g, run.config.lens, seed=s) for g, s in zip(sampled.groups, seeds, strict=True)]
-    rows = samples.to_samples(merged, run.config.algorithm)
-    updates, packings = update.train_on(run, rows, step)
-    return StepResult(step, tuple(merged), tuple(rows), updates, packings, run.last_sync.stats, sampled.stats, version)
+    config, version = run.config, run.policy.version
+    collected = collect.take_groups(run, step)
+    seeds = [derive(config.run.seed, "merge", step, place) for place in run.places]
+    merged = [rescue.replace_failures(g, config.lens, seed=s) for g, s in zip(collected.groups, seeds, strict=True)]
+    weighted = samples.to_samples(merged, config.algorithm)
+    updates, packings = update.train_on(run, merged, weighted, step)
+    return StepResult(
+        step=step,
+        groups=tuple(merged),
+        samples=tuple(weighted),
+        updates=updates,
+        packings=packings,
+        sync=collected.sync,
+        sampling=collected.stats,
+        weight_version=version,
+    )

@@ -3,15 +3,15 @@
 import json
 import logging
 import os
-from argparse import ArgumentParser
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
+from lens_megatron import command_line
 from lens_megatron import config as configuration
 from lens_megatron.build import build_run, collective_patience
+from lens_megatron.command_line import CommandLine
 from lens_megatron.config import Config
 from lens_megatron.errors import ExitCode, UserError
 from lens_megatron.output import console, metrics, report, rollout_files, run_folder
@@ -19,10 +19,9 @@ from lens_megatron.output.rollout_files import RolloutFiles
 from lens_megatron.phases.evaluate import evaluate
 from lens_megatron.policy import checkpoint, checkpoint_files, platform
 from lens_megatron.policy.checkpoint import CheckpointWriter
-from lens_megatron.policy.last_step import LastStep, is_exported
+from lens_megatron.policy.last_step import PolicyLastStep, is_exported
 from lens_megatron.policy.parallel import shut_down
 from lens_megatron.rollout import replay
-from lens_megatron.rollout.progress import SamplingProgress
 from lens_megatron.run import Run
 from lens_megatron.step import run_step
 from lens_megatron.supervision import non_finite
@@ -36,15 +35,16 @@ logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains as the command line says. Returns an `ExitCode`; any other error than a UserError is raised."""
-    parser = ArgumentParser(prog="pretrain_lens.py", description="Train a reasoning model with LENS or GRPO.")
-    parser.add_argument("--config", required=True, help="YAML file; see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="section.option=value")
-    parsed = parser.parse_args(arguments)
+    """Trains as `arguments` say, by default those of the process; returns the exit status, an `ExitCode`."""
+    return run(command_line.parse(arguments))
+
+
+def run(command: CommandLine) -> int:
+    """Trains, with its messages on the console. Returns an `ExitCode`; any other error than a UserError is raised."""
     logging.getLogger("megatron").setLevel(logging.ERROR)
     with console.messages_on_console():
         try:
-            config = configuration.load(parsed.config, parsed.overrides)
+            config = configuration.load(command.config, command.overrides)
             console.set_level(config.run.log_level)
             train(config)
         except UserError as error:
@@ -121,17 +121,15 @@ def _loop(run: Run, done: int, stop: Stop, saver: CheckpointWriter) -> None:
         writer = metrics.MetricsWriter(
             Path(config.run.directory), first_step=done + 1, tensorboard=config.run.tensorboard
         )
-    last_step = LastStep(run.policy, run.trainer_memory, saver, run.abandon)
+    last_step = PolicyLastStep(run.policy, run.trainer_memory, saver, run.abandon)
     saver.saved_step = done
     last_step.finish(done)
     stop.attach(last_step)
     _catch_up(run, done, writer, saver)
     for step in range(done + 1, config.train.steps + 1):
         run.clock.step = step
-        run.sampler.on_progress = bar = _progress_bar(run, step)
         with run.clock("step"):
             result = run_step(run, step)
-        bar.close()
         if run.lease:
             run.lease.check()
         with run.clock("write_rollouts"):
@@ -139,7 +137,7 @@ def _loop(run: Run, done: int, stop: Stop, saver: CheckpointWriter) -> None:
                 described.write(step, rollout_files.rollout_lines(result, run.tokenizer, step))
             if replayable:
                 replayable.write(step, [replay.to_json(graded.group) for graded in result.groups])
-            run.sampler.store.remove(step)
+            run.unfinished.remove(step)
         logged = _step_metrics(run, result)
         if writer:
             writer.write(step, logged)  # before any save: a checkpoint whose row is missing would leave a gap for good
@@ -220,10 +218,10 @@ def _evaluate(run: Run) -> metrics.Metrics:
         with run.clock("gen"):
             run.background.settle()
     with run.clock("testing"):
-        results = evaluate(run)
+        evaluation = evaluate(run)
     samples = run.config.train.eval_samples
-    found = {}
-    for result in results:
+    found = metrics.sync_metrics(evaluation.sync)
+    for result in evaluation.accuracies:
         found[metrics.accuracy_name(result.source, samples)] = result.mean
         found[f"val-aux/{result.source}/acc/standard_error"] = result.standard_error
         logger.info(
@@ -239,14 +237,11 @@ def _step_metrics(run: Run, result: StepResult) -> metrics.Metrics:
     found |= metrics.mismatch_metrics(result.updates, run.config.algorithm.correction)
     found |= metrics.sampling_metrics(result.sampling, run.mesh.device, run.engine_group.size)
     found |= metrics.time_metrics(run.clock.take(), found, run.mesh.world_size)
+    found |= metrics.sync_metrics(result.sync)
     return found | {
         "training/global_step": result.step,
         "training/epoch": run.prompts.epoch(result.step - 1),
         "training/weight_version": run.policy.version,
-        "perf/weight_sync_bytes": result.sync.bytes,
-        "perf/weight_sync_received_bytes": result.sync.received_bytes,
-        "perf/weight_sync_gb_per_s": result.sync.gb_per_s,
-        "training/sync_log_prob_diff": result.sync.sync_difference,
     }
 
 
@@ -258,30 +253,3 @@ def _rollout_files(run: Run) -> tuple[RolloutFiles | None, RolloutFiles | None]:
         RolloutFiles(own, "rollouts", run.mesh, required=False) if wanted else None,
         RolloutFiles(Path(asked), "debug.save_rollouts", run.mesh, required=True) if asked else None,
     )
-
-
-class _Bar:
-    """A live bar of finished rollouts on the main rank's terminal."""
-
-    def __init__(self, step: int, total: int, shown: bool):
-        self.bar = tqdm(total=total, desc=f"step {step} sampling", unit="rollout", leave=False, disable=not shown)
-
-    def __call__(self, progress: SamplingProgress) -> None:
-        if self.bar.disable:
-            return
-        self.bar.total = max(self.bar.total, progress.total)
-        self.bar.set_postfix_str(
-            f"{progress.running} running, {progress.waiting} waiting, {progress.second_wave} second wave, "
-            f"{progress.tokens_per_second:.0f} tokens/s",
-            refresh=False,
-        )
-        self.bar.update(progress.finished - self.bar.n)
-
-    def close(self) -> None:
-        self.bar.close()
-
-
-def _progress_bar(run: Run, step: int) -> Callable[[SamplingProgress], None]:
-    share = len(range(run.engine_group.number, run.config.rollout.prompts_per_step, run.engine_group.engines))
-    shown = run.is_main and os.isatty(2)
-    return _Bar(step, share * run.config.rollout.rollouts_per_prompt, shown)

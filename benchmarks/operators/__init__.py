@@ -1,1 +1,1 @@
-"""What the operators of lens_kernels cost, beside other libraries doing the same work in the same process."""
+"""Measures the operators of lens_kernels beside other libraries that do the same work in the same process."""

@@ -38,7 +38,10 @@ def blank(peer: Peer, status: str, reason: str) -> dict:
 
 
 def run_case(case: Case, rounds: int | None = None, clock: str = "wall") -> dict:
-    """One entry of the results; AssertionError if ours is wrong. `rounds` None: as many as fit ROUNDS_SECONDS."""
+    """Returns one entry of the results. With `rounds` None it runs as many as fit ROUNDS_SECONDS.
+
+    Raises AssertionError if the answer of ours is wrong.
+    """
     off = check_ours(case.operator, case.dtype, case.device)
     pristine = case.operator.inputs(case.shape, case.dtype, case.device)
     inplace = any(peer.inplace for peer in case.operator.peers)

@@ -37,7 +37,7 @@ class Operator:
         return make_logits(shape, dtype, device, self.backward, self.pair)
 
     def work(self, shape: Shape, dtype: torch.dtype) -> int:
-        """Bytes from and to memory, or floating-point operations of the GEMMs."""
+        """Counts the bytes from and to memory, or the floating-point operations of the GEMMs."""
         elements = shape.rows * shape.vocab
         return self.passes * elements * (2 * shape.hidden if self.linear else dtype.itemsize)
 

@@ -21,7 +21,7 @@ COLOURS = {True: "tab:blue", False: "tab:grey"}  # ours or not
 
 
 def draw(results: Path) -> list[Path]:
-    """One PNG per operator, in the folder figures/ beside the results."""
+    """Draws one PNG per operator into the folder figures/ beside the results."""
     content = json.loads(results.read_text())
     folder = results.parent / "figures"
     folder.mkdir(exist_ok=True)

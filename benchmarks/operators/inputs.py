@@ -19,7 +19,7 @@ UPCAST_ELEMENTS = 1 << 26  # float32 logits held at a time while the inputs are 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogitsInputs:
-    """B sequences of S rows. The last row of each has no next token: every peer leaves it out."""
+    """Inputs of B sequences of S rows. The last row of each has no next token, so every peer leaves it out."""
 
     logits: Tensor
     """[B, S, V] float32 or bfloat16."""

@@ -1,4 +1,4 @@
-"""What a peer is: a library's way of doing an operator's work, and whether it can run here."""
+"""Describes a peer: a library's way of doing an operator's work, and whether it can run here."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ class Peer:
     forward: Callable[[Inputs], Tensor]
     """The operator's result: [..] values per row, or the scalar loss that the harness differentiates."""
     module: str = "torch"
-    """What must be importable."""
+    """The module that must be importable."""
     distribution: str = "torch"
-    """Whose version the results name."""
+    """The distribution whose version the results name."""
     inplace: bool = False
     """Overwrites the logits: it gets fresh ones before every call, outside the timed region."""
     needs_cuda: str = ""
     """Why it does not run on a CPU; empty where it does."""
     note: str = ""
-    """Where its work differs from the others'."""
+    """Says in what its work differs from that of the others."""
     missing: str = ""
     """Why it cannot run at all; empty where it can."""
 
@@ -100,7 +100,7 @@ def ours(function: str, call: Callable[[Callable, Inputs], Tensor], inplace: boo
 
 @functools.cache
 def compiled(function: Callable) -> Callable:
-    """torch.compile with one graph per shape, which is its fastest form."""
+    """Compiles with torch.compile, one graph per shape, which is its fastest form."""
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 

@@ -108,7 +108,7 @@ def _our_cross_entropy(function, x: LinearInputs) -> Tensor:
 
 
 def _on_top(logprobs_of_peer):
-    """The policy loss in plain PyTorch on top of a peer's differentiable log-probabilities."""
+    """Computes the policy loss in plain PyTorch from a peer's differentiable log-probabilities."""
     return lambda x: loss_of_logprobs(logprobs_of_peer(x), x.reference_logprobs, x.advantages)
 
 

@@ -1,4 +1,7 @@
-"""The results file: what ran where, then one entry per case. Rewritten after each, so that a stopped run keeps it."""
+"""Writes the results file: what ran where, then one entry per case.
+
+It is rewritten after each case, so that a run that is stopped keeps what it measured.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ SETTINGS = ("LENS_KERNELS_BACKEND", "OMP_NUM_THREADS", "TRITON_INTERPRET", "CUDA
 
 
 def environment(device: torch.device, module: str = "pytest") -> dict:
-    """What a reader needs to run it again. No path of this machine's in it."""
+    """Describes what a reader needs to run it again. It holds no path of this machine."""
     found = {"python": platform.python_version()}
     for name in DISTRIBUTIONS:
         try:

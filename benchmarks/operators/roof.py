@@ -1,4 +1,4 @@
-"""What the device itself reaches in this very run: the roof that each result is a fraction of."""
+"""Measures what the device itself reaches in this very run: the roof that each result is a fraction of."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def bandwidth(device: torch.device) -> dict[str, Roof]:
 
 
 def gemms(shape: Shape, dtype: torch.dtype, device: torch.device, backward: bool) -> dict[str, Roof]:
-    """torch.mm (cuBLAS) at the operator's own shapes: logits, and for a backward dH and dW.
+    """Times torch.mm (cuBLAS) at the operator's own shapes: logits, and for a backward pass dH and dW.
 
     Rows are capped so that the logits stay under 4 GiB: the rate no longer depends on them there.
     """

@@ -1,4 +1,4 @@
-"""Which shapes are measured, in sets from the shortest to the longest run.
+"""Names the shapes that are measured, in sets from the shortest to the longest run.
 
 V is that of one rank: under tensor parallelism of 8 an eighth, without the collectives.
 """
@@ -19,7 +19,7 @@ class Shape:
     hidden: int = 0
     """H; 0 where the operator starts from logits."""
     tensor_parallel: int = 1
-    """How many ranks the vocabulary is meant to be cut into; only labels the row."""
+    """The number of ranks among which the vocabulary is meant to be divided; it only labels the row."""
 
     def __str__(self) -> str:
         parts = [("T", self.rows), ("V", self.vocab), ("H", self.hidden)]
@@ -69,4 +69,4 @@ CHECKED = {
     "logits": Shape(rows=260, sequence=130, vocab=4104),
     "linear": Shape(rows=260, sequence=130, vocab=4104, hidden=256),
 }
-"""Where ours is compared with float64 before anything is timed: irregular, and small enough for float64."""
+"""Irregular shapes, small enough for float64, at which ours is compared with float64 before anything is timed."""

@@ -24,7 +24,7 @@ CACHE_BYTES = {"cuda": 256 << 20, "cpu": 64 << 20}
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runner:
     run: Callable[[], object]
-    """What is timed. Its result is dropped outside the timed region."""
+    """The call that is timed. Its result is dropped outside the timed region."""
     prepare: Callable[[], None] = lambda: None
     """Runs before every call, untimed: fresh logits for a peer that overwrites them."""
 

@@ -23,12 +23,12 @@ SAMPLED_ROWS = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """From ours (for ours: from float64)."""
+    """How far a peer is from ours, or ours from float64."""
 
     value: float
-    """Largest difference, by the larger of 1 and the largest value."""
+    """The largest difference, divided by the larger of 1 and the largest value."""
     gradient: float
-    """Norm of the difference by the norm, the worst of the gradients; 0 without a backward."""
+    """The norm of the difference divided by the norm, for the worst of the gradients; 0 without a backward pass."""
 
     def exceeds(self, bound: Difference) -> bool:
         # Written so that NaN exceeds.
@@ -45,11 +45,11 @@ BFLOAT16_LINEAR = Difference(value=1e-2, gradient=5e-2)
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What is kept of a peer's result, in float32."""
+    """The part of a peer's result that is kept, in float32."""
 
     value: Tensor
     gradients: tuple[Tensor, ...]
-    """Up to SAMPLED_ROWS rows of each."""
+    """At most SAMPLED_ROWS rows of each gradient."""
 
 
 def bound(operator: Operator, dtype: torch.dtype) -> Difference:
@@ -90,7 +90,7 @@ def check_ours(operator: Operator, dtype: torch.dtype, device: torch.device) -> 
 
 
 def _copy(inputs: Inputs) -> Inputs:
-    """On copies of the leaves, since an in-place backward overwrites them."""
+    """Returns inputs with copies of the leaves, since an in-place backward pass overwrites them."""
     names = ("hidden", "weight") if isinstance(inputs, LinearInputs) else ("logits",)
     leaves = {name: getattr(inputs, name) for name in names}
     return replace(inputs, **{k: x.detach().clone().requires_grad_(x.requires_grad) for k, x in leaves.items()})

@@ -1,1 +1,1 @@
-"""How long the two waves of a step take: measured on the local engine, simulated for the rest."""
+"""Measures on the local engine how long the two waves of a step take, and simulates the rest."""

@@ -16,7 +16,7 @@ from lens_megatron.rollout.local import LocalEngine
 from lens_megatron.rollout.scheduler import GRADING_STEPS, RolloutScheduler
 from lens_megatron.tools.demo.problems import stream
 from lens_megatron.tools.demo.tokenizer import train_tokenizer
-from lens_megatron.types import Group, Prompt, PurifiedPrompt
+from lens_megatron.types import Group, Prompt, PurifiedPrompt, StepPrompt
 
 RUNNING = 256
 ROLLOUTS, LIMIT, ENDS, PROMPT_TOKENS = 8, 160, 10, 24
@@ -69,10 +69,10 @@ class Coins:
 class Nothing:
     """Keeps no groups."""
 
-    def read(self, step: int, prompts: Sequence[Prompt], version: int) -> dict[int, Group]:
+    def read(self, step: int, prompts: Sequence[StepPrompt], version: int) -> dict[int, Group]:
         return {}
 
-    def append(self, step: int, group: Group) -> None:
+    def append(self, step: int, place: int, group: Group) -> None:
         pass
 
 
@@ -95,7 +95,7 @@ def make_engine(size: Size, folder: Path) -> Timed:
 
 
 def run(engine: Timed, size: Size, seed: int, policy: str) -> dict:
-    """One step's sampling: seconds, its groups, its engine's log."""
+    """Samples one step and returns its seconds, its groups and the log of its engine."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(ENDS, 512, (size.prompts, PROMPT_TOKENS), generator=generator).tolist()
     rates = torch.rand(size.prompts, generator=generator).tolist()
@@ -112,13 +112,14 @@ def run(engine: Timed, size: Size, seed: int, policy: str) -> dict:
     engine.log = []
     sampler = RolloutScheduler(engine, Coins(), lambda i: str(list(i)), rollout, lens, seed, Nothing())
     wall, cpu = time.perf_counter(), time.process_time()
-    groups = sampler.sample(prompts, purified, step=1, version=0)
+    asked = [StepPrompt(place, *row) for place, row in enumerate(zip(prompts, purified, strict=True))]
+    collected = sampler.sample(asked, step=1, version=0)
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    return {"wall_s": wall, "cpu_s": cpu, "groups": groups, "log": engine.log, "stats": sampler.stats}
+    return {"wall_s": wall, "cpu_s": cpu, "groups": collected.groups, "log": engine.log, "stats": collected.stats}
 
 
 def fit(log: list[list[float]]) -> Cost:
-    """Least squares on [1, sequences, cells, prompt tokens], none below zero."""
+    """Fits by least squares on [1, sequences, cells, prompt tokens], with no coefficient below zero."""
     table = torch.tensor(log, dtype=torch.float64)
     columns = torch.cat([torch.ones(len(table), 1, dtype=torch.float64), table[:, :3]], 1)
     kept, found = [0, 1, 2, 3], torch.zeros(4, dtype=torch.float64)
@@ -133,7 +134,7 @@ def fit(log: list[list[float]]) -> Cost:
 
 
 def work_seconds(log: list[list[float]], cost: Cost) -> float:
-    """What the engine's steps cost by the fit: their number and contents are exact, whatever else the machine does."""
+    """Seconds that the engine's steps cost by the fit. Their number and contents are exact on a busy machine too."""
     parts = (cost.fixed, cost.per_sequence, cost.per_kv_token, cost.per_prompt_token)
     return sum(parts[0] + parts[1] * n + parts[2] * cells + parts[3] * prompt for n, cells, prompt, _ in log)
 

@@ -1,4 +1,6 @@
-"""Continuous batching as discrete events: engines, a queue, graders, two waves. Pure; no clock, no randomness.
+"""Simulates continuous batching by discrete events: engines, a queue, graders, two waves.
+
+It is pure: it uses neither a clock nor random numbers.
 
 Between two completions the running sequences of an engine stay the same and their KV cache grows by one token each per
 step, so the seconds of k steps are a closed formula and the simulator goes from event to event.
@@ -11,10 +13,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Policy = Literal["grpo", "sequential", "streamed", "early", "speculative", "fill"]
-"""grpo: no second wave. sequential: all second waves after all first waves. streamed: when its first wave is graded.
-early: when the rollouts still missing cannot lift the group to tau. speculative: when `guess` rollouts have failed;
-taken back if the group turns out not to be hard.
-fill: as soon as certain, and before that when an engine runs fewer than `fill` sequences, the likeliest group first."""
+"""When the second wave of a group begins.
+
+grpo: there is none. sequential: after all first waves. streamed: when the group's first wave is graded. early: when the
+rollouts still missing cannot lift the group to tau. speculative: when `guess` rollouts have failed; it is taken back if
+the group turns out not to be hard. fill: as soon as the group is certainly hard, and before that when an engine runs
+fewer than `fill` sequences, the likeliest group first.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +31,12 @@ class Cost:
     per_sequence: float
     per_kv_token: float
     per_prompt_token: float = 0.0
-    """Prefill; once per group and engine, as with prefix caching."""
+    """Seconds of prefill, which each group costs once per engine, as with prefix caching."""
     padded: bool = False
     """The KV cache is a rectangle: n x the longest sequence, as in the local engine."""
 
     def seconds(self, steps: int, sequences: int, kv_tokens: int) -> float:
-        """Of `steps` steps; the first one sees `kv_tokens`, each later one `sequences` more."""
+        """Seconds of `steps` steps, of which the first sees `kv_tokens` and each later one `sequences` more."""
         constant = self.fixed + max(self.weights, self.per_sequence * sequences)
         return steps * constant + self.per_kv_token * (steps * kv_tokens + sequences * steps * (steps - 1) / 2)
 
@@ -48,7 +53,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class SimulatedGroup:
-    """One prompt: (tokens, correct) of every rollout of both waves, drawn before the simulation starts."""
+    """One prompt with (tokens, correct) of every rollout of both waves, all drawn before the simulation starts."""
 
     prompt_tokens: int
     native: tuple[tuple[int, bool], ...]
@@ -60,27 +65,27 @@ class Setting:
     cost: Cost
     engines: int = 1
     capacity: int = 256
-    """Sequences one engine decodes at once."""
+    """The number of sequences that one engine decodes at once."""
     tau: float = 0.5
     grading_s: float = 0.0
-    """From the end of a rollout to its verdict."""
+    """Seconds between the end of a rollout and its verdict."""
     shared_queue: bool = False
-    """One queue for all engines; else group i belongs to engine i modulo `engines`."""
+    """True: all engines have one queue. False: group i belongs to engine i modulo `engines`."""
     guess: int = 1
     """Failures after which policy `speculative` starts a second wave."""
     fill: int = 0
     """Sequences below which policy `fill` starts second waves of undecided groups."""
     longest_first: bool = False
-    """Whether first waves wait in order of their true mean length: the best that knowing prompts could give."""
+    """True: first waves wait in order of their true mean length, the best that knowing the prompts could give."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     seconds: float
     busy: tuple[float, ...]
-    """Seconds of every engine."""
+    """Seconds in which each engine was busy."""
     first_wave_s: float
-    """When the last rollout of a first wave ended."""
+    """The time at which the last rollout of a first wave ended."""
     hard: int
     early: int
     """Second waves queued before their first wave was graded to the end."""
@@ -88,7 +93,7 @@ class Outcome:
     """Generated for second waves that were taken back."""
     generated_tokens: int
     peak_kv_tokens: int
-    """Highest of any engine."""
+    """The highest number that any engine reached."""
 
     @property
     def idle_share(self) -> float:
@@ -144,7 +149,7 @@ class _Engine:
         return ended
 
     def catch_up(self, now: float) -> list[_Sequence]:
-        """To the first boundary not before `now`."""
+        """Moves the clock to the first boundary that is not before `now`."""
         if not self.running:
             self.clock = max(self.clock, now)
             return []
@@ -161,7 +166,7 @@ class _Engine:
 
 
 class Simulation:
-    """One step's sampling."""
+    """Simulates the sampling of one step."""
 
     def __init__(self, groups: Sequence[SimulatedGroup], setting: Setting, policy: Policy):
         self.groups, self.setting, self.policy = groups, setting, policy
@@ -171,7 +176,7 @@ class Simulation:
         """A heap: (time, group, wave, correct)."""
         self.passed, self.failed = [0] * len(groups), [0] * len(groups)
         self.second_tokens = [0] * len(groups)
-        """Of second-wave rollouts that ended."""
+        """Tokens of second-wave rollouts that have ended."""
         self.started: set[int] = set()
         """Groups whose second wave was queued."""
         self.held: list[int] = []
@@ -215,7 +220,7 @@ class Simulation:
             self.count += 1
 
     def _dispatch(self) -> None:
-        """To the engine of the queue, or to the one with most room."""
+        """Gives waiting rollouts to the engine of their queue, or to the one with most room."""
         for place, queue in enumerate(self.queues):
             members = self.engines if self.setting.shared_queue else [self.engines[place]]
             while queue:
@@ -305,5 +310,5 @@ class Simulation:
 
 
 def simulate(groups: Sequence[SimulatedGroup], setting: Setting, policy: Policy) -> Outcome:
-    """What sampling `groups` takes. `seconds` ends with the last verdict."""
+    """Simulates sampling `groups`. `seconds` ends with the last verdict."""
     return Simulation(groups, setting, policy).run()

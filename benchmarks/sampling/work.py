@@ -1,4 +1,4 @@
-"""What is simulated for the paper's setting: groups with long tails, and an A800. All numbers are assumptions."""
+"""Describes the paper's setting for the simulation: groups with long tails, and an A800. All numbers are assumed."""
 
 import math
 import random
@@ -69,12 +69,13 @@ class Model:
 
 MODELS = (Model("Qwen2.5-3B", 3.09e9, 2 * 36 * 2 * 128 * 2), Model("Qwen2.5-7B", 7.62e9, 2 * 28 * 4 * 128 * 2))
 BANDWIDTH_SHARE, ARITHMETIC_SHARE, FIXED_S, TRAINING_SHARE = 0.7, 0.5, 0.003, 0.4
-"""Of the data sheet's memory bandwidth and arithmetic in decoding; host time per step; of arithmetic in training."""
+"""The shares of the data sheet's memory bandwidth and arithmetic that decoding reaches, the host's seconds per step,
+and the share of arithmetic that training reaches."""
 GRADING_S = 0.05
 
 
 def a800(model: Model) -> Cost:
-    """Seconds on one GPU. Weights are read once per step; arithmetic is 2 operations per parameter and token."""
+    """The cost on one GPU. Weights are read once per step; arithmetic is 2 operations per parameter and token."""
     gpu = GPUS["A800-80GB"]
     bytes_per_s, flops = gpu.memory_gb_s * 1e9 * BANDWIDTH_SHARE, gpu.bfloat16_tflops * 1e12 * ARITHMETIC_SHARE
     per_token = 2 * model.parameters / flops
@@ -84,7 +85,7 @@ def a800(model: Model) -> Cost:
 
 
 def training_seconds(model: Model, groups: list[SimulatedGroup], gpus: int) -> float:
-    """Forward, backward and reference pass (8 operations per parameter and token) over the first waves.
+    """Seconds of forward, backward and reference passes (8 operations per parameter and token) over the first waves.
 
     The same for LENS: its merged groups have about as many tokens; scoring prompts costs under 1 % of it.
     """

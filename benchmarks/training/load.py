@@ -1,4 +1,4 @@
-"""Synthetic rollouts of a given length distribution, and models of a given shape with random weights."""
+"""Makes synthetic rollouts of a given length distribution, and models of a given shape with random weights."""
 
 import math
 import random
@@ -98,5 +98,5 @@ def samples(sizes: Lengths, vocab_size: int, seed: int = 0) -> list[Sample]:
 
 
 def split(made: Sequence[Sample], rank: int, ranks: int) -> list[Sample]:
-    """What `rank` sampled: a run of neighbours, as prompts of one rank are."""
+    """Returns the samples of `rank`: consecutive ones, as the rollouts of one rank are."""
     return list(made[len(made) * rank // ranks : len(made) * (rank + 1) // ranks])

@@ -60,7 +60,7 @@ class Peer:
         self.padding_waste = 0.0
 
     def step(self, samples: Sequence[Sample]) -> tuple[float, float]:
-        """Reference log-probabilities and one update. Returns the loss and the norm of its gradient."""
+        """Computes reference log-probabilities and does one update. Returns the loss and the norm of its gradient."""
         batches = self.cut(samples, self.config.train.max_tokens_per_micro_batch)
         rows = sum(len(batch) * max(map(_length, batch)) for batch in batches)
         self.padding_waste = 1 - sum(map(_length, samples)) / rows

@@ -1,4 +1,4 @@
-"""What is measured of a round: seconds of phases, busy time of a pipeline stage, peak of memory."""
+"""Measures a round: seconds of its phases, the busy time of a pipeline stage, the peak of memory."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -59,7 +59,7 @@ class StageProbe:
             forward.get_forward_backward_func = optimizer_step.get_forward_backward_func = kept[2]
 
     def idle_share(self) -> dict[str, float]:
-        """Per phase: share of the pipelined run in which this stage computed nothing."""
+        """For each phase, the share of the pipelined run in which this stage computed nothing."""
         return {phase: 1 - self.busy.get(phase, 0.0) / whole for phase, whole in self.whole.items()}
 
     def _counted(self, function: Callable) -> Callable:

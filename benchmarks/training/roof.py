@@ -12,7 +12,7 @@ NOMINAL_BF16 = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, 
 
 
 def forward_flops(shape: str, sizes: Lengths) -> float:
-    """One forward pass over real tokens: matrices, causal attention (half the square), head on response tokens alone.
+    """FLOPs of a forward pass over real tokens: matrices, causal attention (half the square), head on response tokens.
 
     A multiply-add counts 2. Norms, rotary embedding and softmax are not counted, nor is anything recomputed.
     """

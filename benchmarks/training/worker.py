@@ -1,4 +1,6 @@
-"""One rank of a measurement: `torchrun -m benchmarks.training.worker SPEC.json OUT_PREFIX` writes OUT_PREFIX.RANK.json.
+"""Runs one rank of a measurement.
+
+`torchrun -m benchmarks.training.worker SPEC.json OUT_PREFIX` writes OUT_PREFIX.RANK.json.
 
 A spec: {"model", "shape", "dtype", "megatron", "sides", "rounds", "cases": [{"name", "kind", "samples", "limit",
 "budget"}]}. Sides are "ours" and the peers; all of them take turns on the same samples, round by round, in one process.
@@ -22,7 +24,7 @@ from lens_megatron.types import Sample
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
-"""Of loss and gradient norm, relative to ours: beyond it a peer's seconds are not reported."""
+"""The largest relative difference of loss and gradient norm from ours with which a peer's seconds are reported."""
 
 
 def configuration(spec: dict, budget: int) -> Config:
@@ -41,7 +43,7 @@ def configuration(spec: dict, budget: int) -> Config:
 
 
 class Ours:
-    """The real trainer's `update.train_on`: no engine, no data, no graders."""
+    """Runs `train_on` of the real trainer, without engine, data or graders."""
 
     def __init__(self, spec: dict, device: torch.device):
         from benchmarks.training.probe import PhaseClock
@@ -70,7 +72,7 @@ class Ours:
 
     @property
     def padding_waste(self) -> float:
-        """Of this data-parallel rank."""
+        """The share of padding in the rows of this data-parallel rank."""
         return self.packing.padding / self.packing.rows
 
     @property
@@ -147,7 +149,7 @@ def measure(spec: dict, sides: dict[str, Any], case: dict, device: torch.device)
 def measure_apart(
     spec: dict, sides: dict[str, Any], made: list[Sample], names: list[str], device: torch.device
 ) -> dict:
-    """What needs probes that would slow the timed rounds: memory, and idle time of stages."""
+    """Measures what needs probes that would slow the timed rounds: memory, and idle time of stages."""
     from benchmarks.operators.timing import Runner, peak_extra_bytes
     from benchmarks.training.probe import StageProbe
 

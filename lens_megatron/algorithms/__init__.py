@@ -1,1 +1,5 @@
-"""What a method is: pure functions on records, one registry a file. Nothing here knows ranks, devices or engines."""
+"""What a method is: pure functions on records. Nothing here knows ranks, devices or engines.
+
+Where the configuration chooses between methods, a registry names them: `advantages`, `objectives`, `aggregation` and
+`corrections`.
+"""

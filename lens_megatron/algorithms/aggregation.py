@@ -5,7 +5,7 @@ from collections.abc import Callable
 from lens_megatron.types import LossScale
 
 Aggregation = Callable[[int, LossScale, int], float]
-"""(tokens of this response, global counts, max_response_length) -> weight of each of its tokens."""
+"""It takes (tokens of this response, global counts, max_response_length) and returns the weight of each token."""
 
 AGGREGATIONS: dict[str, Aggregation] = {
     "token-mean": lambda tokens, scale, limit: 1 / scale.response_tokens,

@@ -1,10 +1,10 @@
-"""Engine and trainer disagree on log pi: weights that make up for it. Registry `CORRECTIONS`, `algorithm.correction`.
+"""Weights that make up for the engine's and the trainer's disagreement on log pi; `algorithm.correction` chooses one.
 
-Rollouts come from pi_engine, the trainer's pi_old is another distribution with the same weights. Each function takes
-w_t = pi_old(y_t) / pi_engine(y_t), both under the prompt that generated the response, and gives what multiplies the
-policy loss of its tokens, without a gradient. The clip is that of pi_theta / pi_old, as without a correction (the
-decoupled form): pi_theta/pi_old * min(pi_old/pi_engine, C). KL, entropy and imitation terms keep their weights, and
-the denominators of the loss count dropped tokens too.
+Rollouts come from pi_engine; the trainer's pi_old is another distribution, although the parameters are the same. Each
+function takes w_t = pi_old(y_t) / pi_engine(y_t), both under the prompt that generated the response, and returns what
+multiplies the policy loss of its tokens, without a gradient. The clip is that of pi_theta / pi_old, as without a
+correction (the decoupled form): pi_theta/pi_old * min(pi_old/pi_engine, C). KL, entropy and imitation terms keep their
+weights, and the denominators of the loss count dropped tokens too.
 """
 
 from collections.abc import Callable
@@ -15,43 +15,46 @@ from torch import Tensor
 
 
 class Correction(NamedTuple):
-    """Of the L tokens of one response."""
+    """What a correction does to the L tokens of one response."""
 
     weights: Tensor
-    """[L], a number that is not finite stays one, so that its update is skipped and not quietly bent."""
+    """[L] floating point. A number that is not finite stays one, so that its update is skipped and not quietly bent."""
     limited: Tensor
-    """[L] bool: truncated or dropped."""
+    """[L] bool, True where the weight was truncated or the token dropped."""
 
 
 CorrectionFunction = Callable[[Tensor, float, float], Correction]
-"""(log pi_old - log pi_engine [L] in nats, lower bound, upper bound) -> weights."""
+"""It takes (log pi_old - log pi_engine [L] in nats, lower bound of w, upper bound of w)."""
 
 
 def uncorrected(log_ratio: Tensor, low: float, high: float) -> Correction:
+    """Gives every token the weight 1."""
     return Correction(torch.ones_like(log_ratio), torch.zeros_like(log_ratio, dtype=torch.bool))
 
 
 def token_truncate(log_ratio: Tensor, low: float, high: float) -> Correction:
-    """Truncated importance sampling: min(w_t, C), C = high (Yao et al. 2025, "Your efficient RL framework secretly
-    brings you off-policy RL training"). There is no lower bound."""
+    """Truncated importance sampling: the weight is min(w_t, C) with C = high, without a lower bound.
+
+    Source: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training".
+    """
     ratio = log_ratio.exp()
     return Correction(ratio.clamp(max=high), ratio > high)
 
 
 def token_mask(log_ratio: Tensor, low: float, high: float) -> Correction:
-    """IcePop: w_t where low <= w_t <= high, else 0 (Ring-1T, arXiv 2510.18855)."""
+    """IcePop: the weight is w_t where low <= w_t <= high, else 0 (Ring-1T, arXiv 2510.18855)."""
     ratio = log_ratio.exp()
     outside = (ratio < low) | (ratio > high)
     return Correction(ratio.masked_fill(outside, 0.0), outside)
 
 
 def sequence_truncate(log_ratio: Tensor, low: float, high: float) -> Correction:
-    """min(prod_t w_t, C) at every token of the response."""
+    """Gives every token of the response the weight min(prod_t w_t, C) with C = high."""
     return token_truncate(log_ratio.sum().expand_as(log_ratio), low, high)
 
 
 def sequence_mask(log_ratio: Tensor, low: float, high: float) -> Correction:
-    """Masked importance sampling: prod_t w_t within the bounds, else the whole response is dropped (as in verl)."""
+    """Masked importance sampling: every token gets prod_t w_t, and the response is dropped if that is out of bounds."""
     return token_mask(log_ratio.sum().expand_as(log_ratio), low, high)
 
 

@@ -1,4 +1,7 @@
-"""Hard groups -> gate -> rescued successes in the place of failures (LENS, Algorithm 1, lines 13-18). Pure."""
+"""Decides which prompts need a second wave, and puts its successes in the place of first-wave failures.
+
+This is LENS, Algorithm 1, lines 9 and 13-18, as pure functions.
+"""
 
 import random
 
@@ -7,16 +10,17 @@ from lens_megatron.types import Group, TrainingGroup
 
 
 def is_hard(success_rate: float, lens: LensConfig) -> bool:
-    """Strictly below tau (LENS, Algorithm 1, line 9)."""
+    """Returns whether the first wave's success rate is strictly below tau (LENS, Algorithm 1, line 9)."""
     return lens.enabled and success_rate < lens.tau
 
 
-def merge(group: Group, lens: LensConfig, *, seed: int) -> TrainingGroup:
+def replace_failures(group: Group, lens: LensConfig, *, seed: int) -> TrainingGroup:
     """Replaces random failures of the first wave by the successes of the second, if the gate opens (eq. 2, 3).
 
-    With P the second wave's successes and F the first wave's failures, min(|F|, |P|) failures leave, all of P comes
-    in (or as many as left, with `cap_rescued`); the rest of the second wave is discarded. Native rollouts come first,
-    in order. `seed` decides which failures leave.
+    The gate opens when the second wave has a higher success rate than the first, or with `lens.gate=always` when it has
+    a success. With P the second wave's successes and F the first wave's failures, min(|F|, |P|) failures leave, and all
+    of P comes in (with `lens.cap_rescued` only as many as failures leave). Failures of the second wave are never used.
+    First-wave rollouts come first, in order. `seed` decides which failures leave.
     """
     native = group.native
     successes = tuple(r for r in group.rescue if r.correct)

@@ -1,4 +1,4 @@
-"""Training groups -> samples, with advantage and weight of each. Pure."""
+"""Turns training groups into samples, each with its advantage and weight, by pure functions."""
 
 from collections.abc import Sequence
 
@@ -8,13 +8,14 @@ from lens_megatron.types import Origin, Sample, TrainingGroup
 
 
 def to_samples(groups: Sequence[TrainingGroup], algorithm: AlgorithmConfig) -> list[Sample]:
-    """Every rollout of every group once, group by group; rescued ones remember the purified prompt."""
+    """Returns one sample per rollout, group by group; those of the second wave remember their purified prompt."""
     estimate = ADVANTAGES[algorithm.advantage]
     samples = []
     for group in groups:
         weighted = estimate(group, algorithm)
-        original, purified = group.group.prompt.token_ids, group.group.purified
+        original = group.group.prompt.token_ids
+        purified = original if group.group.purified is None else group.group.purified.token_ids
         for rollout, advantage, weight in zip(group.rollouts, weighted.advantages, weighted.weights, strict=True):
-            rescued = rollout.origin is Origin.PURIFIED
-            samples.append(Sample(original, purified.token_ids if rescued else original, rollout, advantage, weight))
+            generated_from = purified if rollout.origin is Origin.PURIFIED else original
+            samples.append(Sample(original, generated_from, rollout, advantage, weight))
     return samples

@@ -1,9 +1,8 @@
-"""Samples with their log-probabilities -> packed micro-batches with every weight and denominator filled in. Pure."""
+"""Packs samples with their log-probabilities into micro-batches, with every weight and denominator filled in. Pure."""
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +11,16 @@ from torch.nn.functional import pad
 from lens_megatron.algorithms.aggregation import AGGREGATIONS
 from lens_megatron.algorithms.corrections import CORRECTIONS, Correction, uncorrected
 from lens_megatron.config import AlgorithmConfig
-from lens_megatron.types import LossScale, MicroBatch, Origin, Sample, SequenceBatch, SequenceLayout, TokenTerms
+from lens_megatron.types import (
+    LossScale,
+    MicroBatch,
+    Origin,
+    Sample,
+    SequenceBatch,
+    SequenceLayout,
+    TokenTerms,
+    TrainingRow,
+)
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids of a prompt and of its response."""
@@ -22,7 +30,7 @@ ONE_RANK = SequenceLayout()
 
 
 def count(samples: Sequence[Sample]) -> LossScale:
-    """This rank's share of the denominators; add the ranks' shares up before `pack`."""
+    """Returns this rank's share of the denominators; add the ranks' shares up before `pack`."""
     return LossScale(
         response_tokens=sum(len(s.rollout.token_ids) for s in samples),
         sequences=len(samples),
@@ -31,11 +39,8 @@ def count(samples: Sequence[Sample]) -> LossScale:
 
 
 def pack(
-    samples: Sequence[Sample],
+    rows: Sequence[TrainingRow],
     *,
-    old_log_probs: Sequence[Tensor | None],
-    reference_log_probs: Sequence[Tensor | None],
-    trainer_log_probs: Sequence[Tensor | None] | None = None,
     scale: LossScale,
     algorithm: AlgorithmConfig,
     max_response_length: int,
@@ -43,30 +48,18 @@ def pack(
     device: torch.device,
     layout: SequenceLayout = ONE_RANK,
 ) -> list[MicroBatch]:
-    """Makes a micro-batch of the samples of each of `parts`, which may be empty: a rank must take part in every one.
+    """Makes a micro-batch of the rows of each of `parts`, which may be empty: a rank must take part in every one.
 
     Args:
-        parts: indices into `samples`, from lens_megatron.batch.balance.
-        old_log_probs: per sample [response tokens] under the prompt that generated it; None marks it on-policy.
-        reference_log_probs: per sample [response tokens] under the original prompt; None where no KL is asked for.
-        trainer_log_probs: what the engine's are compared with and corrected to; `old_log_probs` when left out. A sample
-            may have them and be on-policy: its ratio is 1 exactly, where the difference of two passes is only nearly 0.
+        parts: indices into `rows`, from lens_megatron.batch.balance.
         scale: global counts, which make the sum of all micro-batches' losses the loss.
+
+    Raises:
+        ValueError: a correction is asked for, and a row lacks the trainer's log-probabilities.
     """
-    trainer = old_log_probs if trainer_log_probs is None else trainer_log_probs
-    rows = [_Row(*row) for row in zip(samples, old_log_probs, trainer, reference_log_probs, strict=True)]
     return [
         _micro_batch([rows[i] for i in part], scale, algorithm, max_response_length, device, layout) for part in parts
     ]
-
-
-class _Row(NamedTuple):
-    """A sample with log-probabilities of its response's tokens."""
-
-    sample: Sample
-    old: Tensor | None
-    trainer: Tensor | None
-    reference: Tensor | None
 
 
 def make_sequences(pairs: Sequence[Pair], device: torch.device, layout: SequenceLayout = ONE_RANK) -> SequenceBatch:
@@ -101,13 +94,15 @@ def make_sequences(pairs: Sequence[Pair], device: torch.device, layout: Sequence
 
 
 def chunks_held(rank: int, size: int) -> tuple[int, int]:
-    """Which of a sequence's 2 * size chunks a context-parallel rank holds, as Megatron deals them out: one, and its
-    mirror image, so that all ranks attend to equally many keys."""
+    """Returns which two of a sequence's 2 * size chunks a context-parallel rank holds, as Megatron deals them out.
+
+    They are mirror images of each other, so that all ranks attend to equally many keys.
+    """
     return rank, 2 * size - 1 - rank
 
 
 def _rows_held(length: int, layout: SequenceLayout) -> Tensor:
-    """Positions of a padded sequence that this context-parallel rank holds."""
+    """Returns the positions of a padded sequence that this context-parallel rank holds."""
     size = layout.context_parallel_size
     if size == 1:
         return torch.arange(length)
@@ -132,24 +127,24 @@ def _extend(batch: SequenceBatch, layout: SequenceLayout) -> SequenceBatch:
 
 
 def _micro_batch(
-    rows: Sequence[_Row],
+    rows: Sequence[TrainingRow],
     scale: LossScale,
     algorithm: AlgorithmConfig,
     limit: int,
     device: torch.device,
     layout: SequenceLayout,
 ) -> MicroBatch:
-    """No rows at all: a rank without samples still takes part in the collectives."""
+    """Makes one micro-batch. Without any rows it is padding: the rank still takes part in the collectives."""
     samples = [row.sample for row in rows]
     lengths = [len(sample.rollout.token_ids) for sample in samples]
 
     def spread(numbers: Iterable[Tensor | float], dtype: torch.dtype = torch.float32) -> Tensor:
-        """One number, or one tensor of its tokens, per sample -> [T]."""
+        """Lays one number, or one tensor of its tokens, per sample end to end: [T]."""
         parts = [torch.as_tensor(x, dtype=dtype).expand(n) for x, n in zip(numbers, lengths, strict=True)]
         return torch.cat([torch.empty(0, dtype=dtype), *parts]).to(device)
 
     shares = [AGGREGATIONS[algorithm.aggregation](length, scale, limit) for length in lengths]
-    weighted = [_weight_and_old(row.sample, row.old, algorithm) for row in rows]
+    weighted = [_weight_and_old(row.sample, row.old_log_probs, algorithm) for row in rows]
     corrections = [_correction(row, algorithm) for row in rows]
     terms = TokenTerms(
         advantages=spread(sample.advantage for sample in samples),
@@ -161,10 +156,10 @@ def _micro_batch(
         entropy_weights=spread(algorithm.entropy_coef * share for share in shares),
         imitation_weights=spread(_imitation_weight(sample, scale, algorithm) for sample in samples),
         old_log_probs=spread(old for _, old in weighted),
-        reference_log_probs=spread(0.0 if row.reference is None else row.reference for row in rows),
+        reference_log_probs=spread(_or_default(row.reference_log_probs, 0.0) for row in rows),
         rescued=spread((_is_rescued(sample) for sample in samples), torch.bool),
         engine_log_probs=spread(torch.tensor(sample.rollout.log_probs) for sample in samples),
-        trainer_log_probs=spread(math.nan if row.trainer is None else row.trainer for row in rows),
+        trainer_log_probs=spread(_or_default(row.trainer_log_probs, math.nan) for row in rows),
         corrections=spread(correction.weights for correction in corrections),
         limited=spread((correction.limited for correction in corrections), torch.bool),
         first=spread((sum(lengths[:i]) for i in range(len(lengths))), torch.int64),
@@ -174,7 +169,7 @@ def _micro_batch(
 
 
 def _weight_and_old(sample: Sample, old: Tensor | None, algorithm: AlgorithmConfig) -> tuple[float, Tensor | float]:
-    """w~ and log pi_old; in the acl form, w~ divides pi_old instead of multiplying the loss."""
+    """Returns w~ and log pi_old; in the acl form, w~ divides pi_old instead of multiplying the loss."""
     if old is None:
         return sample.weight, math.nan
     if algorithm.ratio_form == "acl":
@@ -182,14 +177,18 @@ def _weight_and_old(sample: Sample, old: Tensor | None, algorithm: AlgorithmConf
     return sample.weight, old
 
 
-def _correction(row: _Row, algorithm: AlgorithmConfig) -> Correction:
+def _or_default(log_probs: Tensor | None, default: float) -> Tensor | float:
+    return default if log_probs is None else log_probs
+
+
+def _correction(row: TrainingRow, algorithm: AlgorithmConfig) -> Correction:
     engine = torch.tensor(row.sample.rollout.log_probs, dtype=torch.float64)
     if algorithm.correction == "none":
         return uncorrected(engine, 0.0, 0.0)
-    if row.trainer is None:
+    if row.trainer_log_probs is None:
         raise ValueError(f"algorithm.correction={algorithm.correction} needs the trainer's log-probabilities, got None")
     bounds = algorithm.correction_low, algorithm.correction_high
-    return CORRECTIONS[algorithm.correction](row.trainer.double() - engine, *bounds)
+    return CORRECTIONS[algorithm.correction](row.trainer_log_probs.double() - engine, *bounds)
 
 
 def _imitation_weight(sample: Sample, scale: LossScale, algorithm: AlgorithmConfig) -> float:

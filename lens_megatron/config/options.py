@@ -200,6 +200,8 @@ class AlgorithmConfig(Section):
     mean, of its sum, or of its sum divided by rollout.max_response_length."""
     kl_coef: float = Field(0.001, ge=0)
     """Weight of the k3 estimate against the reference, on the original prompt. 0: no reference pass for it."""
+    kl_limit: float | None = Field(None, gt=0)
+    """Largest k3 estimate of a token, in nats; a token beyond it has no KL gradient. verl's is 10. None: no limit."""
     entropy_coef: float = Field(0.0, ge=0)
     """The weight of the policy's entropy, which is subtracted from the loss."""
     imitation_coef: float = Field(0.0, ge=0)

@@ -24,6 +24,7 @@ from lens_megatron.types import (
     Rollout,
     SamplingStats,
     StepResult,
+    SyncStats,
     TrainingGroup,
     UpdateStats,
 )
@@ -237,6 +238,21 @@ def sampling_metrics(stats: SamplingStats, device: torch.device, ranks_per_engin
         "lens/early_decisions": sum(early),
         "lens/discarded_tokens": sum(discarded),
         "reward/regraded": sum(regraded),
+    }
+
+
+def sync_metrics(sync: SyncStats | None) -> Metrics:
+    """What a transfer of weights to the engine took; no metrics where there was none. Of this rank, but for the last.
+
+    A step or an evaluation without a transfer used weights that the engine had already.
+    """
+    if sync is None:
+        return {}
+    return {
+        "perf/weight_sync_bytes": sync.bytes,
+        "perf/weight_sync_received_bytes": sync.received_bytes,
+        "perf/weight_sync_gb_per_s": sync.gb_per_s,
+        "training/sync_log_prob_diff": sync.sync_difference,
     }
 
 

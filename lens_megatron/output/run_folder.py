@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from lens_megatron.config import Config, ConfigError
-from lens_megatron.config.files import differing_keys, parse_yaml
+from lens_megatron.config.files import differing_keys, merge, parse_yaml
 from lens_megatron.errors import UserError
 from lens_megatron.files import write_atomically
 from lens_megatron.output.run_lease import LEASE, LOCK, RunLease, refuse_if_in_use
@@ -31,6 +31,8 @@ MAY_CHANGE = ("run.", "debug.", "cluster", "reward.workers_per_rank", "train.ste
               "megatron.pipeline_model_parallel_size", "megatron.virtual_pipeline_model_parallel_size",
               "megatron.context_parallel_size", "megatron.use_distributed_optimizer", "rollout.servers")  # fmt: skip
 """Options that a resumed run may set differently: none of them changes what a step computes, but for rounding."""
+BEFORE_THE_OPTION = {"algorithm": {"kl_limit": 10.0}}
+"""Values by which versions without these options computed. A record that lacks one of them is read as if it held it."""
 PACKAGES = (
     "torch",
     "megatron-core",
@@ -202,6 +204,7 @@ def _check_run(folder: Path, config: Config) -> bool:
 
 def _differing(old: dict, config: Config) -> list[str]:
     """Names of options that a run may not change when it goes on."""
+    old = merge(BEFORE_THE_OPTION, old)
     differing = [k for k in differing_keys(old, config.model_dump(mode="json")) if not k.startswith(MAY_CHANGE)]
     sections = {name: section if isinstance(section := old.get(name), dict) else {} for name in ("run", "train")}
     if sections["run"].get("seed") != config.run.seed:

@@ -1,87 +1,77 @@
-"""Whose the device is: the trainer's, but for the phases in which the engine samples.
+"""The engine's turn on the device, which is the trainer's otherwise.
 
     weights to the engine -> trainer's state to the host -> engine awake -> sampling -> engine asleep -> trainer back
-                                                                         (or following)
 
 Weights come first because they are read from the trainer. Whatever need not move (embedded engine, CPU, servers, or as
 configured) stays, and costs nothing. After new weights, sync_check.py compares engine and trainer on a few tokens.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 from lens_megatron.phases import sync_check, weight_sync
 from lens_megatron.policy.export import bytes_received, export_weights
 from lens_megatron.rollout.engine import Completion
-from lens_megatron.rollout.vllm.tensor_parallel import TensorParallelEngine
 from lens_megatron.run import Run
+from lens_megatron.types import SyncStats
+
+Sampled = TypeVar("Sampled")
 
 
-def renew_engine(run: Run) -> None:
-    """The policy's weights to an engine with memory of its own, unless it has them. A collective.
+def renew_engine(run: Run) -> SyncStats | None:
+    """Gives the policy's weights to an engine with memory of its own, unless it has them: None then. A collective.
 
     Raises WeightSyncError where engine and trainer then disagree.
     """
-    if _give_weights(run):
-        run.engine.wake()
-        _compare(run, _ask_engine(run))
+    sync = _give_weights(run)
+    if sync is None:
+        return None
+    run.engine.wake()
+    return _checked(run, sync, _ask_engine(run))
 
 
-@contextmanager
-def engine_awake(run: Run) -> Iterator[None]:
-    """Within the block the engine can sample from the policy, and the policy cannot be used. A collective.
+def let_engine_sample(run: Run, sampling: Callable[[], Sampled]) -> tuple[Sampled, SyncStats | None]:
+    """What `sampling` returns, and what the transfer of weights before it took: None if the engine had them already.
 
-    Of an engine over several ranks the first samples within the block; the others enter it when that is done, and must
-    find nothing to do there: a collective of both would hang. An error within the block leaves the device as it is.
+    While `sampling` runs the engine samples from the policy, and the policy cannot be used. A collective. An error of
+    `sampling` leaves the device as it is.
 
     Raises WeightSyncError where engine and trainer disagree: at once, or, if the trainer had to make room, afterwards.
     """
-    renewed = _give_weights(run)
+    sync = _give_weights(run)
     with run.clock("wake"):
         run.trainer_memory.to_host()
         run.engine.wake()
-    answer = _ask_engine(run) if renewed else None
-    if renewed and not run.trainer_memory.is_away:
-        _compare(run, answer)
-        renewed = False
-    # As many phases on the rank that leads as on those that follow, or the watchdog would take some to be late.
-    if isinstance(run.engine, TensorParallelEngine) and not run.engine_group.leads:
-        with run.clock("gen"):
-            run.engine.follow()
-    yield
-    if isinstance(run.engine, TensorParallelEngine) and run.engine_group.leads:
-        with run.clock("gen"):
-            run.engine.dismiss()
+    answer = None if sync is None else _ask_engine(run)
+    check_later = run.trainer_memory.is_away
+    if sync is not None and not check_later:
+        sync = _checked(run, sync, answer)
+    sampled = sampling()
     with run.clock("sleep"):
         run.engine.sleep()
         run.trainer_memory.to_device()
-    if renewed:
-        _compare(run, answer)
+    if sync is not None and check_later:
+        sync = _checked(run, sync, answer)
+    return sampled, sync
 
 
-def _give_weights(run: Run) -> bool:
-    """False where the engine has them already, on every rank then."""
+def _give_weights(run: Run) -> SyncStats | None:
+    """None, on every rank, where the engine has the policy's weights already."""
     if run.engine.version == run.policy.version:
-        return False
+        return None
     with run.clock("update_weights"):
         weights, received = export_weights(run.policy), bytes_received(run.policy)
-        run.last_sync.stats = weight_sync.push(weights, run.engine, run.policy.version, received)
-    return True
+        return weight_sync.push(weights, run.engine, run.policy.version, received)
 
 
 def _ask_engine(run: Run) -> Completion | None:
-    """The engine's answer, on the rank that leads it."""
-    with run.clock("sync_check"):
-        if isinstance(run.engine, TensorParallelEngine):
-            run.engine.follow()
-        answer = sync_check.ask(run) if run.engine_group.leads else None
-        if isinstance(run.engine, TensorParallelEngine):
-            run.engine.dismiss()
-    return answer
+    """The engine's answer to a prompt of the data, on the first of its ranks; None on the others."""
+    with run.clock("sync_check"), run.engine.phase():
+        return sync_check.ask(run) if run.engine_group.leads else None
 
 
-def _compare(run: Run, answer: Completion | None) -> None:
+def _checked(run: Run, sync: SyncStats, answer: Completion | None) -> SyncStats:
+    """`sync` with the difference between engines and trainer. Raises WeightSyncError where that is too large."""
     with run.clock("sync_check"):
-        difference = sync_check.check(run, answer)
-    run.last_sync.stats = replace(run.last_sync.stats, sync_difference=difference)
+        return replace(sync, sync_difference=sync_check.check(run, answer))

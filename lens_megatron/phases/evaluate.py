@@ -1,8 +1,9 @@
-"""Accuracy on held-out prompts, sampled by the rollout engine on every rank, graded like training."""
+"""Measures the accuracy on held-out prompts: every rank's engine samples, and rollouts are graded as in training."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -11,15 +12,18 @@ from lens_megatron.rollout.engine import Request
 from lens_megatron.rollout.queue import open_queue
 from lens_megatron.run import Run
 from lens_megatron.seeds import derive
-from lens_megatron.types import Prompt
+from lens_megatron.types import Prompt, SyncStats
 
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
+    """How many of a data source's prompts were solved."""
+
     source: str
     correct: float
-    """Sum over prompts of the share of correct samples."""
+    """The sum over prompts of the share of correct samples."""
     prompts: int
+    """The number of prompts, of all ranks."""
 
     @property
     def mean(self) -> float:
@@ -27,25 +31,48 @@ class Accuracy:
 
     @property
     def standard_error(self) -> float:
-        """Over prompts, by the binomial bound."""
+        """The standard error of `mean` over prompts, by the binomial bound."""
         return math.sqrt(max(0.0, self.mean * (1 - self.mean)) / self.prompts)
 
 
-def evaluate(run: Run) -> list[Accuracy]:
-    """One accuracy per data source, global. A collective. The same seeds every time, so curves are paired."""
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What an evaluation found, and what the transfer of weights before it took."""
+
+    accuracies: tuple[Accuracy, ...]
+    """One entry per data source, in the order of their names."""
+    sync: SyncStats | None
+    """None where the engine had the policy's weights already."""
+
+
+def evaluate(run: Run) -> Evaluation:
+    """The policy's accuracy on all evaluation prompts of all ranks. A collective.
+
+    Seeds are the same every time, so that the differences between evaluations are those of the weights.
+    """
     sources = sorted({p.source for p in run.eval_prompts})
     own = run.eval_prompts[run.engine_group.number :: run.engine_group.engines] if run.engine_group.leads else ()
-    with engine_turn.engine_awake(run):
-        shares = _success_shares(run, own)
+    shares, sync = engine_turn.let_engine_sample(run, partial(_success_shares, run, own))
     table = torch.zeros(len(sources), 2, dtype=torch.float64, device=run.mesh.device)
     for prompt, share in zip(own, shares, strict=True):
         table[sources.index(prompt.source)] += torch.tensor([share, 1.0], dtype=torch.float64, device=table.device)
     torch.distributed.all_reduce(table)
-    return [Accuracy(s, correct, int(count)) for s, (correct, count) in zip(sources, table.tolist(), strict=True)]
+    rows = zip(sources, table.tolist(), strict=True)
+    return Evaluation(tuple(Accuracy(source, correct, int(count)) for source, (correct, count) in rows), sync)
 
 
 def _success_shares(run: Run, prompts: Sequence[Prompt]) -> list[float]:
-    """Of every prompt. All ranks take part, those without prompts too: their engines may serve others'."""
+    """The share of correct samples of every prompt. Ranks without prompts take part: their engines may serve others."""
+    with run.engine.phase():
+        tickets = _sample_and_submit(run, prompts)
+    correct = [0] * len(prompts)
+    for ticket, grade in run.graders.wait(list(tickets)).items():
+        correct[tickets[ticket]] += grade.correct
+    return [count / run.config.train.eval_samples for count in correct]
+
+
+def _sample_and_submit(run: Run, prompts: Sequence[Prompt]) -> dict[int, int]:
+    """Samples every prompt and gives the completions to the graders; the place in `prompts` of each ticket."""
     config, samples = run.config, run.config.train.eval_samples
     queue = open_queue(run.engine, run.sampler.request_store)
     places: dict[int, int] = {}
@@ -71,7 +98,4 @@ def _success_shares(run: Run, prompts: Sequence[Prompt]) -> list[float]:
             place = places[completion.request_id]
             tickets[run.graders.submit(text, prompts[place].answer)] = place
     queue.finish()
-    correct = [0] * len(prompts)
-    for ticket, grade in run.graders.wait(list(tickets)).items():
-        correct[tickets[ticket]] += grade.correct
-    return [count / samples for count in correct]
+    return tickets

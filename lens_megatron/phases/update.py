@@ -1,4 +1,4 @@
-"""Samples of a step -> balanced shares -> reference and old log-probabilities -> packed micro-batches -> updates."""
+"""Samples of a step -> balanced shares -> old and reference log-probabilities -> packed micro-batches -> updates."""
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -15,96 +15,107 @@ from lens_megatron.policy.model import reference_weights
 from lens_megatron.policy.optimizer_step import optimizer_step
 from lens_megatron.run import Run
 from lens_megatron.supervision import non_finite
-from lens_megatron.types import LossScale, Origin, Packing, Sample, UpdateStats
+from lens_megatron.types import LossScale, Origin, Packing, Sample, TrainingGroup, TrainingRow, UpdateStats
 
 
-def train_on(run: Run, samples: Sequence[Sample], step: int) -> tuple[tuple[UpdateStats, ...], tuple[Packing, ...]]:
-    """`train.updates_per_batch` optimizer steps, each on an equal share of the prompts. A collective.
+def train_on(
+    run: Run, groups: Sequence[TrainingGroup], samples: Sequence[Sample], step: int
+) -> tuple[tuple[UpdateStats, ...], tuple[Packing, ...]]:
+    """Makes `train.updates_per_batch` optimizer steps, each on an equal share of the groups. A collective.
 
-    The samples of each step first move to the data-parallel ranks that train on them, so that all phases are balanced.
+    The samples of each optimizer step first move to the data-parallel ranks that train on them, so that all phases are
+    balanced.
+
+    Args:
+        samples: the samples of this rank's `groups`, group after group.
+
+    Returns:
+        What each optimizer step did, and how its samples were packed; nothing with `debug.rollout_only`.
     """
     if run.config.debug.rollout_only:
         return (), ()
     with run.clock("exchange"):
-        parts = split_by_prompt(samples, run.config.train.updates_per_batch)
-        shares = [_deal(run, [samples[i] for i in part]) for part in parts]
-    mine = [sample for share in shares for sample in share.samples]
-    with run.clock("old_log_prob"):
-        old = old_log_probs(run, mine)
-    with run.clock("ref"):
-        reference = reference_log_probs(run, mine)
+        parts = split_groups([len(group.rollouts) for group in groups], run.config.train.updates_per_batch)
+        shares = [_redistribute(run, samples[part]) for part in parts]
+    rows = training_rows(run, [sample for share in shares for sample in share.samples])
     updates, packings = [], []
     with run.clock("update_actor"):
         if len(shares) > 1:
             run.policy.guard.keep_copy()
         bounds = pairwise(accumulate((len(share.samples) for share in shares), initial=0))
-        for number, (start, stop) in enumerate(bounds):
-            rows = mine[start:stop], old[start:stop], reference[start:stop]
-            stats, counts = _update_on(run, *rows)
+        for number, ((start, stop), share) in enumerate(zip(bounds, shares, strict=True)):
+            stats, packing = _update_on(run, rows[start:stop], share.imbalance)
             updates.append(stats)
-            packings.append(Packing(*counts, shares[number].imbalance))
+            packings.append(packing)
             if stats.skipped and run.mesh.model_rank == 0:
                 name = f"step_{step:06d}_update_{number}_rank_{run.mesh.rank:05d}"
-                non_finite.dump(Path(run.config.run.directory) / "non_finite", name, stats, *rows)
+                non_finite.dump(Path(run.config.run.directory) / "non_finite", name, stats, rows[start:stop])
     return tuple(updates), tuple(packings)
 
 
-def old_log_probs(run: Run, samples: Sequence[Sample]) -> list[Tensor | None]:
-    """Per sample, log pi_old of its response under the prompt that generated it; None where it need not be computed.
+def training_rows(run: Run, samples: Sequence[Sample]) -> list[TrainingRow]:
+    """The samples with the log-probabilities that their loss needs, by the weights before the update. A collective."""
+    version = run.policy.version
+    with run.clock("old_log_prob"):
+        trainer = trainer_log_probs(run, samples)
+    with run.clock("ref"):
+        reference = reference_log_probs(run, samples)
+    return [
+        TrainingRow(sample, None if is_on_policy(run.config, sample, version) else own, own, of_reference)
+        for sample, own, of_reference in zip(samples, trainer, reference, strict=True)
+    ]
 
-    With one update per batch pi_old is the policy itself, so only rescued rows, whose prompt differs, are computed. A
-    correction needs it before the loss, for all rows: one more forward pass over them, about a third of an update.
+
+def trainer_log_probs(run: Run, samples: Sequence[Sample]) -> list[Tensor | None]:
+    """Per sample [L] the trainer's log-probabilities under the prompt that generated it; None where nothing needs them.
+
+    With one update per batch the update's own pass gives those of on-policy rows, so only other rows are computed. A
+    correction needs them before the loss, for all rows: one more forward pass over them, about a third of an update.
     """
-    everyone = run.config.algorithm.correction != "none"
-    wanted = [i for i, sample in enumerate(samples) if everyone or not on_policy(run.config, sample)]
-    pairs = [(samples[i].generation_prompt, samples[i].rollout.token_ids) for i in wanted]
-    values = _log_probs(run, pairs)
+    everyone, version = run.config.algorithm.correction != "none", run.policy.version
+    wanted = [i for i, sample in enumerate(samples) if everyone or not is_on_policy(run.config, sample, version)]
+    values = _log_probs(run, [(samples[i].generation_prompt, samples[i].rollout.token_ids) for i in wanted])
     found = dict(zip(wanted, values, strict=True))
     return [found.get(i) for i in range(len(samples))]
 
 
-def on_policy(config: Config, sample: Sample) -> bool:
-    """True where the policy that samples is the one that trains, on the same prompt: the ratio is 1."""
-    several = config.train.updates_per_batch > 1 or config.algorithm.ratio_form == "acl"
-    return not several and sample.rollout.origin is Origin.NATIVE
+def is_on_policy(config: Config, sample: Sample, version: int) -> bool:
+    """Whether the weights of `version`, which are about to be updated, sampled it from the prompt it is trained on.
 
-
-def without_on_policy(config: Config, samples: Sequence[Sample], old: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """`old` without the on-policy rows: rounding of two passes must not make their ratio other than 1."""
-    return [None if on_policy(config, sample) else value for sample, value in zip(samples, old, strict=True)]
+    The ratio is 1 then. Rows that older weights have sampled (`rollout.off_policy_steps`, loaded rollouts) are not
+    on-policy: pi_old is the policy before this update for them too, and is computed; what they were sampled with is
+    `algorithm.correction`'s. Loaded rollouts count as on-policy where the version they were saved with is this one.
+    """
+    several_updates = config.train.updates_per_batch > 1 or config.algorithm.ratio_form == "acl"
+    sampled_alike = sample.rollout.origin is Origin.NATIVE and sample.rollout.weight_version == version
+    return sampled_alike and not several_updates
 
 
 def reference_log_probs(run: Run, samples: Sequence[Sample]) -> list[Tensor | None]:
-    """Per sample, log pi_ref of its response under the original prompt; None without a KL term."""
+    """Per sample [L] log pi_ref of its response under the original prompt; None without a KL term."""
     if run.config.algorithm.kl_coef == 0:
         return [None] * len(samples)
     with reference_weights(run.policy):
         return list(_log_probs(run, [(s.prompt, s.rollout.token_ids) for s in samples]))
 
 
-def split_by_prompt(samples: Sequence[Sample], parts: int) -> list[list[int]]:
-    """Indices of samples in `parts` runs of whole prompts, as equal as they go. Consecutive samples share a prompt."""
-    groups: list[list[int]] = []
-    for index, sample in enumerate(samples):
-        if not index or sample.prompt is not samples[index - 1].prompt:
-            groups.append([])
-        groups[-1].append(index)
-    bounds = [round(len(groups) * part / parts) for part in range(parts + 1)]
-    return [sum(groups[bounds[i] : bounds[i + 1]], []) for i in range(parts)]
+def split_groups(sizes: Sequence[int], parts: int) -> list[slice]:
+    """Cuts groups of these sizes, which lie one after the other, into `parts` runs of whole groups.
+
+    Returns where the samples of each run lie. The runs have as equal numbers of groups as can be.
+    """
+    ends = [0, *accumulate(sizes)]
+    bounds = [ends[round(len(sizes) * part / parts)] for part in range(parts + 1)]
+    return [slice(start, stop) for start, stop in pairwise(bounds)]
 
 
-def _update_on(
-    run: Run, samples: list[Sample], old: list[Tensor | None], reference: list[Tensor | None]
-) -> tuple[UpdateStats, tuple[int, int]]:
-    """Also returns the rows of this rank's micro-batches, and how many of them are padding."""
+def _update_on(run: Run, rows: Sequence[TrainingRow], imbalance: float) -> tuple[UpdateStats, Packing]:
+    """One optimizer step on this rank's rows and those of the others."""
     config = run.config
-    scale = _global_scale(run, pack.count(samples))
-    lengths = [len(sample.prompt) + len(sample.rollout.token_ids) for sample in samples]
+    scale = _global_scale(run, pack.count([row.sample for row in rows]))
+    lengths = [len(row.sample.prompt) + len(row.sample.rollout.token_ids) for row in rows]
     batches = pack.pack(
-        samples,
-        old_log_probs=without_on_policy(config, samples, old),
-        trainer_log_probs=old,
-        reference_log_probs=reference,
+        rows,
         scale=scale,
         algorithm=config.algorithm,
         max_response_length=config.rollout.max_response_length,
@@ -114,15 +125,15 @@ def _update_on(
     )
     objective = OBJECTIVES[config.algorithm.ratio]
     stats = optimizer_step(run.policy, batches, scale, objective, config.algorithm, config.rollout.temperature)
-    rows = sum(batch.sequences.bounds[-1] for batch in batches)
-    return stats, (rows, rows - sum(lengths))
+    packed = sum(batch.sequences.bounds[-1] for batch in batches)
+    return stats, Packing(rows=packed, padding=packed - sum(lengths), imbalance=imbalance)
 
 
-def _deal(run: Run, samples: Sequence[Sample]) -> redistribute.Share:
+def _redistribute(run: Run, samples: Sequence[Sample]) -> redistribute.Share:
     return redistribute.redistribute(samples, run.mesh.dp_group, run.policy.bridge.config.hidden_size)
 
 
-def _log_probs(run: Run, pairs: list) -> list[Tensor]:
+def _log_probs(run: Run, pairs: Sequence[pack.Pair]) -> list[Tensor]:
     config = run.config
     return response_log_probs(
         run.policy,
@@ -133,6 +144,7 @@ def _log_probs(run: Run, pairs: list) -> list[Tensor]:
 
 
 def _global_scale(run: Run, own: LossScale) -> LossScale:
+    """The sum of all data-parallel ranks' counts. A collective."""
     counts = torch.tensor(
         [own.response_tokens, own.sequences, own.rescued_sequences], dtype=torch.int64, device=run.mesh.device
     )

@@ -28,12 +28,12 @@ def all_gather(record_type: type[R], records: Sequence[R], group: ProcessGroup) 
         return [list(records)]
     own = _as_tensor(codec.encode(record_type, records), group)
     sizes = own.new_empty(world, dtype=torch.int64)
-    torch.distributed.all_gather_into_tensor(sizes, sizes.new_tensor([len(own)]), group=group)
+    torch.distributed.all_gather(list(sizes.split(1)), sizes.new_tensor([len(own)]), group=group)
     longest = int(sizes.max())
-    everything = own.new_empty(world * longest)
+    everything = own.new_empty(world, longest)
     padded = torch.nn.functional.pad(own, (0, longest - len(own)))
-    torch.distributed.all_gather_into_tensor(everything, padded, group=group)
-    parts = [row[:size] for row, size in zip(everything.cpu().view(world, longest), sizes.tolist(), strict=True)]
+    torch.distributed.all_gather(list(everything), padded, group=group)
+    parts = [row[:size] for row, size in zip(everything.cpu(), sizes.tolist(), strict=True)]
     return [
         list(records) if other == rank else codec.decode(record_type, _as_bytes(part))
         for other, part in enumerate(parts)
@@ -43,8 +43,9 @@ def all_gather(record_type: type[R], records: Sequence[R], group: ProcessGroup) 
 def all_to_all(record_type: type[R], parts: Sequence[Sequence[R]], group: ProcessGroup) -> list[list[R]]:
     """Sends `parts[r]` to rank r of `group` and to no other; returns what every rank has sent here, in rank order."""
     world, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
-    encoded = [codec.encode(record_type, part) if part and other != rank else b"" for other, part in enumerate(parts)]
-    sent = _as_tensor(b"".join(encoded), group)
+    travel = [part if other != rank else [] for other, part in enumerate(parts)]
+    encoded = [codec.encode(record_type, part) if part else bytearray() for part in travel]
+    sent = _as_tensor(bytearray().join(encoded), group)
     sending = sent.new_tensor([len(part) for part in encoded], dtype=torch.int64)
     coming = torch.empty_like(sending)
     torch.distributed.all_to_all_single(coming, sending, group=group)
@@ -60,8 +61,8 @@ def broadcast(record_type: type[R], record: R | None, group: ProcessGroup) -> R:
 
     A record of up to 248 bytes takes one message, a larger one two.
     """
-    data = b"" if record is None else codec.encode(record_type, [record])
-    message = _as_tensor((_SIZE.pack(len(data)) + data).ljust(_HEAD_BYTES, b"\0"), group)
+    data = bytearray() if record is None else codec.encode(record_type, [record])
+    message = _as_tensor(bytearray(_SIZE.pack(len(data)) + data).ljust(_HEAD_BYTES, b"\0"), group)
     head, rest = message[:_HEAD_BYTES], message[_HEAD_BYTES:]
     torch.distributed.broadcast(head, group=group, group_src=0)
     (size,) = _SIZE.unpack(_as_bytes(head[: _SIZE.size]))
@@ -81,10 +82,10 @@ def interleave(parts: Sequence[Sequence[R]]) -> list[R]:
     return [part[i] for i in range(longest) for part in parts if i < len(part)]
 
 
-def _as_tensor(data: bytes, group: ProcessGroup) -> Tensor:
-    """[len(data)] uint8, on the device that the group's backend sends from."""
+def _as_tensor(data: bytearray, group: ProcessGroup) -> Tensor:
+    """[len(data)] uint8, on the device that the group's backend sends from; on a CPU it shares the memory of `data`."""
     device = "cuda" if torch.distributed.get_backend(group) == "nccl" else "cpu"
-    return torch.from_numpy(np.frombuffer(bytearray(data), np.uint8)).to(device)
+    return torch.from_numpy(np.frombuffer(data, np.uint8)).to(device)
 
 
 def _as_bytes(tensor: Tensor) -> memoryview:

@@ -8,19 +8,22 @@ from lens_megatron.types import CollectedGroups
 
 
 class BackgroundSampling:
-    """At most one step's sampling, under way on a thread or finished and not taken yet."""
+    """The sampling of at most one step, which is under way on a thread, or is finished and was not taken yet."""
 
-    def __init__(self):
-        self.step, self.sampled = 0, Future()
+    def __init__(self) -> None:
+        self.step = 0
+        """The step whose sampling was begun last; 0 before the first."""
+        self.sampled: Future[CollectedGroups] = Future()
         self.sampled.set_result(CollectedGroups([]))
 
     def begin(self, step: int, sample: Callable[[], CollectedGroups]) -> None:
+        """Calls `sample` on a thread. The sampling before must be finished."""
         self.step, self.sampled = step, Future()
-        # A daemon: a run that is stopped does not wait for it. What it has graded is kept for the next attempt.
+        # The thread is a daemon since a run that is stopped does not wait for it: what it has graded is kept.
         threading.Thread(target=_fulfil, args=(self.sampled, sample), name="sampling", daemon=True).start()
 
     def take(self) -> CollectedGroups:
-        """Waits. Raises what sampling has raised."""
+        """Waits for the groups of `step` and returns them. Raises what sampling has raised."""
         return self.sampled.result()
 
     def settle(self) -> None:
@@ -28,7 +31,7 @@ class BackgroundSampling:
         self.sampled.exception()
 
 
-def _fulfil(sampled: Future, sample: Callable[[], CollectedGroups]) -> None:
+def _fulfil(sampled: Future[CollectedGroups], sample: Callable[[], CollectedGroups]) -> None:
     try:
         sampled.set_result(sample())
     except BaseException as error:  # raised again by `take`

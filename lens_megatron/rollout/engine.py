@@ -4,6 +4,7 @@ An engine samples token ids from token ids. It knows nothing of prompts, groups,
 """
 
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,9 +19,10 @@ class Request:
 
     request_id: int
     prompt: tuple[int, ...]
+    """Token ids, at least one."""
     max_new_tokens: int
     temperature: float
-    """0: greedy."""
+    """0 means that every token is the most probable one."""
     seed: int
     """The completion is a function of weights, prompt, temperature and seed."""
 
@@ -31,20 +33,22 @@ class Completion:
 
     request_id: int
     token_ids: tuple[int, ...]
-    """Generated tokens, the end-of-sequence token included when it was generated."""
+    """Ids of the generated tokens; the end-of-sequence token is one of them if it was generated."""
     log_probs: tuple[float, ...]
-    """Natural log-probability of each sampled token under the distribution it was drawn from."""
+    """The log-probability, in nats, of each sampled token under the distribution it was drawn from."""
     finished: bool
-    """True: ended by an end-of-sequence token; False: cut at max_new_tokens."""
+    """True when it ended with an end-of-sequence token, False when it was cut at `max_new_tokens`."""
     weight_version: int
 
 
 @dataclass(frozen=True, slots=True)
 class EngineProgress:
+    """How many requests an engine has, and what it has done."""
+
     waiting: int
     running: int
     generated_tokens: int
-    """Since the engine was made; an engine may count a completion's tokens only when it has ended."""
+    """All tokens since the engine was made; an engine may count a completion's tokens only when it has ended."""
 
 
 class WeightManifestError(RuntimeError):
@@ -61,7 +65,10 @@ class EnginesLostError(UserError):
 
 
 class WeightManifest:
-    """What a stream of weights must hold, and what was wrong with the part of it that has come."""
+    """What a stream of weights must hold, and what was wrong with the part of it that has come.
+
+    `shapes` are those of the engine's tensors, by their Hugging Face names.
+    """
 
     def __init__(self, shapes: Mapping[str, Sequence[int]]):
         self.shapes, self.missing = shapes, set(shapes)
@@ -93,7 +100,9 @@ def check_request(request: Request, in_flight: Container[int], *, context: tuple
     """Raises ValueError for a request that no engine can serve.
 
     Args:
-        context: name and number of the most tokens that prompt and completion may have together.
+        in_flight: the ids of the requests that the engine has already.
+        context: the name of the limit for the tokens of prompt and completion together, and the limit itself.
+        vocabulary: the number of token ids that the model knows.
     """
     name, limit = context
     if request.request_id in in_flight:
@@ -114,14 +123,26 @@ def check_request(request: Request, in_flight: Container[int], *, context: tuple
 
 
 class RolloutEngine(Protocol):
-    version: int | None
-    """Of the weights that it samples from; None: it has no whole set."""
+    """What the rest of the program sees of an engine, whichever it is: `local`, `vllm` or `servers`."""
+
+    @property
+    def version(self) -> int | None:
+        """The version of the weights that it samples from; None while it has no whole set of weights."""
+
+    def phase(self) -> AbstractContextManager[None]:
+        """Requests are submitted, decoded and cancelled within this block only.
+
+        Several ranks may hold one engine together. All of them enter the block, and only the first calls anything
+        within it: the others do what it did while they enter, and find nothing to do within. So the block must hold no
+        collective of all ranks. An error within the block leaves the other ranks waiting. Raises EngineGroupError, on
+        all ranks of the engine, if they did not draw the same tokens.
+        """
 
     def submit(self, requests: Iterable[Request]) -> None:
         """Queues requests. Raises ValueError for an empty prompt or one that cannot fit the model's context."""
 
     def step(self) -> list[Completion]:
-        """Decodes one token for the running sequences and returns those that ended. Empty when idle."""
+        """Decodes one token of every running sequence and returns the completions that ended; none when idle."""
 
     def cancel(self, request_ids: Collection[int]) -> int:
         """Forgets requests in flight; `step` never returns them. Returns the number of tokens they had generated."""
@@ -133,29 +154,31 @@ class RolloutEngine(Protocol):
         """
 
     def capacity(self) -> int:
-        """Sequences it can decode at once now; 0: it serves none until weights are loaded again."""
+        """The number of sequences it can decode at once now; at 0 it serves none until weights are loaded again."""
 
     def hopeless(self) -> bool:
-        """Whether it serves none, and will not before weights are loaded again."""
+        """Whether it serves no request now and will serve none before weights are loaded again."""
 
-    def progress(self) -> EngineProgress: ...
+    def progress(self) -> EngineProgress:
+        """The number of its requests, and the number of tokens generated so far."""
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Replaces all weights by the named ones (Hugging Face names), each exactly once.
 
-        Raises WeightManifestError, before any request can be served with the mixture.
+        Raises WeightManifestError, before any request can be served with a mixture of old and new weights.
         """
 
     def wake(self) -> None:
         """Takes the memory that sampling needs besides weights: after `load_weights`, before the next request.
 
-        Nothing computed with earlier weights is used from then on. A no-op while awake.
+        Nothing computed with earlier weights is used from then on. It does nothing while the engine is awake.
         """
 
     def sleep(self) -> None:
-        """Gives up memory that training can use; if the weights' too, `version` is None until they are loaded again.
+        """Gives up memory that training can use; if that of the weights too, `version` is None until they are loaded.
 
-        A no-op where there is none to give, and while requests are in flight.
+        It does nothing where there is no memory to give up, and while requests are in flight.
         """
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Forgets all requests and gives up all memory; the engine cannot be used any more."""

@@ -6,6 +6,7 @@ nothing here reads a clock, so equal calls give equal bits.
 
 from collections import deque
 from collections.abc import Collection, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ from lens_megatron.rollout.engine import Completion, EngineProgress, Request, We
 class _Sequence:
     request: Request
     uniforms: Tensor
-    """[max_new_tokens] float64, one draw per token."""
+    """[max_new_tokens] float64, one draw from [0, 1) per token."""
     token_ids: list[int]
     log_probs: list[float]
 
@@ -52,10 +53,12 @@ class LocalEngine:
         self.cache: list[tuple[Tensor, Tensor]] = []  # per layer, [B, heads, S, head_dim], left-padded
         self.mask = torch.zeros(0, 0, dtype=torch.int64, device=self.device)  # [B, S], 1 at real tokens
 
+    def phase(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def submit(self, requests: Iterable[Request]) -> None:
         requests = list(requests)
-        if self.version is None:
-            raise RuntimeError("the engine has no whole set of weights; load_weights first")
+        self._whole_version()
         in_flight = {s.request.request_id for s in (*self.waiting, *self.running)}
         context = ("the model's max_position_embeddings", self.config.max_position_embeddings)
         for request in requests:
@@ -65,6 +68,12 @@ class LocalEngine:
             generator = torch.Generator().manual_seed(request.seed)
             uniforms = torch.rand(request.max_new_tokens, generator=generator, dtype=torch.float64)
             self.waiting.append(_Sequence(request, uniforms, [], []))
+
+    def _whole_version(self) -> int:
+        """The version of its weights. Raises RuntimeError unless it has a whole set."""
+        if self.version is None:
+            raise RuntimeError("the engine has no whole set of weights; load_weights first")
+        return self.version
 
     def capacity(self) -> int:
         return self.max_running_sequences
@@ -80,7 +89,7 @@ class LocalEngine:
 
     @torch.no_grad()
     def step(self) -> list[Completion]:
-        """Admits what fits, then adds one token to every running sequence."""
+        """Admits the requests that fit, then adds one token to every running sequence."""
         logits = self._decode() if self.running else None
         admitted = [
             self.waiting.popleft()
@@ -150,13 +159,13 @@ class LocalEngine:
         self.generated += len(self.running)
 
     def _retire(self) -> list[Completion]:
-        """Takes the ended sequences out of the batch and of the cache."""
+        """Takes the sequences that ended out of the batch and of the cache, and returns their completions."""
         eos = set(self.eos.tolist())
         completions, staying = [], []
         for row, sequence in enumerate(self.running):
             finished = sequence.token_ids[-1] in eos
             if finished or len(sequence.token_ids) == sequence.request.max_new_tokens:
-                completions.append(_completion(sequence, finished, self.version))
+                completions.append(_completion(sequence, finished, self._whole_version()))
             else:
                 staying.append(row)
         if not completions:
@@ -165,7 +174,7 @@ class LocalEngine:
         return completions
 
     def _keep(self, staying: list[int]) -> None:
-        """Only these rows of the batch and of the cache."""
+        """Keeps only these rows of the batch and of the cache."""
         self.running = [self.running[row] for row in staying]
         if not staying:
             self._reset()
@@ -213,9 +222,12 @@ class LocalEngine:
 
 
 def checkpoint_weights(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The model's weights by the names they have in checkpoints, to write to. There every expert has its own matrices;
-    transformers keeps a layer's together: `gate_up_proj` [experts, 2 I, D], `down_proj` [experts, D, I]."""
-    weights = {}
+    """The model's weights, to be written to, by the names that they have in checkpoints.
+
+    In checkpoints every expert has its own matrices; transformers keeps those of a layer together: `gate_up_proj`
+    [experts, 2 I, D] and `down_proj` [experts, D, I], where I is the intermediate size.
+    """
+    weights: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         layer, together, matrix = name.rpartition(".experts.")
         if not together:
@@ -233,7 +245,7 @@ def _join(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> tuple[Tenso
 
 
 def _join_rows(old: Tensor, new: Tensor, dim: int) -> Tensor:
-    """Stacks along dimension 0, after padding the shorter one with zeros at the front of `dim`."""
+    """Stacks two tensors along dimension 0, after padding the shorter one with zeros at the front of `dim`."""
     length = max(old.shape[dim], new.shape[dim])
     after = 2 * (old.dim() - 1 - dim)
     padded = [torch.nn.functional.pad(t, (0,) * after + (length - t.shape[dim], 0)) for t in (old, new)]
@@ -246,6 +258,6 @@ def _completion(sequence: _Sequence, finished: bool, version: int) -> Completion
 
 
 def end_tokens(model_path: str) -> set[int]:
-    """Ids that end a completion: the generation configuration's and the tokenizer's. Raises ModelError."""
+    """The ids that end a completion, by the generation configuration and the tokenizer. Raises ModelError."""
     tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
     return configured_end_tokens(model_path) | ({tokenizer.eos_token_id} - {None})

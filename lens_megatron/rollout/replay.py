@@ -18,11 +18,11 @@ _OLD_ORIGINS = {"rescued": Origin.PURIFIED}
 
 
 class ReplayError(UserError):
-    """Saved rollouts that are not there or cannot be read; the message names file and line."""
+    """Saved rollouts are missing or cannot be read; the message names file and line."""
 
 
 def to_json(group: Group) -> str:
-    """One line. Floats keep every bit, since Python reads back what it writes of them."""
+    """The group as one line of JSON. `from_json` reads every float to the bit."""
     return json.dumps(group, default=_fields)
 
 
@@ -31,7 +31,7 @@ def _fields(record: Prompt | PurifiedPrompt | Rollout | Group) -> dict[str, obje
 
 
 def from_json(line: str | bytes) -> Group:
-    """Raises ValueError when the line is not a graded group."""
+    """The group that `to_json` made `line` of. Raises ValueError where the line is no graded group."""
     try:
         group = _parse(line)
         mistake = next(_mistakes(group), "")
@@ -56,7 +56,7 @@ def _parse(line: str | bytes) -> Group:
 
 
 def _mistakes(group: Group) -> Iterator[str]:
-    """What a group cannot hold, whatever wrote it."""
+    """What is wrong with the values of a group; the types of its fields are not trusted."""
     prompt, purified = group.prompt, group.purified
     yield from _token_mistakes("prompt", prompt.token_ids)
     if not all(isinstance(text, str) for text in (prompt.answer, prompt.problem, prompt.source)):
@@ -111,11 +111,15 @@ def _tuples(row: dict, *names: str) -> dict:
 
 
 def replay_path(folder: str, step: int) -> Path:
+    """The file in `folder` that holds the groups of `step`, one per line."""
     return Path(folder) / f"step_{step:06d}.jsonl"
 
 
 def read_groups(folder: str, step: int, *, count: int, vocab_size: int) -> list[Group]:
-    """The `count` groups of `step`. Raises ReplayError, also for fewer or more, or another vocabulary."""
+    """The `count` groups of `step`, in the order of the file.
+
+    Raises ReplayError where the file cannot be read, has fewer or more groups, or tokens beyond `vocab_size`.
+    """
     path, groups = replay_path(folder, step), []
     try:
         with open_regular(path) as file:

@@ -1,13 +1,13 @@
-"""What the ranks of a job tell each other while they sample: batches of requests that anyone may take, completions.
+"""What the ranks of a job tell each other while they sample: batches of requests, and their completions.
 
-Every rank reads and writes the job's control store. A batch is posted once by its owner and belongs to the
-rank that claims it first; its completions go back to the owner. Only bytes travel, and no rank waits for another:
+Every rank reads and writes the job's control store. The rank that owns a batch posts it, the rank that claims it first
+serves it, and its completions go back to the owner. Only bytes travel, and no rank waits for another:
 
     batches/3 -> requests     claims/3 -> how many have tried     results/0/7 -> the eighth completion sent to rank 0
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from lens_megatron.records import codec
 from lens_megatron.rollout.engine import Completion, Request
@@ -20,9 +20,9 @@ class RequestBatch:
 
     requests: tuple[Request, ...]
     urgent: bool
-    """To be started before all that is not."""
+    """Urgent batches are started before all others."""
     expected_length: float
-    """The longer are started first. In any unit."""
+    """Batches with longer completions are started first. Any unit will do, the same for all batches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,45 +33,48 @@ class _Withdrawal:
 
 
 @dataclass(frozen=True, slots=True)
-class Totals:
-    """Of all ranks, as last heard of."""
+class PhaseTotals:
+    """Sums over all ranks, as they were at the last look."""
 
     unfinished: int
-    """Requests posted and neither completed nor taken back."""
+    """The number of requests that were posted and neither completed nor withdrawn."""
     capacity: int
-    """Sequences that all engines can run at once."""
+    """The number of sequences that all engines can run at once."""
     engines: int
-    """Those that serve, or may again before other weights are loaded."""
+    """The number of engines that serve, or may again before other weights are loaded."""
     ranks_here: int
-    """Those that have come to this phase."""
+    """The number of ranks that have begun this phase."""
     ranks_done: int
-    """Those that need nothing more of it."""
+    """The number of ranks that wait for nothing more in this phase."""
 
 
-TOTALS = ("unfinished", "capacity", "engines", "ranks_here", "ranks_done")
+_TOTALS = tuple(field.name for field in fields(PhaseTotals))
 
 
 class RequestStore:
-    """One rank's view; a phase is a call of `RolloutScheduler.sample` or an evaluation; every rank takes part."""
+    """One rank's connection to what all ranks read and write in a phase.
+
+    A phase is one call of `RolloutScheduler.sample`, or one evaluation. Every rank takes part in every phase.
+    """
 
     def __init__(self, store: ControlStore, rank: int, world_size: int):
         self.store, self.rank, self.world_size = store, rank, world_size
         self.phase = 0
         self.keys: set[str] = set()
         self.keys_before: set[str] = set()
-        """Touched by this rank in the phase before, which another may still be leaving."""
+        """Keys that this rank wrote in the phase before, which another rank may still be leaving."""
         self.counts: dict[str, int] = {}
-        """Of this phase, as last read: what has been appended, and the totals."""
+        """The counters of this phase as last read, by name: lengths of what is appended to, and the totals."""
         self.read: dict[str, int] = {}
-        """How far this rank has read what is appended."""
+        """How many of the appended entries this rank has read, by name."""
 
     def begin(self, capacity: int, engines: int) -> None:
-        """Enters the next phase with an engine of this capacity; engines: 0 if it is hopeless, else 1."""
+        """Begins the next phase with an engine of this capacity. `engines` is 0 if it is hopeless, else 1."""
         self.store.delete(self.keys_before)
         self.keys_before, self.keys = self.keys, set()
         self.phase += 1
         self.read = {"batches": 0, f"results/{self.rank}": 0, "withdrawn": 0}
-        self.counts = {name: self._add(name, 0) for name in (*self.read, *TOTALS)}
+        self.counts = {name: self._add(name, 0) for name in (*self.read, *_TOTALS)}
         self.add_capacity(capacity)
         self.add_engines(engines)
         self._add("ranks_here", 1)
@@ -83,42 +86,43 @@ class RequestStore:
         self._add("engines", difference)
 
     def leave(self) -> None:
-        """Says that this rank waits for nothing more."""
+        """Notes that this rank waits for nothing more in this phase."""
         self._add("ranks_done", 1)
 
-    def look(self) -> Totals:
-        """Reads all counters, in one question to the store; what is new is told by the methods below."""
+    def look(self) -> PhaseTotals:
+        """Reads all counters from the store at once; the methods below return what has come since the look before."""
         values = self.store.get([self._key(name) for name in self.counts])
-        self.counts = {name: int(value) for name, value in zip(self.counts, values, strict=True)}
-        return Totals(*(self.counts[name] for name in TOTALS))
+        self.counts = {name: int(value or 0) for name, value in zip(self.counts, values, strict=True)}
+        return PhaseTotals(*(self.counts[name] for name in _TOTALS))
 
     def post(self, batch: RequestBatch) -> int:
-        """Returns its number. Requests given back after a claim are posted again with `post_again`."""
+        """Offers a batch to all ranks, and returns its number."""
         self._add("unfinished", len(batch.requests))
         return self.post_again(batch)
 
     def post_again(self, batch: RequestBatch) -> int:
+        """Offers requests again that this rank has claimed and cannot serve; returns the new batch's number."""
         return self._append("batches", _batch_bytes(batch))
 
     def new_batches(self) -> list[tuple[int, RequestBatch]]:
-        """Those posted between the last two looks, this rank's too, with their numbers."""
+        """The batches that were posted between the last two looks, this rank's own too, with their numbers."""
         first = self.read["batches"]
         found = self._read_new("batches")
         return [(first + place, _read_batch(data)) for place, data in enumerate(found)]
 
     def claim(self, number: int) -> bool:
-        """True for the first rank that asks, which must then serve it, post it again, or be done with it."""
+        """Returns True to the first rank that claims the batch, which must serve it, post it again, or finish it."""
         return self._add(f"claims/{number}", 1) == 1
 
     def finished(self, requests: int) -> None:
-        """That many of the unfinished ones are completed, or will never be."""
+        """Notes that so many requests are completed, or will never be."""
         self._add("unfinished", -requests)
 
     def send(self, owner: int, completion: Completion) -> None:
-        self._append(f"results/{owner}", codec.encode(Completion, [completion]))
+        self._append(f"results/{owner}", bytes(codec.encode(Completion, [completion])))
 
     def received(self) -> list[Completion]:
-        """Of this rank's requests, what other engines have completed, at the last look."""
+        """The completions of this rank's requests that other ranks had sent by the last look."""
         name = f"results/{self.rank}"
         first = self.read[name]
         found = [completion for data in self._read_new(name) for completion in codec.decode(Completion, data)]
@@ -127,8 +131,8 @@ class RequestStore:
         return found
 
     def withdraw(self, request_ids: Collection[int]) -> None:
-        """Asks whoever serves them to stop. Completions already under way may still come."""
-        self._append("withdrawn", codec.encode(_Withdrawal, [_Withdrawal(tuple(sorted(request_ids)))]))
+        """Asks the ranks that serve these requests to stop. Completions that are under way may still come."""
+        self._append("withdrawn", bytes(codec.encode(_Withdrawal, [_Withdrawal(tuple(sorted(request_ids)))])))
 
     def newly_withdrawn(self) -> set[int]:
         found = [withdrawal for data in self._read_new("withdrawn") for withdrawal in codec.decode(_Withdrawal, data)]
@@ -152,7 +156,14 @@ class RequestStore:
         self.read[name] = max(seen, count)
         if count <= seen:
             return []
-        return self.store.get([self._key(f"{name}/{number}") for number in range(seen, count)])
+        keys = [self._key(f"{name}/{number}") for number in range(seen, count)]
+        found = [data for data in self.store.get(keys) if data is not None]
+        if len(found) < len(keys):
+            raise RuntimeError(
+                f"the control store has {len(found)} of the {len(keys)} entries {keys[0]} to {keys[-1]}; a rank has "
+                "deleted some before this one read them: report this"
+            )
+        return found
 
 
 def _batch_bytes(batch: RequestBatch) -> bytes:
@@ -161,7 +172,7 @@ def _batch_bytes(batch: RequestBatch) -> bytes:
     if any(request.prompt != first.prompt for request in others):
         raise ValueError("the requests of a batch share a prompt")
     lean = tuple(replace(request, prompt=()) for request in others)
-    return codec.encode(RequestBatch, [replace(batch, requests=(first, *lean))])
+    return bytes(codec.encode(RequestBatch, [replace(batch, requests=(first, *lean))]))
 
 
 def _read_batch(data: bytes) -> RequestBatch:

@@ -2,16 +2,18 @@
 
     queue wave 1 -> engine.step ... -> rollouts graded -> below tau for certain? -> queue wave 2 -> ... -> Group
 
-A group is hard for certain when the rollouts not yet graded could not lift it to tau, were they all correct: that is
-known before its last rollout ends, and changes no group, only when its second wave starts. With
-`rollout.schedule=sequential` it starts after the first waves of all prompts instead; with `speculative` also earlier,
-wherever the engine has room, for the group that looks hardest, and is taken back if the group turns out not to be hard.
+A group is hard for certain when the rollouts that are not graded yet could not lift it to tau, were they all correct.
+That is known before its last rollout ends, and decides only when its second wave starts, not what is in the group. With
+`rollout.schedule=sequential` second waves start after the first waves of all prompts instead. With `speculative` they
+also start earlier: wherever the engine has room, that of the group which looks hardest starts, and it is cancelled if
+the group turns out not to be hard.
 
 Second waves end the step, so they overtake what is waiting in the queue (rollout/queue.py). Graders run in other
 processes while the engine goes on. What is queued, and between which of the engine's steps, does not depend on how fast
 they are: a verdict is read GRADING_STEPS steps after its rollout ended (or when no request is left), and waited for if
 it is not there. So two runs are equal bit for bit where every engine serves its own rank only. A rollout's seed is a
-function of its prompt, wave and number, so neither the schedule nor the engine changes what is drawn.
+function of its prompt's place in the step, of its wave and of its number, so neither the schedule nor the engine nor
+the number of ranks changes what is drawn.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,21 +24,24 @@ from lens_megatron.algorithms.rescue import is_hard
 from lens_megatron.config import LensConfig, RolloutConfig
 from lens_megatron.reward import Grade, GradeStatus
 from lens_megatron.rollout.engine import Completion, Request, RolloutEngine
-from lens_megatron.rollout.progress import Meter, SamplingProgress
+from lens_megatron.rollout.progress import NoDisplay, ProgressDisplay, SamplingRecorder
 from lens_megatron.rollout.queue import open_queue
 from lens_megatron.rollout.request_store import RequestStore
 from lens_megatron.seeds import derive
-from lens_megatron.types import Group, Origin, Prompt, PurifiedPrompt, Rollout, SamplingStats
+from lens_megatron.types import CollectedGroups, Group, Origin, Prompt, Rollout, StepPrompt
 
 GRADING_STEPS = 8
+"""The number of the engine's steps between the end of a rollout and the reading of its verdict."""
 
 
 class GroupStore(Protocol):
     """What the scheduler needs of `unfinished.UnfinishedGroups`."""
 
-    def read(self, step: int, prompts: Sequence[Prompt], version: int) -> dict[int, Group]: ...
+    def read(self, step: int, prompts: Sequence[StepPrompt], version: int) -> dict[int, Group]:
+        """The groups of `prompts` that an interrupted attempt at `step` has kept, by their places in the step."""
 
-    def append(self, step: int, group: Group) -> None: ...
+    def append(self, step: int, place: int, group: Group) -> None:
+        """Keeps the group of the prompt at `place`."""
 
 
 class Grader(Protocol):
@@ -48,25 +53,30 @@ class Grader(Protocol):
 
 
 def prompt_length(prompt: Prompt) -> float:
-    """What is known of a prompt before it was sampled. No memory of earlier steps: a resumed run has none."""
+    """The length of a prompt in tokens, the only hint at the length of its rollouts that a resumed run has too."""
     return float(len(prompt.token_ids))
 
 
 @dataclass(slots=True, eq=False)
 class _Wave:
-    """G completions of one prompt, on their way."""
+    """G completions of one prompt, of which some are still to come."""
 
-    place: int
+    prompt: StepPrompt
     origin: Origin
     completions: dict[int, Completion] = field(default_factory=dict)
-    """By sample number."""
+    """Completions by sample number."""
     tickets: dict[int, int] = field(default_factory=dict)
+    """The grader's tickets by sample number, until the verdict is read."""
     due: dict[int, int] = field(default_factory=dict)
-    """Engine step at which a sample's verdict may be read."""
+    """The number of the engine's step at which a sample's verdict may be read."""
     grades: dict[int, Grade] = field(default_factory=dict)
-    """Those that were read."""
+    """Verdicts that were read, by sample number."""
     hard: bool = False
-    """Its second wave is queued, or held back for the barrier."""
+    """The group is known to be hard, so that its second wave is queued or postponed."""
+
+    @property
+    def place(self) -> int:
+        return self.prompt.place
 
     @property
     def failures(self) -> int:
@@ -76,8 +86,13 @@ class _Wave:
     def successes(self) -> int:
         return len(self.grades) - self.failures
 
+    @property
+    def mean_length(self) -> float:
+        """The mean length, in tokens, of the completions that have come."""
+        return sum(len(completion.token_ids) for completion in self.completions.values()) / len(self.completions)
 
-@dataclass(slots=True)
+
+@dataclass(frozen=True, slots=True)
 class RolloutScheduler:
     """Samples and grades the groups of a step on one engine."""
 
@@ -88,189 +103,196 @@ class RolloutScheduler:
     lens: LensConfig
     seed: int
     store: GroupStore
-    """Where graded groups are kept until their step is done."""
+    """The place where graded groups are kept until their step is done."""
     request_store: RequestStore | None = None
-    """Given: the engines of all ranks share their work, and `sample` must be called on all of them."""
-    on_progress: Callable[[SamplingProgress], None] = lambda progress: None
+    """If it is given, the engines of all ranks share their work, and `sample` must be called on all of them."""
+    display: ProgressDisplay = NoDisplay()
     expected_length: Callable[[Prompt], float] = prompt_length
-    """Of first-wave rollouts, in any unit: the longest are started first. Must be the same in a resumed run."""
-    stats: SamplingStats = SamplingStats()
-    """Of the last call of `sample`."""
+    """The expected length of first-wave rollouts, in any unit: the longest are started first. It must be the same in a
+    resumed run."""
 
-    def sample(
-        self, prompts: Sequence[Prompt], purified: Sequence[PurifiedPrompt | None], step: int, version: int
-    ) -> list[Group]:
-        """Both waves of every prompt, graded, in the order of `prompts`; weights of `version` are in the engine.
+    def sample(self, prompts: Sequence[StepPrompt], step: int, version: int) -> CollectedGroups:
+        """Both waves of every prompt, graded, in the order of `prompts`, whose places must differ.
 
-        What an interrupted attempt at this step has kept is not sampled again.
+        The engine has the weights of `version`. What an interrupted attempt at this step has kept is not sampled again.
+        Raises EnginesLostError when no engine is left that could sample.
         """
-        run = _Run(self, prompts, purified, step, self.store.read(step, prompts, version))
-        for place in range(len(prompts)):
-            if place not in run.groups:
-                run.queue_wave(place, Origin.NATIVE, self.expected_length(prompts[place]))
-        groups = run.finish()
-        self.stats = run.meter.stats(run.queue.discarded_tokens)
-        return groups
+        sampling = _Sampling(self, step, self.store.read(step, prompts, version))
+        for prompt in prompts:
+            if prompt.place not in sampling.groups:
+                sampling.queue_wave(prompt, Origin.NATIVE, self.expected_length(prompt.prompt))
+        self.display.begin(step)
+        try:
+            sampling.finish()
+        finally:
+            self.display.end()
+        groups = [sampling.groups[prompt.place] for prompt in prompts]
+        return CollectedGroups(groups, sampling.recorder.stats(sampling.queue.discarded_tokens))
 
 
-class _Run:
+class _Sampling:
     """The state of one call of `RolloutScheduler.sample`."""
 
-    def __init__(
-        self,
-        sampler: RolloutScheduler,
-        prompts: Sequence[Prompt],
-        purified: Sequence,
-        step: int,
-        kept: dict[int, Group],
-    ):
-        self.sampler, self.prompts, self.purified, self.step = sampler, prompts, purified, step
+    def __init__(self, scheduler: RolloutScheduler, step: int, kept: dict[int, Group]):
+        self.scheduler, self.step = scheduler, step
         self.groups = kept
-        self.meter = Meter(sampler.engine.progress().generated_tokens)
-        self.queue = open_queue(sampler.engine, sampler.request_store, self.meter.engine_step)
+        """Finished groups by place."""
+        self.recorder = SamplingRecorder(scheduler.engine.progress().generated_tokens)
+        self.queue = open_queue(scheduler.engine, scheduler.request_store, self.recorder.engine_step)
         self.requests: dict[int, tuple[_Wave, int]] = {}
-        """Queued and in the engine."""
+        """The wave and the sample number of every request that is queued or in the engine, by request id."""
         self.waves: list[_Wave] = []
-        """Not yet graded to the end."""
-        self.held: list[tuple[int, float]] = []
-        """Hard places of the sequential schedule and their expected lengths, until the first waves are done."""
-        self.guessed: dict[int, _Wave] = {}
-        """Second waves of groups that may turn out not to be hard, by place."""
-        self.abandoned: list[int] = []
-        """Tickets of waves taken back."""
+        """Waves that are not graded to the end."""
+        self.postponed: list[tuple[StepPrompt, float]] = []
+        """Hard prompts of the sequential schedule and the expected lengths of their second waves, which begin when all
+        first waves are done."""
+        self.speculative: dict[int, _Wave] = {}
+        """Second waves, by place, that were started before their groups were known to be hard."""
+        self.abandoned_tickets: list[int] = []
+        """The grader's tickets of cancelled waves."""
         self.rollouts: dict[tuple[int, Origin], tuple[Rollout, ...]] = {}
-        self.next_id, self.tick = self.queue.first_id, 0
+        """Graded waves by place and origin."""
+        self.next_id, self.engine_steps = self.queue.first_id, 0
 
-    def queue_wave(self, place: int, origin: Origin, expected_length: float, *, urgent: bool = False) -> _Wave:
-        config, prompt = self.sampler.rollout, self.prompts[place]
-        tokens = prompt.token_ids if origin is Origin.NATIVE else self.purified[place].token_ids
-        wave = _Wave(place, origin)
+    def queue_wave(self, prompt: StepPrompt, origin: Origin, expected_length: float, *, urgent: bool = False) -> _Wave:
+        config = self.scheduler.rollout
+        wave = _Wave(prompt, origin)
         self.waves.append(wave)
-        requests = []
+        tokens, requests = _generation_prompt(prompt, origin), []
         for sample in range(config.rollouts_per_prompt):
             self.requests[self.next_id] = (wave, sample)
-            seed = derive(self.sampler.seed, origin, self.step, prompt.index, sample)
+            seed = derive(self.scheduler.seed, origin, self.step, prompt.place, sample)
             requests.append(Request(self.next_id, tokens, config.max_response_length, config.temperature, seed))
             self.next_id += self.queue.id_step
         self.queue.add(requests, urgent=urgent, expected_length=expected_length)
-        self.meter.queued(origin, config.rollouts_per_prompt)
+        self.recorder.queued(origin, config.rollouts_per_prompt)
         return wave
 
-    def finish(self) -> list[Group]:
+    def finish(self) -> None:
+        """Samples until every group is there."""
         while self.waves:
-            while self.queue.room() > 0 and self._guess():
+            while self.queue.room() > 0 and self._start_speculative_wave():
                 pass
             for completion in self.queue.step():
                 self._completed(completion)
-            self.tick += 1
+            self.engine_steps += 1
             self._read_verdicts()
-            self.sampler.on_progress(self.meter.progress(self.sampler.engine.progress(), self.queue.waiting))
+            engine = self.scheduler.engine.progress()
+            self.scheduler.display.show(self.recorder.progress(engine, self.queue.waiting))
         self.queue.finish()
-        if self.abandoned:
-            self.sampler.grader.wait(self.abandoned)  # taken, so that the pool does not keep them
-        return [self.groups[place] for place in range(len(self.prompts))]
+        if self.abandoned_tickets:
+            self.scheduler.grader.wait(self.abandoned_tickets)  # the pool would keep what nobody takes
 
-    def _guess(self) -> bool:
+    def _start_speculative_wave(self) -> bool:
         """Queues the second wave of the undecided group with most failures, fewest successes. False: none is left."""
-        if self.sampler.rollout.schedule != "speculative":
+        if self.scheduler.rollout.schedule != "speculative":
             return False
-        undecided = [w for w in self.waves if self._undecided(w) and w.place not in self.guessed]
+        undecided = [w for w in self.waves if self._is_undecided(w) and w.place not in self.speculative]
         if not undecided:
             return False
         wave = max(undecided, key=lambda w: (w.failures - w.successes, -w.place))
-        self.guessed[wave.place] = self.queue_wave(wave.place, Origin.PURIFIED, 0.0)
+        self.speculative[wave.place] = self.queue_wave(wave.prompt, Origin.PURIFIED, 0.0)
         return True
 
-    def _undecided(self, wave: _Wave) -> bool:
-        """A first wave whose second is neither certain nor out of the question."""
-        first = wave.origin is Origin.NATIVE and self.purified[wave.place] is not None
-        return first and not wave.hard and self._is_hard(self.sampler.rollout.rollouts_per_prompt - wave.successes)
+    def _is_undecided(self, wave: _Wave) -> bool:
+        """Whether it is a first wave whose second wave is neither certain nor out of the question."""
+        first = wave.origin is Origin.NATIVE and wave.prompt.purified is not None
+        return first and not wave.hard and self._is_hard(self.scheduler.rollout.rollouts_per_prompt - wave.successes)
 
-    def _take_back(self, place: int) -> None:
-        wave = self.guessed.pop(place)
+    def _cancel_speculative_wave(self, place: int) -> None:
+        wave = self.speculative.pop(place)
         if wave in self.waves:
             self.waves.remove(wave)
         self.rollouts.pop((place, Origin.PURIFIED), None)
-        gone = {number for number, (owner, _) in self.requests.items() if owner is wave}
-        for number in gone:
+        unfinished = {number for number, (owner, _) in self.requests.items() if owner is wave}
+        for number in unfinished:
             del self.requests[number]
-        self.queue.cancel(gone)
-        self.abandoned += wave.tickets.values()
-        self.meter.taken_back(len(gone), sum(len(c.token_ids) for c in wave.completions.values()))
+        self.queue.cancel(unfinished)
+        self.abandoned_tickets += wave.tickets.values()
+        self.recorder.cancelled(len(unfinished), sum(len(c.token_ids) for c in wave.completions.values()))
 
     def _completed(self, completion: Completion) -> None:
         wave, sample = self.requests.pop(completion.request_id)
-        text = self.sampler.decode(completion.token_ids)
+        text = self.scheduler.decode(completion.token_ids)
         wave.completions[sample] = completion
-        wave.tickets[sample] = self.sampler.grader.submit(text, self.prompts[wave.place].answer)
-        wave.due[sample] = self.tick + GRADING_STEPS
-        self.meter.completed(wave.origin)
+        wave.tickets[sample] = self.scheduler.grader.submit(text, wave.prompt.prompt.answer)
+        wave.due[sample] = self.engine_steps + GRADING_STEPS
+        self.recorder.completed(wave.origin)
 
     def _read_verdicts(self) -> None:
-        size, idle = self.sampler.rollout.rollouts_per_prompt, not self.requests
+        size, idle = self.scheduler.rollout.rollouts_per_prompt, not self.requests
         for wave in sorted(self.waves, key=lambda wave: (wave.place, wave.origin is Origin.PURIFIED)):
             if wave not in self.waves:
-                continue  # taken back a moment ago
-            due = [sample for sample in wave.tickets if idle or wave.due[sample] <= self.tick]
+                continue  # an earlier turn of this loop has cancelled it
+            due = [sample for sample in wave.tickets if idle or wave.due[sample] <= self.engine_steps]
             if len(due) + len(wave.grades) == size:
                 self._read(wave, due)
-                self._graded(wave)
+                self._finish_wave(wave)
             elif self._may_decide(wave, len(due)):
                 self._read(wave, due)
                 if self._is_hard(wave.failures):
-                    self.meter.early_decisions += 1
-                    self._rescue(wave)
-                elif not self._undecided(wave) and wave.place in self.guessed:
-                    self._take_back(wave.place)
-        if self.held and all(wave.origin is Origin.PURIFIED for wave in self.waves):
-            for place, length in self.held:
-                self.queue_wave(place, Origin.PURIFIED, length, urgent=True)
-            self.held = []
+                    self.recorder.early_decisions += 1
+                    self._start_second_wave(wave)
+                elif not self._is_undecided(wave) and wave.place in self.speculative:
+                    self._cancel_speculative_wave(wave.place)
+        if self.postponed and all(wave.origin is Origin.PURIFIED for wave in self.waves):
+            for prompt, length in self.postponed:
+                self.queue_wave(prompt, Origin.PURIFIED, length, urgent=True)
+            self.postponed = []
 
     def _may_decide(self, wave: _Wave, due: int) -> bool:
-        """Whether `due` verdicts could change what is sampled. Otherwise nobody waits for a grader on their account."""
-        schedule = self.sampler.rollout.schedule
-        if schedule == "sequential" or due == 0 or not self._undecided(wave):
+        """Whether `due` verdicts could change what is sampled. If not, there is no need to wait for the grader."""
+        schedule = self.scheduler.rollout.schedule
+        if schedule == "sequential" or due == 0 or not self._is_undecided(wave):
             return False
         return schedule == "speculative" or self._is_hard(wave.failures + due)
 
     def _is_hard(self, failures: int) -> bool:
-        """Were all other rollouts of the group correct."""
-        size = self.sampler.rollout.rollouts_per_prompt
-        return is_hard((size - failures) / size, self.sampler.lens)
+        """Whether a group with so many failures is hard, were all its other rollouts correct."""
+        size = self.scheduler.rollout.rollouts_per_prompt
+        return is_hard((size - failures) / size, self.scheduler.lens)
 
     def _read(self, wave: _Wave, samples: Sequence[int]) -> None:
-        grades = self.sampler.grader.wait([wave.tickets[sample] for sample in samples])
-        self.meter.regraded += sum(grade.regraded for grade in grades.values())
+        """Reads the verdicts of these samples, and waits for those that are not there."""
+        grades = self.scheduler.grader.wait([wave.tickets[sample] for sample in samples])
+        self.recorder.regraded += sum(grade.regraded for grade in grades.values())
         wave.grades |= {sample: grades[wave.tickets.pop(sample)] for sample in samples}
 
-    def _rescue(self, wave: _Wave) -> None:
-        """Queues the second wave, expected to be as long as what the first has shown."""
-        wave.hard = True
-        if self.guessed.pop(wave.place, None):
+    def _start_second_wave(self, first: _Wave) -> None:
+        """Queues the second wave of a hard group, unless it runs already. It is expected to be as long as the first."""
+        first.hard = True
+        if self.speculative.pop(first.place, None):
             return
-        length = sum(len(c.token_ids) for c in wave.completions.values()) / len(wave.completions)
-        if self.sampler.rollout.schedule == "sequential":
-            self.held.append((wave.place, length))
+        if self.scheduler.rollout.schedule == "sequential":
+            self.postponed.append((first.prompt, first.mean_length))
         else:
-            self.queue_wave(wave.place, Origin.PURIFIED, length, urgent=True)
+            self.queue_wave(first.prompt, Origin.PURIFIED, first.mean_length, urgent=True)
 
-    def _graded(self, wave: _Wave) -> None:
-        """The last rollout of a wave is graded."""
+    def _finish_wave(self, wave: _Wave) -> None:
+        """The last rollout of a wave is graded: its group may now be hard for certain, or done."""
         self.waves.remove(wave)
         place, native = wave.place, wave.origin is Origin.NATIVE
         self.rollouts[place, wave.origin] = tuple(
             _rollout(wave.completions[s], wave.grades[s], wave.origin) for s in sorted(wave.completions)
         )
-        if native and not wave.hard and self.purified[place] is not None and self._is_hard(wave.failures):
-            self._rescue(wave)
-        elif native and not wave.hard and place in self.guessed:
-            self._take_back(place)
+        if native and not wave.hard and wave.prompt.purified is not None and self._is_hard(wave.failures):
+            self._start_second_wave(wave)
+        elif native and not wave.hard and place in self.speculative:
+            self._cancel_speculative_wave(place)
         first, second = (self.rollouts.get((place, origin)) for origin in (Origin.NATIVE, Origin.PURIFIED))
         if first and (second or (native and not wave.hard)):
-            group = Group(self.prompts[place], first, self.purified[place], second or ())
+            group = Group(wave.prompt.prompt, first, wave.prompt.purified, second or ())
             self.groups[place] = group
-            self.sampler.store.append(self.step, group)
+            self.scheduler.store.append(self.step, place, group)
+
+
+def _generation_prompt(prompt: StepPrompt, origin: Origin) -> tuple[int, ...]:
+    """Token ids of the prompt that a wave is sampled from."""
+    if origin is Origin.NATIVE:
+        return prompt.prompt.token_ids
+    if prompt.purified is None:
+        raise ValueError(f"the prompt at place {prompt.place} has no purified prompt to sample a second wave from")
+    return prompt.purified.token_ids
 
 
 def _rollout(completion: Completion, grade: Grade, origin: Origin) -> Rollout:

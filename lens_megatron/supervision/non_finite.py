@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lens_megatron.errors import ExitCode, UserError
 from lens_megatron.files import write_atomically
-from lens_megatron.types import Sample, UpdateStats
+from lens_megatron.types import TrainingRow, UpdateStats
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +33,10 @@ def dump(
     folder: Path,
     name: str,
     stats: UpdateStats,
-    samples: Sequence[Sample],
-    old: Sequence[Tensor | None],
-    reference: Sequence[Tensor | None],
+    rows: Sequence[TrainingRow],
 ) -> None:
-    """Writes this rank's samples to `folder`/`name`.jsonl, unless there are KEPT files or no room."""
-    lines = [_sample_line(*row) for row in zip(samples, old, reference, strict=True)]
+    """Writes this rank's rows to `folder`/`name`.jsonl, unless there are KEPT files or no room."""
+    lines = [_sample_line(row) for row in rows]
     head = {"loss": stats.loss, "grad_norm": stats.grad_norm, "lr": stats.learning_rate, "samples": len(lines)}
     head["samples_not_finite"] = [i for i, line in enumerate(lines) if not line["finite"]]
     try:
@@ -50,15 +48,16 @@ def dump(
         logger.warning(f"{folder}: the batch of a skipped update cannot be written: {error}")
 
 
-def _sample_line(sample: Sample, old: Tensor | None, reference: Tensor | None) -> dict:
-    rollout = sample.rollout
+def _sample_line(row: TrainingRow) -> dict:
+    sample, rollout = row.sample, row.sample.rollout
     line = {
         "prompt": sample.prompt,
         "generation_prompt": sample.generation_prompt,
         "response": rollout.token_ids,
         "engine_log_probs": rollout.log_probs,
-        "old_log_probs": None if old is None else old.tolist(),
-        "reference_log_probs": None if reference is None else reference.tolist(),
+        "old_log_probs": _numbers(row.old_log_probs),
+        "trainer_log_probs": _numbers(row.trainer_log_probs),
+        "reference_log_probs": _numbers(row.reference_log_probs),
         "reward": rollout.reward,
         "advantage": sample.advantage,
         "weight": sample.weight,
@@ -66,9 +65,13 @@ def _sample_line(sample: Sample, old: Tensor | None, reference: Tensor | None) -
         "weight_version": rollout.weight_version,
     }
     numbers = [sample.advantage, sample.weight, rollout.reward]
-    for name in ("engine_log_probs", "old_log_probs", "reference_log_probs"):
+    for name in ("engine_log_probs", "old_log_probs", "trainer_log_probs", "reference_log_probs"):
         numbers += line[name] or ()
     return {"finite": all(map(math.isfinite, numbers)), **line}
+
+
+def _numbers(log_probs: Tensor | None) -> list[float] | None:
+    return None if log_probs is None else log_probs.tolist()
 
 
 def in_a_row(before: int, updates: Sequence[UpdateStats]) -> int:

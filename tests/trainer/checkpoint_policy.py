@@ -1,6 +1,6 @@
 """A toy policy that trains on fixed samples under any layout, and one rank of test_checkpoint.py's world of two.
 
-    checkpoint_policy.py RANK PORT FOLDER   visits LAYOUTS in turn
+    checkpoint_policy.py visit FOLDER       visits LAYOUTS in turn, on the ranks that it finds itself on
     checkpoint_policy.py half PORT FOLDER   saves, then writes half of a second save and waits to be killed
 
 Results are written as safetensors and JSON into FOLDER.
@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from records import rollout
+from records import rollout, training_rows
 from safetensors.torch import save_file
 
 from lens_megatron.algorithms.objectives import OBJECTIVES
@@ -35,7 +35,19 @@ LAYOUTS = {
     "dp2": {},
     "dp2_distributed_optimizer": {"use_distributed_optimizer": True},
 }
-"""Of two ranks, in the order in which a checkpoint is handed on from one to the next."""
+"""Layouts of two ranks, in the order in which a checkpoint is handed on from one to the next."""
+SIZES = {
+    "vocab_size": 131,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 16384,
+    "eos_token_id": 0,
+    "bos_token_id": None,
+}
+"""The sizes of a small Qwen3 model whose vocabulary is padded under tensor parallelism."""
 PAIRS = [((1, 5, 9), (3, 7)), ((2, 8, 100), (4, 5, 6, 7)), ((2, 8, 17), (129,)), ((40, 41), (9, 9, 2))]
 ADVANTAGES = [1.5, -0.5, 2.0, -1.0]
 
@@ -62,9 +74,7 @@ def train_step(policy: Policy, algorithm) -> float:
         rows.append(Sample(prompt, prompt, rollout(True, tokens=response), advantage, 1.0))
     scale = LossScale(sum(len(response) for _, response in PAIRS), len(PAIRS), 0)
     batches = pack.pack(
-        rows,
-        old_log_probs=[torch.full((len(r.rollout.token_ids),), -2.0) for r in rows],
-        reference_log_probs=[None] * len(rows),
+        training_rows(rows, [torch.full((len(r.rollout.token_ids),), -2.0) for r in rows]),
         scale=scale,
         algorithm=algorithm,
         max_response_length=8,
@@ -103,11 +113,10 @@ def visit(name: str, source: Path, previous: Path, root: Path, device: torch.dev
         (root / f"{name}.json").write_text(json.dumps({"loss": loss, "lr": lr}))
 
 
-def run_rank(rank: int, port: str, root: Path) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
-    device, previous = platform.install(), root / "one"
+def run_rank(root: Path) -> None:
+    device, previous, port = platform.install(), root / "one", int(os.environ["MASTER_PORT"])
     for number, name in enumerate(LAYOUTS):
-        os.environ["MASTER_PORT"] = str(int(port) + number)  # a rank could still find the store of the world before
+        os.environ["MASTER_PORT"] = str(port + number)  # a rank could still find the store of the world before
         platform.init_process_group(device)
         visit(name, root / "one", previous, root, device)
         previous = root / name
@@ -138,4 +147,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "half":
         save_half(sys.argv[2], Path(sys.argv[3]))
     else:
-        run_rank(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+        run_rank(Path(sys.argv[2]))

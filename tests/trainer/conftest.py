@@ -1,18 +1,24 @@
-"""A small random model and its data, made once per session, and datasets of a single row."""
+"""A model for vLLM, made once per session, and datasets of a single row."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from prompt_data import load, write_jsonl
-from toy_runs import Toy, make_toy
+from toy_runs import Toy
+from vllm_models import save
 
 from lens_megatron.types import Prompt
 
 
 @pytest.fixture(scope="session")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
-    return make_toy(tmp_path_factory.mktemp("toy"))
+def roomy(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    """The toy with heads of a size that vLLM's attention on CPU has, and a context for LONG."""
+    folder = tmp_path_factory.mktemp("roomy")
+    torch.manual_seed(0)
+    save(toy, folder, tied=True)
+    return Toy(folder, toy.train, toy.eval)
 
 
 @pytest.fixture

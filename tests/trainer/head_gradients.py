@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import pairwise, product
 
 import torch
-from records import rollout
+from records import rollout, training_rows
 from transformers import AutoModelForCausalLM
 
 from lens_megatron.algorithms.objectives import OBJECTIVES
@@ -103,9 +103,11 @@ def micro_batches(config: Config, device: torch.device) -> list[MicroBatch]:
         )
     ]
     return pack.pack(
-        rows,
-        old_log_probs=[None, torch.linspace(-6.0, -4.0, 6), torch.linspace(-9.0, -2.0, 300)],
-        reference_log_probs=[torch.linspace(-4.0, -8.0, len(tokens)) for _, tokens in RESPONSES],
+        training_rows(
+            rows,
+            [None, torch.linspace(-6.0, -4.0, 6), torch.linspace(-9.0, -2.0, 300)],
+            [torch.linspace(-4.0, -8.0, len(tokens)) for _, tokens in RESPONSES],
+        ),
         scale=pack.count(rows),
         algorithm=config.algorithm,
         max_response_length=300,

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from export_check import check_export
 from megatron.core import parallel_state
-from records import rollout
+from records import rollout, training_rows
 
 from lens_megatron.algorithms.objectives import OBJECTIVES
 from lens_megatron.batch import pack, redistribute
@@ -105,11 +105,9 @@ def train(
     everything = samples()
     mine, scale = [everything[i] for i in share], pack.count(everything)
     corrected = config.algorithm.correction != "none"
+    shifted = [None if i % 3 == 1 else x + 0.1 for i, x in zip(share, old, strict=True)]
     batches = pack.pack(
-        mine,
-        old_log_probs=[None if i % 3 == 1 else x + 0.1 for i, x in zip(share, old, strict=True)],
-        reference_log_probs=reference,
-        trainer_log_probs=old if corrected else None,
+        training_rows(mine, shifted, reference, old if corrected else None),
         scale=scale,
         algorithm=config.algorithm,
         max_response_length=64,

@@ -1,7 +1,11 @@
 """Small records for tests, with literal values."""
 
+from collections.abc import Sequence
+
+from torch import Tensor
+
 from lens_megatron.reward.types import GradeStatus
-from lens_megatron.types import Group, Origin, Prompt, PurifiedPrompt, Rollout, Sample
+from lens_megatron.types import Group, Origin, Prompt, PurifiedPrompt, Rollout, Sample, StepPrompt, TrainingRow
 
 PROMPT = Prompt(3, (1, 10, 11, 12, 13, 2), (False, True, True, True, True, False), "7", "a b c d", "toy")
 
@@ -25,3 +29,23 @@ def group(native: str, rescue: str = "", prompt: Prompt = PROMPT) -> Group:
 def sample(rollout: Rollout, advantage: float = 1.0, weight: float = 1.0) -> Sample:
     generated_from = (1, 10, 12, 13, 2) if rollout.origin is Origin.PURIFIED else PROMPT.token_ids
     return Sample(PROMPT.token_ids, generated_from, rollout, advantage, weight)
+
+
+def step_prompts(
+    prompts: Sequence[Prompt], purified: Sequence[PurifiedPrompt | None] | None = None
+) -> list[StepPrompt]:
+    """All prompts of a step, in the order of their places; without purified prompts if none are given."""
+    rows = zip(prompts, purified or [None] * len(prompts), strict=True)
+    return [StepPrompt(place, *row) for place, row in enumerate(rows)]
+
+
+def training_rows(
+    samples: Sequence[Sample],
+    old: Sequence[Tensor | None] | None = None,
+    reference: Sequence[Tensor | None] | None = None,
+    trainer: Sequence[Tensor | None] | None = None,
+) -> list[TrainingRow]:
+    """`samples` with log-probabilities, [L] each. Those left out are None, but the trainer's are the old ones then."""
+    nothing = [None] * len(samples)
+    columns = old or nothing, trainer or old or nothing, reference or nothing
+    return [TrainingRow(*row) for row in zip(samples, *columns, strict=True)]

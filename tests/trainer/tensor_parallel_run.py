@@ -28,14 +28,14 @@ from lens_megatron.rollout.vllm.tensor_parallel import (
     gather_to_leader,
     scatter_from_leader,
 )
-from lens_megatron.types import PurifiedPrompt
+from lens_megatron.types import PurifiedPrompt, StepPrompt
 
 SHORT, LONG = (5, 17, 9, 60, 33), tuple(3 + 7 * i % 90 for i in range(200))
 CANCELLED = (4, 5)
 
 
 def requests(engine_group: int) -> list[Request]:
-    """Of one engine; LONG is cached by the engine from the second one on."""
+    """The requests of one engine; the engine has cached LONG from the second one on."""
     temperatures = (1.0, 0.7, 0.0)
     return [
         Request(i, (LONG if i % 2 else SHORT)[engine_group:], 16 + i, temperatures[i % 3], 1000 * engine_group + 7 * i)
@@ -55,18 +55,22 @@ class Recorded(VllmEngine):
 def phase(engine: TensorParallelEngine, engine_group: EngineGroup) -> None:
     """The leader's decisions, or following."""
     engine.wake()
-    engine.follow()
-    if engine_group.leads:
-        first, second = requests(engine_group.number)[:6], requests(engine_group.number)[6:]
-        engine.submit(first)
-        for _ in range(3):
-            engine.step()
-        assert engine.cancel(CANCELLED) > 0
-        engine.submit(second)
-        done = 0
-        while done < 10 - len(CANCELLED):
-            done += len(engine.step())
-    engine.dismiss()
+    with engine.phase():
+        if engine_group.leads:
+            decide(engine, engine_group)
+
+
+def decide(engine: TensorParallelEngine, engine_group: EngineGroup) -> None:
+    """Requests in two parts, some of which are cancelled in the middle."""
+    first, second = requests(engine_group.number)[:6], requests(engine_group.number)[6:]
+    engine.submit(first)
+    for _ in range(3):
+        engine.step()
+    assert engine.cancel(CANCELLED) > 0
+    engine.submit(second)
+    done = 0
+    while done < 10 - len(CANCELLED):
+        done += len(engine.step())
 
 
 def drawn(model: str, other: str, engine_group: EngineGroup) -> list[list[dict]]:
@@ -114,13 +118,14 @@ def said_when_ranks_differ(model: str, other: str, engine_group: EngineGroup) ->
 def gathered_and_scattered(engine_group: EngineGroup) -> dict[str, list[int]]:
     """The follower was dealt more prompts than the leader. Indices of prompts, in order."""
     count, first = engine_group.rank + 1, 10 * torch.distributed.get_rank()
-    own = [replace(PROMPT, index=first + i) for i in range(count)]
     purified = [PurifiedPrompt((1, 2), (1,), (0.5,) * 6) if i else None for i in range(count)]
-    led = gather_to_leader(engine_group, own, purified)
-    assert all((p is None) == (prompt.index % 10 == 0) for prompt, p in zip(led.prompts, led.purified, strict=True))
-    sampled = [replace(group("10"), prompt=prompt) for prompt in led.prompts]
+    own = [StepPrompt(2 * (first + i), replace(PROMPT, index=first + i), purified[i]) for i in range(count)]
+    led = gather_to_leader(engine_group, own)
+    assert all((p.purified is None) == (p.prompt.index % 10 == 0) for p in led.prompts)
+    assert all(p.place == 2 * p.prompt.index for p in led.prompts)
+    sampled = [replace(group("10"), prompt=p.prompt) for p in led.prompts]
     back = scatter_from_leader(engine_group, sampled, led)
-    return {"led": [p.index for p in led.prompts], "back": [g.prompt.index for g in back]}
+    return {"led": [p.prompt.index for p in led.prompts], "back": [g.prompt.index for g in back]}
 
 
 def main(model: str, other: str, out: Path) -> None:

@@ -10,14 +10,18 @@ from dataclasses import replace
 import pytest
 import torch
 from lens_kernels import linear_policy_loss, linear_token_logprobs
-from records import PROMPT, group, rollout, sample
+from records import PROMPT, group, rollout, sample, training_rows
 
 from lens_megatron.algorithms import samples
-from lens_megatron.algorithms.advantages import crpo, grpo, weighted_advantages
+from lens_megatron.algorithms.advantages.crpo import crpo, weighted_advantages
+from lens_megatron.algorithms.advantages.grpo import grpo
 from lens_megatron.algorithms.aggregation import AGGREGATIONS
-from lens_megatron.algorithms.objectives import OBJECTIVES, clipped_surrogate, sequence_ratio, token_ratio
+from lens_megatron.algorithms.objectives import OBJECTIVES
+from lens_megatron.algorithms.objectives.clipped import clipped_surrogate
+from lens_megatron.algorithms.objectives.sequence_level import sequence_ratio
+from lens_megatron.algorithms.objectives.token_level import token_ratio
 from lens_megatron.algorithms.purification.interference import purify_prompts, select
-from lens_megatron.algorithms.rescue import is_hard, merge
+from lens_megatron.algorithms.rescue import is_hard, replace_failures
 from lens_megatron.batch import pack
 from lens_megatron.config import AlgorithmConfig, LensConfig
 from lens_megatron.types import LossScale, Origin, TokenTerms, TrainingGroup
@@ -28,7 +32,7 @@ LENS = LensConfig()
 
 def test_crpo_on_a_rescued_group_of_eight():
     # a = .25; three of six failures are replaced by three successes: sum w~ = 5, mu = .55, sigma = .497494
-    merged = merge(group("11000000", "11100000"), LENS, seed=0)
+    merged = replace_failures(group("11000000", "11100000"), LENS, seed=0)
     assert [r.origin for r in merged.rollouts].count(Origin.PURIFIED) == 3
     assert len(merged.rollouts) == 8 and merged.gate
     result = crpo(merged, ALGORITHM)
@@ -49,25 +53,25 @@ def test_crpo_on_a_rescued_group_of_eight():
 
 
 def test_crpo_when_no_original_rollout_succeeded():
-    result = crpo(merge(group("00000000", "11000000"), LENS, seed=0), ALGORITHM)
+    result = crpo(replace_failures(group("00000000", "11000000"), LENS, seed=0), ALGORITHM)
     assert set(result.weights) == {1.0}
     assert sorted(set(result.advantages)) == pytest.approx([-0.577350, 1.732051], abs=1e-5)
 
 
 def test_crpo_reweights_an_untouched_group():
-    result = crpo(merge(group("11111100"), LENS, seed=0), ALGORITHM)
+    result = crpo(replace_failures(group("11111100"), LENS, seed=0), ALGORITHM)
     assert result.weights == (0.75,) * 6 + (0.25,) * 2
     assert result.advantages == pytest.approx((1 / 3,) * 6 + (-3.0,) * 2, abs=2e-5)
 
 
 @pytest.mark.parametrize("native", ["1111", "0000"])
 def test_a_group_without_contrast_has_no_advantage(native):
-    assert set(crpo(merge(group(native), LENS, seed=0), ALGORITHM).advantages) == {0.0}
-    assert set(grpo(merge(group(native), LENS, seed=0), ALGORITHM).advantages) == {0.0}
+    assert set(crpo(replace_failures(group(native), LENS, seed=0), ALGORITHM).advantages) == {0.0}
+    assert set(grpo(replace_failures(group(native), LENS, seed=0), ALGORITHM).advantages) == {0.0}
 
 
 def test_weights_scope_and_normalised_weights():
-    untouched = merge(group("1000"), LENS, seed=0)
+    untouched = replace_failures(group("1000"), LENS, seed=0)
     assert crpo(untouched, replace_algorithm(weights_scope="purified_only")).weights == (1.0,) * 4
     # w~ = .25 and three of .75: sum 2.5, four samples -> 4 w~ / 2.5
     assert crpo(untouched, replace_algorithm(loss_weight="normalised")).weights == pytest.approx((0.4, 1.2, 1.2, 1.2))
@@ -96,27 +100,29 @@ def test_weighted_advantages_equal_a_float64_oracle():
 
 
 def test_gate_is_strict_and_second_wave_failures_never_enter():
-    assert not merge(group("1000", "1000"), LENS, seed=0).gate
-    assert merge(group("1000", "1000"), LensConfig(gate="always"), seed=0).gate
-    merged = merge(group("1000", "1100"), LENS, seed=0)
+    assert not replace_failures(group("1000", "1000"), LENS, seed=0).gate
+    assert replace_failures(group("1000", "1000"), LensConfig(gate="always"), seed=0).gate
+    merged = replace_failures(group("1000", "1100"), LENS, seed=0)
     assert merged.gate and all(r.correct for r in merged.rollouts if r.origin is Origin.PURIFIED)
-    assert not merge(group("0000", "0000"), LensConfig(gate="always"), seed=0).gate
+    assert not replace_failures(group("0000", "0000"), LensConfig(gate="always"), seed=0).gate
 
 
 def test_all_failures_may_leave_and_the_switches_that_prevent_it():
     # One success, three failures, four rescued: literally all failures leave, the group grows to five, no contrast.
-    literal = merge(group("1000", "1111"), LENS, seed=0)
+    literal = replace_failures(group("1000", "1111"), LENS, seed=0)
     assert len(literal.rollouts) == 5 and all(r.correct for r in literal.rollouts)
-    kept = merge(group("1000", "1111"), LensConfig(min_keep_failures=1), seed=0)
+    kept = replace_failures(group("1000", "1111"), LensConfig(min_keep_failures=1), seed=0)
     assert [r.correct for r in kept.rollouts].count(False) == 1
-    capped = merge(group("1000", "1111"), LensConfig(cap_rescued=True), seed=0)
+    capped = replace_failures(group("1000", "1111"), LensConfig(cap_rescued=True), seed=0)
     assert len(capped.rollouts) == 4
 
 
 def test_the_failures_that_leave_depend_on_the_seed_alone():
-    kept = {tuple(r.token_ids for r in merge(group("0" * 8, "1000"), LENS, seed=s).rollouts) for s in range(40)}
+    kept = {
+        tuple(r.token_ids for r in replace_failures(group("0" * 8, "1000"), LENS, seed=s).rollouts) for s in range(40)
+    }
     assert len(kept) == 8
-    again = [merge(group("0" * 8, "1000"), LENS, seed=5).rollouts for _ in range(2)]
+    again = [replace_failures(group("0" * 8, "1000"), LENS, seed=5).rollouts for _ in range(2)]
     assert again[0] == again[1]
 
 
@@ -155,7 +161,7 @@ def test_random_ties_are_seeded():
 
 
 def test_samples_carry_the_prompt_that_generated_them():
-    merged = merge(group("1000", "1100"), LENS, seed=0)
+    merged = replace_failures(group("1000", "1100"), LENS, seed=0)
     rows = samples.to_samples([merged], ALGORITHM)
     assert [r.prompt for r in rows] == [PROMPT.token_ids] * len(rows)
     for row in rows:
@@ -189,9 +195,7 @@ def rescued_terms(old: list[float], advantage: float, weight: float, algorithm: 
     row = sample(rollout(True, Origin.PURIFIED, tokens=(1, 1, 1)), advantage, weight)
     row = replace(row, prompt=(1,), generation_prompt=(1,))
     return pack.pack(
-        [row],
-        old_log_probs=[torch.tensor(old)],
-        reference_log_probs=[None],
+        training_rows([row], [torch.tensor(old)]),
         scale=LossScale(3, 1, 1),
         algorithm=algorithm,
         max_response_length=3,
@@ -290,9 +294,11 @@ def test_imitation_adds_the_mean_negative_log_likelihood_of_rescued_rows():
     assert OBJECTIVES["token"].fused(terms, algorithm) is None
 
 
-@pytest.mark.parametrize("coefficients", [{"kl_coef": 0.3, "entropy_coef": 0.2}, {"kl_coef": 0.0}])
+@pytest.mark.parametrize(
+    "coefficients", [{"kl_coef": 0.3, "entropy_coef": 0.2}, {"kl_coef": 0.3, "kl_limit": 10.0}, {"kl_coef": 0.0}]
+)
 def test_the_fused_loss_is_the_objective_that_names_it(coefficients):
-    # Ratios inside and outside every clip, an on-policy response, k3 beyond its limit; values and gradients.
+    # Ratios inside and outside every clip, an on-policy response, k3 within and beyond its limit; values and gradients.
     algorithm = AlgorithmConfig(dual_clip=1.5, **coefficients)
     rows = [sample(rollout(True, tokens=(1, 2, 0, 1)), a, w) for a, w in ((1.2, 0.5), (-0.7, 1.0), (2.0, 1.0))]
     old = [torch.tensor([-1.0, -2.5, -0.3, -1.1]), torch.tensor([-3.0, -0.2, -1.3, -1.8]), None]
@@ -319,11 +325,37 @@ def test_the_fused_loss_is_the_objective_that_names_it(coefficients):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("form", ["token", "sequence"])
+@pytest.mark.parametrize("kl_limit", [None, 10.0, 0.01])
+def test_kl_limit_bounds_the_value_and_takes_the_gradient_away(form, kl_limit):
+    """Beside float64, tokens whose reference is above and below them, within a limit and beyond it, and beyond 20."""
+    shifts = torch.tensor([-25.0, -12.0, -2.0, -0.1, -1e-4, 1e-4, 0.1, 2.5, 2.7, 8.0, 19.0, 25.0])
+    algorithm = AlgorithmConfig(ratio=form, kl_coef=0.5, kl_limit=kl_limit)
+    count = len(shifts)
+    new = torch.linspace(-3.0, -0.5, count)
+    rows = [sample(rollout(True, tokens=(1,) * count), advantage=0.0)]
+    (batch,) = packed(rows, [None], algorithm, [new + shifts])
+    log_probs = new.clone().requires_grad_()
+    result = OBJECTIVES[form].losses(log_probs, torch.zeros(count), batch.terms, algorithm)
+    result.losses.sum().backward()
+
+    exact = new.double().requires_grad_()
+    d = (batch.terms.reference_log_probs.double() - exact).clamp(-20, 20)
+    kl = torch.expm1(d) - d
+    flat = d.detach().abs() >= 20
+    if kl_limit is not None:
+        flat |= kl > kl_limit
+        kl = kl.clamp(max=kl_limit)
+    (0.5 / count * kl).sum().backward()
+    # A float32 difference of log-probabilities is off by 1e-7, which at 1e-4 nats is 2e-3 of its square.
+    torch.testing.assert_close(result.kl.double(), kl.detach(), rtol=5e-6, atol=1e-15)
+    torch.testing.assert_close(log_probs.grad.double(), exact.grad, rtol=5e-6, atol=1e-15)
+    assert (log_probs.grad == 0).equal(flat) and flat.any()
+
+
 def packed(rows, old, algorithm: AlgorithmConfig, reference=None):
     return pack.pack(
-        rows,
-        old_log_probs=old,
-        reference_log_probs=reference or [None] * len(rows),
+        training_rows(rows, old, reference),
         scale=pack.count(rows),
         algorithm=algorithm,
         max_response_length=4,
@@ -335,9 +367,11 @@ def packed(rows, old, algorithm: AlgorithmConfig, reference=None):
 def test_pack_aligns_responses_and_pads_nothing():
     rows = [sample(rollout(True, tokens=(5, 6))), sample(rollout(False, Origin.PURIFIED, tokens=(7, 8, 9)))]
     (batch,) = pack.pack(
-        rows,
-        old_log_probs=[None, torch.tensor([-1.0, -2.0, -3.0])],
-        reference_log_probs=[torch.tensor([-0.1, -0.2]), torch.tensor([-0.3, -0.4, -0.5])],
+        training_rows(
+            rows,
+            [None, torch.tensor([-1.0, -2.0, -3.0])],
+            [torch.tensor([-0.1, -0.2]), torch.tensor([-0.3, -0.4, -0.5])],
+        ),
         scale=pack.count(rows),
         algorithm=AlgorithmConfig(kl_coef=0.5),
         max_response_length=3,
@@ -362,8 +396,6 @@ def test_pack_aligns_responses_and_pads_nothing():
 def test_a_rank_without_samples_gets_one_empty_micro_batch():
     (batch,) = pack.pack(
         [],
-        old_log_probs=[],
-        reference_log_probs=[],
         scale=LossScale(4, 1, 0),
         algorithm=ALGORITHM,
         max_response_length=3,

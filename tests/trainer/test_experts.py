@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from records import rollout
+from records import rollout, training_rows
 from torch import Tensor
 from toy_runs import Toy, launch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -115,9 +115,7 @@ def test_gradient_of_the_routers_own_loss_is_its_mean_over_rows(tmp_path: Path):
         samples = [Sample(p, p, rollout(True, tokens=r), 0.0, 1.0) for p, r in PAIRS]
         scale, algorithm = pack.count(samples), config().algorithm
         batches = pack.pack(
-            samples,
-            old_log_probs=[None] * 3,
-            reference_log_probs=[None] * 3,
+            training_rows(samples),
             scale=scale,
             algorithm=algorithm,
             max_response_length=8,

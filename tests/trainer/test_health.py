@@ -7,7 +7,7 @@ from typing import Self
 import pytest
 
 from lens_megatron.rollout.servers import health
-from lens_megatron.rollout.servers.health import Event, Limits, Server, ServerState
+from lens_megatron.rollout.servers.health import Event, Limits, ServerHealth, ServerState
 
 LIMITS = Limits()
 CURRENT = 7
@@ -31,7 +31,7 @@ class Truth:
         return Truth() if event in DOUBT else self
 
 
-def next_states(server: Server) -> Iterator[tuple[Event | None, int | None, Server]]:
+def next_states(server: ServerHealth) -> Iterator[tuple[Event | None, int | None, ServerHealth]]:
     """All that can happen to a server. Reasons are left out: they would make equal states different."""
     for event in Event:
         if event is Event.STARTING and not health.restartable(server, LIMITS):
@@ -44,9 +44,9 @@ def next_states(server: Server) -> Iterator[tuple[Event | None, int | None, Serv
     yield None, None, replace(health.progressed(server, server.tokens, True, 1e9, LIMITS), reason="")
 
 
-def reachable() -> Iterator[tuple[Server, Truth, Event | None, Server, Truth]]:
+def reachable() -> Iterator[tuple[ServerHealth, Truth, Event | None, ServerHealth, Truth]]:
     """Every step that any sequence of events can lead to."""
-    seen = {(Server(), Truth())}
+    seen = {(ServerHealth(), Truth())}
     todo = [*seen]
     while todo:
         server, truth = todo.pop()
@@ -83,8 +83,8 @@ def test_what_always_holds():
             assert health.eligible(loaded, CURRENT)
 
 
-def healthy() -> Server:
-    server = Server()
+def healthy() -> ServerHealth:
+    server = ServerHealth()
     for event in (Event.STARTED, Event.LOADING, Event.LOADED):
         server = health.after(server, event, LIMITS, version=CURRENT)
     assert health.eligible(server, CURRENT) and not health.eligible(server, CURRENT + 1)
@@ -101,7 +101,7 @@ def test_silence_makes_suspect_and_then_dead_and_an_answer_forgives():
     assert server.state is ServerState.DEAD and "3 probes" in server.reason and "timeout" in server.reason
 
 
-def healthy_again(server: Server) -> Server:
+def healthy_again(server: ServerHealth) -> ServerHealth:
     return replace(server, state=ServerState.HEALTHY, silent=0)
 
 
@@ -158,7 +158,7 @@ def test_each_restart_in_a_row_waits_twice_as_long():
 
 
 def test_the_current_weights_are_given_again_after_a_start_but_not_to_a_server_that_has_others():
-    started = health.after(Server(), Event.STARTED, LIMITS)
+    started = health.after(ServerHealth(), Event.STARTED, LIMITS)
     assert health.reloadable(started, LIMITS) and not health.reloadable(healthy(), LIMITS)
     for _ in range(LIMITS.restarts):
         loading = health.after(started, Event.RELOADING, LIMITS)

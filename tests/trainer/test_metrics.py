@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from records import rollout, sample
+from records import rollout, sample, training_rows
 
 from lens_megatron.batch import pack
 from lens_megatron.config import AlgorithmConfig
@@ -40,9 +40,7 @@ def test_only_the_layout_pads(layout: SequenceLayout, rows: int):
     """Samples of 8 and 7 tokens: CP2 pads each to a multiple of 4, four sequence-parallel ranks pad their sum."""
     samples = [sample(rollout(True)), sample(rollout(True, tokens=(5,)))]
     batches = pack.pack(
-        samples,
-        old_log_probs=[None, None],
-        reference_log_probs=[None, None],
+        training_rows(samples),
         scale=pack.count(samples),
         algorithm=AlgorithmConfig(),
         max_response_length=2,

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from records import rollout, sample
+from records import rollout, sample, training_rows
 from toy_runs import Toy, run_program
 
 from lens_megatron.algorithms.corrections import CORRECTIONS
 from lens_megatron.algorithms.mismatch import Mismatch, mismatch, mismatch_sums, pooled
-from lens_megatron.algorithms.objectives import token_ratio
+from lens_megatron.algorithms.objectives.token_level import token_ratio
 from lens_megatron.batch import pack
 from lens_megatron.config import AlgorithmConfig, ConfigError, from_tree
 from lens_megatron.output.metrics import mismatch_metrics, mismatch_warning, read_metrics
-from lens_megatron.phases.update import without_on_policy
+from lens_megatron.phases.update import is_on_policy
 from lens_megatron.types import MismatchSums, Origin, Rollout, TokenTerms, UpdateStats
 
 WORKED = torch.tensor([-0.5, -2.0, -0.1]) - torch.tensor([-0.6, -1.2, -0.1])
@@ -82,9 +82,7 @@ def worked_terms(algorithm: AlgorithmConfig) -> TokenTerms:
     engine = (old.double() - torch.tensor([0.5, 3.0, 1.0], dtype=torch.float64).log()).tolist()
     row = sample(engine_says(rollout(True, Origin.PURIFIED, (1, 1, 1)), *engine), 0.904534, 0.75)
     return pack.pack(
-        [row],
-        old_log_probs=[old],
-        reference_log_probs=[torch.zeros(3)],
+        training_rows([row], [old], [torch.zeros(3)]),
         scale=pack.count([row]),
         algorithm=algorithm,
         max_response_length=3,
@@ -130,32 +128,32 @@ def test_a_row_keeps_its_exact_ratio_and_is_corrected_all_the_same():
     """On-policy: old is None, so the ratio is 1 to the bit; the correction takes the trainer's own pass."""
     row, algorithm = sample(engine_says(rollout(True), -1.0, -2.0)), AlgorithmConfig(correction="token_truncate")
     arguments = {
-        "reference_log_probs": [None],
         "scale": pack.count([row]),
         "algorithm": algorithm,
         "max_response_length": 2,
         "parts": [[0]],
         "device": torch.device("cpu"),
     }
-    trainer = [torch.tensor([-1.5, -1.9])]
-    terms = pack.pack([row], old_log_probs=[None], trainer_log_probs=trainer, **arguments)[0].terms
+    rows = training_rows([row], trainer=[torch.tensor([-1.5, -1.9])])
+    terms = pack.pack(rows, **arguments)[0].terms
     assert terms.old_log_probs.isnan().all()
     assert terms.corrections.tolist() == pytest.approx([math.exp(-0.5), math.exp(0.1)], rel=1e-6)
     with pytest.raises(ValueError, match="correction=token_truncate needs the trainer's log-probabilities"):
-        pack.pack([row], old_log_probs=[None], **arguments)
+        pack.pack(training_rows([row]), **arguments)
 
 
-def test_on_policy_rows_are_left_out_of_the_ratio():
-    """One update per batch: native rows, whatever was computed for the correction. Several, or the acl form: none."""
-    rows = [sample(rollout(True)), sample(rollout(True, Origin.PURIFIED))]
-    old = [torch.tensor([-1.0, -1.0]), torch.tensor([-2.0, -2.0])]
-    kept = without_on_policy(from_tree(REQUIRED | {"algorithm": {"correction": "token_mask"}}), rows, old)
-    assert kept[0] is None and kept[1] is old[1]
+def test_on_policy_are_native_rows_that_the_weights_of_now_have_sampled():
+    """One update per batch: whatever the correction. Several updates, or the acl form: no row is."""
+    native, older = sample(rollout(True)), sample(replace(rollout(True), weight_version=1))
+    rescued = sample(rollout(True, Origin.PURIFIED))
+    single = from_tree(REQUIRED | {"algorithm": {"correction": "token_mask"}})
+    assert is_on_policy(single, native, version=0) and is_on_policy(single, older, version=1)
+    assert not is_on_policy(single, native, version=1) and not is_on_policy(single, older, version=2)
+    assert not is_on_policy(single, older, version=0), "loaded rollouts of a run that was further"
+    assert not is_on_policy(single, rescued, version=0)
     several = {"rollout": {"prompts_per_step": 4}, "train": {"updates_per_batch": 2}}
     for sections in (several, {"algorithm": {"ratio_form": "acl"}}):
-        assert all(
-            a is b for a, b in zip(without_on_policy(from_tree(REQUIRED | sections), rows, old), old, strict=True)
-        )
+        assert not is_on_policy(from_tree(REQUIRED | sections), native, version=0)
 
 
 def summed(p: torch.Tensor, q: torch.Tensor) -> MismatchSums:
@@ -280,7 +278,8 @@ def run(tree: dict, folder: Path, ranks: int = 1) -> tuple[dict, str]:
 def sampled(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, str]:
     """A step whose rollouts are kept, its metrics and output."""
     folder = tmp_path_factory.mktemp("sampled")
-    tree = toy.tree(folder / "run", debug={"save_rollouts": str(folder / "replay")}, train={"steps": 1})
+    debug = {"save_rollouts": str(folder / "replay")}
+    tree = toy.tree(folder / "run", debug=debug, train={"steps": 1})
     return folder / "replay", *run(tree, folder)
 
 

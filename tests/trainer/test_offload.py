@@ -1,6 +1,6 @@
 """The trainer's state goes to host memory and comes back the same: on CPU tensors, by the code that a GPU runs."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -11,28 +11,19 @@ from test_policy import add_tokenizer, saved_model
 from lens_megatron.config import Config, ConfigError, from_tree
 from lens_megatron.data.prompts import PromptStream
 from lens_megatron.phases import engine_turn
-from lens_megatron.policy import platform
 from lens_megatron.policy.forward import prompt_scores
 from lens_megatron.policy.model import Policy, build_policy
 from lens_megatron.policy.offload import TrainerMemory, is_enabled
-from lens_megatron.policy.parallel import Mesh, build_mesh, shut_down
+from lens_megatron.policy.parallel import Mesh
 from lens_megatron.policy.sharded_state import optimizers
-from lens_megatron.rollout.engine import Request
+from lens_megatron.rollout.engine import Completion, Request
 from lens_megatron.rollout.local import LocalEngine
 from lens_megatron.rollout.vllm.tensor_parallel import build_engine_group
-from lens_megatron.run import LastSync, Run
+from lens_megatron.run import Run
 from lens_megatron.supervision.clock import Clock
 from lens_megatron.types import Prompt
 
 STEPS = 3
-
-
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[Mesh]:
-    device = platform.install()
-    platform.init_process_group(device)
-    yield build_mesh(from_tree(tree()).megatron, 0, device)
-    shut_down()
 
 
 def tree(**sections: object) -> dict:
@@ -163,25 +154,29 @@ def test_the_device_changes_hands_in_the_one_right_order(mesh: Mesh, tmp_path: P
         engine_group=build_engine_group(1),
         graders=None,
         sampler=None,
+        unfinished=None,
         background=None,
         trainer_memory=engine.memory,
-        last_sync=LastSync(),
         lease=None,
         clock=Clock(),
     )
+
+    def sampling() -> list[Completion]:
+        engine.submit([Request(0, (5, 6, 7), 8, 1.0, 3)])
+        engine.log.append("sample")
+        while not (ended := engine.step()):
+            pass
+        return ended
+
     drawn = []
     for _ in range(2):
-        with engine_turn.engine_awake(run):
-            engine.submit([Request(0, (5, 6, 7), 8, 1.0, 3)])
-            engine.log.append("sample")
-            while not (ended := engine.step()):
-                pass
-            drawn.append(ended)
+        ended, sync = engine_turn.let_engine_sample(run, sampling)
+        drawn.append(ended)
+        assert sync is not None and 0 < sync.sync_difference < 1e-4
         assert not engine.memory.is_away and engine.version is None
     phase = ["load, trainer here", "wake, trainer away", "sample", "sleep, trainer away"]
     assert engine.log == phase + phase and drawn[0] == drawn[1]
     assert run.clock.take().keys() == {"update_weights", "wake", "sync_check", "sleep"}
-    assert 0 < run.last_sync.stats.sync_difference < 1e-4
 
 
 def test_what_is_offloaded_and_what_cannot_be():

@@ -2,8 +2,13 @@
 
 from pathlib import Path
 
+import pytest
 import records
+import yaml
 
+from lens_megatron.config import Config, from_tree
+from lens_megatron.output import run_folder
+from lens_megatron.output.run_folder import RunFolderError
 from lens_megatron.rollout import replay
 from lens_megatron.rollout.unfinished import UnfinishedGroups
 
@@ -24,3 +29,19 @@ def test_saved_rollouts_of_an_older_version_are_read(tmp_path: Path):
 def test_unfinished_groups_of_an_older_version_are_kept(tmp_path: Path):
     (tmp_path / "step_000001_00000_of_00001.jsonl").write_text(old_line())
     assert UnfinishedGroups(tmp_path, 0, 1).read(1, [GROUP.prompt], version=0) == {0: GROUP}
+
+
+def configured(folder: Path, **algorithm: float) -> Config:
+    model, data = {"path": "model"}, {"train": "train.jsonl"}
+    return from_tree({"run": {"directory": str(folder)}, "model": model, "data": data, "algorithm": algorithm})
+
+
+def test_a_run_from_before_kl_limit_goes_on_with_the_limit_that_it_had(tmp_path: Path):
+    run_folder.take(configured(tmp_path), {"world_size": 1}).lease.release()
+    recorded = tmp_path / "config.yaml"
+    options = yaml.safe_load(recorded.read_text())
+    del options["algorithm"]["kl_limit"]
+    recorded.write_text(yaml.safe_dump(options))
+    with pytest.raises(RunFolderError, match=r"with other options: algorithm\.kl_limit;"):
+        run_folder.check(configured(tmp_path))
+    assert run_folder.check(configured(tmp_path, kl_limit=10.0))

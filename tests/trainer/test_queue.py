@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from records import step_prompts
 from test_scheduler import Nothing, Verdicts
 from test_streaming import GROUP, PROMPTS, PURIFIED, drawn, log_probs, odd
 from toy_runs import Toy
@@ -22,8 +23,9 @@ from lens_megatron.rollout.request_store import RequestBatch, RequestStore
 from lens_megatron.rollout.scheduler import RolloutScheduler
 from lens_megatron.supervision import channel, control_store
 from lens_megatron.supervision.control_store import ControlStore, Storage
-from lens_megatron.types import Group, Prompt
+from lens_megatron.types import CollectedGroups, Group, SamplingStats
 
+ASKED = step_prompts(PROMPTS, PURIFIED)
 WORLD = 3
 ROLLOUT = RolloutConfig(prompts_per_step=6, rollouts_per_prompt=GROUP, max_response_length=40)
 
@@ -42,6 +44,8 @@ class Mortal(LocalEngine):
         self.alive, self.lost, self.served, self.dies_after, self.pace = True, [], [], None, 0.0
         self.returns = False
         """Dead, it is being started again."""
+        self.may_step = lambda: True
+        """A step waits until this is true, so that a test decides who is faster."""
 
     def capacity(self) -> int:
         return super().capacity() if self.alive else 0
@@ -56,6 +60,8 @@ class Mortal(LocalEngine):
 
     def step(self) -> list[Completion]:
         time.sleep(self.pace)
+        while not self.may_step():
+            time.sleep(0.001)
         if self.dies_after == 0:
             self.alive, self.lost = False, [s.request for s in (*self.running, *self.waiting)]
             self.close()
@@ -106,7 +112,7 @@ def sample(
     shares: Sequence[Sequence[int]],
     rule: Callable[[str], bool] = odd,
     schedule: str = "streamed",
-) -> tuple[dict[int, Group], list[RolloutScheduler]]:
+) -> tuple[dict[int, Group], list[SamplingStats]]:
     """Groups by prompt; shares: places of the prompts of each rank."""
     for engine in engines:
         engine.served, engine.alive = [], True
@@ -118,12 +124,11 @@ def sample(
         for engine, request_store in zip(engines, boards, strict=True)
     ]
 
-    def work(rank: int) -> list[Group]:
-        prompts: list[Prompt] = [PROMPTS[i] for i in shares[rank]]
-        return samplers[rank].sample(prompts, [PURIFIED[i] for i in shares[rank]], step=2, version=3)
+    def work(rank: int) -> CollectedGroups:
+        return samplers[rank].sample([ASKED[place] for place in shares[rank]], step=2, version=3)
 
-    groups = [group for own in on_every_rank(work) for group in own]
-    return {group.prompt.index: group for group in groups}, samplers
+    collected = on_every_rank(work)
+    return {group.prompt.index: group for own in collected for group in own.groups}, [own.stats for own in collected]
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +137,7 @@ def alone(engines: list[Mortal]) -> dict[int, Group]:
     sampler = RolloutScheduler(
         engines[0], Verdicts(odd), lambda ids: str(list(ids)), ROLLOUT, LensConfig(), 11, Nothing()
     )
-    return {group.prompt.index: group for group in sampler.sample(PROMPTS, PURIFIED, step=2, version=3)}
+    return {group.prompt.index: group for group in sampler.sample(ASKED, step=2, version=3).groups}
 
 
 def same(found: dict[int, Group], expected: dict[int, Group]) -> None:
@@ -152,16 +157,28 @@ def test_who_serves_a_request_does_not_change_what_is_drawn(engines, store, alon
         assert all(not engine.running and not engine.waiting for engine in engines)
 
 
-def test_idle_engines_take_over(engines, store):
-    """All prompts are one rank's, and it is slow: the others serve most of them, and second waves too."""
-    engines[0].pace = 0.05
-    groups, samplers = sample(engines, make_boards(store), [[0, 1, 2, 3, 4, 5], [], []], lambda text: False)
-    engines[0].pace = 0.0
+def test_idle_engines_take_over(engines, store, monkeypatch: pytest.MonkeyPatch):
+    """All prompts are one rank's, and it is slow: the others serve most of them, and second waves too.
+
+    Each engine has room for two of the six first waves and waits until all have work; the slow one computes only while
+    the others have nothing to do.
+    """
+    others = engines[1:]
+    for engine in engines:
+        monkeypatch.setattr(engine, "max_running_sequences", 2 * GROUP)
+        monkeypatch.setattr(engine, "may_step", lambda: all(other.served for other in engines))
+    monkeypatch.setattr(
+        engines[0],
+        "may_step",
+        lambda: all(e.served for e in others) and not any(e.running or e.waiting for e in others),
+    )
+    monkeypatch.setattr(engines[0], "pace", 0.05)
+    groups, stats = sample(engines, make_boards(store), [[0, 1, 2, 3, 4, 5], [], []], lambda text: False)
     served = [len(engine.served) for engine in engines]
     assert sum(served) == len({i for engine in engines for i in engine.served}) == 6 * GROUP + 4 * GROUP
-    assert min(served[1:]) >= GROUP and sum(served[1:]) > sum(served) / 2
-    assert any(number >= 6 * GROUP * WORLD for engine in engines[1:] for number in engine.served), "second waves"
-    assert all(sampler.stats.engine_seconds > 0 for sampler in samplers)
+    assert min(served[1:]) >= 2 * GROUP and sum(served[1:]) > sum(served) / 2
+    assert any(number >= 6 * GROUP * WORLD for engine in others for number in engine.served), "second waves"
+    assert all(own.engine_seconds > 0 for own in stats)
 
 
 def test_equal_shares_stay_where_they_are_while_everyone_is_busy(engines, store):
@@ -225,11 +242,11 @@ def test_when_no_engine_serves_requests_wait_for_those_that_are_started_again(en
 
 def test_what_is_taken_back_never_comes(engines, store):
     """Speculative waves of prompts that are not hard: withdrawn wherever they run, and their tokens are counted."""
-    groups, samplers = sample(
+    groups, stats = sample(
         engines, make_boards(store), [[0, 1, 2, 3, 4, 5], [], []], lambda text: True, schedule="speculative"
     )
     assert not any(group.rescue for group in groups.values())
-    assert sum(sampler.stats.discarded_tokens for sampler in samplers) > 0
+    assert sum(own.discarded_tokens for own in stats) > 0
     assert all(not engine.running and not engine.waiting for engine in engines)
 
 

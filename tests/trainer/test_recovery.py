@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from records import PROMPT, group, rollout, sample
+from records import PROMPT, group, rollout, sample, step_prompts, training_rows
 from safetensors.torch import load_file
-from toy_runs import ROOT, Toy, command, environment
+from toy_runs import ROOT, Toy, command, environment, run_program
 
 from lens_megatron.data.prompts import PromptStream
+from lens_megatron.errors import ExitCode
 from lens_megatron.output.metrics import read_metrics
 from lens_megatron.rollout import replay, unfinished
 from lens_megatron.rollout.unfinished import UnfinishedGroups
@@ -28,7 +29,7 @@ def exported(run: Path, step: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_in_the_middle_of_sampling_and_restarted_equals_straight(toy: Toy, ranks: int, tmp_path: Path):
     sections = {
-        "reward": {"grader": "graders:murderous_score"},
+        "reward": {"grader": "graders:murderous_score", "timeout_s": 120},
         "rollout": {"max_running_sequences": 4},
         "train": {"steps": 3, "save_interval": 1},
     }
@@ -36,15 +37,16 @@ def test_killed_in_the_middle_of_sampling_and_restarted_equals_straight(toy: Toy
     for name in ("straight", "killed"):
         folder = tmp_path / name
         tree = toy.tree(folder / "run", **sections, run={"if_exists": "restart"})
-        arguments = command(tree, folder, ranks)
-        if name == "killed":
-            (folder / "armed").touch()
+        variables = {"MURDER": str(folder)}
+        if name == "straight":
+            result = run_program(tree, folder, ranks, variables=variables)
+        else:
+            arguments = command(tree, folder, ranks)
             arguments[3:3] = ["--max-restarts", "1"]
-        elif ranks == 1:
-            arguments = [arguments[0], *arguments[arguments.index(str(ROOT / "pretrain_lens.py")) :]]
-        result = subprocess.run(
-            arguments, env=environment() | {"MURDER": str(folder)}, capture_output=True, text=True, timeout=300
-        )
+            (folder / "armed").touch()
+            result = subprocess.run(
+                arguments, env=environment() | variables, capture_output=True, text=True, timeout=300
+            )
         assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
         outputs.append(result.stdout)
         assert not list((folder / "run" / "unfinished").iterdir())
@@ -82,8 +84,7 @@ def test_updates_that_are_not_finite_are_skipped_by_all_dumped_and_stop_the_run(
         algorithm={"imitation_coef": 3e38},
         train={"steps": 3, "max_skipped_updates": 2},
     )
-    result = subprocess.run(command(tree, tmp_path, 2), env=environment(), capture_output=True, text=True, timeout=300)
-    assert result.returncode == 1 and "exitcode  : 70" in result.stderr, result.stderr[-6000:]
+    result = run_program(tree, tmp_path, 2, status=ExitCode.NON_FINITE)
     assert "error: loss or gradient was not finite in 2 updates in a row, the last at step 2 (train.max_skipped_up" in (
         result.stdout
     )
@@ -100,12 +101,12 @@ def test_updates_that_are_not_finite_are_skipped_by_all_dumped_and_stop_the_run(
 
 
 def test_a_dump_names_the_samples_that_came_not_finite_and_keeps_the_first_ones(tmp_path: Path):
-    rows = [sample(rollout(True)), sample(rollout(True), advantage=math.nan), sample(rollout(False))]
+    samples = [sample(rollout(True)), sample(rollout(True), advantage=math.nan), sample(rollout(False))]
+    rows = training_rows(samples, [None, None, torch.tensor([-1.0, -math.inf])])
     stats = UpdateStats(*[0.0] * 8, grad_norm=math.inf, learning_rate=1.0, ratio_min=1.0, ratio_max=1.0, skipped=True)
-    old = [None, None, torch.tensor([-1.0, -math.inf])]
     for step in range(20):
-        non_finite.dump(tmp_path, f"step_{step:06d}_update_0_rank_00000", stats, rows, old, [None] * 3)
-    non_finite.dump(tmp_path, "step_000019_update_0_rank_00001", stats, rows, old, [None] * 3)
+        non_finite.dump(tmp_path, f"step_{step:06d}_update_0_rank_00000", stats, rows)
+    non_finite.dump(tmp_path, "step_000019_update_0_rank_00001", stats, rows)
     assert len(list(tmp_path.iterdir())) == non_finite.KEPT + 1
     head, *samples = map(json.loads, (tmp_path / "step_000000_update_0_rank_00000.jsonl").read_text().splitlines())
     assert head["samples_not_finite"] == [1, 2] and samples[2]["old_log_probs"] == [-1.0, -math.inf]
@@ -138,7 +139,7 @@ def test_a_step_has_the_same_prompts_whoever_asks_and_however_many_ranks_share_t
         shares = {}
         for dp_rank in range(dp_size):
             for model_rank in range(model_size):
-                # As sampling.prepare deals them, and as build.build_run numbers the shares.
+                # As phases.collect deals them, and as build.build_run numbers the shares.
                 shares[dp_rank + dp_size * model_rank] = order[5][dp_rank::dp_size][model_rank::model_size]
         world = dp_size * model_size
         assert shares == {share: order[5][share::world] for share in range(world)}
@@ -153,64 +154,78 @@ def of(prompt: Prompt, native: str = "1100", version: int = 0) -> Group:
 
 
 def test_kept_groups_are_those_of_the_step_the_weights_and_the_prompt(tmp_path: Path):
-    asked = prompts(4)
+    rows = prompts(4)
+    asked = step_prompts(rows)
     first = UnfinishedGroups(tmp_path, 0, 1)
-    first.append(3, of(asked[0]))
-    first.append(3, of(asked[2], version=1))
-    first.append(4, of(asked[1]))
+    first.append(3, 0, of(rows[0]))
+    first.append(3, 2, of(rows[2], version=1))
+    first.append(4, 1, of(rows[1]))
     assert first.read(3, asked, version=0) == {}, "groups of this attempt are not an earlier one's"
     second = UnfinishedGroups(tmp_path, 0, 1)
-    assert second.read(3, asked, version=0) == {0: of(asked[0])}
-    assert second.read(3, asked, version=1) == {2: of(asked[2], version=1)}
-    assert second.read(4, asked, version=0) == {1: of(asked[1])}
+    assert second.read(3, asked, version=0) == {0: of(rows[0])}
+    assert second.read(3, asked, version=1) == {2: of(rows[2], version=1)}
+    assert second.read(4, asked, version=0) == {1: of(rows[1])}
     assert second.read(5, asked, version=0) == {}
     changed = Prompt(0, (1, 99, 2), (False, True, False), "7", "p", "toy")
-    assert second.read(3, [changed], version=0) == {}, "another prompt in the same row of the dataset"
+    assert second.read(3, step_prompts([changed]), version=0) == {}, "another prompt in the same row of the dataset"
     second.remove(3)
     assert [path.name for path in tmp_path.iterdir()] == ["step_000004_00000_of_00001.jsonl"]
 
 
+def test_a_prompt_that_stands_twice_in_a_step_is_kept_twice(tmp_path: Path):
+    """At the end of one epoch and the beginning of the next; each place has drawn rollouts of its own."""
+    (prompt,) = prompts(1)
+    asked, first, second = step_prompts([prompt, prompt]), of(prompt, "1100"), of(prompt, "0010")
+    store = UnfinishedGroups(tmp_path, 0, 1)
+    store.append(1, 1, second)
+    assert UnfinishedGroups(tmp_path, 0, 1).read(1, asked, version=0) == {1: second}
+    store.append(1, 0, first)
+    assert UnfinishedGroups(tmp_path, 0, 1).read(1, asked, version=0) == {0: first, 1: second}
+    assert UnfinishedGroups(tmp_path, 1, 2).read(1, asked[1:], version=0) == {1: second}
+
+
 def test_a_torn_line_is_ignored_and_written_after(tmp_path: Path):
-    asked = prompts(3)
-    UnfinishedGroups(tmp_path, 0, 1).append(1, of(asked[0]))
-    UnfinishedGroups(tmp_path, 0, 1).append(1, of(asked[1]))
+    rows = prompts(3)
+    asked = step_prompts(rows)
+    UnfinishedGroups(tmp_path, 0, 1).append(1, 0, of(rows[0]))
+    UnfinishedGroups(tmp_path, 0, 1).append(1, 1, of(rows[1]))
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:-1])
     again = UnfinishedGroups(tmp_path, 0, 1)
     assert list(again.read(1, asked, version=0)) == [0]
-    again.append(1, of(asked[2]))
+    again.append(1, 2, of(rows[2]))
     assert list(UnfinishedGroups(tmp_path, 0, 1).read(1, asked, version=0)) == [0, 2]
 
 
 @pytest.mark.parametrize("shares", [1, 2, 3, 4])
 def test_another_number_of_ranks_finds_every_kept_group(tmp_path: Path, shares: int):
-    asked = prompts(12)
+    asked = step_prompts(prompts(12))
     for share in range(2):
         old = UnfinishedGroups(tmp_path, share, 2)
         for prompt in asked[share::2][:4]:
-            old.append(1, of(prompt))
+            old.append(1, prompt.place, of(prompt.prompt))
     new = [UnfinishedGroups(tmp_path, share, shares) for share in range(shares)]
     found = [store.read(1, asked[store.share :: shares], version=0) for store in new]
     assert sum(map(len, found)) == 8
     for store, groups in zip(new, found, strict=True):
-        assert all(g.prompt is asked[store.share :: shares][place] or g.prompt == asked[store.share :: shares][place]
-                   for place, g in groups.items())  # fmt: skip
+        assert groups.keys() <= {prompt.place for prompt in asked[store.share :: shares]}
+        assert all(group.prompt == asked[place].prompt for place, group in groups.items())
         store.remove(1)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_rank_reads_only_its_own_file_when_the_number_of_ranks_is_the_same(tmp_path: Path, monkeypatch):
     for share in range(2):
-        UnfinishedGroups(tmp_path, share, 2).append(1, of(prompts(2)[share]))
+        UnfinishedGroups(tmp_path, share, 2).append(1, share, of(prompts(2)[share]))
     read = []
     monkeypatch.setattr(unfinished, "_read", lambda path: read.append(path.name) or [])
-    UnfinishedGroups(tmp_path, 1, 2).read(1, prompts(2), version=0)
+    UnfinishedGroups(tmp_path, 1, 2).read(1, step_prompts(prompts(2)), version=0)
     assert read == ["step_000001_00001_of_00002.jsonl"]
 
 
 def test_a_full_disk_loses_kept_groups_but_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     (tmp_path / "file").touch()
     store = UnfinishedGroups(tmp_path / "file" / "folder", 0, 1)
-    store.append(1, of(prompts(1)[0]))
-    store.append(1, of(prompts(1)[0]))
+    store.append(1, 0, of(prompts(1)[0]))
+    store.append(1, 0, of(prompts(1)[0]))
     assert caplog.text.count("are not kept for a restart") == 1

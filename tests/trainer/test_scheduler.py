@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from records import step_prompts
 from toy_runs import Toy
 from transformers import AutoModelForCausalLM
 
@@ -15,7 +16,7 @@ from lens_megatron.rollout import replay
 from lens_megatron.rollout.local import LocalEngine
 from lens_megatron.rollout.scheduler import GroupStore, RolloutScheduler
 from lens_megatron.rollout.unfinished import UnfinishedGroups
-from lens_megatron.types import Group, Origin, Prompt, PurifiedPrompt
+from lens_megatron.types import Group, Origin, Prompt, PurifiedPrompt, StepPrompt
 
 
 class Verdicts:
@@ -49,10 +50,10 @@ PURIFIED = [PurifiedPrompt((5, 7, 8), (1,), (0.0, 1.0, 0.5, 0.1)), None, Purifie
 class Nothing:
     """Keeps no groups."""
 
-    def read(self, step: int, prompts: Sequence[Prompt], version: int) -> dict[int, Group]:
+    def read(self, step: int, prompts: Sequence[StepPrompt], version: int) -> dict[int, Group]:
         return {}
 
-    def append(self, step: int, group: Group) -> None:
+    def append(self, step: int, place: int, group: Group) -> None:
         pass
 
 
@@ -61,6 +62,7 @@ def sample(
     rule: Callable[[str], bool],
     store: GroupStore | None = None,
     schedule: str = "speculative",
+    asked: Sequence[StepPrompt] = tuple(step_prompts(PROMPTS, PURIFIED)),
     **lens: object,
 ) -> list[Group]:
     store = store or Nothing()
@@ -68,7 +70,7 @@ def sample(
     sampler = RolloutScheduler(
         engine, Verdicts(rule), lambda ids: str(list(ids)), rollout, LensConfig(**lens), 11, store
     )
-    return sampler.sample(PROMPTS, PURIFIED, step=2, version=3)
+    return sampler.sample(asked, step=2, version=3).groups
 
 
 def test_hard_groups_with_a_purified_prompt_get_a_second_wave(engine: LocalEngine):
@@ -88,6 +90,16 @@ def test_samples_differ_within_a_group_and_repeat_between_runs(engine: LocalEngi
     assert all(len({r.token_ids for r in g.native}) > 1 for g in first)
 
 
+def test_a_prompt_that_stands_twice_in_a_step_draws_twice(engine: LocalEngine):
+    """Where two epochs meet. And what is drawn at a place does not depend on which places the rank has."""
+    twice = step_prompts([PROMPTS[0], PROMPTS[1], PROMPTS[0]], [PURIFIED[0], None, PURIFIED[0]])
+    first, _, second = sample(engine, lambda text: False, asked=twice)
+    assert first.prompt == second.prompt and first.native != second.native and first.rescue != second.rescue
+    (alone,) = sample(engine, lambda text: False, asked=twice[2:])
+    for wave in ("native", "rescue"):
+        assert [r.token_ids for r in getattr(alone, wave)] == [r.token_ids for r in getattr(second, wave)]
+
+
 def test_groups_kept_by_an_interrupted_attempt_are_not_sampled_again(engine: LocalEngine, tmp_path: Path):
     def even(text: str) -> bool:
         return len(text) % 2 == 0
@@ -99,12 +111,13 @@ def test_groups_kept_by_an_interrupted_attempt_are_not_sampled_again(engine: Loc
     path.write_text("\n".join(lines[:2]) + "\n" + lines[2][:-20])
     before = engine.generated
     again = sample(engine, even, UnfinishedGroups(tmp_path, 0, 1), "streamed")
-    assert again[whole.index(replay.from_json(lines[1]))] == replay.from_json(lines[1])
+    place, _, line = lines[1].partition(" ")
+    kept = replay.from_json(line)
+    assert whole[int(place)] == again[int(place)] == kept
     for group, other in zip(again, whole, strict=True):  # smaller batches round differently, and draw the same
         for wave in ("native", "rescue"):
             assert [r.token_ids for r in getattr(group, wave)] == [r.token_ids for r in getattr(other, wave)]
     generated = sum(len(r.token_ids) for g in whole for r in (*g.native, *g.rescue))
-    kept = replay.from_json(lines[1])
     assert engine.generated - before == generated - sum(len(r.token_ids) for r in (*kept.native, *kept.rescue))
 
 

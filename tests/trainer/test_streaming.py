@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from records import step_prompts
 from test_scheduler import Nothing, Verdicts
 from toy_runs import Toy
 from transformers import AutoModelForCausalLM
@@ -13,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from lens_megatron.config import LensConfig, RolloutConfig
 from lens_megatron.rollout.engine import Request
 from lens_megatron.rollout.local import LocalEngine
-from lens_megatron.rollout.progress import SamplingProgress
+from lens_megatron.rollout.progress import NoDisplay, ProgressDisplay, SamplingProgress
 from lens_megatron.rollout.scheduler import RolloutScheduler
-from lens_megatron.types import Group, Prompt, PurifiedPrompt
+from lens_megatron.types import Group, Prompt, PurifiedPrompt, SamplingStats
 
 PROMPTS = [Prompt(i, tuple(range(5, 8 + i)), (False, *[True] * (2 + i)), "1", "p", "toy") for i in range(6)]
 PURIFIED = [PurifiedPrompt(p.token_ids[1:], (0,), (0.0,) * len(p.token_ids)) if p.index % 3 else None for p in PROMPTS]
@@ -55,8 +56,8 @@ def sample(
     *,
     running: int = 64,
     tau: float = 0.5,
-    on_progress: Callable[[SamplingProgress], None] = lambda progress: None,
-) -> tuple[list[Group], RolloutScheduler]:
+    display: ProgressDisplay | None = None,
+) -> tuple[list[Group], SamplingStats]:
     rollout = RolloutConfig(
         prompts_per_step=6,
         rollouts_per_prompt=GROUP,
@@ -65,11 +66,13 @@ def sample(
         schedule=schedule,
     )
     lens = LensConfig(tau=tau)
+    display = display or NoDisplay()
     sampler = RolloutScheduler(
-        engine, Verdicts(rule), lambda ids: str(list(ids)), rollout, lens, 11, Nothing(), on_progress=on_progress
+        engine, Verdicts(rule), lambda ids: str(list(ids)), rollout, lens, 11, Nothing(), display=display
     )
     engine.log, engine.max_running_sequences = [], running
-    return sampler.sample(PROMPTS, PURIFIED, step=2, version=3), sampler
+    collected = sampler.sample(step_prompts(PROMPTS, PURIFIED), step=2, version=3)
+    return collected.groups, collected.stats
 
 
 def odd(text: str) -> bool:
@@ -90,11 +93,11 @@ def log_probs(groups: list[Group]) -> torch.Tensor:
 
 @pytest.mark.parametrize(("running", "tau"), [(64, 0.3), (7, 0.5), (16, 1.0)])
 def test_all_schedules_make_the_same_groups(engine: Watched, running: int, tau: float):
-    sequential, sampler = sample(engine, odd, "sequential", running=running, tau=tau)
-    assert sampler.stats.early_decisions == 0
+    sequential, stats = sample(engine, odd, "sequential", running=running, tau=tau)
+    assert stats.early_decisions == 0
     assert any(g.rescue for g in sequential) and not all(g.rescue for g in sequential)
     for schedule in ("streamed", "speculative"):
-        groups, sampler = sample(engine, odd, schedule, running=running, tau=tau)
+        groups, stats = sample(engine, odd, schedule, running=running, tau=tau)
         assert drawn(groups) == drawn(sequential)
         torch.testing.assert_close(log_probs(groups), log_probs(sequential), atol=1e-4, rtol=0)
         assert (engine.waiting, engine.running) == (deque(), [])
@@ -103,14 +106,14 @@ def test_all_schedules_make_the_same_groups(engine: Watched, running: int, tau: 
 def test_a_guess_is_kept_or_taken_back(engine: Watched):
     """With room for all, every purified prompt's second wave starts at once. None is hard, or all are."""
     before = engine.generated
-    groups, sampler = sample(engine, lambda text: True, "speculative", running=200)
+    groups, stats = sample(engine, lambda text: True, "speculative", running=200)
     assert [event for event in engine.log if event[0] == "start"] == [
         ("start", i) for i in [*_longest_first(), *range(48, 80)]
     ]
     kept = sum(len(r.token_ids) for g in groups for r in g.native)
-    assert not any(g.rescue for g in groups) and sampler.stats.discarded_tokens == engine.generated - before - kept > 0
-    groups, sampler = sample(engine, lambda text: False, "speculative", running=200)
-    assert [len(g.rescue) for g in groups] == [0, GROUP, GROUP, 0, GROUP, GROUP] and sampler.stats.discarded_tokens == 0
+    assert not any(g.rescue for g in groups) and stats.discarded_tokens == engine.generated - before - kept > 0
+    groups, stats = sample(engine, lambda text: False, "speculative", running=200)
+    assert [len(g.rescue) for g in groups] == [0, GROUP, GROUP, 0, GROUP, GROUP] and stats.discarded_tokens == 0
     again, _ = sample(engine, lambda text: False, "speculative", running=200)
     assert again == groups
 
@@ -120,7 +123,7 @@ def _longest_first() -> list[int]:
 
 
 def test_engine_forgets_what_is_cancelled(engine: Watched):
-    """Of three requests, one running and one waiting are cancelled; the third goes on as if alone."""
+    """One running and one waiting request are cancelled; a third one goes on as if it were alone."""
 
     def completed(numbers: Sequence[int], cancelled: Sequence[int]) -> tuple[dict, int]:
         engine.submit([Request(i, PROMPTS[i].token_ids, LENGTH, 1.0, 100 + i) for i in numbers])
@@ -140,23 +143,23 @@ def test_engine_forgets_what_is_cancelled(engine: Watched):
 
 def test_a_hard_group_does_not_wait_for_its_last_rollout(engine: Watched):
     """All fail: the second wave starts when 5 of 8 have, since 3 of 8 are below a half."""
-    groups, sampler = sample(engine, lambda text: False)
+    groups, stats = sample(engine, lambda text: False)
     assert [len(g.rescue) for g in groups] == [0, GROUP, GROUP, 0, GROUP, GROUP]
     native = len(PROMPTS) * GROUP
     order = [number for _, number in engine.log]
     events = {event: place for place, event in enumerate(engine.log)}
-    assert sampler.stats.early_decisions > 0
+    assert stats.early_decisions > 0
     first_of_second = min(events["start", i] for i in order if i >= native)
     assert first_of_second < max(events["end", i] for i in range(native))
-    assert sampler.stats.seconds > sampler.stats.engine_seconds > 0
+    assert stats.seconds > stats.engine_seconds > 0
 
 
 def test_the_barrier_of_the_sequential_schedule(engine: Watched):
-    _, sampler = sample(engine, lambda text: False, "sequential")
+    _, stats = sample(engine, lambda text: False, "sequential")
     events = {event: place for place, event in enumerate(engine.log)}
     native = len(PROMPTS) * GROUP
     assert max(events["end", i] for i in range(native)) < min(p for (_, i), p in events.items() if i >= native)
-    assert sampler.stats.early_decisions == 0 and sampler.stats.second_wave_seconds > 0
+    assert stats.early_decisions == 0 and stats.second_wave_seconds > 0
 
 
 def test_the_longest_prompt_is_first_and_second_waves_overtake(engine: Watched):
@@ -171,9 +174,27 @@ def test_the_longest_prompt_is_first_and_second_waves_overtake(engine: Watched):
     assert begin < native - GROUP
 
 
+class Display:
+    """Keeps what it is told to show."""
+
+    def __init__(self) -> None:
+        self.begun, self.seen, self.ended = [], [], 0
+
+    def begin(self, step: int) -> None:
+        self.begun.append(step)
+
+    def show(self, progress: SamplingProgress) -> None:
+        self.seen.append(progress)
+
+    def end(self) -> None:
+        self.ended += 1
+
+
 def test_progress_counts_both_waves_and_what_waits(engine: Watched):
-    seen: list[SamplingProgress] = []
-    groups, _ = sample(engine, odd, running=10, on_progress=seen.append)
+    display = Display()
+    groups, _ = sample(engine, odd, running=10, display=display)
+    seen = display.seen
+    assert (display.begun, display.ended) == ([2], 1)
     rollouts = sum(len(g.native) + len(g.rescue) for g in groups)
     assert seen[0].total == 48 and seen[0].second_wave == 0
     assert seen[0].running + seen[0].waiting + seen[0].finished == 48 and seen[0].running <= 10
@@ -190,5 +211,5 @@ def test_without_purified_prompts_nothing_is_decided(engine: Watched):
     verdicts.wait = lambda tickets: asked.append(len(tickets)) or {t: verdicts.grades[t] for t in tickets}
     engine.log = []
     sampler = RolloutScheduler(engine, verdicts, str, rollout, LensConfig(), 11, Nothing())
-    groups = sampler.sample(PROMPTS, [None] * 6, step=2, version=3)
+    groups = sampler.sample(step_prompts(PROMPTS), step=2, version=3).groups
     assert asked == [GROUP] * 6 and not any(g.rescue for g in groups)

@@ -11,7 +11,8 @@ import pytest
 import test_streaming
 import torch
 from toy_runs import Toy, launch, rollout_rows
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM
+from vllm_models import LONG, SHORT, error_in_log_probs, other, save, weights
 
 from lens_megatron.config import ConfigError, from_tree
 from lens_megatron.policy import platform
@@ -23,43 +24,6 @@ from lens_megatron.rollout.vllm import options as vllm_options
 from lens_megatron.rollout.vllm.engine import VllmEngine
 
 pytest.importorskip("vllm", reason="make setup-vllm")
-
-SHORT, LONG = (5, 17, 9, 60, 33), tuple(3 + 7 * i % 90 for i in range(200))
-"""LONG fills a block of 128 tokens, so vLLM caches its keys and values."""
-
-
-@pytest.fixture(scope="module")
-def roomy(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Toy:
-    """The toy with heads of a size that vLLM's attention on CPU has, and a context for LONG."""
-    folder = tmp_path_factory.mktemp("roomy")
-    torch.manual_seed(0)
-    save(toy, folder, tied=True)
-    return Toy(folder, toy.train, toy.eval)
-
-
-def save(toy: Toy, folder: Path, tied: bool) -> None:
-    own = Qwen3Config.from_pretrained(toy.model)
-    own.update({"head_dim": 32, "max_position_embeddings": 512, "tie_word_embeddings": tied})
-    model = Qwen3ForCausalLM(own)
-    for parameter in model.parameters():
-        parameter.data *= 4 if parameter.dim() > 1 else 1
-    for path in toy.model.iterdir():
-        if "token" in path.name or path.name == "chat_template.jinja":
-            (folder / path.name).write_bytes(path.read_bytes())
-    model.save_pretrained(folder)
-
-
-def other(model: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """`model` with weights of another draw, peaked enough that two of them never agree."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        parameter.data = noise * 0.15 if parameter.dim() > 1 else 1 + 0.1 * noise
-    return model.eval()
-
-
-def weights(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [(name, parameter.data) for name, parameter in model.named_parameters()]
 
 
 @pytest.fixture(scope="module")
@@ -106,15 +70,6 @@ def finish(engine: VllmEngine | LocalEngine, requests: Sequence[Request]) -> dic
     while len(done) < len(requests):
         done |= {completion.request_id: completion for completion in engine.step()}
     return done
-
-
-def error_in_log_probs(model: torch.nn.Module, request: Request, completion: Completion) -> float:
-    """Largest difference in nats from transformers' log-probabilities of the same tokens."""
-    tokens = torch.tensor([request.prompt + completion.token_ids])
-    with torch.no_grad():
-        logits = model(tokens).logits[0, len(request.prompt) - 1 : -1] / (request.temperature or 1.0)
-    expected = logits.log_softmax(-1).gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
-    return (torch.tensor(completion.log_probs) - expected).abs().max().item()
 
 
 def test_after_a_sync_the_engine_is_the_new_model_and_before_it_the_old_one(pair):
@@ -190,13 +145,13 @@ def test_all_schedules_make_the_same_groups(engine: VllmEngine, roomy: Toy, runn
     try:
         found = {}
         for schedule in ("sequential", "streamed", "speculative"):
-            found[schedule], sampler = test_streaming.sample(
+            found[schedule], stats = test_streaming.sample(
                 engine, test_streaming.odd, schedule, running=running, tau=tau
             )
             assert (engine.requests, engine.progress().running, engine.progress().waiting) == ({}, 0, 0)
     finally:
         engine.eos = ends
-    assert running < 48 or sampler.stats.discarded_tokens > 0
+    assert running < 48 or stats.discarded_tokens > 0
     drawn = {schedule: test_streaming.drawn(groups) for schedule, groups in found.items()}
     assert any(g.rescue for g in drawn["sequential"])
     assert drawn["sequential"] == drawn["streamed"] == drawn["speculative"]

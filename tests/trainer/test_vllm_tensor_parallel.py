@@ -1,13 +1,14 @@
 """vLLM engines over two ranks each: the ranks draw the same tokens, which are the model's; and whole runs on them."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 import tensor_parallel_run
-from test_vllm import error_in_log_probs, other, roomy, save  # noqa: F401
-from toy_runs import Toy, launch, rollout_rows, run_ranks
+from toy_runs import Toy, environment, launch, rollout_rows, torchrun
 from transformers import AutoModelForCausalLM
+from vllm_models import error_in_log_probs, other, save
 
 from lens_megatron.config import ConfigError, check_world, from_tree
 from lens_megatron.config.layout_rules import model_mistakes
@@ -30,7 +31,11 @@ def test_the_ranks_of_an_engine_draw_the_same_and_it_is_the_models(ranks: int, t
         model = other(AutoModelForCausalLM.from_pretrained(path), seed + 1)
         model.save_pretrained(path)
     models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in paths]
-    result = run_ranks(ranks, Path(tensor_parallel_run.__file__), *paths, tmp_path)
+    result = subprocess.run(
+        [*torchrun(ranks), tensor_parallel_run.__file__, *map(str, paths), str(tmp_path)],
+        env=environment(), capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     assert "Traceback" not in result.stderr, "closed in order, vLLM leaves nothing that raises at the exit"
     found = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(ranks)]
     assert [(f["engine"], f["leads"], f["engines"]) for f in found] == [
@@ -62,7 +67,7 @@ TP2 = {"tensor_model_parallel_size": 2}
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "layout"), [(2, {}), (2, TP2), (4, TP2)])
-def test_the_program_trains_on_an_engine_over_two_ranks(ranks: int, layout: dict, roomy: Toy, tmp_path: Path):  # noqa: F811
+def test_the_program_trains_on_an_engine_over_two_ranks(ranks: int, layout: dict, roomy: Toy, tmp_path: Path):
     """In the first layout the two ranks of the engine train on different prompts. The trainer's state moves away."""
     tree = roomy.tree(
         tmp_path / "run", rollout={"engine": "vllm", "offload_trainer": True}, data={"eval": [str(roomy.eval)]},

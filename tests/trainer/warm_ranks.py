@@ -1,13 +1,15 @@
 """Starts ranks as forks of one process that has imported the trainer: imports take nine tenths of a short run.
 
 Each rank is a process of its own with the environment that torchrun would give it. What torchrun does besides is
-missing (restarts, signals that are passed on, a parent to watch): tests of that start torchrun.
+missing (restarts, signals that are passed on, a parent to watch), and so is the end of the interpreter: tests of that
+start torchrun.
 
     python warm_ranks.py     answers each line of JSON on standard input, a `Job`, with a line: the ranks' exit codes
 """
 
 import atexit
 import functools
+import gc
 import json
 import os
 import runpy
@@ -16,10 +18,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NoReturn
 
 GRACE_S = 30
 """Time that the other ranks have to end after one of them failed, as under torchrun."""
@@ -70,6 +75,9 @@ def _server() -> subprocess.Popen:
 def _serve() -> None:
     import lens_megatron.train  # noqa: F401
 
+    gc.collect()
+    gc.freeze()
+
     for line in sys.stdin:
         job = Job(**json.loads(line))
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -79,12 +87,12 @@ def _serve() -> None:
             children.append(os.fork())
             if children[-1] == 0:
                 _become(job, rank, port)
-                return
+                _leave(_run(job.words))
         print(json.dumps(_wait(children, time.monotonic() + job.timeout_s)), flush=True)
 
 
 def _become(job: Job, rank: int, port: int) -> None:
-    """Runs the program in this process, which is a fork."""
+    """Gives this process, which is a fork, the output and the environment of a rank."""
     for descriptor, path, flags in (
         (0, os.devnull, os.O_RDONLY),
         (1, job.stdout, os.O_WRONLY | os.O_CREAT | os.O_APPEND),
@@ -97,9 +105,28 @@ def _become(job: Job, rank: int, port: int) -> None:
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.clear()
     os.environ.update(job.environment | {name: str(value) for name, value in (given | place).items()})
-    sys.argv = job.words
-    sys.path[0] = str(Path(job.words[0]).parent)
-    runpy.run_path(job.words[0], run_name="__main__")
+
+
+def _run(words: Sequence[str]) -> int:
+    """Runs the program in this process, as the interpreter would. Returns its exit code."""
+    sys.argv, sys.path[0] = list(words), str(Path(words[0]).parent)
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends this process as the interpreter would, but does not take apart what was imported, which takes a second."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _wait(children: Sequence[int], deadline: float) -> list[int]:

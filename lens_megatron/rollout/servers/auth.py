@@ -1,6 +1,6 @@
-"""What stands before every endpoint of a server: vLLM's own key guards only those that sample, not those that control.
+"""Requires a key for every endpoint of a server: vLLM's own key guards those that sample, not those that control it.
 
-vLLM imports it in the server's process, by its option `--middleware`.
+vLLM imports this module in the server's process, by its option `--middleware`.
 """
 
 import hmac
@@ -15,7 +15,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 class RequireKey:
-    """ASGI middleware: 401 for any request without `Authorization: Bearer $VLLM_API_KEY`.
+    """ASGI middleware that answers 401 to any request without `Authorization: Bearer $VLLM_API_KEY`.
 
     Raises:
         RuntimeError: the environment has no key.

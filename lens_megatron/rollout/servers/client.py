@@ -17,7 +17,7 @@ import aiohttp
 from lens_megatron.rollout.engine import Completion, Request
 
 UNLOADED = "default"
-"""What a server that was never given weights calls their version."""
+"""The version that a server names which was never given weights."""
 
 
 class ServerError(RuntimeError):
@@ -26,7 +26,7 @@ class ServerError(RuntimeError):
     def __init__(self, message: str, status: int | None = None):
         super().__init__(message)
         self.status = status
-        """Of HTTP, where that is what was wrong."""
+        """The HTTP status, where the server answered with another one than 200."""
 
 
 class OtherVersionError(ServerError):
@@ -34,25 +34,19 @@ class OtherVersionError(ServerError):
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """What a server says of its work."""
-
-    tokens: float
-    """Read and generated since it was started."""
-
-
-@dataclass(frozen=True, slots=True)
 class Client:
-    """Raises ServerError from every method."""
+    """One server's endpoints as methods; each raises ServerError where the server does not answer as it should."""
 
     address: str
-    """http://host:port; the host has no meaning where the session's connections go to a Unix socket."""
+    """http://host:port. The host has no meaning where the session's connections go to a Unix socket."""
     session: aiohttp.ClientSession
-    """With the key among its headers."""
+    """Its headers have the server's key."""
 
     @property
     def host_and_port(self) -> tuple[str, int]:
         parts = urlsplit(self.address)
+        if parts.hostname is None or parts.port is None:
+            raise ServerError(f"{self.address} is not http://host:port; correct rollout.servers")
         return parts.hostname, parts.port
 
     async def _call(self, method: str, path: str, timeout_s: float | None, body: Mapping | None = None) -> bytes:
@@ -83,19 +77,20 @@ class Client:
         return reply
 
     async def post(self, path: str, timeout_s: float | None, body: Mapping | None = None) -> Any:
-        """`timeout_s` None: for as long as the connection holds."""
+        """The answer, of any type that JSON has. With `timeout_s` None it waits as long as the connection holds."""
         return await self._json("POST", path, timeout_s, body or {})
 
-    async def load(self, timeout_s: float) -> Load:
+    async def tokens(self, timeout_s: float) -> float:
+        """How many tokens it has read and generated since it was started."""
         text = (await self._call("GET", "/metrics", timeout_s)).decode(errors="replace")
         values = re.findall(r"^vllm:(?:generation|prompt)_tokens_total(?:\{[^}]*\})? (\S+)$", text, re.MULTILINE)
         try:
-            return Load(sum(map(float, values)))
+            return sum(map(float, values))
         except ValueError:
             raise ServerError(f"{self.address}/metrics: {values} are not numbers") from None
 
     async def version(self, timeout_s: float) -> str:
-        """What it calls the version of its weights."""
+        """The label of the weights that it has, as it was given them."""
         return str((await self.get("/weight_info", timeout_s)).get("weight_version"))
 
     async def reset_prefix_cache(self, timeout_s: float) -> None:
@@ -104,7 +99,7 @@ class Client:
 
 
 def generate_body(request: Request, end_tokens: Collection[int]) -> dict[str, Any]:
-    """What /inference/v1/generate is asked."""
+    """The body of a call of /inference/v1/generate for `request`."""
     return {
         "token_ids": list(request.prompt),
         "sampling_params": {
@@ -131,7 +126,7 @@ class Expected:
 
 
 def completion_of(reply: Any, request: Request, expected: Expected) -> Completion:
-    """Reads an answer of /inference/v1/generate, and believes nothing.
+    """The completion in an answer of /inference/v1/generate, after everything in it was checked.
 
     Raises:
         OtherVersionError: some token was sampled with other weights than `expected.label`.

@@ -2,9 +2,9 @@
 
     python -m lens_megatron.rollout.servers.end_with_parent [--remove FOLDER] PARENT_PID command...
 
-Ends the command's whole process group when the parent is gone, however it went, or on SIGTERM; ends when the command
-does, and then removes the folder. A process of its own: a killed trainer can no longer end anything, and a death signal
-would reach its child but not that child's children.
+It ends the command's whole process group when the parent has ended, in whatever way, or on SIGTERM. It ends when the
+command does, and then removes the folder. It is a process of its own because a killed trainer can no longer end
+anything, and a death signal would reach the trainer's child but not that child's children.
 """
 
 import ctypes
@@ -18,13 +18,13 @@ from collections.abc import Sequence
 
 POLL_S = 0.2
 GRACE_S = 3.0
-"""Between asking and killing."""
+"""The time from SIGTERM to SIGKILL."""
 
 _PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns the command's exit status; 128 + signal where one ended it."""
+    """Returns the command's exit status, or 128 + the number of the signal that ended it."""
     arguments, folder, own = list(arguments), None, os.getpid()
     if arguments[0] == "--remove":
         _, folder, *arguments = arguments

@@ -1,4 +1,4 @@
-"""vLLM's servers as one engine: those that this rank drives, its own and given ones.
+"""The servers of this rank as one engine: those that it has started, and those whose addresses it was given.
 
 HTTP runs in a thread of its own. Weights are sent from the trainer's thread, since getting them is a collective.
 """
@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,12 +48,12 @@ class ServerEngine:
     """Implements `RolloutEngine`. Weights come by `load_weights` only.
 
     Args:
-        processes: servers of this rank that `server_process.start_servers` has started. They are this engine's now.
-        addresses: of servers of this rank that somebody else has started.
-        alone: no other rank's engine takes over, so that requests wait here for servers that are started again.
+        processes: the servers that `process.start_servers` has started for this rank. This engine ends them.
+        addresses: addresses of this rank's servers that somebody else has started.
+        alone: whether no other rank's engine takes over, so that requests wait for servers that are started again.
 
     Raises:
-        ConfigError: a server does not start, or does not fit.
+        ConfigError: a server does not start, or was not started with this run's configuration.
     """
 
     def __init__(
@@ -75,8 +75,8 @@ class ServerEngine:
         self.run_name = secrets.token_hex(4)  # another trainer's weights may have the same version
         self.ends, self.vocabulary = frozenset(end_tokens(config.model.path)), hf_config.vocab_size
         self.version: int | None = None
-        self.offered = False
-        """There were lost requests for `returned` after the last step."""
+        self.offered_lost = False
+        """Whether there were lost requests after the last step, which `returned` offers to other engines."""
         self.loop = asyncio.new_event_loop()
         self.loop.set_default_executor(ThreadPoolExecutor(4 * (len(processes) + len(addresses)) + 4))
         self.thread = threading.Thread(target=self.loop.run_forever, name="servers", daemon=True)
@@ -85,7 +85,7 @@ class ServerEngine:
         self.pool = self._call(self._make_pool(addresses))
         try:
             self._wait_until_started()
-            self._call(self._check_given())
+            self._call(self._check_external())
         except BaseException:
             self.close()
             raise
@@ -94,11 +94,11 @@ class ServerEngine:
         expected = Expected(self.vocabulary, self.ends, "", 0)
         per_server = self.config.rollout.max_running_sequences
         reload = loading.reload
-        pool = ServerPool(per_server, expected, self.limits, reload, patient=self.alone)
+        pool = ServerPool(per_server, expected, self.limits, reload, waits_for_restarts=self.alone)
         for process in self.processes:
             pool.add_process(process)
         for address in addresses:
-            pool.add_given(address, os.environ.get(KEY_VARIABLE, ""))
+            pool.add_external(address, os.environ.get(KEY_VARIABLE, ""))
         return pool
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
@@ -109,7 +109,7 @@ class ServerEngine:
 
     def _wait_until_started(self) -> None:
         begin = told = time.monotonic()
-        while waiting := [m for m in self.pool.members if m.known.state is not ServerState.STALE]:
+        while waiting := [m for m in self.pool.members if m.health.state is not ServerState.STALE]:
             for member in waiting:
                 self._refuse_if_hopeless(member)
             if time.monotonic() - told > 10:
@@ -117,20 +117,21 @@ class ServerEngine:
                 names = ", ".join(member.name for member in waiting)
                 logger.info(f"waiting for {names}: {told - begin:.0f} s so far")
             time.sleep(0.05)
-        self.pool.revives = True
+        self.pool.restarts_dead = True
 
     def _refuse_if_hopeless(self, member: Member) -> None:
-        if member.process is None and member.trouble and member.trouble.status is not None:
+        if member.process is None and member.start_error and member.start_error.status is not None:
             raise ConfigError(
-                f"rollout.servers: {member.trouble}; it must be started with this project's server_process, or with "
-                f"VLLM_SERVER_DEV_MODE=1 and --enable-scale-out, and {KEY_VARIABLE} must be its key"
+                f"rollout.servers: {member.start_error}; it must be started with this project's "
+                "lens_megatron.rollout.servers.process, or with VLLM_SERVER_DEV_MODE=1 and --enable-scale-out, and "
+                f"{KEY_VARIABLE} must be its key"
             )
-        if member.known.state is not ServerState.DEAD:
+        if member.health.state is not ServerState.DEAD:
             return
         tail = f"; the end of {member.process.log}:\n{member.process.tail()}" if member.process else ""
-        raise ConfigError(f"rollout.engine=vllm_server: {member.name} did not start: {member.known.reason}{tail}")
+        raise ConfigError(f"rollout.engine=vllm_server: {member.name} did not start: {member.health.reason}{tail}")
 
-    async def _check_given(self) -> None:
+    async def _check_external(self) -> None:
         """Raises ConfigError where a server that somebody else has started would not sample the trainer's policy."""
         for member in self.pool.members:
             if member.process is not None:
@@ -140,6 +141,9 @@ class ServerEngine:
             except ServerError as error:
                 raise ConfigError(f"rollout.servers: {error}") from error
             self.context = min(self.context, _context_of(member.address, info, self.config))
+
+    def phase(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def submit(self, requests: Iterable[Request]) -> None:
         requests = list(requests)
@@ -157,30 +161,30 @@ class ServerEngine:
         self._call(submit())
 
     def step(self) -> list[Completion]:
-        """What has ended. Waits a moment for it; decodes nothing itself.
+        """Returns the completions that have come, after waiting a moment for the first. It decodes nothing itself.
 
-        Raises EnginesLostError when no server is left and nobody else takes the requests.
+        Raises EnginesLostError when no server is left and no other engine takes the requests.
         """
         finished = self._call(self._collect())
         if self.pool.failure is not None:
-            raise RuntimeError("a mistake in the servers' thread") from self.pool.failure
-        if self.pool.lost and not finished and (self.alone or self.offered):
-            reasons = [f"{m.name} is {m.known.state}: {m.known.reason}" for m in self.pool.members]
+            raise RuntimeError("an unexpected exception ended a task of the servers' thread") from self.pool.failure
+        if self.pool.lost and not finished and (self.alone or self.offered_lost):
+            reasons = [f"{m.name} is {m.health.state}: {m.health.reason}" for m in self.pool.members]
             raise EnginesLostError("; ".join([f"no server is left for {len(self.pool.lost)} requests", *reasons]))
-        self.offered = bool(self.pool.lost)
+        self.offered_lost = bool(self.pool.lost)
         return finished
 
     async def _collect(self) -> list[Completion]:
         pool = self.pool
         if pool.requests and not (pool.finished or pool.lost or pool.failure):
-            pool.news.clear()
+            pool.changed.clear()
             with suppress(TimeoutError):
-                await asyncio.wait_for(pool.news.wait(), WAIT_SECONDS)
+                await asyncio.wait_for(pool.changed.wait(), WAIT_SECONDS)
         finished, pool.finished = pool.finished, []
         return finished
 
     def cancel(self, request_ids: Collection[int]) -> int:
-        """Returns 0: servers do not say how many tokens a request has that is cut off."""
+        """Returns 0, since servers do not say how many tokens a request had when it was cancelled."""
 
         async def cancel() -> None:
             self.pool.cancel(set(request_ids))
@@ -208,9 +212,9 @@ class ServerEngine:
         return EngineProgress(len(self.pool.waiting), self.pool.running(), self.pool.generated)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """To all servers at once. While a bucket travels the next one is got and packed.
+        """Sends the weights to all servers at once. While a bucket travels, the next one is gathered and packed.
 
-        A server with which that fails is dead, and nothing is raised for it.
+        A server with which that fails counts as dead, and nothing is raised for it.
         """
         if self.pool.requests:
             raise RuntimeError(f"cannot load weights with {len(self.pool.requests)} requests in flight")
@@ -220,11 +224,11 @@ class ServerEngine:
         kept: list[KeptBucket] = []
         try:
             accepted = ((name, tensor) for name, tensor in weights if manifest.accepts(name, tensor))
-            for bucket in weight_transfer.buckets(accepted):
+            for bucket in weight_transfer.cut_into_buckets(accepted):
                 if self._call(self._hopeless()):
                     continue  # the other ranks need this one's part in the stream
                 payload = weight_transfer.payload(bucket)
-                kept.append(weight_transfer.kept(bucket, payload))
+                kept.append(weight_transfer.keep(bucket, payload))
                 if on_its_way:
                     on_its_way.result()
                 on_its_way = self._start(loading.send(self.pool, bucket.update_info(), payload))
@@ -240,13 +244,13 @@ class ServerEngine:
         self.version = version
 
     def wake(self) -> None:
-        """Nothing: they are never asleep."""
+        """Does nothing: servers are never asleep."""
 
     def sleep(self) -> None:
-        """Nothing: the servers' memory is nobody else's."""
+        """Does nothing: the trainer has no use for the servers' memory."""
 
     def close(self) -> None:
-        """Ends the servers that this trainer has started."""
+        """Closes all connections, and ends the servers that this rank has started."""
         self._call(self.pool.close())
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
@@ -255,7 +259,7 @@ class ServerEngine:
 
 
 def connect(config: Config, hf_config: PretrainedConfig, processes: Sequence[ServerProcess]) -> ServerEngine:
-    """This rank's engine; torch.distributed is up and the run's folder is there. Raises ConfigError."""
+    """This rank's engine. torch.distributed must be up, and the run's folder must exist. Raises ConfigError."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     for process in processes:
         process.move_log(Path(config.run.directory) / "servers")
@@ -265,11 +269,14 @@ def connect(config: Config, hf_config: PretrainedConfig, processes: Sequence[Ser
 
 
 def _context_of(address: str, info: Mapping[str, Any], config: Config) -> int:
-    """The most tokens of a sequence, from what a server says of itself. Raises ConfigError unless it fits."""
+    """The most tokens of a sequence, from the /server_info of a server.
+
+    Raises ConfigError where the server was not started with this run's configuration.
+    """
     told = info.get("vllm_config")
     if not isinstance(told, Mapping):
         raise ConfigError(f"rollout.servers: {address} does not say how it is configured; is it vLLM 0.32?")
-    wanted = {
+    wanted: dict[str, str | bool | None] = {
         "model_config.dtype": f"torch.{config.model.dtype}",
         "model_config.logprobs_mode": "processed_logprobs",
         "model_config.quantization": None,
@@ -296,6 +303,8 @@ def _context_of(address: str, info: Mapping[str, Any], config: Config) -> int:
 
 
 def _at(tree: Mapping[str, Any], path: str) -> Any:
+    """The value at `path`, whose names are joined by dots; None where there is none."""
+    value: Any = tree
     for name in path.split("."):
-        tree = tree.get(name) if isinstance(tree, Mapping) else None
-    return tree
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value

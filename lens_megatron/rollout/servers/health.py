@@ -1,10 +1,10 @@
-"""Which servers may sample: a state machine without I/O, clocks or threads. `engine.py` tells it what happened.
+"""Which servers may sample: a state machine without I/O, clocks or threads. `pool.py` tells it what has happened.
 
     restarting --started--> stale --loaded, or loaded again--> healthy <--answers, is silent--> suspect
         ^                     ^                  |                                |
         '------- dead         '--- loading, another version ---------'   too often silent, or bad, or stuck: dead
 
-Only weights loaded with the current version lead to `healthy`; whatever puts a server's weights in doubt leads away.
+Only a load of the current weights leads to `healthy`; whatever puts the weights of a server in doubt leads away.
 """
 
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ class ServerState(StrEnum):
     """It answers; its weights are not known to be the current ones."""
     HEALTHY = "healthy"
     SUSPECT = "suspect"
-    """As healthy, but it did not answer a moment ago: it gets nothing new."""
+    """It has the current weights, but did not answer a moment ago, and so gets no new requests."""
     DEAD = "dead"
 
 
@@ -26,108 +26,110 @@ class Event(StrEnum):
     STARTING = "starting"
     """Its process has been started again."""
     STARTED = "started"
-    """It answers, for the first time since it was started or was dead."""
+    """It has answered for the first time since it was started or was dead."""
     ANSWERED = "answered"
     """A probe was answered."""
     SILENT = "silent"
     """A probe was not answered in time."""
     SERVED = "served"
-    """A completion came that is right in every respect."""
+    """It has sent a completion that passed every check."""
     EXITED = "exited"
     GIVEN_UP = "given up"
-    """It cannot be reached, or does not start, when nobody can wait for it any longer."""
+    """It cannot be reached, or does not start, and the time to wait for it is over."""
     LOADING = "loading"
     """New weights are about to be sent to it."""
     RELOADING = "reloading"
     """The current weights are about to be sent to it alone, because it has been started again."""
     LOADED = "loaded"
-    """All of them have come, and it says so."""
+    """It has received all of them, and names their version."""
     LOAD_BROKE_OFF = "load broke off"
-    """It has parts of two models."""
+    """A load has ended early, so that it has parts of two models."""
     OTHER_VERSION = "other version"
     """It says that its weights are not those last loaded."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How patient the fleet is."""
+    """How long servers are waited for, and how often they are tried again. Times are in seconds."""
 
     silent_probes: int = 3
-    """In a row: dead."""
+    """A server is dead when it has not answered so many probes in a row."""
     failures: int = 3
-    """Without a completion in between: dead. Requests that were under way together count once."""
+    """A server is dead when so many requests in a row have failed. Those that were under way together count once."""
     stuck_s: float = 120.0
-    """Without a token, while it has requests: dead."""
+    """A server is dead when it has requests and has generated no token for so long."""
     restarts: int = 3
-    """In a row without a completion in between; and as many times the current weights are sent to it again."""
+    """How often in a row a server is started again without a completion, and how often its weights are sent again."""
     backoff_s: float = 1.0
-    """Before the first restart in a row; twice as long before each further one."""
+    """The wait before the first restart in a row; it doubles with each further one."""
     probe_interval_s: float = 1.0
     answer_s: float = 15.0
-    """For any answer but a completion."""
+    """The time for any answer but a completion."""
     bucket_s: float = 120.0
-    """For a bucket of weights, to all servers at once."""
+    """The time for a bucket of weights, which goes to all servers at once."""
     start_s: float = 900.0
-    """From the start of a process to its first answer."""
+    """The time from the start of a process to its first answer."""
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
+class ServerHealth:
     """What is known of one server."""
 
     state: ServerState = ServerState.RESTARTING
     version: int | None = None
-    """Of the weights that it certainly has; None: not certain."""
+    """The version of its weights; None while that is not certain."""
     silent: int = 0
+    """The number of probes in a row that it has not answered."""
     failures: int = 0
+    """The number of failures since its last completion."""
     failed_at: float = 0.0
-    """When the last failure was counted."""
+    """When the last failure was counted, on the clock of `progressed`."""
     starts: int = 0
-    """Since its last completion."""
+    """How often it was started again since its last completion."""
     reloads: int = 0
-    """Since its last completion, start, or set of new weights."""
+    """How often its weights were sent again since its last completion, start, or new weights."""
     loading: bool = False
-    """Weights are on their way to it."""
+    """Whether weights are being sent to it."""
     mixed: bool = False
-    """A load broke off: only a new process can be loaded again."""
+    """Whether a load broke off, so that only a new process can be loaded again."""
     tokens: float = 0.0
-    """That it had generated when it was last asked."""
+    """The number of tokens that it had generated when it was last asked."""
     progress_at: float | None = None
-    """When that number last grew, or it had nothing to do. None: it has not been asked yet."""
+    """When that number last grew, or it had nothing to do. None until it was asked."""
     reason: str = ""
     """Why it is not healthy."""
 
 
-def eligible(server: Server, current: int | None) -> bool:
+def eligible(server: ServerHealth, current: int | None) -> bool:
     """Whether it may be given requests to sample from weights of version `current`."""
     return server.state is ServerState.HEALTHY and current is not None and server.version == current
 
 
-def loadable(server: Server) -> bool:
+def loadable(server: ServerHealth) -> bool:
     """Whether weights may be sent to it."""
     return server.state in (ServerState.STALE, ServerState.HEALTHY, ServerState.SUSPECT) and not server.mixed
 
 
-def restartable(server: Server, limits: Limits) -> bool:
+def restartable(server: ServerHealth, limits: Limits) -> bool:
     return server.state is ServerState.DEAD and server.starts < limits.restarts
 
 
-def backoff_s(server: Server, limits: Limits) -> float:
+def backoff_s(server: ServerHealth, limits: Limits) -> float:
     """How long it must have been dead before it is started again."""
     return limits.backoff_s * 2**server.starts
 
 
-def reloadable(server: Server, limits: Limits) -> bool:
+def reloadable(server: ServerHealth, limits: Limits) -> bool:
     """Whether the current weights may be sent to it again."""
     stale = server.state is ServerState.STALE and not server.mixed and not server.loading
     return stale and server.reloads < limits.restarts
 
 
-def progressed(server: Server, tokens: float, busy: bool, now: float, limits: Limits) -> Server:
-    """After it said that it has generated `tokens` in all.
+def progressed(server: ServerHealth, tokens: float, busy: bool, now: float, limits: Limits) -> ServerHealth:
+    """The server after it has answered that it has generated `tokens` in all.
 
     Args:
-        busy: it has had requests since it last said so.
+        busy: whether it has had requests since its last such answer.
         now: seconds of a clock that never goes back.
     """
     if tokens != server.tokens or not busy or server.progress_at is None:
@@ -137,14 +139,14 @@ def progressed(server: Server, tokens: float, busy: bool, now: float, limits: Li
     return server
 
 
-def serving(server: Server, current: int | None) -> bool:
-    """Whether it is eligible, or may be again without new weights."""
+def serving(server: ServerHealth, current: int | None) -> bool:
+    """Whether it has the weights of version `current` and is not dead, so that it is eligible now or after a probe."""
     alive = server.state in (ServerState.HEALTHY, ServerState.SUSPECT)
     return alive and current is not None and server.version == current
 
 
-def failed(server: Server, sent_at: float, now: float, limits: Limits, reason: str) -> Server:
-    """After a request, sent at `sent_at`, was not answered, or with what cannot be a completion."""
+def failed(server: ServerHealth, sent_at: float, now: float, limits: Limits, reason: str) -> ServerHealth:
+    """The server after a request, sent at `sent_at`, was not answered, or with what cannot be a completion."""
     if server.state not in (ServerState.HEALTHY, ServerState.SUSPECT):
         return server
     if server.failures and sent_at <= server.failed_at:
@@ -155,18 +157,20 @@ def failed(server: Server, sent_at: float, now: float, limits: Limits, reason: s
     return replace(server, state=ServerState.SUSPECT, failures=failures, failed_at=now, reason=reason)
 
 
-def after(server: Server, event: Event, limits: Limits, *, version: int | None = None, reason: str = "") -> Server:
-    """The server after `event`; events that cannot happen in its state change nothing.
+def after(
+    server: ServerHealth, event: Event, limits: Limits, *, version: int | None = None, reason: str = ""
+) -> ServerHealth:
+    """The server after `event`. An event that cannot happen in its state changes nothing.
 
     Args:
-        version: with LOADED, of the weights.
-        reason: for people, with events that are bad news.
+        version: the version of the weights, with LOADED.
+        reason: why it happened, for messages.
     """
     state = server.state
     if event is Event.EXITED:
         return replace(_dead(server, reason), mixed=False, reloads=0)
     if event is Event.STARTING:
-        return Server(starts=server.starts + 1, reason=server.reason) if state is ServerState.DEAD else server
+        return ServerHealth(starts=server.starts + 1, reason=server.reason) if state is ServerState.DEAD else server
     if event is Event.STARTED:
         ready = state is ServerState.RESTARTING or (state is ServerState.DEAD and not server.mixed)
         return replace(_stale(server, server.reason), silent=0, failures=0) if ready else server
@@ -201,9 +205,9 @@ def after(server: Server, event: Event, limits: Limits, *, version: int | None =
     return server
 
 
-def _stale(server: Server, reason: str) -> Server:
+def _stale(server: ServerHealth, reason: str) -> ServerHealth:
     return replace(server, state=ServerState.STALE, version=None, loading=False, reason=reason)
 
 
-def _dead(server: Server, reason: str) -> Server:
+def _dead(server: ServerHealth, reason: str) -> ServerHealth:
     return replace(_stale(server, reason), state=ServerState.DEAD, silent=0, failures=0)

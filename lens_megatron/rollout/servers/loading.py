@@ -1,7 +1,8 @@
-"""One set of weights to all servers of a pool, in one pass: begun, bucket by bucket, finished. Runs in the pool's loop.
+"""Loads one set of weights into all servers of a pool: `begin`, then `send` for every bucket, then `finish`.
 
-A server that fails on the way is dead, and the others go on. Only one that answers, after everything, with the label of
-these weights may sample again. One that is started again later is given the same weights, of which the pool has a copy.
+A server that fails on the way counts as dead, and the others go on. A server may sample again only if it names, after
+the last bucket, the label of these weights. A server that is started again later is given the same weights, of which
+the pool keeps a copy. Everything here runs in the pool's loop.
 """
 
 import asyncio
@@ -17,52 +18,54 @@ from lens_megatron.rollout.servers.pool import Member, ServerPool
 from lens_megatron.rollout.servers.weight_transfer import KeptBucket, make_link
 
 INCOMPLETE = "incomplete"
-"""Label of weights that are not a whole model's."""
+"""The label of weights that are not those of a whole model."""
 
 
 def loading(pool: ServerPool) -> list[Member]:
-    """Those that have taken part so far, without a failure."""
-    return [member for member in pool.members if member.known.loading]
+    """The servers that have taken part in the load without a failure so far."""
+    return [member for member in pool.members if member.health.loading]
 
 
 async def begin(pool: ServerPool) -> None:
-    """Makes servers ready to receive; waits for one that is being restarted if there is no other."""
-    pool.version, pool.kept = None, ()
+    """Makes the servers ready to receive weights. Where all are being restarted, it waits for one of them."""
+    pool.version, pool.kept_buckets = None, ()
     deadline = time.monotonic() + pool.limits.start_s
     while loading(pool):  # one is being given the weights before these
         await asyncio.sleep(pool.limits.probe_interval_s / 4)
-    while not any(health.loadable(member.known) for member in pool.members):
-        if not any(pool.comes_back(member) for member in pool.members) or time.monotonic() > deadline:
+    while not any(health.loadable(member.health) for member in pool.members):
+        if not any(pool.may_serve_again(member) for member in pool.members) or time.monotonic() > deadline:
             return
         await asyncio.sleep(pool.limits.probe_interval_s / 4)
     for member in pool.members:
-        if health.loadable(member.known):
-            pool.tell(member, Event.LOADING)
+        if health.loadable(member.health):
+            pool.report(member, Event.LOADING)
     await _open(pool, pool.members)
 
 
 async def send(pool: ServerPool, update_info: dict[str, Any], payload: object) -> None:
-    """One bucket to all: what it holds, by HTTP, and its bytes over the link, which the server reads meanwhile."""
+    """Sends one bucket to all servers: names and shapes by HTTP, and the bytes over the link meanwhile."""
     await _send(pool, pool.members, update_info, payload)
 
 
 async def finish(pool: ServerPool, version: int, label: str, kept: Sequence[KeptBucket]) -> None:
-    """Args:
-    kept: all buckets, for servers that come later.
+    """Ends the load of weights `version`, and lets those servers sample that name `label` as what they have.
+
+    Args:
+        kept: all buckets, for servers that are started later.
     """
-    pool.version, pool.kept = version, tuple(kept)
+    pool.version, pool.kept_buckets = version, tuple(kept)
     pool.expected = replace(pool.expected, label=label, version=version)
     await _close(pool, pool.members)
 
 
 async def reload(pool: ServerPool, member: Member) -> None:
-    """The current weights to one server that has others, or none."""
-    kept, only = pool.kept, [member]
-    pool.tell(member, Event.RELOADING)
+    """Sends the current weights to one server that has others, or none."""
+    kept, only = pool.kept_buckets, [member]
+    pool.report(member, Event.RELOADING)
     await _open(pool, only)
     for bucket in kept:
-        if member.known.loading:
-            await _send(pool, only, bucket.update_info, await asyncio.to_thread(weight_transfer.restored, bucket))
+        if member.health.loading:
+            await _send(pool, only, bucket.update_info, await asyncio.to_thread(weight_transfer.restore, bucket))
     await _close(pool, only)
 
 
@@ -72,14 +75,16 @@ async def _open(pool: ServerPool, members: Sequence[Member]) -> None:
 
 
 async def _send(pool: ServerPool, members: Sequence[Member], update_info: dict[str, Any], payload: object) -> None:
-    async def work(pool: ServerPool, member: Member) -> None:
+    async def send_to(pool: ServerPool, member: Member) -> None:
+        if member.link is None:
+            raise RuntimeError("it has no connection for weights")
         told = asyncio.create_task(_post(pool, member, "/update_weights", {"update_info": update_info}))
         try:
             await asyncio.to_thread(member.link.send, payload)
         except RuntimeError:
             done, _ = await asyncio.wait([told], timeout=pool.limits.answer_s)
-            if done and told.exception():
-                raise told.exception() from None  # the server knows why it hung up
+            if done and (reason := told.exception()):
+                raise reason from None  # the server knows why it hung up
             raise
         finally:
             if not told.done():
@@ -87,7 +92,7 @@ async def _send(pool: ServerPool, members: Sequence[Member], update_info: dict[s
             told.cancel()
         await told
 
-    await _each(pool, members, work, Event.LOAD_BROKE_OFF)
+    await _each(pool, members, send_to, Event.LOAD_BROKE_OFF)
 
 
 async def _close(pool: ServerPool, members: Sequence[Member]) -> None:
@@ -99,18 +104,18 @@ async def _close(pool: ServerPool, members: Sequence[Member]) -> None:
         if (found := await member.client.version(pool.limits.answer_s)) != expected.label:
             raise ServerError(f"it says that it has weights {found!r}, and was given {expected.label!r}")
         await _post(pool, member, "/resume")
-        pool.tell(member, Event.LOADED, version=expected.version)
+        pool.report(member, Event.LOADED, version=expected.version)
 
     await _each(pool, members, work, Event.LOAD_BROKE_OFF)
 
 
 async def abandon(pool: ServerPool) -> None:
-    """After a mistake in the stream: servers are left so that they can be loaded again, and sample nothing before."""
+    """Ends a load whose stream of weights had an error. Servers sample nothing until they are loaded again."""
 
     async def work(pool: ServerPool, member: Member) -> None:
         await _post(pool, member, "/finish_weight_update", {"weight_version": INCOMPLETE})
         await _post(pool, member, "/resume")
-        pool.tell(member, Event.OTHER_VERSION, reason="its weights are incomplete")
+        pool.report(member, Event.OTHER_VERSION, reason="its weights are incomplete")
 
     await _each(pool, pool.members, work, Event.LOAD_BROKE_OFF)
 
@@ -142,12 +147,12 @@ async def _each(
     work: Callable[[ServerPool, Member], Awaitable[None]],
     on_failure: Event,
 ) -> None:
-    """Does `work` with those that take part, at once; tells `on_failure` of those with which it fails."""
+    """Does `work` for all servers of the load at once, and reports `on_failure` for those with which it fails."""
 
     async def one(member: Member) -> None:
         try:
             await asyncio.wait_for(work(pool, member), 2 * pool.limits.bucket_s)
         except (ServerError, RuntimeError, TimeoutError, KeyError) as error:
-            pool.tell(member, on_failure, reason=f"while weights were loaded: {error or type(error).__name__}")
+            pool.report(member, on_failure, reason=f"while weights were loaded: {error or type(error).__name__}")
 
-    await asyncio.gather(*(one(member) for member in members if member.known.loading))
+    await asyncio.gather(*(one(member) for member in members if member.health.loading))

@@ -1,7 +1,7 @@
-"""The servers that one rank drives: requests dealt out, answers checked, the dead buried and started again.
+"""The servers of one rank: it gives them requests, checks their answers, watches them, and restarts the dead ones.
 
-Everything here runs in one asyncio loop; `engine.py` is what other threads see. Which server may do what is
-decided by `health.py`; here its events are found out and its decisions carried out.
+Everything here runs in one asyncio loop; other threads use `engine.py`. `health.py` decides which server may do what;
+this module finds out what happens to the servers, reports it there, and carries out what follows.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from lens_megatron.rollout.servers.client import (
     completion_of,
     generate_body,
 )
-from lens_megatron.rollout.servers.health import Event, Limits, Server, ServerState
+from lens_megatron.rollout.servers.health import Event, Limits, ServerHealth, ServerState
 from lens_megatron.rollout.servers.process import ServerProcess
 from lens_megatron.rollout.servers.weight_transfer import KeptBucket, Link
 from lens_megatron.supervision.channel import Address, address_towards
@@ -42,17 +42,17 @@ class Member:
     name: str
     session: aiohttp.ClientSession
     process: ServerProcess | None = None
-    """None: somebody else started it."""
+    """None if somebody else started it."""
     address: str = "http://localhost"
-    """http://host:port, of a server that somebody else started."""
-    known: Server = Server()
+    """http://host:port of a server that somebody else started."""
+    health: ServerHealth = ServerHealth()
     link: Link | None = None
-    running: dict[int, asyncio.Task] = field(default_factory=dict)
-    """Requests that it works on."""
+    running: dict[int, asyncio.Task[None]] = field(default_factory=dict)
+    """The tasks that wait for its completions, by request id."""
     started_at: float = 0.0
     died_at: float = 0.0
-    trouble: ServerError | None = None
-    """Why it counts as not started yet."""
+    start_error: ServerError | None = None
+    """The last answer to the question whether it has started."""
 
     @property
     def client(self) -> Client:
@@ -61,7 +61,7 @@ class Member:
     def link_address(self) -> Address:
         """Where the trainer may listen so that this server reaches it, and as few others as possible."""
         if self.process is not None:
-            return str(self.process.folder / f"weights_{secrets.token_hex(4)}")
+            return self.process.path_in_folder(f"weights_{secrets.token_hex(4)}")
         return [address_towards(*self.client.host_and_port), 0]
 
     def close_link(self) -> None:
@@ -71,11 +71,13 @@ class Member:
 
 
 class ServerPool:
-    """Args:
-    per_server: requests that a server is given at once.
-    expected: what completions must agree with, but for the weights.
-    reload: sends `kept` to a server.
-    patient: requests wait for servers that may serve again, since nobody else takes them.
+    """The servers of one rank, and the requests that they have, wait for, or can no longer serve.
+
+    Args:
+        per_server: how many requests a server is given at once.
+        expected: what completions must agree with; the version of the weights changes with each load.
+        reload: sends `kept_buckets` to one server.
+        waits_for_restarts: whether requests wait for servers that may serve again, since no other rank takes them.
     """
 
     def __init__(
@@ -85,56 +87,58 @@ class ServerPool:
         limits: Limits,
         reload: Callable[["ServerPool", "Member"], Coroutine[Any, Any, None]],
         *,
-        patient: bool,
+        waits_for_restarts: bool,
     ):
         self.per_server, self.expected, self.limits = per_server, expected, limits
-        self.reload, self.patient = reload, patient
+        self.reload, self.waits_for_restarts = reload, waits_for_restarts
         self.members: list[Member] = []
         self.version: int | None = None
-        """Of the weights last loaded."""
-        self.kept: Sequence[KeptBucket] = ()
-        """Those weights."""
+        """The version of the weights last loaded."""
+        self.kept_buckets: Sequence[KeptBucket] = ()
+        """The weights last loaded."""
         self.requests: dict[int, Request] = {}
-        """Neither finished nor lost."""
+        """All requests that are neither finished nor lost, by their ids."""
         self.waiting: deque[Request] = deque()
         self.finished: list[Completion] = []
         self.lost: list[Request] = []
-        """No server of this pool can serve them."""
+        """Requests that no server of this pool can serve."""
         self.generated = 0
-        self.news = asyncio.Event()
-        """Something is finished or lost."""
-        self.revives = False
-        """Dead servers are started again without being asked to."""
+        """Tokens of all completions."""
+        self.changed = asyncio.Event()
+        """Set when a request is finished or lost, or a task has failed."""
+        self.restarts_dead = False
+        """Whether dead servers are started again; not before all have started for the first time."""
         self.failure: BaseException | None = None
-        """A mistake of ours in a background task."""
-        self.background: set[asyncio.Task] = set()
+        """An exception that a task of this pool did not expect."""
+        self.tasks: set[asyncio.Task[None]] = set()
 
     def add_process(self, process: ServerProcess) -> None:
-        """One that was started."""
+        """Adds a server that this rank has started."""
         session = _session(process.key, process.socket_path)
         self._add(Member(process.name, session, process, started_at=time.monotonic()))
 
-    def add_given(self, address: str, key: str) -> None:
+    def add_external(self, address: str, key: str) -> None:
+        """Adds a server that somebody else has started."""
         self._add(Member(f"server {address}", _session(key), address=address, started_at=time.monotonic()))
 
     def _add(self, member: Member) -> None:
         self.members.append(member)
         self._spawn(self._watch(member))
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
-        self.background.add(task)
-        task.add_done_callback(self._ended)
+        self.tasks.add(task)
+        task.add_done_callback(self._end_task)
         return task
 
-    def _ended(self, task: asyncio.Task) -> None:
-        self.background.discard(task)
+    def _end_task(self, task: asyncio.Task[None]) -> None:
+        self.tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             self.failure = task.exception()
-            self.news.set()
+            self.changed.set()
 
     async def close(self) -> None:
-        tasks = [*self.background]
+        tasks = [*self.tasks]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -145,10 +149,10 @@ class ServerPool:
     def submit(self, requests: Sequence[Request]) -> None:
         self.requests |= {request.request_id: request for request in requests}
         self.waiting += requests
-        self.assign()
+        self._assign_waiting()
 
     def cancel(self, request_ids: set[int]) -> None:
-        """Closing a connection makes vLLM forget the request."""
+        """Forgets requests; vLLM forgets a request when its connection is closed."""
         for member in self.members:
             for number in request_ids & member.running.keys():
                 member.running.pop(number).cancel()
@@ -157,104 +161,105 @@ class ServerPool:
         self.lost = [r for r in self.lost if r.request_id not in request_ids]
         for number in request_ids:
             self.requests.pop(number, None)
-        self.assign()
+        self._assign_waiting()
 
     def capacity(self) -> int:
-        return self.per_server * sum(health.serving(member.known, self.version) for member in self.members)
+        """The number of requests that the servers which serve can have at once."""
+        return self.per_server * sum(health.serving(member.health, self.version) for member in self.members)
 
-    def comes_back(self, member: Member) -> bool:
-        """Whether it may serve some time, though it does not now."""
-        known, limits = member.known, self.limits
-        if known.state is ServerState.RESTARTING or known.loading or health.reloadable(known, limits):
+    def may_serve_again(self, member: Member) -> bool:
+        """Whether it may serve later without other weights, though it does not now."""
+        now, limits = member.health, self.limits
+        if now.state is ServerState.RESTARTING or now.loading or health.reloadable(now, limits):
             return True
-        return member.process is not None and self.revives and health.restartable(known, limits)
+        return member.process is not None and self.restarts_dead and health.restartable(now, limits)
 
     def hopeless(self) -> bool:
-        """No server serves, nor may one before other weights are loaded."""
-        return not any(health.serving(m.known, self.version) or self.comes_back(m) for m in self.members)
+        """Whether no server serves, and none may before other weights are loaded."""
+        return not any(health.serving(m.health, self.version) or self.may_serve_again(m) for m in self.members)
 
     def running(self) -> int:
         return sum(len(member.running) for member in self.members)
 
-    def assign(self) -> None:
-        """Gives what waits to the servers with the fewest requests. Gives up what no server can serve any more."""
-        eligible = [member for member in self.members if health.eligible(member.known, self.version)]
+    def _assign_waiting(self) -> None:
+        """Gives waiting requests to the servers with the fewest, and gives up those that no server can serve."""
+        eligible = [member for member in self.members if health.eligible(member.health, self.version)]
         while self.waiting and eligible:
             member = min(eligible, key=lambda member: len(member.running))
             if len(member.running) >= self.per_server:
                 break
             request = self.waiting.popleft()
             member.running[request.request_id] = self._spawn(self._serve(member, request))
-        if self.waiting and not self.capacity() and (self.hopeless() or not self.patient):
+        if self.waiting and not self.capacity() and (self.hopeless() or not self.waits_for_restarts):
             for request in self.waiting:
                 del self.requests[request.request_id]
             self.lost += self.waiting
             self.waiting.clear()
-            self.news.set()
+            self.changed.set()
 
     async def _serve(self, member: Member, request: Request) -> None:
-        sent_at, bad_news = time.monotonic(), None
+        sent_at = time.monotonic()
+        completion: Completion | None = None
         try:
             body = generate_body(request, self.expected.end_tokens)
             reply = await member.client.post("/inference/v1/generate", None, body)
             completion = completion_of(reply, request, self.expected)
         except OtherVersionError as error:
-            bad_news = error
-            self._move(member, health.after(member.known, Event.OTHER_VERSION, self.limits, reason=str(error)))
+            self._set_health(member, health.after(member.health, Event.OTHER_VERSION, self.limits, reason=str(error)))
         except ServerError as error:
-            bad_news = error
-            self._move(member, health.failed(member.known, sent_at, time.monotonic(), self.limits, str(error)))
+            self._set_health(member, health.failed(member.health, sent_at, time.monotonic(), self.limits, str(error)))
         if member.running.get(request.request_id) is not asyncio.current_task():
             return  # it was taken from this server meanwhile
         del member.running[request.request_id]
-        if bad_news is None:
-            self._move(member, health.after(member.known, Event.SERVED, self.limits))
+        if completion is not None:
+            self._set_health(member, health.after(member.health, Event.SERVED, self.limits))
             del self.requests[request.request_id]
             self.finished.append(completion)
             self.generated += len(completion.token_ids)
-            self.news.set()
+            self.changed.set()
         else:
             self.waiting.appendleft(request)
-        self.assign()
+        self._assign_waiting()
 
-    def _move(self, member: Member, known: Server) -> None:
-        """Takes `known` for what is known now, and does what follows from it."""
-        before, member.known = member.known, known
-        if known.state is before.state:
+    def _set_health(self, member: Member, now: ServerHealth) -> None:
+        """Notes that the server's health is `now`; where its state has changed, does what follows from that."""
+        before, member.health = member.health, now
+        if now.state is before.state:
             return
-        bad = known.state in (ServerState.DEAD, ServerState.SUSPECT) or (
-            known.state is ServerState.STALE and not known.loading
+        bad = now.state in (ServerState.DEAD, ServerState.SUSPECT) or (
+            now.state is ServerState.STALE and not now.loading
         )
-        first_start = before.state is ServerState.RESTARTING and known.starts == 0 and known.state is ServerState.STALE
+        first_start = before.state is ServerState.RESTARTING and now.starts == 0 and now.state is ServerState.STALE
         if (bad and not first_start) or before.state in (ServerState.DEAD, ServerState.SUSPECT):
-            why = f": {known.reason}" * bool(bad and known.reason)
-            logger.info(f"{member.name}: {before.state} -> {known.state}{why}")
-        if not health.serving(known, self.version):
+            why = f": {now.reason}" if bad and now.reason else ""
+            logger.info(f"{member.name}: {before.state} -> {now.state}{why}")
+        if not health.serving(now, self.version):
             for number, task in member.running.items():
                 task.cancel()
                 self.waiting.appendleft(self.requests[number])
             member.running.clear()
-        if known.state is ServerState.DEAD:
+        if now.state is ServerState.DEAD:
             member.died_at = time.monotonic()
             member.close_link()
-        self.assign()
+        self._assign_waiting()
 
-    def tell(self, member: Member, event: Event, *, version: int | None = None, reason: str = "") -> None:
-        self._move(member, health.after(member.known, event, self.limits, version=version, reason=reason))
+    def report(self, member: Member, event: Event, *, version: int | None = None, reason: str = "") -> None:
+        """Notes that `event` has happened to the server; for the arguments see `health.after`."""
+        self._set_health(member, health.after(member.health, event, self.limits, version=version, reason=reason))
 
     async def _watch(self, member: Member) -> None:
-        """For as long as the pool lives: looks after one server."""
+        """Looks after one server, until the pool is closed."""
         while True:
-            status = member.process.status() if member.process else None
-            if status is not None and member.known.state is not ServerState.DEAD:
-                self.tell(member, Event.EXITED, reason=f"ended with status {status}; {member.process.log}")
-            match member.known.state:
+            if member.process is not None and member.health.state is not ServerState.DEAD:
+                if (status := member.process.status()) is not None:
+                    self.report(member, Event.EXITED, reason=f"ended with status {status}; {member.process.log}")
+            match member.health.state:
                 case ServerState.RESTARTING:
                     await self._await_start(member)
                 case ServerState.DEAD:
-                    if self.revives:
-                        await self.revive(member)
-                case ServerState.STALE if self.kept and health.reloadable(member.known, self.limits):
+                    if self.restarts_dead:
+                        await self._restart(member)
+                case ServerState.STALE if self.kept_buckets and health.reloadable(member.health, self.limits):
                     await self._reload(member)
                 case _:
                     await self._probe(member)
@@ -263,29 +268,30 @@ class ServerPool:
     async def _await_start(self, member: Member) -> None:
         try:
             await member.client.version(self.limits.answer_s)
-            self.tell(member, Event.STARTED)
+            self.report(member, Event.STARTED)
             return
         except ServerError as error:
-            member.trouble = error
+            member.start_error = error
         if time.monotonic() - member.started_at > self.limits.start_s:
-            self.tell(member, Event.GIVEN_UP, reason=f"no answer {self.limits.start_s:.0f} s after its start")
+            self.report(member, Event.GIVEN_UP, reason=f"no answer {self.limits.start_s:.0f} s after its start")
 
-    async def revive(self, member: Member) -> None:
+    async def _restart(self, member: Member) -> None:
+        """Starts a dead server again when its time has come, or finds out whether somebody else has."""
         if member.process is None:
             with suppress(ServerError):
                 if await member.client.version(self.limits.answer_s) == UNLOADED:
-                    self.tell(member, Event.EXITED, reason=member.known.reason)  # another process than before
-                self.tell(member, Event.STARTED)
-        elif health.restartable(member.known, self.limits):
+                    self.report(member, Event.EXITED, reason=member.health.reason)  # another process than before
+                self.report(member, Event.STARTED)
+        elif health.restartable(member.health, self.limits):
             await asyncio.to_thread(member.process.stop)  # it may be there still, and hang
-            if time.monotonic() < member.died_at + health.backoff_s(member.known, self.limits):
+            if time.monotonic() < member.died_at + health.backoff_s(member.health, self.limits):
                 return
             member.started_at = time.monotonic()
-            self.tell(member, Event.STARTING)
+            self.report(member, Event.STARTING)
             try:
                 member.process.start()
             except OSError as error:
-                self.tell(member, Event.EXITED, reason=f"cannot be started: {error}")
+                self.report(member, Event.EXITED, reason=f"cannot be started: {error}")
                 return
             await member.session.close()
             member.session = _session(member.process.key, member.process.socket_path)
@@ -295,27 +301,28 @@ class ServerPool:
     async def _reload(self, member: Member) -> None:
         version = self.version
         await self.reload(self, member)
-        if health.serving(member.known, version):
+        if health.serving(member.health, version):
             logger.info(f"{member.name}: serves again, with weights of version {version}")
-        self.assign()
+        self._assign_waiting()
 
     async def _probe(self, member: Member) -> None:
         try:
-            load = await member.client.load(self.limits.answer_s)
+            tokens = await member.client.tokens(self.limits.answer_s)
         except ServerError as error:
-            self.tell(member, Event.SILENT, reason=str(error))
+            self.report(member, Event.SILENT, reason=str(error))
             return
-        self.tell(member, Event.ANSWERED)
+        self.report(member, Event.ANSWERED)
         busy, now = bool(member.running), time.monotonic()
-        self._move(member, health.progressed(member.known, load.tokens, busy, now, self.limits))
-        self.assign()
+        self._set_health(member, health.progressed(member.health, tokens, busy, now, self.limits))
+        self._assign_waiting()
 
 
 def _session(key: str, socket_path: str | None = None) -> aiohttp.ClientSession:
     # The server closes a connection after 5 s without a request, and a request sent just then would be lost.
-    options = {"limit": 0, "keepalive_timeout": 2}
-    if socket_path is None:
-        connector: aiohttp.BaseConnector = aiohttp.TCPConnector(**options)
-    else:
-        connector = aiohttp.UnixConnector(socket_path, **options)
+    keepalive_s, limit = 2.0, 0
+    connector: aiohttp.BaseConnector = (
+        aiohttp.TCPConnector(limit=limit, keepalive_timeout=keepalive_s)
+        if socket_path is None
+        else aiohttp.UnixConnector(socket_path, limit=limit, keepalive_timeout=keepalive_s)
+    )
     return aiohttp.ClientSession(headers={"Authorization": f"Bearer {key}"}, connector=connector)

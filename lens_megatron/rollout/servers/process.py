@@ -41,11 +41,11 @@ KEY_VARIABLE = "LENS_VLLM_API_KEY"
 """Environment variable with the key of servers that the trainer did not start."""
 
 _LONGEST_SOCKET_PATH = 107
-"""Bytes; Linux's limit."""
+"""Linux's limit, in bytes."""
 
 
 def check_plugin() -> None:
-    """Raises ConfigError where vLLM's processes would not find our way to receive weights."""
+    """Raises ConfigError where vLLM's processes would not find this project's plug-in, which receives weights."""
     if weight_transfer.PLUGIN not in entry_points(group="vllm.general_plugins").names:
         raise ConfigError(
             "rollout.engine=vllm_server: the installed lens-megatron does not announce its plug-in for vLLM, so that "
@@ -73,7 +73,7 @@ def devices(config: Config, place: int, servers: int) -> str | None:
 
 
 def server_options(config: Config, hf_config: PretrainedConfig) -> dict[str, Any]:
-    """Of vLLM's engine: those of `vllm_options.engine_options` for the colocated one, where a server may have them."""
+    """Options of vLLM's engine for a server: those of the colocated engine, less what a server decides itself."""
     options = vllm_options.engine_options(config, hf_config)
     del options["distributed_executor_backend"]  # nobody but the server starts its workers
     del options["disable_log_stats"]  # they show that it makes progress
@@ -86,10 +86,11 @@ def server_options(config: Config, hf_config: PretrainedConfig) -> dict[str, Any
 
 
 def command(options: Mapping[str, Any], listen: Sequence[str]) -> list[str]:
-    """The server's command line. It holds no key: others can read command lines.
+    """The server's command line. It holds no key, since others can read command lines.
 
     Args:
-        listen: vLLM's options that say where.
+        options: options of vLLM's engine.
+        listen: vLLM's options for the address at which it listens.
     """
     words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]  # `vllm serve` needs a package of that name
     for name, value in options.items():
@@ -105,7 +106,7 @@ def command(options: Mapping[str, Any], listen: Sequence[str]) -> list[str]:
 
 
 def environment(key: str, visible_devices: str | None) -> dict[str, str]:
-    """This process's, without what torchrun put there, and with what a server needs."""
+    """The environment of a server: that of this process without torchrun's variables, and with what a server needs."""
     foreign = re.compile("(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME|ROLE_.*)|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
     kept = {name: value for name, value in os.environ.items() if not foreign.fullmatch(name)}
     own = {
@@ -125,7 +126,7 @@ def environment(key: str, visible_devices: str | None) -> dict[str, str]:
 
 
 def private_folder() -> Path:
-    """A new folder for sockets that only this user may enter, with a path short enough for them. Raises OSError."""
+    """A new folder that only this user may enter, with a path short enough for sockets in it. Raises OSError."""
     example = f"/lens_server_{'x' * 8}/{'x' * 36}"  # vLLM names its own sockets by UUIDs
     base = tempfile.gettempdir()
     if len(os.fsencode(base + example)) > _LONGEST_SOCKET_PATH:
@@ -134,14 +135,13 @@ def private_folder() -> Path:
 
 
 class ServerProcess:
-    """One server on this machine, which does not outlive this process.
-
-    Every start has a key and a folder of its own.
+    """One server on this machine, which does not outlive this process. Every start has its own key and folder.
 
     Args:
-        options: of vLLM's engine.
-        name: for people.
-        log: file for the server's output.
+        name: what messages call it.
+        options: options of vLLM's engine.
+        log: the file to which the server's output is appended.
+        visible_devices: CUDA_VISIBLE_DEVICES of the server; None without CUDA.
     """
 
     def __init__(self, name: str, options: Mapping[str, Any], log: Path, *, visible_devices: str | None = None):
@@ -153,11 +153,17 @@ class ServerProcess:
 
     @property
     def socket_path(self) -> str:
-        """Where it listens. It has none before it was started."""
-        return str(self.folder / "http")
+        """The Unix socket at which it listens. Raises RuntimeError while it is not started."""
+        return self.path_in_folder("http")
+
+    def path_in_folder(self, name: str) -> str:
+        """A path in the server's private folder. Raises RuntimeError while it is not started."""
+        if self.folder is None:
+            raise RuntimeError(f"{self.name} is not started, and has no folder for {name}; start it first")
+        return str(self.folder / name)
 
     def start(self) -> None:
-        """Starts it, again too, and does not wait. Raises OSError."""
+        """Ends it if it runs, starts it, and does not wait until it answers. Raises OSError."""
         self.stop()
         self.key, self.folder = secrets.token_urlsafe(32), private_folder()
         guardian = [
@@ -182,24 +188,27 @@ class ServerProcess:
             )
 
     def status(self) -> int | None:
-        """Exit status; None while it runs."""
+        """The exit status; None while it runs, and before it is started."""
         return self.process.poll() if self.process else None
 
     def tail(self, lines: int = 15) -> str:
-        """The end of what it has written since it was started last."""
+        """The last lines of what it has written since its last start."""
         with self.log.open("rb") as file:
             file.seek(self.log_start)
             return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
 
     def move_log(self, folder: Path) -> None:
-        """The process goes on writing to it there. On another file system that comes when it has ended: `keep_log`."""
+        """Moves the log into `folder`, where the process goes on writing to it.
+
+        A log cannot be moved to another file system while it is written; `keep_log` copies it after the server's end.
+        """
         self.kept_log = folder / f"{self.name.replace(' ', '_')}.log"
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             self.log = self.log.rename(self.kept_log)
 
     def keep_log(self) -> None:
-        """After its end: a log that lies beside the run's folder still goes into it, or goes if there is none."""
+        """Moves a log that still lies beside the run's folder into it. To be called after the server's end."""
         if self.log == self.kept_log or not self.log.name.startswith("."):
             return
         try:
@@ -214,7 +223,7 @@ class ServerProcess:
             self.process.terminate()
 
     def stop(self) -> None:
-        """Ends it and all its processes, those too that are stopped. Takes seconds if it does not end by itself."""
+        """Ends it and all its processes, suspended ones too. Takes seconds if it does not end by itself."""
         if self.process is not None:
             self.ask_to_stop()
             self.process.wait()
@@ -225,10 +234,10 @@ class ServerProcess:
 
 
 def start_servers(config: Config, hf_config: PretrainedConfig, rank: int, world_size: int) -> list[ServerProcess]:
-    """Those of `rank`: server i is rank i modulo world size's. Their logs lie beside the run's folder until it exists.
-    With another engine, or given addresses: none.
+    """Starts the servers of `rank`, which has every server whose number modulo `world_size` is `rank`.
 
-    Raises ConfigError, with none left running.
+    Their logs lie beside the run's folder until that exists. There are none with another engine, and where
+    `rollout.servers` names addresses. Raises ConfigError, after ending those that it has started.
     """
     folder, count = Path(config.run.directory), config.rollout.servers
     if config.rollout.engine != "vllm_server" or isinstance(count, tuple):
@@ -255,6 +264,7 @@ def start_servers(config: Config, hf_config: PretrainedConfig, rank: int, world_
 
 
 def stop_all(servers: Sequence[ServerProcess]) -> None:
+    """Ends the servers, all at once, and keeps their logs."""
     for server in servers:
         server.ask_to_stop()
     for server in servers:

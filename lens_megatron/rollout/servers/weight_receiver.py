@@ -12,6 +12,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from lens_megatron.rollout.servers.weight_transfer import packed_bytes, unpack
+from lens_megatron.rollout.vllm.tied_head import pack_tied_head
 from lens_megatron.supervision import channel
 
 
@@ -21,13 +22,13 @@ class SocketInitInfo(WeightTransferInitInfo):
 
     address: str | list
     secret: str
-    """In hexadecimal digits."""
+    """The bytes of the secret as hexadecimal digits."""
     timeout_s: float
 
 
 @dataclass
 class SocketUpdateInfo(WeightTransferUpdateInfo):
-    """The tensors of one bucket, in order."""
+    """What one bucket holds: the names, types and shapes of its tensors, in order."""
 
     names: list[str]
     dtype_names: list[str]
@@ -58,7 +59,9 @@ class SocketWeightReceiver(WeightTransferEngine[SocketInitInfo, SocketUpdateInfo
         dtypes = [getattr(torch, name) for name in update_info.dtype_names]
         # A new one each time: vLLM keeps the tensors until it has all of a layer.
         packed = torch.empty(packed_bytes(update_info.shapes, dtypes), dtype=torch.uint8)
-        channel.receive_into(self.connection, memoryview(packed.numpy()))
+        if self.connection is None:
+            raise RuntimeError("weights were announced before the trainer connected; call /init_weight_transfer_engine")
+        channel.receive_into(self.connection, packed.numpy().data)
         tensors = unpack(packed, update_info.shapes, dtypes)
         self.model.load_weights(zip(update_info.names, tensors, strict=True))
 
@@ -75,10 +78,3 @@ class SocketWeightReceiver(WeightTransferEngine[SocketInitInfo, SocketUpdateInfo
         if self.connection is not None:
             self.connection.close()
             self.connection = None
-
-
-def pack_tied_head(model: torch.nn.Module) -> None:
-    """On a CPU vLLM multiplies by a packed copy of a head, and does not renew that of one tied to the embedding."""
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-
-    dispatch_cpu_unquantized_gemm(model.lm_head, remove_weight=False)

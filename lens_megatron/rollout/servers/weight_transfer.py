@@ -1,4 +1,4 @@
-"""Weights from the trainer to vLLM's servers, over links of their own: one per server, so that none harms another.
+"""Sends weights from the trainer to vLLM's servers. Every server has a link of its own, so that none harms another.
 
 Tensors go in buckets; names, shapes and dtypes go ahead of each as JSON, in the body of vLLM's /update_weights. On a
 CPU the bytes travel over sockets, to `weight_receiver.py` in the server; on a GPU by NCCL, to vLLM's own "nccl" engine,
@@ -21,10 +21,10 @@ from lens_megatron.supervision import channel
 from lens_megatron.supervision.channel import Address, ChannelError, Door
 
 SOCKET = "lens_socket"
-"""Name of our backend in vLLM's registry."""
+"""The name of this project's backend in vLLM's registry."""
 
 PLUGIN = "lens_megatron"
-"""Name of the entry point in setup.py's group `vllm.general_plugins`."""
+"""The name of the entry point in the group `vllm.general_plugins` of setup.py."""
 
 BUCKET_BYTES = 64 << 20
 
@@ -32,7 +32,7 @@ _ALIGNMENT = 16
 
 
 def register() -> None:
-    """Called by vLLM in each of its processes, maybe more than once: makes our backend known."""
+    """Makes this project's backend known to vLLM, which calls it in each of its processes, maybe more than once."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     try:
@@ -43,7 +43,7 @@ def register() -> None:
 
 
 def backend() -> str:
-    """Name of the engine that servers on this kind of machine receive weights with."""
+    """The name of the backend by which servers on this kind of machine receive weights."""
     return "nccl" if torch.cuda.is_available() else SOCKET
 
 
@@ -63,7 +63,7 @@ class TransferBucket:
         }
 
 
-def buckets(weights: Iterable[tuple[str, Tensor]], limit: int = BUCKET_BYTES) -> Iterator[TransferBucket]:
+def cut_into_buckets(weights: Iterable[tuple[str, Tensor]], limit: int = BUCKET_BYTES) -> Iterator[TransferBucket]:
     """Cuts the stream into buckets of at most `limit` bytes; a larger tensor goes alone."""
     names: list[str] = []
     tensors: list[Tensor] = []
@@ -89,7 +89,7 @@ def pack(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def packed_bytes(shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]) -> int:
-    """Length of what `pack` makes of such tensors."""
+    """The number of bytes that `pack` makes of such tensors."""
     return _places(_sizes(shapes, dtypes))[1]
 
 
@@ -107,7 +107,7 @@ def _sizes(shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]) -> li
 
 
 def _places(sizes: Sequence[int]) -> tuple[list[int], int]:
-    """First byte of each, and the number of bytes of all."""
+    """The first byte of each tensor, and the number of bytes of all."""
     places, end = [], 0
     for size in sizes:
         places.append(end)
@@ -116,35 +116,35 @@ def _places(sizes: Sequence[int]) -> tuple[list[int], int]:
 
 
 def payload(bucket: TransferBucket) -> Any:
-    """What this machine's links send of a bucket; made once for all of them."""
+    """What the links of this machine send of a bucket: tensors on a GPU, else the packed bytes. Made once for all."""
     return [tensor.contiguous() for tensor in bucket.tensors] if torch.cuda.is_available() else pack(bucket.tensors)
 
 
 @dataclass(frozen=True, slots=True)
 class KeptBucket:
-    """In host memory, for servers that are started again."""
+    """A bucket in host memory, for servers that are started again."""
 
     update_info: dict[str, Any]
     payload: Any
     device: torch.device
-    """Where the tensors were."""
+    """The device on which the tensors were."""
 
 
-def kept(bucket: TransferBucket, payload: Any) -> KeptBucket:
+def keep(bucket: TransferBucket, payload: Any) -> KeptBucket:
     host = [tensor.cpu() for tensor in payload] if torch.cuda.is_available() else payload
     return KeptBucket(bucket.update_info(), host, bucket.tensors[0].device)
 
 
-def restored(bucket: KeptBucket) -> Any:
-    """As `payload` made it."""
+def restore(bucket: KeptBucket) -> Any:
+    """The payload, as `payload` made it of the bucket."""
     return [tensor.to(bucket.device) for tensor in bucket.payload] if torch.cuda.is_available() else bucket.payload
 
 
 class Link(Protocol):
-    """The trainer's end of what connects it with one server's workers."""
+    """The trainer's end of the connections to the workers of one server."""
 
     def init_info(self) -> dict[str, Any]:
-        """What the server must be told with /init_weight_transfer_engine, while `join` runs. It holds a secret."""
+        """The body of /init_weight_transfer_engine, to be sent while `join` runs. It holds a secret."""
 
     def join(self) -> None:
         """Waits for the server's workers. Raises RuntimeError when they do not come in time."""
@@ -155,18 +155,20 @@ class Link(Protocol):
         Raises RuntimeError if that breaks off.
         """
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Ends the connections, and a `join` that still waits."""
 
 
 class SocketLink:
-    """Implements `Link` for servers with our own backend: one connection to each worker, which the worker opens.
+    """Implements `Link` for servers with this project's backend; each worker of the server opens one connection.
 
-    Only who got this link's secret over the server's authenticated HTTP is let in, and a worker takes weights from
-    nobody else. An outsider who calls is turned away, and the workers are waited for all the same.
+    A worker proves that it has the secret of this link, which it got over the server's authenticated HTTP. Others who
+    connect are refused, and the link goes on waiting for the workers.
 
     Args:
-        address: to listen at: path of a Unix socket, or host and port.
-        workers: processes of the server that hold parts of the model.
+        address: where it listens: the path of a Unix socket, or host and port.
+        workers: the number of the server's processes that hold parts of the model.
+        timeout_s: how long `join` waits for them.
     """
 
     def __init__(self, address: Address, workers: int, timeout_s: float):
@@ -201,7 +203,7 @@ class SocketLink:
 
     def send(self, payload: Tensor) -> None:
         for connection in self.connections.values():
-            channel.send(connection, memoryview(payload.numpy()))
+            channel.send(connection, payload.numpy().data)
 
     def close(self) -> None:
         with self.lock:
@@ -253,7 +255,11 @@ class NcclLink:
 
 
 def make_link(address: Address, workers: int, timeout_s: float) -> Link:
-    """Args:
-    address: where the trainer may listen for the server's workers.
+    """The link that this machine's servers can use.
+
+    Args:
+        address: where the trainer may listen for the server's workers.
+        workers: the number of the server's processes that hold parts of the model.
+        timeout_s: how long `join` may take; NCCL knows no such limit.
     """
     return NcclLink(workers) if torch.cuda.is_available() else SocketLink(address, workers, timeout_s)

@@ -1,8 +1,8 @@
-"""vLLM inside the trainer's processes: one engine per rank, or this rank's part of one that consecutive ranks share
-(tensor_parallel.py); driven token by token, weights from the trainer's stream.
+"""vLLM inside the trainer's processes: an engine of this rank alone, or this rank's part of an engine that consecutive
+ranks share (see `tensor_parallel`). It is stepped token by token, and its weights come from the trainer.
 
-vllm is imported only when a run asks for it. What it keeps over an update and must not (cached keys and values, on a
-CPU the packed copy of a tied head) is renewed by `VllmEngine.load_weights`.
+vllm is imported only when a run asks for it. `VllmEngine.load_weights` renews what vLLM keeps over an update and must
+not: cached keys and values, and on a CPU the packed copy of a tied head.
 """
 
 from collections.abc import Collection, Iterable
@@ -17,12 +17,13 @@ from lens_megatron.config import Config, ConfigError
 from lens_megatron.rollout.engine import Completion, EngineProgress, Request, WeightManifest, check_request
 from lens_megatron.rollout.local import checkpoint_weights, end_tokens
 from lens_megatron.rollout.vllm.options import engine_options, own_generators, settings, undisturbed
+from lens_megatron.rollout.vllm.tied_head import pack_tied_head
 
 
 class VllmEngine:
-    """Implements `RolloutEngine`. Weights come by `load_weights` only.
+    """Implements `RolloutEngine`. Its weights come by `load_weights` only.
 
-    Building one is a collective of all ranks, after torch.distributed is up. It is asleep then.
+    Building one is a collective of all ranks, after torch.distributed is up. It is asleep when it is built.
 
     Raises:
         ConfigError: vLLM refuses the options; `check` has found the common mistakes before.
@@ -57,16 +58,20 @@ class VllmEngine:
         if get_tp_group().ranks != (ranks := _consecutive_ranks(config.ranks_per_engine)):
             raise RuntimeError(f"vLLM has put ranks {get_tp_group().ranks} together, not {ranks}, as the trainer does")
         self.llm.sleep(level=2)
-        self.left_by_sleep = None if free is None else free - self._free_memory()
-        """Bytes of the GPU that it takes even now: CUDA graphs, workspace, communicators."""
+        left = self._free_memory()
+        self.bytes_while_asleep = None if free is None or left is None else free - left
+        """Bytes of the GPU that it takes while it sleeps: CUDA graphs, workspace, communicators. None on a CPU."""
         self.context, self.sequences = self.llm.model_config.max_model_len, options["max_num_seqs"]
 
     def _free_memory(self) -> int | None:
-        """Bytes that a GPU's driver calls free, when torch keeps none in reserve."""
+        """Bytes of the GPU that are free when torch keeps none in reserve. None on a CPU."""
         if not self.cuda:
             return None
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
+
+    def phase(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def submit(self, requests: Iterable[Request]) -> None:
         requests = list(requests)
@@ -82,9 +87,11 @@ class VllmEngine:
             self.llm.add_request(str(request.request_id), prompt, self._sampling(request))
             self.requests[request.request_id] = request
 
-    def _check_weights(self) -> None:
+    def _check_weights(self) -> int:
+        """The version of the weights. Raises RuntimeError while there are none."""
         if self.version is None:
             raise RuntimeError("the engine has no whole set of weights; load_weights first")
+        return self.version
 
     def _sampling(self, request: Request) -> Any:
         return self.sampling_class(
@@ -120,7 +127,7 @@ class VllmEngine:
         return [self._completion(output) for output in outputs if output.finished]
 
     def _eager(self) -> AbstractContextManager[None]:
-        """vLLM compiles a ten-line function of its sampler whatever it is told, 10 s and a C++ compiler for nothing."""
+        """Keeps torch from compiling a ten-line function of vLLM's sampler, which takes 10 s and a C++ compiler."""
         return nullcontext() if self.compiles else torch.compiler.set_stance("force_eager")
 
     def _completion(self, output: Any) -> Completion:
@@ -132,7 +139,7 @@ class VllmEngine:
             raise RuntimeError(f"vLLM gave {len(sample.token_ids)} tokens and not as many log-probabilities")
         self.generated += len(sample.token_ids)
         finished, log_probs = sample.finish_reason == "stop", tuple(sample.logprobs.logprobs)
-        return Completion(request.request_id, tuple(sample.token_ids), log_probs, finished, self.version)
+        return Completion(request.request_id, tuple(sample.token_ids), log_probs, finished, self._check_weights())
 
     def cancel(self, request_ids: Collection[int]) -> int:
         gone = sorted(self.requests.keys() & set(request_ids))  # in one order on all ranks of an engine
@@ -157,7 +164,7 @@ class VllmEngine:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": expected})
             manifest.check(version)
             if self.tied and not self.cuda:
-                self.llm.apply_model(_pack_tied_head)
+                self.llm.apply_model(pack_tied_head)
         self.version = version
 
     def wake(self) -> None:
@@ -177,7 +184,7 @@ class VllmEngine:
         self.llm.sleep(level=2)
 
     def close(self) -> None:
-        """Ends vLLM's process groups too, and with them every other VllmEngine of this process, as when collected."""
+        """Ends the engine and vLLM's process groups, and with them every other VllmEngine of this process."""
         self.cancel(list(self.requests))
         self.llm.engine_core.shutdown()
 
@@ -185,10 +192,3 @@ class VllmEngine:
 def _consecutive_ranks(size: int) -> list[int]:
     first = torch.distributed.get_rank() // size * size
     return list(range(first, first + size))
-
-
-def _pack_tied_head(model: torch.nn.Module) -> None:
-    """On a CPU vLLM multiplies by a packed copy of a head, and does not renew that of one tied to the embedding."""
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-
-    dispatch_cpu_unquantized_gemm(model.lm_head, remove_weight=False)

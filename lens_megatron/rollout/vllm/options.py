@@ -1,5 +1,5 @@
-"""The `vllm:` section of the configuration -> vLLM's own options, checked before anything is built; and how vLLM is
-used without leaving traces in this process."""
+"""Makes vLLM's own options of the configuration's section `vllm:` and checks them before anything is built. Keeps vLLM
+from changing this process for the trainer."""
 
 import dataclasses
 import difflib
@@ -42,7 +42,7 @@ OWNED = {
     "prefill_context_parallel_size": "the embedded engine is cut by vllm.tensor_parallel_size alone",
     "data_parallel_size": "ranks beside vllm.tensor_parallel_size have engines of their own",
 }
-"""Options of vLLM that the trainer sets, or that would make the engine's samples another policy's."""
+"""Options of vLLM that the trainer sets, or with which the engine would sample from another policy; with the reason."""
 
 REPLACED = (
     (torch, "set_num_threads"),
@@ -50,17 +50,17 @@ REPLACED = (
     (torch.cuda, "stream"),
     (torch.cuda, "current_stream"),
 )
-"""What vLLM replaces for good where there is no GPU, and the trainer needs as `policy.platform` made it: with vLLM's
-streams Megatron's experts would find no event to wait for."""
+"""Functions and classes that vLLM replaces where there is no GPU. The trainer needs those of `policy.platform`: with
+vLLM's streams Megatron's experts would find no event to wait for."""
 
 COUNTS = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes", "block_size")
-"""Options that this module reckons with."""
+"""Options that must be positive integers, because this module computes with them."""
 
 COLDEST = 0.01
-"""vLLM raises any temperature between 0 and this to this, without changing what it says of it."""
+"""vLLM samples at this temperature when it is asked for one between 0 and this."""
 
 BLOCK = 128
-"""Tokens of a block of vLLM's KV cache on a CPU."""
+"""The number of tokens in a block of vLLM's KV cache on a CPU."""
 
 
 def check(config: Config, hf_config: PretrainedConfig) -> None:
@@ -128,7 +128,7 @@ def _check_installed(package: str, install: str, options: Mapping[str, Any], hea
 
 
 def _type_of(owner: type, name: str) -> Any:
-    """Of a field. Any where it is named after what vLLM imports for type checkers only."""
+    """The type of a field. Any where the type has a name that vLLM imports for type checkers only."""
     alone = SimpleNamespace(__annotations__={name: owner.__annotations__[name]})
     try:
         return get_type_hints(alone, vars(sys.modules[owner.__module__]), include_extras=True)[name]
@@ -137,10 +137,10 @@ def _type_of(owner: type, name: str) -> Any:
 
 
 def engine_options(config: Config, hf_config: PretrainedConfig) -> dict[str, Any]:
-    """Arguments of vLLM's EngineArgs: the trainer's, over the configuration's, over defaults that fit the device."""
+    """Arguments of vLLM's EngineArgs. Those of the trainer go before those under `vllm:`, and these before defaults."""
     given = config.vllm.model_dump()
     if torch.cuda.is_available():
-        defaults = {"enforce_eager": False, "enable_sleep_mode": True}
+        defaults: dict[str, Any] = {"enforce_eager": False, "enable_sleep_mode": True}
     else:
         # After a part of a prompt vLLM turns the request's generator back, which it cannot do with one on a CPU.
         context = given.get("max_model_len") or hf_config.max_position_embeddings
@@ -163,8 +163,10 @@ def engine_options(config: Config, hf_config: PretrainedConfig) -> dict[str, Any
 
 
 def _kv_cache_bytes(config: Config, hf_config: PretrainedConfig) -> int:
-    """Room for every running sequence at full length, and for one that fills the context. vLLM's own default on a CPU
-    is a share of the machine's memory, per rank."""
+    """The bytes of keys and values of all running sequences at full length, or of one that fills the context, if more.
+
+    vLLM's own default on a CPU is a share of the machine's memory for every rank.
+    """
     heads, layers = math.ceil(hf_config.num_key_value_heads / config.ranks_per_engine), hf_config.num_hidden_layers
     element = {"float32": 4, "bfloat16": 2}[config.model.dtype]
     per_block = 2 * layers * heads * hf_config.head_dim * element * BLOCK
@@ -176,7 +178,7 @@ def _kv_cache_bytes(config: Config, hf_config: PretrainedConfig) -> int:
 
 
 def settings() -> dict[str, str]:
-    """vLLM's switches that are environment variables."""
+    """Environment variables by which vLLM is set up inside this process."""
     return {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # else the engine would be a process of its own
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
@@ -186,7 +188,7 @@ def settings() -> dict[str, str]:
 
 @contextmanager
 def undisturbed(environment: Mapping[str, str]) -> Iterator[None]:
-    """Environment, generators and REPLACED are afterwards as before; inside, `environment` is set too."""
+    """Adds `environment` within the block. Afterwards environment, random generators and REPLACED are as before."""
     before, functions = dict(os.environ), [getattr(owner, name) for owner, name in REPLACED]
     states = random.getstate(), np.random.get_state()
     os.environ.update(environment)
@@ -204,5 +206,5 @@ def undisturbed(environment: Mapping[str, str]) -> Iterator[None]:
 
 
 def own_generators() -> AbstractContextManager[None]:
-    """torch's generators are afterwards as before: vLLM draws from them even where every request has a seed."""
+    """Leaves torch's generators as they were before the block: vLLM draws from them though every request has a seed."""
     return torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else [])

@@ -1,16 +1,17 @@
-"""Consecutive ranks that hold one engine together: the first decides, the others do the same.
+"""Consecutive ranks that hold one engine together: the first rank leads, and the others follow its commands.
 
-    leader     submit, cancel, step, step, ...   dismiss        (the sampler drives it like any engine)
+    leader     submit, cancel, step, step, ...   dismiss        (the scheduler drives it like any engine)
     followers  follow() ------------------------ returns
 
-vLLM's tensor-parallel ranks each have a scheduler, and stay in step only if all are given the same requests in the same
-order between the same steps. When a verdict comes is up to graders, so only one rank may decide; its decisions travel
-as tensors. Weights, waking and sleeping are not told: every rank comes to them by itself.
+Each of vLLM's tensor-parallel ranks has a scheduler. They agree only if all are given the same requests, in the same
+order, between the same steps. When a grade comes depends on time, so the leader alone decides, and broadcasts what it
+does. It does not broadcast loading of weights, waking and sleeping, since every rank calls these at the same place.
 """
 
 import struct
 import zlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
@@ -22,7 +23,7 @@ from torch.distributed import ProcessGroup
 
 from lens_megatron.records import between_ranks
 from lens_megatron.rollout.engine import Completion, EngineProgress, Request, RolloutEngine
-from lens_megatron.types import Group, Prompt, PurifiedPrompt
+from lens_megatron.types import Group, StepPrompt
 
 
 class EngineGroupError(RuntimeError):
@@ -31,16 +32,18 @@ class EngineGroupError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class EngineGroup:
-    """The ranks of one engine, and where it stands among the engines of the job."""
+    """The ranks that hold one engine, and the engine's number among those of the job."""
 
     rank: int
-    """Within the group."""
+    """This rank's number within the group."""
     size: int
+    """The number of ranks that hold the engine."""
     number: int
-    """Of this engine, from 0."""
+    """The engine's number, from 0."""
     engines: int
+    """The number of engines of the job."""
     group: ProcessGroup | None
-    """gloo, so that no GPU waits for a command; None where every rank has an engine of its own."""
+    """A group of gloo, so that no GPU waits for a command. None where every rank has an engine of its own."""
 
     @property
     def leads(self) -> bool:
@@ -48,9 +51,11 @@ class EngineGroup:
 
 
 def build_engine_group(size: int, timeout_minutes: float = 30) -> EngineGroup:
-    """The group of this rank when every `size` consecutive ranks, which divide the world, share an engine.
+    """This rank's group where every `size` consecutive ranks hold an engine together. A collective of all ranks.
 
-    A collective over the world. A follower waits for a command as long as `timeout_minutes`.
+    Args:
+        size: a divisor of the number of ranks.
+        timeout_minutes: how long a follower waits for a command.
     """
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     group = None
@@ -65,17 +70,14 @@ def build_engine_group(size: int, timeout_minutes: float = 30) -> EngineGroup:
 class EnginePrompts:
     """What one engine is to sample: on the leader the prompts of all ranks of its group, on followers none."""
 
-    prompts: tuple[Prompt, ...]
-    purified: tuple[PurifiedPrompt | None, ...]
+    prompts: tuple[StepPrompt, ...]
     counts: tuple[int, ...]
     """How many of the prompts are each rank's; the leader's come first. Empty on followers."""
 
 
-def gather_to_leader(
-    engine_group: EngineGroup, prompts: Sequence[Prompt], purified: Sequence[PurifiedPrompt | None]
-) -> EnginePrompts:
+def gather_to_leader(engine_group: EngineGroup, prompts: Sequence[StepPrompt]) -> EnginePrompts:
     """Brings the prompts of all ranks of the engine to its leader. A collective of the group."""
-    own = EnginePrompts(tuple(prompts), tuple(purified), (len(prompts),))
+    own = EnginePrompts(tuple(prompts), (len(prompts),))
     if engine_group.group is None:
         return own
     nothing: list[list[EnginePrompts]] = [[] for _ in range(engine_group.size - 1)]
@@ -83,7 +85,6 @@ def gather_to_leader(
     parts = [part for of_rank in sent for part in of_rank]
     return EnginePrompts(
         prompts=tuple(prompt for part in parts for prompt in part.prompts),
-        purified=tuple(purified for part in parts for purified in part.purified),
         counts=tuple(count for part in parts for count in part.counts),
     )
 
@@ -116,19 +117,19 @@ class Verb(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One decision of a leader, as its followers hear it."""
+    """One command of a leader to its followers."""
 
     verb: Verb
     requests: tuple[Request, ...] = ()
-    """To submit."""
+    """The requests to submit."""
     request_ids: tuple[int, ...] = ()
-    """To cancel, ascending."""
+    """The ids of the requests to cancel, ascending."""
 
 
 class TensorParallelEngine:
     """Implements `RolloutEngine` on the leader, over each rank's part of the engine. Followers call `follow` instead.
 
-    `load_weights`, `wake`, `sleep` and `close` are called by all ranks of the group.
+    All ranks of the group call `load_weights`, `wake`, `sleep` and `close`.
     """
 
     def __init__(self, engine: RolloutEngine, engine_group: EngineGroup):
@@ -136,11 +137,17 @@ class TensorParallelEngine:
             raise ValueError("a tensor-parallel engine needs a group of ranks; got an engine group of one rank")
         self.engine, self.engine_group, self.group = engine, engine_group, engine_group.group
         self.seen = 0
-        """Checksum of all completions since the last dismissal."""
+        """The checksum of all completions since the last dismissal."""
 
     @property
     def version(self) -> int | None:
         return self.engine.version
+
+    @contextmanager
+    def phase(self) -> Iterator[None]:
+        self.follow()
+        yield
+        self.dismiss()
 
     def submit(self, requests: Iterable[Request]) -> None:
         requests = tuple(requests)

@@ -1,0 +1,20 @@
+"""What every method of advantages takes and returns."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lens_megatron.config import AlgorithmConfig
+from lens_megatron.types import TrainingGroup
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedAdvantages:
+    """Both have one number per rollout of the group, in the order of `TrainingGroup.rollouts`."""
+
+    advantages: tuple[float, ...]
+    weights: tuple[float, ...]
+    """These multiply the loss of the rollout's tokens."""
+
+
+Estimator = Callable[[TrainingGroup, AlgorithmConfig], WeightedAdvantages]
+"""It is a pure function of one group."""
