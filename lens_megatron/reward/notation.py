@@ -1,4 +1,4 @@
-"""What people write in answers and math-verify reads wrongly. It is found in the text alone, by the standard library."""
+"""What people write in answers and math-verify reads wrongly. Standard library only; it looks at the text alone."""
 
 import re
 
