@@ -15,7 +15,7 @@ MAX_BARS = 20
 MAX_WORDS = 40
 MAX_DIGITS = 1_000_000
 MAX_TERMS = 10_000
-"""Of a sum or product over a range; the exponent of a sum, which sympy might expand."""
+"""The most terms of a sum or product over a range, and the largest exponent of a sum, which sympy might expand."""
 
 _BRACKET = re.compile(r"\\?[\[({})\]]")
 _WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}")
@@ -44,7 +44,7 @@ def nesting(latex: str) -> int:
 def is_too_large(expression: object) -> bool:
     """Whether computing this would take numbers of more than MAX_DIGITS digits, or sums of more than MAX_TERMS terms.
 
-    Of a sympy expression that is not evaluated yet; computes nothing but bounds, in floating point.
+    `expression` is sympy's and not evaluated yet. Nothing is computed but bounds, in floating point.
     """
     try:
         return isinstance(expression, sympy.Basic) and _digits(expression) > MAX_DIGITS
@@ -53,7 +53,7 @@ def is_too_large(expression: object) -> bool:
 
 
 def _digits(node: sympy.Basic) -> float:
-    """A bound on the digits of the numbers that arise in computing it; infinite where terms are too many."""
+    """A bound on the digits of the numbers that arise in computing `node`; infinite where it has too many terms."""
     if isinstance(node, sympy.Rational):
         return math.log10(max(abs(node.p), node.q))
     if isinstance(node, sympy.Float):

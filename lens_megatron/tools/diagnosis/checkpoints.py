@@ -28,7 +28,7 @@ def examine(path: Path) -> Iterator[Check]:
 
 
 def examine_one(path: Path) -> Check:
-    """Reads all of a checkpoint."""
+    """Reads all of a checkpoint and compares it with its checksums."""
     try:
         checkpoint = checkpoint_files.inspect(path)
         checkpoint_files.verify(checkpoint)
