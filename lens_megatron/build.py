@@ -23,7 +23,7 @@ from lens_megatron.policy.model import DTYPES, build_policy, check_layout
 from lens_megatron.policy.model_check import check_model
 from lens_megatron.policy.offload import TrainerMemory, is_enabled
 from lens_megatron.policy.parallel import Mesh, build_mesh
-from lens_megatron.reward import GraderPool
+from lens_megatron.reward import GraderPool, GraderStartError
 from lens_megatron.rollout import replay
 from lens_megatron.rollout.background import BackgroundSampling
 from lens_megatron.rollout.engine import RolloutEngine
@@ -69,7 +69,7 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
         on_failure.callback(control.close)
         on_failure.callback(stop_all, servers)
         policy = build_policy(config, mesh)
-        graders.wait_ready()
+        _await_graders(graders, device)
         resuming, lease = _take_folder(config, mesh, on_failure)
         memory = TrainerMemory(policy, enabled=is_enabled(config, device))
         memory.to_host()  # vLLM counts what is free before it takes its share
@@ -182,6 +182,19 @@ def _start_graders(config: Config) -> GraderPool:
         return GraderPool(config.reward.workers_per_rank, config.reward.timeout_s, config.reward.grader)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _await_graders(graders: GraderPool, device: torch.device) -> None:
+    """Waits until the graders of every rank have loaded, so that no rank takes the folder before. A collective.
+
+    Raises GraderStartError where they cannot be loaded, ConfigError on other ranks.
+    """
+    failure = None
+    try:
+        graders.wait_ready()
+    except GraderStartError as error:
+        failure = error
+    raise_together(failure, ConfigError("the graders of another rank cannot be loaded, see its message"), device)
 
 
 def _load_data(config: Config, tokenizer: Tokenizer) -> tuple[PromptStream, tuple[Prompt, ...]]:

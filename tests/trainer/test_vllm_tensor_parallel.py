@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import tensor_parallel_run
-from toy_runs import Toy, environment, launch, rollout_rows, torchrun
+from toy_runs import Toy, command, environment, rollout_rows, torchrun
 from transformers import AutoModelForCausalLM
 from vllm_models import error_in_log_probs, other, save
 
 from lens_megatron.config import ConfigError, check_world, from_tree
 from lens_megatron.config.layout_rules import model_mistakes
+from lens_megatron.output.metrics import read_metrics
 from lens_megatron.policy.hf_weights import read_hf_config
 from lens_megatron.rollout.engine import Completion
 
@@ -68,12 +69,18 @@ TP2 = {"tensor_model_parallel_size": 2}
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "layout"), [(2, {}), (2, TP2), (4, TP2)])
 def test_the_program_trains_on_an_engine_over_two_ranks(ranks: int, layout: dict, roomy: Toy, tmp_path: Path):
-    """In the first layout the two ranks of the engine train on different prompts. The trainer's state moves away."""
+    """In the first layout the two ranks of the engine train on different prompts. The trainer's state moves away.
+
+    torchrun starts the ranks: forked ones leave the shared memory of vLLM's groups behind.
+    """
     tree = roomy.tree(
         tmp_path / "run", rollout={"engine": "vllm", "offload_trainer": True}, data={"eval": [str(roomy.eval)]},
         vllm={"tensor_parallel_size": 2}, megatron=layout, train={"steps": 2, "eval_interval": 1},
     )  # fmt: skip
-    rows = launch(tree, tmp_path, ranks)
+    words = command(tree, tmp_path, ranks)
+    result = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    rows = read_metrics(tmp_path / "run")
     assert [row["training/global_step"] for row in rows[1:]] == [1, 2]
     for step, row in enumerate(rows[1:], 1):
         assert row["actor/ratio_min"] == pytest.approx(1.0, abs=1e-4) and abs(row["actor/ppo_kl"]) < 1e-5
@@ -84,7 +91,7 @@ def test_the_program_trains_on_an_engine_over_two_ranks(ranks: int, layout: dict
     assert all(name in rows[-1] for name in ("timing_s/wake", "timing_s/sleep"))
 
 
-def test_models_that_cannot_be_cut_are_refused(roomy: Toy):  # noqa: F811
+def test_models_that_cannot_be_cut_are_refused(roomy: Toy):
     data = {"train": "x", "max_prompt_length": 9}
     tree = {"run": {"directory": "x"}, "model": {"path": str(roomy.model)}, "data": data}
     shape = read_hf_config(str(roomy.model))

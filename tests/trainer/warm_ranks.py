@@ -1,8 +1,8 @@
 """Starts ranks as forks of one process that has imported the trainer: imports take nine tenths of a short run.
 
 Each rank is a process of its own with the environment that torchrun would give it. What torchrun does besides is
-missing (restarts, signals that are passed on, a parent to watch), and so is the end of the interpreter: tests of that
-start torchrun.
+missing (restarts, signals that are passed on, a parent to watch), and so is the end of the interpreter, with which the
+shared memory of vLLM's groups would end. Tests of these start torchrun.
 
     python warm_ranks.py     answers each line of JSON on standard input, a `Job`, with a line: the ranks' exit codes
 """
