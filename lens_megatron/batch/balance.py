@@ -1,4 +1,4 @@
-"""Which samples go to which rank and micro-batch: balanced by their cost, within a budget of tokens. Pure."""
+"""Decides which samples go to which rank and micro-batch: balanced by cost, within a budget of tokens. Pure."""
 
 import heapq
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def imbalance(lengths: Sequence[int], shares: Sequence[Sequence[int]], hidden_si
 
 
 def fewest(lengths: Sequence[int], max_tokens: int) -> int:
-    """How many micro-batches `cut` needs at least: what first-fit-decreasing takes. A sample over budget goes alone."""
+    """The least number of micro-batches for `cut`, by first-fit-decreasing. A sample over budget goes alone."""
     return len(_first_fit(lengths, _longest_first(lengths), max_tokens))
 
 

@@ -1,4 +1,4 @@
-"""Sequences of this rank -> micro-batches within a budget of tokens, as many on every data-parallel rank."""
+"""Cuts the sequences of a rank into micro-batches within a budget of tokens, as many on every data-parallel rank."""
 
 from collections.abc import Sequence
 

@@ -25,9 +25,9 @@ class StagedExport:
     """{name: file} of the whole policy."""
     total_bytes: int
     small_files: Mapping[str, bytes]
-    """Of the model that training began with: configuration, tokenizer. The main rank's."""
+    """Configuration and tokenizer of the model that training began with; they are on the main rank."""
     is_main: bool
-    """Of the rank that writes what is there once."""
+    """True on the rank that writes the files that exist once."""
 
 
 def stage(policy: Policy, small_files: Mapping[str, bytes], max_shard_bytes: int = MAX_SHARD_BYTES) -> StagedExport:

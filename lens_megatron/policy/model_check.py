@@ -17,7 +17,7 @@ _SAME = (
     "head_dim", "intermediate_size", "tie_word_embeddings", "hidden_act", "rms_norm_eps", "rope_parameters",
     "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "attention_bias", "mlp_bias",
 )  # fmt: skip
-"""What decides how weights are used: the reference is computed by the policy's model."""
+"""The fields that decide how weights are used; they must agree because the policy's model computes the reference."""
 
 
 def check_model(config: Config) -> PretrainedConfig:
@@ -83,7 +83,7 @@ def _plain(value: Any) -> Any:
 
 
 def _expected_shapes(path: str, hf_config: PretrainedConfig, option: str) -> dict[str, tuple[int, ...]]:
-    """By the names in checkpoints. A tied head is left out."""
+    """The shapes by the names in checkpoints. A tied head is left out."""
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(hf_config)

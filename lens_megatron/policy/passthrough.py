@@ -58,7 +58,7 @@ def _check_fields(section: str, given: dict[str, Any], record: type) -> None:
 
 
 def _why_not(value: Any, wanted: Any) -> str:
-    """What keeps `value` from being of the type `wanted`; empty if nothing does."""
+    """Says why `value` is not of the type `wanted`; empty if it is."""
     if isinstance(value, float) and not math.isfinite(value):
         return "expected a finite number"
     try:

@@ -9,7 +9,7 @@ from decimal import Decimal
 MAX_BOX_CHARS = 1_000
 """A longer answer is not an answer; it is a degenerate completion that would only cost parsing time."""
 MAX_BOXES = 16
-"""That are read as one answer."""
+"""The most boxes that are read as one answer."""
 
 _BOX = "\\boxed"
 _MAX_GAP = 20  # white space allowed between \boxed and its brace
@@ -55,7 +55,7 @@ def last_box(completion: str) -> tuple[str | None, str]:
 
 
 def _chain(text: str, last: int) -> list[int]:
-    """Where the boxes begin that form one answer with the one that begins at `last`."""
+    """Finds where the boxes begin that form one answer with the box that begins at `last`."""
     starts = [last]
     while len(starts) < MAX_BOXES and (before := text.rfind(_BOX, 0, starts[0])) >= 0:
         content, _, end = _read_box(text, before)

@@ -92,7 +92,7 @@ def _scored(result: Any) -> Verdict:
 
 
 def _number(value: Any) -> float:
-    """Python's numbers, NumPy's, and tensors of one element."""
+    """Reads a number of Python or NumPy, or a tensor of one element. Raises ValueError for anything else."""
     number = None
     if not isinstance(value, str | bytes | bytearray):
         try:

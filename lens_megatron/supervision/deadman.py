@@ -17,9 +17,9 @@ import sys
 from typing import TextIO
 
 EXIT_SIGNAL = signal.SIGALRM
-"""What ends the process."""
+"""The signal that ends the process."""
 RESUME_S = 15.0
-"""How long a process that goes on after a stop has to rearm the timer."""
+"""Seconds that a process which goes on after a stop has to rearm the timer."""
 _CLOCK_MONOTONIC, _SIGEV_THREAD = 1, 2
 
 
@@ -41,7 +41,7 @@ class _TimerSpec(ctypes.Structure):
 
 
 class Deadman:
-    """After `arm(seconds)`, and no other call for `RESUME_S` more, stacks go to `file` and SIGALRM ends the process.
+    """Prints stacks to `file` and ends the process by SIGALRM if `arm` is not called for its time and `RESUME_S` more.
 
     Only the main thread may create and close it; SIGALRM is its own meanwhile. Without POSIX timers `arm` does nothing.
     """

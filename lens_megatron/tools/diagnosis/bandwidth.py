@@ -1,4 +1,4 @@
-"""All-reduce over all ranks of a torchrun: bus bandwidth, as one line of JSON from rank 0."""
+"""Measures the bus bandwidth of an all-reduce over all ranks of a torchrun; rank 0 prints one line of JSON."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import torch
 
 WARM_UP, REPEATS = 5, 20
 ELEMENTS, ELEMENTS_CPU = 1 << 27, 1 << 20
-"""float32: half a gigabyte on GPUs, where a smaller one would measure latency."""
+"""Elements of float32: half a gigabyte on GPUs, where a smaller one would measure latency."""
 
 
 def bus_gb_s(size: int, ranks: int, seconds: float) -> float:

@@ -22,7 +22,7 @@ PINNED = {
     "transformers": "5.19.0",
     "math-verify": "0.9.0",
 }
-"""As in setup.py: tested together."""
+"""The versions that setup.py pins, which were tested together."""
 VLLM = "0.32.0"
 SHARED_MEMORY = Path("/dev/shm")
 SHARED_MEMORY_PER_RANK = GIB // 2
@@ -116,7 +116,7 @@ def link_bandwidth(cluster: Cluster, gpus: int) -> Check:
 
 
 def measure_bandwidth(ranks: int) -> float:
-    """Bus bandwidth, GB/s, of an all-reduce over `ranks` processes. Raises SubprocessError, ValueError."""
+    """Measures an all-reduce over `ranks` processes: bus bandwidth in GB/s. Raises SubprocessError, ValueError."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     paths = os.pathsep.join([str(ROOT), *(p for p in sys.path if p)])
     result = subprocess.run(

@@ -21,7 +21,7 @@ TOO_LONG_SHARE = 0.1
 
 
 def layout(plan: Plan) -> Check:
-    """What `lens_megatron.plan` says."""
+    """Checks the layout as `lens_megatron.plan` does."""
     if plan.mistakes:
         return Check("layout", CheckStatus.FAIL, "; ".join(plan.mistakes), "see python -m lens_megatron.plan")
     tightest = max(plan.phases, key=lambda phase: phase.total)
@@ -47,7 +47,7 @@ def model(config: Config, shape: ModelShape) -> Check:
 
 
 def stored_parameters(folder: Path) -> int:
-    """Elements of all tensors in the folder's safetensors files. Reads headers only. Raises ModelError."""
+    """Counts the elements of all tensors in the folder's safetensors files, from the headers. Raises ModelError."""
     return sum(tensor.elements for tensor in stored_tensors(folder).values())
 
 
