@@ -3,14 +3,15 @@
 import json
 import logging
 import os
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from lens_megatron import command_line
 from lens_megatron import config as configuration
 from lens_megatron.build import build_run, collective_patience
+from lens_megatron.command_line import CommandLine
 from lens_megatron.config import Config
 from lens_megatron.errors import ExitCode, UserError
 from lens_megatron.output import console, metrics, report, rollout_files, run_folder
@@ -18,7 +19,7 @@ from lens_megatron.output.rollout_files import RolloutFiles
 from lens_megatron.phases.evaluate import evaluate
 from lens_megatron.policy import checkpoint, checkpoint_files, platform
 from lens_megatron.policy.checkpoint import CheckpointWriter
-from lens_megatron.policy.last_step import LastStep, is_exported
+from lens_megatron.policy.last_step import PolicyLastStep, is_exported
 from lens_megatron.policy.parallel import shut_down
 from lens_megatron.rollout import replay
 from lens_megatron.run import Run
@@ -34,15 +35,16 @@ logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains as the command line says. Returns an `ExitCode`; any other error than a UserError is raised."""
-    parser = ArgumentParser(prog="pretrain_lens.py", description="Train a reasoning model with LENS or GRPO.")
-    parser.add_argument("--config", required=True, help="YAML file; see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="section.option=value")
-    parsed = parser.parse_args(arguments)
+    """Trains as `arguments` say, by default those of the process; returns the exit status, an `ExitCode`."""
+    return run(command_line.parse(arguments))
+
+
+def run(command: CommandLine) -> int:
+    """Trains, with its messages on the console. Returns an `ExitCode`; any other error than a UserError is raised."""
     logging.getLogger("megatron").setLevel(logging.ERROR)
     with console.messages_on_console():
         try:
-            config = configuration.load(parsed.config, parsed.overrides)
+            config = configuration.load(command.config, command.overrides)
             console.set_level(config.run.log_level)
             train(config)
         except UserError as error:
@@ -119,7 +121,7 @@ def _loop(run: Run, done: int, stop: Stop, saver: CheckpointWriter) -> None:
         writer = metrics.MetricsWriter(
             Path(config.run.directory), first_step=done + 1, tensorboard=config.run.tensorboard
         )
-    last_step = LastStep(run.policy, run.trainer_memory, saver, run.abandon)
+    last_step = PolicyLastStep(run.policy, run.trainer_memory, saver, run.abandon)
     saver.saved_step = done
     last_step.finish(done)
     stop.attach(last_step)

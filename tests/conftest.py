@@ -2,8 +2,16 @@
 
 import os
 import signal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
+import pytest
 import torch
+
+if TYPE_CHECKING:
+    from toy_runs import Toy
+
+    from lens_megatron.policy.parallel import Mesh
 
 try:
     from hypothesis import settings
@@ -19,3 +27,38 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # the kernels' tests run them in the interpreter; read when Triton is imported
+
+LONG_FILES = ("test_own_server", "test_layouts", "test_server", "test_run_folder", "test_recovery", "test_last_step")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the files that take longest first, so that no worker waits for one of them at the end."""
+
+    def place(item: pytest.Item) -> int:
+        return LONG_FILES.index(item.path.stem) if item.path.stem in LONG_FILES else len(LONG_FILES)
+
+    items.sort(key=place)
+
+
+# The kernels' tests run on machines that have nothing but torch, so the fixtures import what they need.
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> "Toy":
+    """A small random model and its data."""
+    from toy_runs import make_toy
+
+    return make_toy(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="module")
+def mesh() -> "Iterator[Mesh]":
+    """The mesh of a world of one rank, which is this process until the file of tests ends."""
+    from lens_megatron.config import MegatronConfig
+    from lens_megatron.policy import platform
+    from lens_megatron.policy.parallel import build_mesh, shut_down
+
+    device = platform.install()
+    platform.init_process_group(device)
+    yield build_mesh(MegatronConfig(), 0, device)
+    shut_down()

@@ -27,6 +27,7 @@ import torch
 from torch.distributed import ProcessGroup, ReduceOp
 
 from lens_megatron.errors import ExitCode
+from lens_megatron.supervision.agreement import shared_failure
 from lens_megatron.supervision.heartbeat import UNCOUNTED
 
 logger = logging.getLogger(__name__)
@@ -251,11 +252,7 @@ class Stop:
         return None
 
     def _agree(self, failure: str | None) -> str | None:
-        failed = torch.tensor([failure is not None], dtype=torch.int32)
-        torch.distributed.all_reduce(failed, op=ReduceOp.MAX, group=self._group)
-        if failure is not None and self._rank():
-            logger.warning(f"this rank's part could not be saved: {failure}")
-        return failure or ("another rank failed" if failed.item() else None)
+        return shared_failure(failure, self._group, "this rank's part could not be saved")
 
     def _end(self, code: int, text: str) -> None:
         """Does not return."""

@@ -111,7 +111,7 @@ def _send(number: int) -> Fault:
 
 
 def stop_one(job: Job, rng: random.Random, result: Round) -> None:
-    """For seconds, then it goes on."""
+    """Stops one process for a few seconds, after which it goes on."""
     process = _pick(job, rng, result)
     if process is not None:
         with suppress(psutil.Error):
@@ -266,7 +266,7 @@ class Campaign:
         return result
 
     def _wait(self, job: Job, result: Round) -> None:
-        """For a moment of the start, or until some step is done and a moment more; not beyond the run's end."""
+        """Waits for a moment of the start, or for a moment after some step; not beyond the run's end."""
         began = time.monotonic()
         if self.rng.random() < 0.3:
             delay = self.rng.uniform(0.2, 8)

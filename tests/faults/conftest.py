@@ -1,20 +1,26 @@
-"""The checks on inputs that the trainer makes before it takes the device, without torch.distributed."""
+"""The trainer's checks on its inputs without torch.distributed, and a model whose checkpoints are damaged."""
 
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from checkpoint_policy import SIZES
 from refusals import Accepted, Trainer
-from toy_runs import Toy, make_toy
+from toy_runs import Toy
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from lens_megatron import build, train
 
 
-@pytest.fixture(scope="session")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
-    """A small random model and its data, made once per session."""
-    return make_toy(tmp_path_factory.mktemp("toy"))
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small model in `model`, beside which checkpoints are written."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=32)).save_pretrained(folder / "model")
+    return folder
 
 
 @pytest.fixture

@@ -99,7 +99,7 @@ def test_items_brackets_and_thousands_are_counted_outside_of_each_other():
 
 
 def test_hostile_answers_are_refused_and_not_waited_for():
-    """Before there was a check, each took the limit and cost a worker."""
+    """Without the check, each of these answers takes the whole time limit and costs a worker."""
     hostile = ["(" * depth + "1" + ")" * depth for depth in range(20, 220)]
     hostile += [rf"9^{{9^{{9^{{{n}}}}}}}" for n in range(9, 109)]
     grades = grade([rf"\boxed{{{box}}}" for box in hostile], ["1"] * len(hostile), timeout_s=60.0, workers=2)

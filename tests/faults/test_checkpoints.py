@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,35 +13,18 @@ from checkpoint_policy import config, train_step, writer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from test_policy import SIZES
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM
 
-from lens_megatron.policy import checkpoint, checkpoint_files, hf_export, platform
+from lens_megatron.policy import checkpoint, checkpoint_files, hf_export
 from lens_megatron.policy.checked_files import DamageError, FileRecord, check_content, save_file, write_file
 from lens_megatron.policy.checkpoint_files import CheckpointError, Index, published, steps_saved, superfluous, whole
 from lens_megatron.policy.model import Policy, build_policy
-from lens_megatron.policy.parallel import Mesh, build_mesh, shut_down
+from lens_megatron.policy.parallel import Mesh
 from lens_megatron.policy.sharded_state import local_pieces
 from lens_megatron.tools import doctor
 
 RANK, INDEX, STATE = "rank_00000.safetensors", "index.json", "state.json"
 Tensors = dict[str, torch.Tensor]
-
-
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[Mesh]:
-    device = platform.install()
-    platform.init_process_group(device)
-    yield build_mesh(config(Path("x"), {}).megatron, 0, device)
-    shut_down()
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("faults")
-    torch.manual_seed(0)
-    Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=32)).save_pretrained(folder / "model")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -215,7 +215,6 @@ def test_a_servers_log_moves_into_a_run_folder_of_another_file_system(across: bo
     assert not (tmp_path / ".run_server_0.log").exists()
 
 
-@pytest.mark.slow
 def test_a_restart_before_the_first_checkpoint_has_one_row_of_step_0(toy: Toy, tmp_path: Path):
     tree = toy.tree(tmp_path / "run", data={"eval": [str(toy.eval)]}, train={"steps": 1, "save_interval": 1})
     launch(tree, tmp_path, 1)
@@ -229,7 +228,7 @@ def test_a_restart_before_the_first_checkpoint_has_one_row_of_step_0(toy: Toy, t
 @pytest.mark.slow
 @pytest.mark.parametrize("small_disk", ["64m"], indirect=True)
 def test_a_run_goes_on_while_its_disk_is_full(toy: Toy, tmp_path: Path, small_disk: Path):
-    """Its folder is the mount point of a small disk, which is full for a while between two checkpoints."""
+    """The run's folder is the mount point of a small disk, which is full for a while between two checkpoints."""
     train = {"steps": 100_000, "save_interval": 100_000}
     tree = toy.tree(small_disk / "", run={"tensorboard": True}, train=train)
     output = (tmp_path / "output").open("w+")

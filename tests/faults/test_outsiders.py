@@ -219,7 +219,7 @@ def test_the_control_store_ends_with_the_rank_that_started_it():
 
 
 def test_an_alarm_from_outside_does_not_end_a_run(tmp_path: Path):
-    """In torchrun's store, where anyone may write; it was there that ranks looked for it."""
+    """The alarm is put into torchrun's store, where anyone may write; ranks do not look for it there."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     script = str(ROOT / "tests" / "trainer" / "watchdog_worker.py")

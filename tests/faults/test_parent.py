@@ -56,7 +56,7 @@ def test_the_process_that_looks_is_not_its_own_launcher(monkeypatch: pytest.Monk
 
 
 def test_a_rank_that_was_taken_over_by_the_first_process_stops():
-    """Its parent ends before it looks."""
+    """The rank's parent ends before the rank looks for it."""
     shell = 'env TORCHELASTIC_RUN_ID=none bash -c \'(sleep 1; exec "$0" -c "$1" 60) &\' "$1" "$2"'
     done = subprocess.run(
         ["bash", "-c", shell, "bash", sys.executable, RANK], env=environment(), capture_output=True, text=True,

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from toy_runs import ROOT, Toy, command, environment, launch, torchrun
+from toy_runs import ROOT, Toy, command, environment, launch, run_program, torchrun
 
 from lens_megatron import train
 from lens_megatron.config import Config, from_tree
+from lens_megatron.errors import ExitCode
 from lens_megatron.output import run_folder, run_lease
 from lens_megatron.output.run_folder import MARKER, RunFolder, RunFolderError
 from lens_megatron.output.run_lease import LEASE, LOCK, FolderInUseError, Owner, RunLease
@@ -338,24 +339,22 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 240) -> None
         time.sleep(0.02)
 
 
-def endless(toy: Toy, tmp_path: Path, ranks: int, name: str = "first", **options: object) -> subprocess.Popen:
-    tree = toy.tree(tmp_path / "run", train={"steps": 10_000, "save_interval": 1}, run=options)
-    tree["run"]["directory"] = str(tmp_path / "run")
-    log = (tmp_path / f"{name}.log").open("wb")
-    return subprocess.Popen(
-        command(tree, tmp_path / name, ranks), env=environment(), stdout=log, stderr=log, start_new_session=True
-    )
+def endless(toy: Toy, tmp_path: Path, **options: object) -> dict:
+    """The configuration of a run that goes on for longer than a test."""
+    return toy.tree(tmp_path / "run", train={"steps": 10_000, "save_interval": 1}, run=options)
 
 
 def test_a_second_trainer_ends_with_2_and_ranks_end_after_their_torchrun(toy: Toy, tmp_path: Path):
     checkpoints = tmp_path / "run" / "checkpoints"
-    first = endless(toy, tmp_path, 2)
+    with (tmp_path / "first.log").open("wb") as log:
+        outputs = {"stdout": log, "stderr": log, "start_new_session": True}
+        words = command(endless(toy, tmp_path), tmp_path / "first", 2)
+        first = subprocess.Popen(words, env=environment(), **outputs)
     try:
         wait_for(lambda: list(checkpoints.glob("iter_*")), first)
-        second = endless(toy, tmp_path, 1, "second", if_exists="restart")
-        assert second.wait(240) == 1
-        said = (tmp_path / "second.log").read_text()
-        assert "error: run.directory" in said and "is in use by process" in said and "exitcode  : 2" in said
+        tree = endless(toy, tmp_path, if_exists="restart")
+        said = run_program(tree, tmp_path / "second", 1, status=ExitCode.MISTAKE).stdout
+        assert "error: run.directory" in said and "is in use by process" in said
         rows = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
         assert rows == list(range(rows[0], rows[0] + len(rows))), "another trainer has written"
         ranks = psutil.Process(first.pid).children(recursive=True)

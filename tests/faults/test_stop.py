@@ -20,7 +20,7 @@ from lens_megatron.output.metrics import read_metrics
 FAULTS = Path(__file__).parent
 STEPS = 3
 SECONDS = 25
-"""From the signal to the end of the last process."""
+"""The longest time from the signal to the end of the last process."""
 
 
 def tree_of(toy: Toy, folder: Path, **sections: dict) -> dict:

@@ -125,7 +125,7 @@ def test_ranks_that_are_suspended_together_go_on(tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize("who", ["the whole job", "its launcher"])
 def test_a_run_that_is_suspended_goes_on(toy: Toy, who: str, tmp_path: Path):
-    """For three times its deadline."""
+    """The suspension lasts three times as long as the deadline of a phase."""
     tree = toy.tree(
         tmp_path / "run",
         run={"phase_timeout_minutes": 0.25},

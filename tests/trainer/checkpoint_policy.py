@@ -35,7 +35,19 @@ LAYOUTS = {
     "dp2": {},
     "dp2_distributed_optimizer": {"use_distributed_optimizer": True},
 }
-"""Of two ranks, in the order in which a checkpoint is handed on from one to the next."""
+"""Layouts of two ranks, in the order in which a checkpoint is handed on from one to the next."""
+SIZES = {
+    "vocab_size": 131,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 16384,
+    "eos_token_id": 0,
+    "bos_token_id": None,
+}
+"""The sizes of a small Qwen3 model whose vocabulary is padded under tensor parallelism."""
 PAIRS = [((1, 5, 9), (3, 7)), ((2, 8, 100), (4, 5, 6, 7)), ((2, 8, 17), (129,)), ((40, 41), (9, 9, 2))]
 ADVANTAGES = [1.5, -0.5, 2.0, -1.0]
 

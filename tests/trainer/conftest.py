@@ -1,4 +1,4 @@
-"""Small random models and their data, made once per session, and datasets of a single row."""
+"""A model for vLLM, made once per session, and datasets of a single row."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,15 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from prompt_data import load, write_jsonl
-from toy_runs import Toy, make_toy
+from toy_runs import Toy
 from vllm_models import save
 
 from lens_megatron.types import Prompt
-
-
-@pytest.fixture(scope="session")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
-    return make_toy(tmp_path_factory.mktemp("toy"))
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ FIELDS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_va
 
 
 def parameters(shape: ModelShape, layout: MegatronConfig, world: int, stage: int, device: torch.device) -> int:
-    """Of one rank of `stage`."""
+    """The number of parameters that one rank of `stage` holds."""
     from lens_megatron.policy.hf_weights import build_bridge
     from lens_megatron.policy.parallel import build_mesh, shut_down
 

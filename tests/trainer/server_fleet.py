@@ -21,9 +21,9 @@ from lens_megatron.rollout.servers.process import server_options
 
 KEY = "the key of these tests"
 PATIENT = Limits(probe_interval_s=0.2, answer_s=60.0, silent_probes=2, stuck_s=120.0, bucket_s=120.0, start_s=300.0)
-"""With which no server is taken for dead because the machine is busy."""
+"""Limits with which no server is taken for dead because the machine is busy."""
 QUICK = Limits(probe_interval_s=0.2, answer_s=2.0, silent_probes=2, stuck_s=2.0, bucket_s=20.0, start_s=300.0)
-"""With which a server that hangs is found within seconds."""
+"""Limits with which a server that hangs is found within seconds."""
 
 
 class Messages(logging.Handler):
@@ -104,7 +104,7 @@ class Fleet:
         limits: Limits = PATIENT,
         **options: object,
     ) -> ServerEngine:
-        """Over the running tied servers, as over given ones; with weights of `load`."""
+        """An engine over the servers at `addresses`, which holds the first tied model's weights as version `load`."""
         addresses = [process.address for process in self.processes] if addresses is None else addresses
         config = self.config("tied", servers=list(addresses))
         hf_config = read_hf_config(config.model.path)

@@ -35,7 +35,7 @@ CANCELLED = (4, 5)
 
 
 def requests(engine_group: int) -> list[Request]:
-    """Of one engine; LONG is cached by the engine from the second one on."""
+    """The requests of one engine; the engine has cached LONG from the second one on."""
     temperatures = (1.0, 0.7, 0.0)
     return [
         Request(i, (LONG if i % 2 else SHORT)[engine_group:], 16 + i, temperatures[i % 3], 1000 * engine_group + 7 * i)

@@ -12,35 +12,26 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import checkpoint_policy
 import numpy as np
 import pytest
 import torch
-from checkpoint_policy import LAYOUTS, config, exported, train_step, writer
+from checkpoint_policy import LAYOUTS, SIZES, config, exported, train_step, writer
 from safetensors.torch import load_file
-from test_policy import SIZES, saved_model
+from test_policy import saved_model
 from toy_runs import environment, run_ranks
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from lens_megatron.data.model_files import small_files
-from lens_megatron.policy import checkpoint, checkpoint_files, hf_export, platform, shards
+from lens_megatron.policy import checkpoint, checkpoint_files, hf_export, shards
 from lens_megatron.policy.checkpoint_files import CheckpointError, TrainingState, superfluous
 from lens_megatron.policy.model import Policy, build_policy
-from lens_megatron.policy.parallel import Mesh, build_mesh, shut_down
+from lens_megatron.policy.parallel import Mesh
 from lens_megatron.policy.sharded_state import local_pieces, optimizer_steps
 
 Weights = dict[str, torch.Tensor]
-
-
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[Mesh]:
-    device = platform.install()
-    platform.init_process_group(device)
-    yield build_mesh(config(Path("x"), {}).megatron, 0, device)
-    shut_down()
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from lens_megatron.types import CollectedGroups, SamplingStats
 
 
 def completions(folder: Path, step: int) -> list[tuple]:
-    """Of a step, in any order."""
+    """The completions of a step with their prompts and origins, sorted."""
     return sorted((row["prompt_index"], row["origin"], row["completion"]) for row in rollout_rows(folder, step))
 
 

@@ -16,11 +16,10 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from lens_megatron.algorithms.objectives import OBJECTIVES
 from lens_megatron.batch import pack
 from lens_megatron.config import Config, from_tree
-from lens_megatron.policy import hf_weights, platform
+from lens_megatron.policy import hf_weights
 from lens_megatron.policy.forward import response_log_probs
 from lens_megatron.policy.model import Policy, build_policy
 from lens_megatron.policy.optimizer_step import optimizer_step
-from lens_megatron.policy.parallel import build_mesh, shut_down
 from lens_megatron.types import Sample
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -31,14 +30,6 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # nats; bfloat16 has 8 bits
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return saved(tmp_path_factory.mktemp("model"), lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)))
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    device = platform.install()
-    platform.init_process_group(device)
-    yield build_mesh(from_tree(tree("unused", "float32")).megatron, 0, device)
-    shut_down()
 
 
 def tree(path: str, dtype: str) -> dict:

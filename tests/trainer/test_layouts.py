@@ -141,7 +141,7 @@ def with_exports(layouts: dict[int, dict], exported: dict[int, dict], models: di
 
 
 def results(model: str, folder: Path, layouts: dict[int, dict[str, dict]]) -> Found:
-    """By layout. The ranks are started once for all layouts of a size."""
+    """What every layout computes. The ranks are started once for all layouts of a size."""
     program = ROOT / "tests" / "trainer" / "layout_run.py"
     for ranks, cases in layouts.items():
         run_ranks(ranks, program, model, folder, json.dumps(cases), timeout_s=600)

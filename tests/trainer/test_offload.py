@@ -1,6 +1,6 @@
 """The trainer's state goes to host memory and comes back the same: on CPU tensors, by the code that a GPU runs."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -11,11 +11,10 @@ from test_policy import add_tokenizer, saved_model
 from lens_megatron.config import Config, ConfigError, from_tree
 from lens_megatron.data.prompts import PromptStream
 from lens_megatron.phases import engine_turn
-from lens_megatron.policy import platform
 from lens_megatron.policy.forward import prompt_scores
 from lens_megatron.policy.model import Policy, build_policy
 from lens_megatron.policy.offload import TrainerMemory, is_enabled
-from lens_megatron.policy.parallel import Mesh, build_mesh, shut_down
+from lens_megatron.policy.parallel import Mesh
 from lens_megatron.policy.sharded_state import optimizers
 from lens_megatron.rollout.engine import Completion, Request
 from lens_megatron.rollout.local import LocalEngine
@@ -25,14 +24,6 @@ from lens_megatron.supervision.clock import Clock
 from lens_megatron.types import Prompt
 
 STEPS = 3
-
-
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[Mesh]:
-    device = platform.install()
-    platform.init_process_group(device)
-    yield build_mesh(from_tree(tree()).megatron, 0, device)
-    shut_down()
 
 
 def tree(**sections: object) -> dict:

@@ -44,7 +44,7 @@ def test_untied_heads_are_new_too(own: ServerEngine, fleet: Fleet):
 
 
 def kill(engine: ServerEngine) -> list[psutil.Process]:
-    """Its only server, in the middle of its work. Returns the processes of that server."""
+    """Kills the engine's only server in the middle of its work. Returns the processes of that server."""
     (api,) = psutil.Process(engine.processes[0].process.pid).children()
     family = [api, *api.children(recursive=True)]
     api.kill()

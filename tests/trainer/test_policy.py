@@ -3,11 +3,11 @@
 Tensor- and pipeline-parallel equality is in test_train.py, by whole runs.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_policy import SIZES
 from records import rollout, training_rows
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,28 +28,16 @@ from lens_megatron.batch import pack
 from lens_megatron.batch.pack import make_sequences
 from lens_megatron.config import AlgorithmConfig, ConfigError, from_tree
 from lens_megatron.data.model_files import ModelError
-from lens_megatron.policy import platform
 from lens_megatron.policy.export import export_weights
 from lens_megatron.policy.forward import model_output, prompt_scores, response_log_probs
 from lens_megatron.policy.hf_weights import read_hf_config
 from lens_megatron.policy.model import Policy, build_policy, reference_weights
 from lens_megatron.policy.optimizer_step import optimizer_step
-from lens_megatron.policy.parallel import Mesh, build_mesh, shut_down
+from lens_megatron.policy.parallel import Mesh
 from lens_megatron.rollout.engine import Request, WeightManifestError
 from lens_megatron.rollout.local import LocalEngine
 from lens_megatron.types import Sample
 
-SIZES = {
-    "vocab_size": 131,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 16384,
-    "eos_token_id": 0,
-    "bos_token_id": None,
-}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -80,14 +68,6 @@ FAMILIES = {
     ),
 }
 PAIRS = [((1, 5, 9), (3, 7)), ((2, 8, 100), (4, 5, 6, 7, 9, 11)), ((2, 8, 100, 17, 8), (129,))]
-
-
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[Mesh]:
-    device = platform.install()
-    platform.init_process_group(device)
-    yield build_mesh(from_tree(tree("x")).megatron, 0, device)
-    shut_down()
 
 
 def tree(path: str, **sections: dict) -> dict:

@@ -50,7 +50,7 @@ def test_an_instruction_is_not_appended_twice_nor_an_empty_one_at_all(one, instr
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_without_a_chat_template_the_messages_are_lines(one, bos):
-    """And the tokenizer's beginning-of-sequence token stands there if it adds one by itself."""
+    """They begin with the tokenizer's beginning-of-sequence token if it adds one by itself."""
     tokenizer = make_tokenizer(template=None, bos=bos)
     prompt = one("How many", tokenizer=tokenizer, system_prompt="Hi")
     assert text(prompt, tokenizer) == "<s>" * bos + "Hi\nHow many\nBox it.\n"

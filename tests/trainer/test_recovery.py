@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from toy_runs import ROOT, Toy, command, environment, run_program
 
 from lens_megatron.data.prompts import PromptStream
+from lens_megatron.errors import ExitCode
 from lens_megatron.output.metrics import read_metrics
 from lens_megatron.rollout import replay, unfinished
 from lens_megatron.rollout.unfinished import UnfinishedGroups
@@ -83,8 +84,7 @@ def test_updates_that_are_not_finite_are_skipped_by_all_dumped_and_stop_the_run(
         algorithm={"imitation_coef": 3e38},
         train={"steps": 3, "max_skipped_updates": 2},
     )
-    result = subprocess.run(command(tree, tmp_path, 2), env=environment(), capture_output=True, text=True, timeout=300)
-    assert result.returncode == 1 and "exitcode  : 70" in result.stderr, result.stderr[-6000:]
+    result = run_program(tree, tmp_path, 2, status=ExitCode.NON_FINITE)
     assert "error: loss or gradient was not finite in 2 updates in a row, the last at step 2 (train.max_skipped_up" in (
         result.stdout
     )

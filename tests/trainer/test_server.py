@@ -119,7 +119,7 @@ def test_control_endpoints_need_the_key(fleet: Fleet):
 
 @pytest.fixture
 def proxy(fleet: Fleet) -> Iterator[Proxy]:
-    """Before the first server."""
+    """A proxy before the first server."""
     proxy = Proxy(fleet.processes[0].address)
     yield proxy
     while fleet.engines:

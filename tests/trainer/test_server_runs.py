@@ -29,7 +29,7 @@ def model(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Toy:
 
 
 def processes_of(model: Toy) -> list[psutil.Process]:
-    """Of servers: their command lines name the model."""
+    """The processes of servers, whose command lines name the model."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -98,7 +98,9 @@ def test_a_run_whose_servers_die_again_and_again_ends_and_goes_on_later(model: T
         assert process.poll() is None and ranks and processes_of(model)
         for each in (psutil.Process(process.pid), *ranks):
             each.kill()
-        for _ in running(process, 5):
-            pass
-        time.sleep(2)
+        process.wait()
+        for _ in range(600):
+            if not processes_of(model):
+                break
+            time.sleep(0.1)
         assert not processes_of(model), "servers outlived a trainer that was killed"

@@ -123,7 +123,7 @@ def _longest_first() -> list[int]:
 
 
 def test_engine_forgets_what_is_cancelled(engine: Watched):
-    """Of three requests, one running and one waiting are cancelled; the third goes on as if alone."""
+    """One running and one waiting request are cancelled; a third one goes on as if it were alone."""
 
     def completed(numbers: Sequence[int], cancelled: Sequence[int]) -> tuple[dict, int]:
         engine.submit([Request(i, PROMPTS[i].token_ids, LENGTH, 1.0, 100 + i) for i in numbers])

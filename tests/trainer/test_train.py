@@ -14,8 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from toy_runs import ROOT, Toy, checkpoint_tensors, command, environment, launch, rollout_rows
+from toy_runs import ROOT, Toy, checkpoint_tensors, command, environment, launch, rollout_rows, run_program
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lens_megatron.output.metrics import read_metrics
 
 MOVES = {
     "tp2_to_one": ({"tensor_model_parallel_size": 2}, 2, {}, 1),
@@ -40,10 +42,7 @@ def straight(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     return folder, launch(tree, folder, 1)
 
 
-@pytest.mark.parametrize(
-    "layout",
-    ["dp2", "tp2pp2", pytest.param("tp2", marks=pytest.mark.slow), pytest.param("pp2", marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_saved_rollouts_train_alike_under_every_layout(toy: Toy, straight, layout: str, tmp_path: Path):
     folder, expected = straight
     tp, pp, ranks = LAYOUTS[layout]
@@ -120,15 +119,15 @@ def test_exported_policy_answers_in_transformers(straight):
 
 def test_killed_and_resumed_equals_straight_bit_for_bit(toy: Toy, straight, tmp_path: Path):
     folder, rows = straight
-    tree = toy.tree(tmp_path / "run", data={"eval": [str(toy.eval)]}, train={"steps": 4})
-    process = subprocess.Popen(command(tree, tmp_path, 1), env=environment(), start_new_session=True)
-    folder_of_checkpoints, deadline = tmp_path / "run" / "checkpoints", time.time() + 120
-    while time.time() < deadline and not (folder_of_checkpoints / "iter_0000002").exists():
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (folder_of_checkpoints / "iter_0000004").exists(), "killed too late to prove anything"
-    resumed = launch(tree, tmp_path, 1)
+    grading = {"grader": "graders:late_murderous_score", "timeout_s": 120}
+    tree = toy.tree(tmp_path / "run", data={"eval": [str(toy.eval)]}, train={"steps": 4}, reward=grading)
+    variables = {"MURDER": str(tmp_path)}
+    (tmp_path / "armed").touch()
+    run_program(tree, tmp_path, 1, status=-signal.SIGKILL, variables=variables)
+    assert not (tmp_path / "armed").exists(), "nobody was killed"
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("iter_*")] == ["iter_0000002"]
+    run_program(tree, tmp_path, 1, variables=variables)
+    resumed = read_metrics(tmp_path / "run")
     expected, found = checkpoint_tensors(folder / "run", 4, 1), checkpoint_tensors(tmp_path / "run", 4, 1)
     assert expected.keys() == found.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
