@@ -1,4 +1,4 @@
-"""The policy on Megatron-Core: model, forward passes, updates, Hugging Face weights, checkpoints."""
+"""Holds the policy on Megatron-Core: model, forward passes, updates, Hugging Face weights, checkpoints."""
 
 import warnings
 

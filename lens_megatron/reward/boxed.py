@@ -55,7 +55,7 @@ def last_box(completion: str) -> tuple[str | None, str]:
 
 
 def _chain(text: str, last: int) -> list[int]:
-    """Where the boxes begin that form one answer with the one that begins at `last`."""
+    """Finds where the boxes begin that form one answer with the box that begins at `last`."""
     starts = [last]
     while len(starts) < MAX_BOXES and (before := text.rfind(_BOX, 0, starts[0])) >= 0:
         content, _, end = _read_box(text, before)

@@ -1,4 +1,4 @@
-r"""What no answer needs and what costs math-verify seconds to hours: refused before it is tried.
+r"""Refuses what no answer needs and what would cost math-verify seconds to hours.
 
 math-verify's grammar backtracks over brackets (40 pairs around a 1 take 4 s), and sympy computes whatever it is given
 (`9^{9^{9}}` has 370 million digits). Of 28,650 expected answers of ten public sets of problems the deepest nests 5
@@ -42,7 +42,7 @@ def nesting(latex: str) -> int:
 
 
 def is_too_large(expression: object) -> bool:
-    """Whether computing this would take numbers of more than MAX_DIGITS digits, or sums of more than MAX_TERMS terms.
+    """True if computing this would take numbers of more than MAX_DIGITS digits, or sums of more than MAX_TERMS terms.
 
     `expression` is sympy's and not evaluated yet. Nothing is computed but bounds, in floating point.
     """
@@ -74,5 +74,5 @@ def _digits(node: sympy.Basic) -> float:
 
 
 def _size(digits: float) -> float:
-    """The largest number of so many digits."""
+    """The largest number that has so many digits."""
     return 10.0**digits if digits < 300 else math.inf

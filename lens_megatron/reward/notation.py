@@ -45,7 +45,7 @@ def _join_thousands(text: str) -> str:
 
 
 def count_items(latex: str) -> int:
-    """How many answers are listed: at commas, `and` and `or` outside of brackets, but those of a set around it all."""
+    """Counts the answers listed, divided by commas, `and` or `or` outside of brackets other than a set around all."""
     text = _AND.sub(",", tidy(latex)).replace("\\left", "").replace("\\right", "").strip()
     if text.startswith("\\{") and text.endswith("\\}"):
         text = text[2:-2]

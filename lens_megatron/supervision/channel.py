@@ -47,7 +47,7 @@ def listen(address: Address) -> socket.socket:
 
 
 def address_of(listener: socket.socket) -> Address:
-    """What `call` must be given to reach `listener`."""
+    """The address with which `call` reaches `listener`."""
     name = listener.getsockname()
     return name if isinstance(name, str) else list(name[:2])
 
@@ -158,7 +158,7 @@ class Door:
             self.admit(connection, number)
 
     def _check(self, connection: socket.socket) -> int:
-        """The caller's number. Raises ChannelError unless it has the secret."""
+        """Returns the caller's number. Raises ChannelError unless the caller has the secret."""
         connection.settimeout(HANDSHAKE_S)
         if connection.family != socket.AF_UNIX:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -173,7 +173,7 @@ class Door:
 
 
 def send(connection: socket.socket, data: bytes | memoryview) -> None:
-    """All of `data`. Raises ChannelError."""
+    """Sends all of `data`. Raises ChannelError."""
     try:
         connection.sendall(data)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What the ranks of a job tell each other beside collectives: small values under names, in a process of rank 0's.
+"""Lets the ranks of a job tell each other small values under names, beside collectives, through a process of rank 0.
 
     python -m lens_megatron.supervision.control_store HOST < secret   prints its port; ends with its input
 
@@ -18,7 +18,7 @@ from lens_megatron.supervision import channel
 from lens_megatron.supervision.channel import Address, ChannelError, Door
 
 LARGEST_MESSAGE = 256 << 20
-"""Bytes."""
+"""The most bytes of one message."""
 
 _LENGTH_BYTES = 4
 _ABSENT = 2 ** (8 * _LENGTH_BYTES) - 1
@@ -26,7 +26,7 @@ _START_S = 60.0
 
 
 class ControlStore:
-    """One connection to the store. Threads may share it, but each then waits for the others.
+    """A connection to the store. Threads may share it, but each then waits for the others.
 
     Every method but `close` raises ChannelError when the store cannot be reached; the next call tries again.
 
@@ -54,11 +54,11 @@ class ControlStore:
         self._ask(b"set", [key.encode(), value])
 
     def get(self, keys: Sequence[str]) -> list[bytes | None]:
-        """None for those that are not there."""
+        """Returns the value of each key, None where there is none."""
         return self._ask(b"get", [key.encode() for key in keys])
 
     def check(self, key: str) -> bool:
-        """Whether it is there."""
+        """True if the key has a value."""
         return self.get([key])[0] is not None
 
     def add(self, key: str, amount: int) -> int:
@@ -103,14 +103,14 @@ class ControlStore:
 
 
 class Storage:
-    """What the store holds, and what it answers."""
+    """Holds the values of the store and answers requests."""
 
     def __init__(self) -> None:
         self.values: dict[bytes, bytes] = {}
         self._lock = threading.Lock()
 
     def serve(self, connection: socket.socket, number: int) -> None:
-        """Until the other end hangs up."""
+        """Answers requests until the other end hangs up."""
         del number  # all who have the secret are equal
         with connection:
             try:

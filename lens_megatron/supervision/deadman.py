@@ -18,9 +18,9 @@ import signal
 import sys
 
 EXIT_SIGNAL = signal.SIGALRM
-"""What ends the process."""
+"""The signal that ends the process."""
 RESUME_S = 15.0
-"""How long a process that goes on after a stop has to rearm the timer."""
+"""Seconds that a process which goes on after a stop has to rearm the timer."""
 _CLOCK_MONOTONIC, _SIGEV_THREAD = 1, 2
 
 

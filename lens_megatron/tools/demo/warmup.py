@@ -38,7 +38,7 @@ class WarmUp:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """A random Qwen3 of about 1.2 million parameters."""
+    """Builds a random Qwen3 of about 1.2 million parameters."""
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     config = Qwen3Config(
         vocab_size=len(tokenizer),

@@ -26,4 +26,4 @@ class Check:
     status: CheckStatus
     found: str
     remedy: str = ""
-    """What to do; empty for ok."""
+    """What the user should do; empty where the check is ok."""

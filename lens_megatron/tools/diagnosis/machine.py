@@ -121,7 +121,7 @@ def link_bandwidth(cluster: Cluster, gpus: int) -> Check:
 
 
 def measure_bandwidth(ranks: int) -> float:
-    """Bus bandwidth, GB/s, of an all-reduce over `ranks` processes. Raises SubprocessError, ValueError."""
+    """Measures an all-reduce over `ranks` processes: bus bandwidth in GB/s. Raises SubprocessError, ValueError."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     paths = os.pathsep.join([str(ROOT), *(p for p in sys.path if p)])
     result = subprocess.run(

@@ -35,7 +35,7 @@ class MicroBatchBytes:
     kept: int
     """What the layers of one model chunk keep from the forward to the backward pass."""
     layer: int
-    """What recomputation brings back, one layer at a time."""
+    """The bytes that recomputation brings back, one layer at a time."""
     kept_above: int
     """How far recomputation raises what is kept above `kept`. When attention alone is recomputed, what the layer's MLP
     kept is free already."""
@@ -46,7 +46,7 @@ class MicroBatchBytes:
     buffer: int
     """The rows of all tensor-parallel ranks, which sequence parallelism gathers into a buffer that stays."""
     hidden: int
-    """The residual stream's tensor."""
+    """The bytes of the residual stream's tensor."""
     sent: int
     """Inputs and outputs of a model chunk that a pipeline's schedule holds, beyond what the layers keep of them."""
 
@@ -152,7 +152,7 @@ class _Sizes:
         return self.rows * self.query * self.element
 
     def checkpointed_attention(self) -> int:
-        """What selective recomputation keeps of core attention: its inputs as they come, and its output."""
+        """The bytes that selective recomputation keeps of core attention: its inputs as they come, and its output."""
         positioned = self.rows * (self.query + self.key) * self.element
         return positioned + self.mixed() + self.rotary() + self.output()
 
@@ -168,7 +168,7 @@ class _Sizes:
         return self.cp > 1 and self.spec is not LayerSpec.TRANSFORMER_ENGINE
 
     def attention_itself(self) -> int:
-        """What attention makes: outputs, the logarithm of each row's sum, gathered keys and values, masks.
+        """The bytes that attention makes: outputs, the logarithm of each row's sum, gathered keys and values, masks.
 
         A CPU attends sequence by sequence: the kernel keeps each one's output, their concatenation goes on.
         """

@@ -11,7 +11,7 @@ from pathlib import Path
 from lens_megatron.config import ConfigError
 
 FAMILIES = {"llama": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
-"""What a family has beyond Llama's layer."""
+"""What the layers of a family have beyond those of Llama."""
 _NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _SUFFIXES = ("-instruct", "-base", "-it")
 
@@ -120,7 +120,7 @@ def read_shape(path: str) -> ModelShape:
 
 
 def from_hf(tree: dict) -> ModelShape:
-    """A shape from the contents of config.json. Raises ValueError for what is missing or not supported."""
+    """Reads a shape from the contents of config.json. Raises ValueError for what is missing or not supported."""
     if not isinstance(tree, dict) or tree.get("model_type") not in FAMILIES:
         kind = tree.get("model_type") if isinstance(tree, dict) else type(tree).__name__
         raise ValueError(f"model type {kind!r}; the plan knows {', '.join(FAMILIES)}, and no experts yet")
