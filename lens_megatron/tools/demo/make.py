@@ -68,7 +68,8 @@ def chat_text(problem: Problem) -> str:
     return f"user\n{problem.problem}\n{DEMO_INSTRUCTION}\nassistant\n"
 
 
-def main() -> None:
+def main() -> int:
+    """Returns the exit status: 0, also where the demo is there already."""
     parser = argparse.ArgumentParser(prog="python -m lens_megatron.demo", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
     folder = parser.parse_args().out.expanduser()
@@ -84,7 +85,4 @@ def main() -> None:
         f"accuracy {100 * measured['accuracy_without_distractors']:.0f} % clean, "
         f"{100 * measured['accuracy_with_distractors']:.0f} % with distractors"
     )
-
-
-if __name__ == "__main__":
-    main()
+    return 0
