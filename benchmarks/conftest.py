@@ -1,4 +1,4 @@
-"""Options of `pytest benchmarks --benchmark-only`, and the one measurement behind all peers of a case."""
+"""Defines the options of `pytest benchmarks --benchmark-only`, and the one measurement behind all peers of a case."""
 
 from __future__ import annotations
 

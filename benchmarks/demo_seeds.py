@@ -1,8 +1,9 @@
-"""LENS beside GRPO on the demo, several seeds each: accuracy before and after, seconds per phase, peak memory.
+"""Compares LENS with GRPO on the demo over several seeds: accuracy before and after, seconds per phase, peak memory.
 
     python benchmarks/demo_seeds.py --demo ~/.cache/lens_megatron/demo --runs runs/seeds --out results.json
 
-Runs that are finished in --runs are not repeated. One run at a time, two processes each, as `make demo` does.
+Runs in --runs that are finished are not repeated. The others go one after the other, in two processes each, like the
+demo.
 """
 
 import argparse

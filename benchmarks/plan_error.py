@@ -1,4 +1,4 @@
-"""How far the memory model of `lens_megatron.plan` is from what Megatron-Core allocates, on small models, on CPU.
+"""Compares the memory model of `lens_megatron.plan` with what Megatron-Core allocates, on small models, on a CPU.
 
     python benchmarks/plan_error.py --out benchmarks/results/plan_error_cpu_202611.json
 
@@ -6,10 +6,10 @@ Every case starts its ranks, builds the policy as training does, does two update
 gradients and optimizer by their storages; of one micro-batch by watching every tensor that any operator makes, from its
 making to its freeing, through forward and backward. The worst rank is compared with the prediction for it.
 
-The layers are the local spec's, the head is lens_kernels' linear operators; on a CPU neither Transformer Engine nor
-flash attention nor an engine runs. The model of layers was written from their operators. Looking at the first cases
-corrected one thing since (how many rows reach the head of a context-parallel rank); older coefficients of temporaries
-were fitted on models of the same shapes. `held_out` is a shape of its own, run once, after.
+The layers are those of the local spec, the head is lens_kernels' linear operators; on a CPU neither Transformer Engine
+nor flash attention nor an engine runs. The model of layers was written from their operators. The first cases have since
+led to one correction (how many rows reach the head of a context-parallel rank); older coefficients of temporaries were
+fitted on models of the same shapes. `held_out` is a shape of its own, which was run once, afterwards.
 """
 
 import argparse

@@ -1,10 +1,11 @@
-"""Sampling time of LENS over GRPO, second waves streamed or sequential: measured on a CPU, simulated for 8 A800.
+"""Measures the sampling time of LENS over GRPO by schedule of the second waves on a CPU, and simulates it for 8 A800.
 
     OMP_NUM_THREADS=1 python -m benchmarks.rollout_schedule --out benchmarks/results/rollout_schedule_cpu_202611.json
 
-Measured: the real scheduler and the local engine with random weights. The runs of a seed have the same model, prompts
-and verdicts, as far as they sample the same. The cost of the engine's steps is fitted on the first seeds and tried on
-the others. Simulated: the setting of LENS (arXiv 2601.21244), with the assumptions of benchmarks/sampling/work.py.
+What is measured are the real scheduler and the local engine with random weights. The runs of a seed have the same
+model, prompts and verdicts, as far as they sample the same. The cost of the engine's steps is fitted on the first seeds
+and tried on the others. What is simulated is the setting of LENS (arXiv 2601.21244), with the assumptions of
+benchmarks/sampling/work.py.
 """
 
 import argparse

@@ -3,9 +3,9 @@
     python -m benchmarks.score_precision
 
 Policy and reference differ by a little noise in the LM head. Each of four precisions scores the same tokens and selects
-the highest of every prompt with select_interference_tokens; the truth does so in float64 from the same operands. Two
-are ours to choose: linear_token_logprobs never rounds a logit, token_logprobs takes what the model's head returns.
-Synthetic: what |score| a real policy has after n steps is not measured here.
+the highest of every prompt with select_interference_tokens; the truth does so in float64 from the same operands. We
+can choose between two of them: linear_token_logprobs never rounds a logit, and token_logprobs takes what the model's
+head returns. The data are synthetic: which |score| a real policy has after n steps is not measured here.
 """
 
 from __future__ import annotations

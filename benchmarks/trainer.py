@@ -1,10 +1,10 @@
-"""The trainer's speed: tokens/s, model FLOP utilisation, memory, padding, idle stages, beside transformers + PyTorch.
+"""Measures the trainer beside transformers: tokens/s, model FLOP utilisation, memory, padding, idle stages.
 
     python -m benchmarks.trainer cpu                      # tiny model, here; a quarter of an hour
     python -m benchmarks.trainer gpu --shape qwen2.5-3b   # one GPU, beside transformers + Liger-Kernel
     python -m benchmarks.trainer balance                  # 1,000,000 samples for 1024 ranks
 
-Writes one JSON into --out and prints a table. How it is measured: TRAINER_NOTES.md.
+It writes one JSON file into --out and prints a table. TRAINER_NOTES.md says how it is measured.
 """
 
 import argparse

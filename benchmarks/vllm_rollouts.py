@@ -1,9 +1,10 @@
-"""Rollout engines on the same work: tokens per second, time of LENS over GRPO, sync, and log-probabilities.
+"""Measures rollout engines on the same work: tokens per second, LENS over GRPO, weight transfer, log-probabilities.
 
     OMP_NUM_THREADS=1 PYTHONPATH=.:kernels python -m benchmarks.vllm_rollouts --out benchmarks/results/vllm_rollouts_cpu_202611.json
 
-One process, one thread, random weights. Tokens per second: all requests at once, every completion of the full length.
-Ratios: one step's sampling with the real scheduler, as in `rollout_schedule`: verdicts by a hash, geometric lengths.
+There is one process with one thread, and weights are random. For tokens per second all requests come at once and every
+completion has the full length. For the ratios one step is sampled with the real scheduler, as in `rollout_schedule`,
+with verdicts by a hash and geometric lengths.
 """  # noqa: E501
 
 import argparse

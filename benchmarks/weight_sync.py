@@ -1,9 +1,10 @@
-"""Weights from Megatron shards to every rank's engine: seconds and GB/s, beside mbridge's export and beside the roof.
+"""Measures weights on their way to every rank's engine: seconds and GB/s, beside mbridge's export and beside the roof.
 
     python -m benchmarks.weight_sync --rounds 7      # tiny clusters of processes, here; a few minutes
 
 Every side ends with a copy of each tensor into storage of the receiver, as an engine makes it. The roof is the same
-bytes in one flat tensor: for one rank a copy, for several a gloo broadcast and then that copy. Writes one JSON.
+bytes in one flat tensor: for one rank a copy, for several a gloo broadcast and then that copy. The result is one
+JSON file.
 """
 
 import argparse

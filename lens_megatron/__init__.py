@@ -1,3 +1,3 @@
-"""LENS on Megatron-Core: reinforcement learning for reasoning with instruction purification. Read `step.py` first."""
+"""Trains reasoning models by LENS, reinforcement learning with instruction purification. Read `step.py` first."""
 
 __version__ = "0.1.0"

@@ -131,19 +131,27 @@ def _build_engine(
             logger.info(f"vLLM asleep leaves {engine.bytes_while_asleep / 2**30:.2f} GiB of the GPU in use")
         return engine if engine_group.size == 1 else TensorParallelEngine(engine, engine_group)
     if config.rollout.engine == "vllm_server":
-        engine, failure = None, None
-        try:
-            engine = connect(config, hf_config, servers)
-        except ConfigError as error:
-            failure = error
-        raise_together(failure, ConfigError("the servers of another rank cannot be used"), device)
-        return engine
+        return _connect(config, hf_config, device, servers)
     return LocalEngine(
         config.model.path,
         max_running_sequences=config.rollout.max_running_sequences,
         dtype=DTYPES[config.model.dtype],
         device=str(device),
     )
+
+
+def _connect(
+    config: Config, hf_config: PretrainedConfig, device: torch.device, servers: Sequence[ServerProcess]
+) -> RolloutEngine:
+    """The engine over this rank's servers. A collective. Raises ConfigError on every rank if any rank has none."""
+    engines: list[RolloutEngine] = []
+    failure: ConfigError | None = None
+    try:
+        engines.append(connect(config, hf_config, servers))
+    except ConfigError as error:
+        failure = error
+    raise_together(failure, ConfigError("the servers of another rank cannot be used"), device)
+    return engines[0]
 
 
 def _build_unfinished(config: Config, mesh: Mesh) -> UnfinishedGroups:

@@ -3,14 +3,15 @@
 import json
 import logging
 import os
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from lens_megatron import command_line
 from lens_megatron import config as configuration
 from lens_megatron.build import build_run, collective_patience
+from lens_megatron.command_line import CommandLine
 from lens_megatron.config import Config
 from lens_megatron.errors import ExitCode, UserError
 from lens_megatron.output import console, metrics, report, rollout_files, run_folder
@@ -18,7 +19,7 @@ from lens_megatron.output.rollout_files import RolloutFiles
 from lens_megatron.phases.evaluate import evaluate
 from lens_megatron.policy import checkpoint, checkpoint_files, platform
 from lens_megatron.policy.checkpoint import CheckpointWriter
-from lens_megatron.policy.last_step import LastStep, is_exported
+from lens_megatron.policy.last_step import PolicyLastStep, is_exported
 from lens_megatron.policy.parallel import shut_down
 from lens_megatron.rollout import replay
 from lens_megatron.run import Run
@@ -34,15 +35,16 @@ logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains as the command line says. Returns an `ExitCode`; any other error than a UserError is raised."""
-    parser = ArgumentParser(prog="pretrain_lens.py", description="Train a reasoning model with LENS or GRPO.")
-    parser.add_argument("--config", required=True, help="YAML file; see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="section.option=value")
-    parsed = parser.parse_args(arguments)
+    """Trains as `arguments` say, by default those of the process; returns the exit status, an `ExitCode`."""
+    return run(command_line.parse(arguments))
+
+
+def run(command: CommandLine) -> int:
+    """Trains, with its messages on the console. Returns an `ExitCode`; any other error than a UserError is raised."""
     logging.getLogger("megatron").setLevel(logging.ERROR)
     with console.messages_on_console():
         try:
-            config = configuration.load(parsed.config, parsed.overrides)
+            config = configuration.load(command.config, command.overrides)
             console.set_level(config.run.log_level)
             train(config)
         except UserError as error:
@@ -113,13 +115,13 @@ def _resume(run: Run) -> int:
 
 def _loop(run: Run, done: int, stop: Stop, saver: CheckpointWriter) -> None:
     config, skipped = run.config, 0
-    described, replayable = _rollout_files(run)
+    readable, replayable = _rollout_files(run)
     writer = None
     if run.is_main:
         writer = metrics.MetricsWriter(
             Path(config.run.directory), first_step=done + 1, tensorboard=config.run.tensorboard
         )
-    last_step = LastStep(run.policy, run.trainer_memory, saver, run.abandon)
+    last_step = PolicyLastStep(run.policy, run.trainer_memory, saver, run.abandon)
     saver.saved_step = done
     last_step.finish(done)
     stop.attach(last_step)
@@ -131,8 +133,8 @@ def _loop(run: Run, done: int, stop: Stop, saver: CheckpointWriter) -> None:
         if run.lease:
             run.lease.check()
         with run.clock("write_rollouts"):
-            if described:
-                described.write(step, rollout_files.rollout_lines(result, run.tokenizer, step))
+            if readable:
+                readable.write(step, rollout_files.rollout_lines(result, run.tokenizer, step))
             if replayable:
                 replayable.write(step, [replay.to_json(graded.group) for graded in result.groups])
             run.unfinished.remove(step)
@@ -173,7 +175,7 @@ def _evaluation_is_due(config: Config, step: int) -> bool:
 
 
 def _catch_up(run: Run, done: int, writer: metrics.MetricsWriter | None, saver: CheckpointWriter) -> None:
-    """What should follow `done` steps and was not done before the run was stopped: evaluation, export. A collective."""
+    """Evaluates and exports what the run was stopped before, after `done` steps. A collective."""
     config = run.config
 
     def look() -> str:
@@ -244,7 +246,7 @@ def _step_metrics(run: Run, result: StepResult) -> metrics.Metrics:
 
 
 def _rollout_files(run: Run) -> tuple[RolloutFiles | None, RolloutFiles | None]:
-    """(of the run, of debug.save_rollouts)."""
+    """The files for people, in the run's folder, and those of debug.save_rollouts; None where they are not wanted."""
     own, asked = Path(run.config.run.directory) / "rollouts", run.config.debug.save_rollouts
     wanted = run.config.run.save_rollout_files
     return (

@@ -20,10 +20,11 @@ OWNERS = {
     "yaml": ("lens_megatron/config/files.py", "lens_megatron/output/run_folder.py"),
     "matplotlib": "lens_megatron/output/report.py",
 }
-ROOMS = ["errors", "seeds", "files", "records", "reward", "types", "config", "supervision", "data", "algorithms",
-         "batch", "rollout", "policy", "output", "run", "phases", "step", "build", "train", "tools"]  # fmt: skip
+ROOMS = ["errors", "seeds", "files", "records", "reward", "types", "config", "command_line", "supervision", "data",
+         "algorithms", "batch", "rollout", "policy", "output", "run", "phases", "step", "build", "train",
+         "tools"]  # fmt: skip
 """Lowest first: a module imports from its own room and from rooms before it."""
-COMMANDS = {"plan", "doctor", "report", "demo"}
+COMMANDS = {"__main__", "plan", "doctor", "report", "demo"}
 """`python -m lens_megatron.NAME`; nothing imports them."""
 
 
@@ -74,6 +75,16 @@ def test_no_circles():
         for leaf in leaves:
             del graph[leaf]
     assert not graph, f"modules that import each other in a circle are among {sorted(graph)}"
+
+
+def test_no_two_public_classes_share_a_name():
+    """A name that is read in a message or a signature says which class is meant, whatever was imported."""
+    places: dict[str, list[str]] = {}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert {name: paths for name, paths in places.items() if len(paths) > 1} == {}
 
 
 @pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=lambda p: str(p.relative_to(ROOT)))

@@ -2,7 +2,6 @@
 
 It is pure: it uses neither a clock nor random numbers.
 
-
 Between two completions the running sequences of an engine stay the same and their KV cache grows by one token each per
 step, so the seconds of k steps are a closed formula and the simulator goes from event to event.
 """
@@ -14,10 +13,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Policy = Literal["grpo", "sequential", "streamed", "early", "speculative", "fill"]
-"""grpo: no second wave. sequential: all second waves after all first waves. streamed: when its first wave is graded.
-early: when the rollouts still missing cannot lift the group to tau. speculative: when `guess` rollouts have failed;
-taken back if the group turns out not to be hard.
-fill: as soon as certain, and before that when an engine runs fewer than `fill` sequences, the likeliest group first."""
+"""When the second wave of a group begins.
+
+grpo: there is none. sequential: after all first waves. streamed: when the group's first wave is graded. early: when the
+rollouts still missing cannot lift the group to tau. speculative: when `guess` rollouts have failed; it is taken back if
+the group turns out not to be hard. fill: as soon as the group is certainly hard, and before that when an engine runs
+fewer than `fill` sequences, the likeliest group first.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,7 @@ class Cost:
     per_sequence: float
     per_kv_token: float
     per_prompt_token: float = 0.0
-    """Prefill; once per group and engine, as with prefix caching."""
+    """Seconds of prefill, which each group costs once per engine, as with prefix caching."""
     padded: bool = False
     """The KV cache is a rectangle: n x the longest sequence, as in the local engine."""
 
@@ -63,7 +65,7 @@ class Setting:
     cost: Cost
     engines: int = 1
     capacity: int = 256
-    """Sequences one engine decodes at once."""
+    """The number of sequences that one engine decodes at once."""
     tau: float = 0.5
     grading_s: float = 0.0
     """Seconds between the end of a rollout and its verdict."""

@@ -75,7 +75,7 @@ GRADING_S = 0.05
 
 
 def a800(model: Model) -> Cost:
-    """Seconds on one GPU. Weights are read once per step; arithmetic is 2 operations per parameter and token."""
+    """The cost on one GPU. Weights are read once per step; arithmetic is 2 operations per parameter and token."""
     gpu = GPUS["A800-80GB"]
     bytes_per_s, flops = gpu.memory_gb_s * 1e9 * BANDWIDTH_SHARE, gpu.bfloat16_tflops * 1e12 * ARITHMETIC_SHARE
     per_token = 2 * model.parameters / flops

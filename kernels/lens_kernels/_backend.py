@@ -31,7 +31,7 @@ def jit(function: Callable[..., Any]) -> Any:
 
 
 def uses_triton(device: torch.device) -> bool:
-    """Whether tensors of `device` go through the Triton kernels. Raises ValueError for a backend that cannot run."""
+    """Returns whether tensors of `device` go through the Triton kernels; ValueError for a backend that cannot run."""
     wanted = os.environ.get("LENS_KERNELS_BACKEND") or "auto"
     known = wanted in ("auto", "reference", "triton")
     require(known, "LENS_KERNELS_BACKEND", repr(wanted), "reference, triton or auto")
@@ -46,5 +46,5 @@ def uses_triton(device: torch.device) -> bool:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many programs run at once, roughly."""
+    """Returns roughly how many programs run at once on `device`."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

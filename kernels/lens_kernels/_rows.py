@@ -17,8 +17,8 @@ def row_chunks(*tensors: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
     Layouts whose leading axes cannot be merged into one (a transposed [S, B, V]) are walked along their first axis.
     """
     shape = tensors[0].shape
-    views = [_flat_view(x) for x in tensors]
-    flat = [view for view in views if view is not None]
+    flat_or_none = [_flat_view(x) for x in tensors]
+    flat = [view for view in flat_or_none if view is not None]
     if len(flat) == len(tensors):
         step = max(1, CHUNK_ELEMENTS // shape[-1])
         for start in range(0, shape[:-1].numel(), step):
@@ -46,7 +46,7 @@ class RowLayout(NamedTuple):
 
 
 def row_layout(x: Tensor) -> RowLayout | None:
-    """None where the leading axes do not fold into two (no layout of a trainer that we know of)."""
+    """Returns the strides; None where the leading axes do not fold into two, as in no trainer that we know of."""
     axes: list[tuple[int, int]] = []  # (size, stride), folded
     for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
         if axes and axes[-1][1] == size * stride:

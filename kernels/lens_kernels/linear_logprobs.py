@@ -99,7 +99,7 @@ class Head(NamedTuple):
             yield part, hidden.to(dtype).masked_fill((token_ids[part] < 0)[:, None], 0)
 
     def empty_logits(self) -> Tensor:
-        """One buffer for all chunks, float32 [chunk_rows, V]."""
+        """Allocates one buffer for all chunks, float32 [chunk_rows, V]."""
         count = min(self.rows.chunk_rows, len(self.rows.token_ids))
         return torch.empty(count, len(self.weight), dtype=torch.float32, device=self.weight.device)
 
@@ -114,7 +114,7 @@ class Head(NamedTuple):
 
 
 def multiplies_bfloat16(head: Head) -> bool:
-    """Whether the products take bfloat16 operands as they are."""
+    """Returns whether the products take bfloat16 operands as they are."""
     both = head.hidden.dtype == head.weight.dtype == torch.bfloat16
     return both and uses_triton(head.hidden.device) and head.hidden.device.type == "cuda"
 
@@ -127,7 +127,7 @@ def _weight_blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def project(hidden: Tensor, head: Head, out: Tensor) -> Tensor:
-    """Logits of a chunk: hidden [n, H], out float32 [n, V]."""
+    """Writes the logits of a chunk into `out`, float32 [n, V]; hidden is [n, H]."""
     if hidden.dtype == torch.bfloat16:
         torch.mm(hidden, head.weight.T, out_dtype=torch.float32, out=out)
     else:

@@ -1,4 +1,4 @@
-"""Which tokens of each packed prompt to delete: the ceil(ratio * eligible) highest interference scores."""
+"""Selects the tokens of each packed prompt to delete: the ceil(ratio * eligible) highest interference scores."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _count(mask: Tensor, prompt: Tensor, prompts: int) -> Tensor:
 
 
 def _ceil_ratio(ratio: float, count: Tensor) -> Tensor:
-    """ceil(ratio * count) of the decimal the caller wrote: 0.07 * 100 is 7, in floating point it would become 8."""
+    """Computes ceil(ratio * count) of the decimal that the caller wrote: 0.07 * 100 is 7, but 8 in floating point."""
     numerator, denominator = _as_fraction(ratio)
     return (count * numerator + denominator - 1) // denominator
 

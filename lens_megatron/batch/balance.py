@@ -1,11 +1,11 @@
-"""Which samples go to which rank and micro-batch: balanced by their cost, within a budget of tokens. Pure."""
+"""Decides which samples go to which rank and micro-batch: balanced by cost, within a budget of tokens. Pure."""
 
 import heapq
 from collections.abc import Sequence
 
 
 def cost(length: int, hidden_size: int) -> int:
-    """Relative cost of one sequence of `length` tokens in a layer: its matrix products, and causal attention.
+    """Returns the relative cost of a sequence of `length` tokens in a layer: matrix products and causal attention.
 
     Per token a layer's matrices take about 24 h^2 multiply-adds (SwiGLU, no grouping), attention h per token before it.
     """
@@ -13,11 +13,11 @@ def cost(length: int, hidden_size: int) -> int:
 
 
 def assign(lengths: Sequence[int], ranks: int, hidden_size: int) -> list[list[int]]:
-    """Indices of the samples of each data-parallel rank, in rising order; some have none if samples are few.
+    """Returns the indices of the samples of each data-parallel rank, in rising order; a rank may have none.
 
-    Costliest sample first, each to the rank with the least to do, then the fewest tokens, then the lowest number: at
-    most 4/3 of the best possible maximum (Graham 1969, "Bounds on multiprocessing timing anomalies"). Every rank that
-    knows all lengths comes to the same answer.
+    The costliest sample goes first, each to the rank with the least to do, then the fewest tokens, then the lowest
+    number. The maximum is at most 4/3 of the best possible one (Graham 1969, "Bounds on multiprocessing timing
+    anomalies"). Every rank that knows all lengths comes to the same answer.
     """
     shares: list[list[int]] = [[] for _ in range(ranks)]
     heap = [(0, 0, rank) for rank in range(ranks)]  # (cost so far, tokens so far, rank)
@@ -29,22 +29,22 @@ def assign(lengths: Sequence[int], ranks: int, hidden_size: int) -> list[list[in
 
 
 def imbalance(lengths: Sequence[int], shares: Sequence[Sequence[int]], hidden_size: int) -> float:
-    """Cost of the costliest share, divided by the mean: 1 is perfect, and what waits is the excess. 1 of nothing."""
+    """Returns the cost of the costliest share divided by the mean: 1 is perfect, and 1 is returned for no samples."""
     costs = [sum(cost(lengths[i], hidden_size) for i in share) for share in shares]
     total = sum(costs)
     return max(costs) * len(costs) / total if total else 1.0
 
 
 def fewest(lengths: Sequence[int], max_tokens: int) -> int:
-    """How many micro-batches `cut` needs at least: what first-fit-decreasing takes. A sample over budget goes alone."""
+    """Returns how many micro-batches first-fit-decreasing takes, which `cut` needs. A sample over budget goes alone."""
     return len(_first_fit(lengths, _longest_first(lengths), max_tokens))
 
 
 def cut(lengths: Sequence[int], max_tokens: int, count: int, hidden_size: int) -> list[list[int]]:
-    """Indices of the samples of each of `count` micro-batches, in rising order; some are empty if samples are few.
+    """Returns the indices of the samples of each of `count` micro-batches, in rising order; some may be empty.
 
-    Costliest sample first, each into the cheapest micro-batch with room; where that strands one, first fit, which
-    `fewest` promised. Raises ValueError if `count` is less than `fewest`.
+    The costliest sample goes first, each into the cheapest micro-batch with room; where one finds no room, first fit
+    takes over, which `fewest` promised. Raises ValueError if `count` is less than `fewest`.
     """
     order = _longest_first(lengths)
     fitted = _first_fit(lengths, order, max_tokens)

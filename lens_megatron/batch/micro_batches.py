@@ -1,4 +1,4 @@
-"""Sequences of this rank -> micro-batches within a budget of tokens, as many on every data-parallel rank."""
+"""Cuts this rank's sequences into micro-batches within a budget of tokens, as many on every data-parallel rank."""
 
 from collections.abc import Sequence
 
@@ -17,9 +17,9 @@ def plan_micro_batches(
     group: ProcessGroup,
     device: torch.device,
 ) -> list[list[int]]:
-    """Indices of the sequences of each micro-batch; as many micro-batches on every rank, none if nobody has a sequence.
+    """Returns the indices of the sequences of each micro-batch; there is none if no rank has a sequence.
 
-    As many, because expert-parallel ranks run them together. A collective of `group`.
+    Every rank gets as many micro-batches, because expert-parallel ranks run them together. A collective of `group`.
 
     Args:
         multiple_of: the number of micro-batches is one of its multiples; interleaved pipelines need their stages.

@@ -1,4 +1,4 @@
-"""Samples with their log-probabilities -> packed micro-batches with every weight and denominator filled in. Pure."""
+"""Packs samples with their log-probabilities into micro-batches, with every weight and denominator filled in. Pure."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -30,7 +30,7 @@ ONE_RANK = SequenceLayout()
 
 
 def count(samples: Sequence[Sample]) -> LossScale:
-    """This rank's share of the denominators; add the ranks' shares up before `pack`."""
+    """Returns this rank's share of the denominators; add the ranks' shares up before `pack`."""
     return LossScale(
         response_tokens=sum(len(s.rollout.token_ids) for s in samples),
         sequences=len(samples),
@@ -94,13 +94,15 @@ def make_sequences(pairs: Sequence[Pair], device: torch.device, layout: Sequence
 
 
 def chunks_held(rank: int, size: int) -> tuple[int, int]:
-    """Which of a sequence's 2 * size chunks a context-parallel rank holds, as Megatron deals them out: one, and its
-    mirror image, so that all ranks attend to equally many keys."""
+    """Returns which two of a sequence's 2 * size chunks a context-parallel rank holds, as Megatron deals them out.
+
+    They are mirror images of each other, so that all ranks attend to equally many keys.
+    """
     return rank, 2 * size - 1 - rank
 
 
 def _rows_held(length: int, layout: SequenceLayout) -> Tensor:
-    """Positions of a padded sequence that this context-parallel rank holds."""
+    """Returns the positions of a padded sequence that this context-parallel rank holds."""
     size = layout.context_parallel_size
     if size == 1:
         return torch.arange(length)
@@ -132,12 +134,12 @@ def _micro_batch(
     device: torch.device,
     layout: SequenceLayout,
 ) -> MicroBatch:
-    """No rows at all: a rank without samples still takes part in the collectives."""
+    """Makes one micro-batch. Without any rows it is padding: the rank still takes part in the collectives."""
     samples = [row.sample for row in rows]
     lengths = [len(sample.rollout.token_ids) for sample in samples]
 
     def spread(numbers: Iterable[Tensor | float], dtype: torch.dtype = torch.float32) -> Tensor:
-        """One number, or one tensor of its tokens, per sample -> [T]."""
+        """Lays one number, or one tensor of its tokens, per sample end to end: [T]."""
         parts = [torch.as_tensor(x, dtype=dtype).expand(n) for x, n in zip(numbers, lengths, strict=True)]
         return torch.cat([torch.empty(0, dtype=dtype), *parts]).to(device)
 
@@ -167,7 +169,7 @@ def _micro_batch(
 
 
 def _weight_and_old(sample: Sample, old: Tensor | None, algorithm: AlgorithmConfig) -> tuple[float, Tensor | float]:
-    """w~ and log pi_old; in the acl form, w~ divides pi_old instead of multiplying the loss."""
+    """Returns w~ and log pi_old; in the acl form, w~ divides pi_old instead of multiplying the loss."""
     if old is None:
         return sample.weight, math.nan
     if algorithm.ratio_form == "acl":

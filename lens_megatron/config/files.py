@@ -17,11 +17,11 @@ from lens_megatron.errors import UserError
 from lens_megatron.files import read_regular
 
 LARGEST_FILE = 1 << 18
-"""Bytes of one YAML file: its parser takes seconds for more."""
+"""The most bytes of a YAML file. Its parser takes seconds for more."""
 LARGEST_TREE = 20_000
-"""Values of a tree, each alias counted as what it stands for."""
+"""The most values of a tree. Each alias counts as what it stands for."""
 LARGEST_DEPTH = 100
-"""Levels of a tree."""
+"""The most levels of a tree below each other."""
 
 
 class ConfigError(UserError):
@@ -29,7 +29,7 @@ class ConfigError(UserError):
 
 
 def read_tree(path: Path) -> dict[str, Any]:
-    """The tree of `path` over those of its `base` files, which may have bases of their own.
+    """Reads `path` over the files that it names as `base`, which may have bases of their own.
 
     Raises:
         ConfigError: missing file, bad YAML, not a mapping, `base` that is no file name, files that name each other.
@@ -119,7 +119,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str, mistake: str) -> Any:
-    """PyYAML lets errors of its scalar types through: `2024-99-99` is a ValueError, `!!bool x` a KeyError."""
+    """Reads YAML into plain values. Raises ConfigError, which begins with `mistake`.
+
+    PyYAML lets errors of its scalar types through: `2024-99-99` is a ValueError, `!!bool x` a KeyError.
+    """
     try:
         tree = yaml.load(text, _Loader)
     except RecursionError:
@@ -132,7 +135,7 @@ def parse_yaml(text: str, mistake: str) -> Any:
 
 
 def _too_large(tree: Any) -> str:
-    """Why no tree of that size is read: aliases let ten lines stand for a billion values, or for endlessly many."""
+    """Why the tree is too large to be used; empty if it is not. Aliases let ten lines stand for endless values."""
     level, values = [tree], 0
     for _ in range(LARGEST_DEPTH):
         values += len(level)

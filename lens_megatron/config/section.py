@@ -1,4 +1,4 @@
-"""What all sections of the configuration have in common, and what is said about mistakes in them."""
+"""What all sections of the configuration have in common, and the messages about mistakes in them."""
 
 import difflib
 import os.path
@@ -9,11 +9,11 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, field_validator
 
 LARGEST_INTEGER = 2**31 - 1
-"""Of an option: what counts things fits in 32 bits, here and in Megatron-Core."""
+"""The largest integer that an option may have: counts fit in 32 bits, here and in Megatron-Core."""
 LARGEST_FLOAT, SMALLEST_FLOAT = 3.4e38, 1.2e-38
-"""Of an option: beyond them float32, in which the trainer computes, has infinity and zero."""
+"""Bounds of an option's magnitude. Beyond them float32, in which the trainer computes, has infinity and zero."""
 _LONGEST_PATH, _LONGEST_NAME = 4095, 255
-"""Bytes, as Linux has it."""
+"""Bytes that Linux allows in a path and in the name of a file."""
 
 
 def user_path(text: str) -> str:
@@ -39,7 +39,7 @@ def user_path(text: str) -> str:
 
 
 UserPath = Annotated[str, AfterValidator(user_path)]
-"""A file or folder of the user's, `~` expanded."""
+"""A file or folder that the user names. `~` becomes the home folder."""
 
 
 _NUMBERS: tuple[object, ...] = (int, float, int | None, float | None)
@@ -47,6 +47,8 @@ _NUMBERS: tuple[object, ...] = (int, float, int | None, float | None)
 
 
 class Section(BaseModel):
+    """Options that belong together. A section is frozen, knows all its options, and has no infinite or huge numbers."""
+
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
     )
@@ -84,7 +86,7 @@ _SHORT.maxlevel = 2
 
 
 def explain(error: Mapping[str, Any], root: type[Section], options: Sequence[str]) -> str:
-    """One line on a mistake that pydantic found in `root`, which has `options`, dotted names."""
+    """Says in one line what is wrong: `error` is one that pydantic found in `root`, `options` are all dotted names."""
     location = tuple(str(part) for part in error["loc"])
     name = ".".join(location) or "configuration"
     name = _SHORT.repr(name)[1:-1] if len(name) > _SHORT.maxstring else name

@@ -1,1 +1,1 @@
-"""What a run reads: datasets, rendered prompts, the tokenizer, the files of a model directory."""
+"""Reads what a run needs: datasets, rendered prompts, the tokenizer, the files of a model directory."""

@@ -39,7 +39,7 @@ _DATASET_NAME = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
 _PARQUET_BATCH = 1024
 _LONGEST_LINE = 16 << 20
 _LONGEST_TEXT = 1_000_000
-"""Characters of a message: a tokenizer takes a gigabyte of memory for so many, and aborts where there is none."""
+"""The most characters of a message: a tokenizer takes a gigabyte of memory for these, and aborts without it."""
 _SIGNATURES = (
     (b"\x1f\x8b", "compressed by gzip", "decompress it with gunzip"),
     (b"\x28\xb5\x2f\xfd", "compressed by zstd", "decompress it with unzstd"),
@@ -49,7 +49,7 @@ _SIGNATURES = (
     (codecs.BOM_UTF16_LE, "UTF-16", "save it as UTF-8"),
     (codecs.BOM_UTF16_BE, "UTF-16", "save it as UTF-8"),
 )
-"""What other files begin with; the longer signature first."""
+"""The bytes that other files begin with, what they are, and the remedy. Longer signatures come first."""
 
 
 class DataError(UserError):
@@ -58,6 +58,8 @@ class DataError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Message:
+    """One turn of a conversation."""
+
     role: str
     content: str
 
@@ -75,7 +77,7 @@ class Record:
     where: str
     """File and line, or dataset and row, from 1: how errors name the row."""
     messages: tuple[Message, ...]
-    """The last one is the user's and holds the problem. The configured system prompt is in."""
+    """The last one is the user's and holds the problem. The configured system prompt is one of them."""
     answer: str
     source: str
     """verl's `data_source`, else the name of the file or dataset."""
@@ -83,6 +85,8 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
+    """One row as its file has it."""
+
     where: str
     values: Mapping[str, Any]
     columns: Sequence[str]

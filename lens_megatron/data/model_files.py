@@ -17,7 +17,7 @@ _OTHER_FORMATS = {
     b"version https://git-lfs": "Git LFS's pointer to the file; run git lfs pull there",
     b"<": "a web page; download the file itself",
 }
-"""How files begin that stand in the place of safetensors, what they are, and the remedy."""
+"""The bytes that other files in the place of safetensors begin with, what they are, and the remedy."""
 
 
 class ModelError(UserError):
@@ -26,6 +26,8 @@ class ModelError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
+    """What the header of a safetensors file says of a tensor."""
+
     file: str
     shape: tuple[int, ...]
     dtype: str
@@ -120,7 +122,7 @@ def configured_end_tokens(path: str) -> set[int]:
 
 
 def small_files(path: str) -> dict[str, bytes]:
-    """Configuration and tokenizer: what a directory with other weights needs besides. Raises OSError."""
+    """Reads configuration and tokenizer, which a directory with other weights needs besides. Raises OSError."""
     return {
         file.name: file.read_bytes()
         for file in sorted(Path(path).iterdir())
@@ -129,5 +131,5 @@ def small_files(path: str) -> dict[str, bytes]:
 
 
 def in_one_line(error: BaseException) -> str:
-    """The message of a library that writes paragraphs."""
+    """The message of a library's error, which may be paragraphs long, as one line of at most 300 characters."""
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -31,7 +31,7 @@ _BATCH, _BATCH_CHARACTERS = 512, 1_000_000
 _PROGRESS_FROM = 2_000
 _FRAMES = 16
 _LONGEST_RENDERED = 4_000_000
-"""Characters: a conversation of several long messages, or a template that multiplies them."""
+"""The most characters of a rendered prompt: several long messages, or a template that multiplies them, make more."""
 _PLACEHOLDER, _OTHER = "<<the text of the user>>", "<<another text>>"
 
 Span = tuple[int, int]
@@ -40,6 +40,8 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class LoadedPrompts:
+    """All prompts of one file or dataset."""
+
     prompts: tuple[Prompt, ...]
     dropped_too_long: int
     """Rows left out because they have more than `data.max_prompt_length` tokens."""
@@ -158,7 +160,7 @@ class _Draft:
     text: str
     problem: str
     spans: tuple[Span, ...] | None
-    """Characters that may be deleted; None: all."""
+    """Characters that may be deleted. None: all of them."""
 
 
 class _Renderer:
@@ -234,9 +236,9 @@ class _Renderer:
     def _locate(
         self, spans: tuple[Span, ...], content: str, text: str, frame: tuple[str, str], where: str
     ) -> tuple[Span, ...]:
-        """Spans of `content` as spans of the rendered `text`.
+        """Returns the spans of `content` as spans of the rendered `text`.
 
-        By what stands around it, not by searching for it: a problem such as "a" stands in every "assistant".
+        The content is found by what stands around it. Searching for it would find a problem such as "a" in "assistant".
         """
         before, after = frame
         inside = text[len(before) : len(text) - len(after)]

@@ -13,9 +13,7 @@ from lens_megatron.data.model_files import in_one_line
 from lens_megatron.errors import UserError
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-"""One of these must be there: without any, transformers makes an empty tokenizer and says nothing."""
-
-
+"""One of these must be there. Without any, transformers makes an empty tokenizer and says nothing."""
 _OPTIONS = "tokenizer_config.json"
 _JSON_FILES = (_OPTIONS, "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 
@@ -26,6 +24,8 @@ class TokenizerError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Tokenizer:
+    """The tokenizer of transformers, and what the trainer asks of it."""
+
     hf: PreTrainedTokenizerBase
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -77,7 +77,7 @@ def load_tokenizer(path: str, vocab_size: int) -> Tokenizer:
 
 
 def _check_files(path: str) -> None:
-    """Raises TokenizerError for what would block its reader, or never end."""
+    """Raises TokenizerError for an entry that would block whoever reads it, or never end."""
     try:
         entries = list(os.scandir(path))
     except OSError as error:
@@ -92,7 +92,7 @@ def _check_files(path: str) -> None:
 
 
 def _check_json(path: Path) -> None:
-    """The library's own message would not say which file it is."""
+    """Raises TokenizerError for a file that holds no JSON object. The library's own message would not name the file."""
     if not path.exists():
         if path.name == _OPTIONS:
             raise TokenizerError(

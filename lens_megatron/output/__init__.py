@@ -1,1 +1,1 @@
-"""What a run writes and says: console, metrics, rollouts, the report, and the folder that holds them."""
+"""Writes what a run leaves: console, metrics, rollouts, the report, and the folder that holds them."""

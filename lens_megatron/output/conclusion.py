@@ -12,7 +12,7 @@ CLEAR = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluation:
+class MeasuredAccuracy:
     """Accuracy after `step`, the mean over all sources of held-out problems."""
 
     step: int
@@ -33,7 +33,7 @@ def source_of(name: str) -> str:
     return shown if len(shown) <= LONGEST_SOURCE else f"{shown[: LONGEST_SOURCE - 3]}..."
 
 
-def evaluations(rows: Sequence[Mapping]) -> list[Evaluation]:
+def evaluations(rows: Sequence[Mapping]) -> list[MeasuredAccuracy]:
     """One for every row that has the accuracy of all sources."""
     names = accuracy_names(rows)
     return [_evaluation(row, names) for row in rows if names and all(name in row for name in names)]
@@ -78,11 +78,11 @@ def purification(rows: Sequence[Mapping]) -> str:
     )
 
 
-def _evaluation(row: Mapping, names: Sequence[str]) -> Evaluation:
+def _evaluation(row: Mapping, names: Sequence[str]) -> MeasuredAccuracy:
     errors = [row.get(NOISE.format(source=_source(name))) for name in names]
     known = [error for error in errors if error is not None]
     noise = math.hypot(*known) / len(names) if len(known) == len(names) else None
-    return Evaluation(row["step"], sum(row[name] for name in names) / len(names), noise)
+    return MeasuredAccuracy(row["step"], sum(row[name] for name in names) / len(names), noise)
 
 
 def _verdict(change: float, noise: float) -> str:
@@ -96,7 +96,7 @@ def _source(name: str) -> str:
     return name.removeprefix(ACCURACY).rpartition("/acc/")[0]
 
 
-def _noise_of(evaluation: Evaluation) -> str:
+def _noise_of(evaluation: MeasuredAccuracy) -> str:
     return "" if evaluation.standard_error is None else f" (+-{100 * evaluation.standard_error:.1f})"
 
 

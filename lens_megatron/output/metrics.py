@@ -21,6 +21,8 @@ from lens_megatron.reward.types import GradeStatus
 from lens_megatron.types import (
     MismatchSums,
     Origin,
+    Prompt,
+    PurifiedPrompt,
     Rollout,
     SamplingStats,
     StepResult,
@@ -123,9 +125,10 @@ def _tally_lens(tally: Tally, result: StepResult, rescue: list[Rollout]) -> None
     tally.total("lens/rescued_prompts", sum(g.gate for g in groups))
     tally.total("lens/extra_rollouts", len(rescue))
     tally.mean("lens/rescued_per_prompt", [float(_rescued(g)) for g in second if g.gate])
-    tally.mean("lens/deleted_tokens", [float(len(g.group.purified.deleted)) for g in second])
-    tally.mean("lens/score_deleted", [g.group.purified.scores[i] for g in second for i in g.group.purified.deleted])
-    tally.mean("lens/score_kept", [s for g in second for s in _kept_scores(g)])
+    purified = [(g.group.prompt, g.group.purified) for g in second if g.group.purified is not None]
+    tally.mean("lens/deleted_tokens", [float(len(p.deleted)) for _, p in purified])
+    tally.mean("lens/score_deleted", [p.scores[i] for _, p in purified for i in p.deleted])
+    tally.mean("lens/score_kept", [score for prompt, p in purified for score in _kept_scores(prompt, p)])
     tally.mean("lens/success_before", [g.group.success_rate for g in second])
     tally.mean("lens/success_purified", [float(r.correct) for r in rescue])
     tally.mean("lens/zero_variance_before", [float(_constant(g.group.native)) for g in groups])
@@ -136,10 +139,10 @@ def _rescued(group: TrainingGroup) -> int:
     return sum(r.origin is Origin.PURIFIED for r in group.rollouts)
 
 
-def _kept_scores(group: TrainingGroup) -> list[float]:
-    purified, eligible = group.group.purified, group.group.prompt.eligible
+def _kept_scores(prompt: Prompt, purified: PurifiedPrompt) -> list[float]:
+    """Scores, in nats, of the tokens that might have been deleted and were not."""
     deleted = set(purified.deleted)
-    return [s for i, s in enumerate(purified.scores) if eligible[i] and i not in deleted]
+    return [score for i, score in enumerate(purified.scores) if prompt.eligible[i] and i not in deleted]
 
 
 def _constant(rollouts: tuple[Rollout, ...]) -> bool:

@@ -143,9 +143,10 @@ def _record(group: TrainingGroup, sample: Sample, tokenizer: Tokenizer, step: in
 
 def marked_prompt(group: TrainingGroup, tokenizer: Tokenizer) -> str | None:
     """The prompt with each run of deleted tokens in [- -]; None where the prompt was not sampled again."""
-    if not group.group.rescue:
+    purified = group.group.purified
+    if purified is None or not group.group.rescue:
         return None
-    deleted = set(group.group.purified.deleted)
+    deleted = set(purified.deleted)
     parts: list[tuple[bool, list[int]]] = []
     for position, token in enumerate(group.group.prompt.token_ids):
         gone = position in deleted

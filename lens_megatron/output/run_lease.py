@@ -19,6 +19,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import get_type_hints
 
 import psutil
 
@@ -151,7 +152,8 @@ def read_owner(folder: Path) -> Owner | None:
     if not isinstance(record, dict) or record.keys() != {field.name for field in fields(Owner)}:
         return None
     owner = Owner(**record)
-    return owner if all(isinstance(getattr(owner, field.name), field.type) for field in fields(Owner)) else None
+    kinds = get_type_hints(Owner)
+    return owner if all(isinstance(getattr(owner, name), kind) for name, kind in kinds.items()) else None
 
 
 def _lock(descriptor: int, folder: Path) -> bool | None:

@@ -1,4 +1,4 @@
-"""TensorBoard's event files as bytes.
+"""Encodes TensorBoard's event files.
 
 TensorBoard's own writer is a thread, which dies with a traceback on a full disk and leaves half a record behind.
 """
@@ -13,7 +13,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 
 def head(first_step: int) -> bytes:
-    """What a file begins with. TensorBoard drops what other files say of `first_step` and of steps after it."""
+    """The beginning of a file, at which TensorBoard drops what earlier files say of `first_step` and later steps."""
     now = time.time()
     return _records(
         Event(step=first_step, wall_time=now, file_version="brain.Event:2"),
@@ -22,7 +22,7 @@ def head(first_step: int) -> bytes:
 
 
 def scalars(step: int, values: Mapping[str, float]) -> bytes:
-    """One record with all values of a step."""
+    """Encodes all values of a step as one record."""
     summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
     return _records(Event(step=step, wall_time=time.time(), summary=summary))
 

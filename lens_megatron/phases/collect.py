@@ -1,10 +1,10 @@
-"""The groups of a step: prompts scored and purified, weights to the engine, two waves sampled and graded, all gathered.
+"""Collects the groups of a step: scores and purifies prompts, gives the engine its weights, samples, grades, gathers.
 
 With `rollout.off_policy_steps=1` the groups of the next step are sampled on a thread while this one trains:
 
     step k:  wait for groups k -> weights to the engine, begin groups k + 1 -> train on groups k
 
-They are then drawn by the policy of one update before the one they train; `algorithm.correction` weighs them for it.
+The rollouts then come from the policy of one step before, and `algorithm.correction` weighs them for that.
 """
 
 from collections.abc import Sequence

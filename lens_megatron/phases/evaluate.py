@@ -1,4 +1,4 @@
-"""Accuracy on held-out prompts, sampled by the rollout engine on every rank, graded like training."""
+"""Measures the accuracy on held-out prompts: every rank's engine samples, and rollouts are graded as in training."""
 
 import math
 from collections.abc import Sequence

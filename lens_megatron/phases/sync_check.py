@@ -1,7 +1,8 @@
-"""After each sync: does the engine compute what the trainer computes? A few sampled tokens answer, or end the run.
+"""After each transfer of weights a few sampled tokens show whether the engine computes what the trainer computes.
 
-A manifest sees that every tensor came; not that it came from the right layer, replaced a tied copy, or is used as the
-trainer uses it (rope, head, temperature). Such mistakes raise nothing: the run would train on another model's samples.
+The manifest of weights makes sure that every tensor came. It does not see whether a tensor came from the right layer,
+replaced a tied copy, or is used as the trainer uses it (rope, head, temperature). Such mistakes raise nothing, and the
+run would train on another model's samples; so it ends if the two disagree here.
 """
 
 import math
@@ -17,14 +18,15 @@ from lens_megatron.seeds import derive
 from lens_megatron.types import Prompt
 
 TOKENS = 8
+"""The number of tokens that are compared."""
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.25}
-"""Nats that engine and trainer may differ by, in the mean over the tokens.
+"""By how many nats engine and trainer may differ, in the mean over the tokens, by `model.dtype`.
 
-float32: sums in another order make 3e-6 of it, on peaked random models of 2 and 8 layers with either engine; wrong
-weights give tenths to several nats. bfloat16 rounds at places that differ between the two: 0.025 was seen in the mean,
-0.1 of single tokens (which is rounding: transformers differs from itself in float32 as much). Real models are deeper,
-and routers may choose another expert: hence ten times what was seen. A single token's error has a long tail, the mean
-of a few does not: hence the mean. What is smaller, `training/rollout_probs_diff_*` shows over all tokens of a step.
+In float32, sums in another order gave 3e-6 on peaked random models of 2 and 8 layers with either engine, while wrong
+weights give tenths to several nats. In bfloat16 the two round at different places: 0.025 was seen in the mean, 0.1 at
+single tokens, by which transformers in bfloat16 differs from itself in float32 too. Real models are deeper, and routers
+may choose another expert, so ten times what was seen is allowed. The mean is taken since a single token's error has a
+long tail. Smaller differences show in `training/rollout_probs_diff_*`, over all tokens of a step.
 """
 
 
@@ -33,21 +35,23 @@ class EngineComparison:
     """What a rank's engine and the trainer say of the same tokens."""
 
     difference: float
-    """Mean over tokens of |log-probability of the one - of the other|, in nats; infinite if either is no number."""
+    """The mean over tokens of |engine's - trainer's log-probability|, in nats; infinite if either is no number."""
     position: int
-    """Of the token they differ most about, in the completion."""
+    """The place, in the completion, of the token about which they differ most; counted from 0."""
     token: int
+    """The id of that token."""
     engine: float
-    """Its log-probability, by the engine."""
+    """The engine's log-probability of that token, in nats."""
     trainer: float
+    """The trainer's log-probability of that token, in nats."""
 
 
 ABSENT = EngineComparison(0.0, 0, 0, 0.0, 0.0)
-"""Of a rank whose engine cannot be asked."""
+"""It stands for a rank whose engine cannot be asked."""
 
 
 def ask(run: Run) -> Completion | None:
-    """What this rank's engine answers to a prompt of the data, another one for every version; see `sample`."""
+    """The engine's completion of a prompt of the data; None if it cannot be asked now, see `sample`."""
     config, version = run.config, run.policy.version
     prompt = question(run)
     seed = derive(config.run.seed, "sync_check", version)
@@ -56,6 +60,7 @@ def ask(run: Run) -> Completion | None:
 
 
 def question(run: Run) -> Prompt:
+    """The prompt that engines are asked; every version of the weights has another one."""
     return run.prompts.take(run.policy.version)[0]
 
 
@@ -89,7 +94,7 @@ def check(run: Run, own: Completion | None) -> float:
 
 
 def sample(engine: RolloutEngine, request: Request) -> Completion | None:
-    """The engine's answer; None of one that serves nothing now, or has others' requests whose answers it would give."""
+    """The engine's completion; None if it serves nothing now, or has requests whose completions would be lost."""
     progress = engine.progress()
     if not engine.capacity() or progress.waiting or progress.running:
         return None
@@ -102,7 +107,7 @@ def sample(engine: RolloutEngine, request: Request) -> Completion | None:
 
 
 def compare(completion: Completion, trainer: list[float]) -> EngineComparison:
-    """`trainer`: its log-probability of each of the completion's tokens."""
+    """Compares the engine's log-probabilities with `trainer`, the trainer's of the completion's tokens in nats."""
     differences = [abs(a - b) for a, b in zip(completion.log_probs, trainer, strict=True)]
     differences = [d if math.isfinite(d) else math.inf for d in differences]
     place = differences.index(max(differences))
@@ -111,7 +116,7 @@ def compare(completion: Completion, trainer: list[float]) -> EngineComparison:
 
 
 def _gather(own: Completion | None, run: Run) -> list[tuple[int, ...]]:
-    """The tokens that each engine of the model-parallel group gave, for one forward pass over all of them."""
+    """The tokens of every rank's completion in the model-parallel group, so that one forward pass serves all."""
     row = torch.full((TOKENS,), -1, dtype=torch.int64)
     if own:
         row[: len(own.token_ids)] = torch.tensor(own.token_ids)

@@ -1,4 +1,4 @@
-"""Samples of a step -> balanced shares -> reference and old log-probabilities -> packed micro-batches -> updates."""
+"""Samples of a step -> balanced shares -> old and reference log-probabilities -> packed micro-batches -> updates."""
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise

@@ -1,4 +1,4 @@
-"""Policy weights -> rollout engine: one stream of (Hugging Face name, tensor), versioned, checked by the engine.
+"""Policy weights -> rollout engine, as one stream of (Hugging Face name, tensor) that the engine checks.
 
 Every tenth version a checksum of each tensor is compared among all ranks: replicas of the model must be equal.
 """
@@ -15,7 +15,8 @@ from lens_megatron.rollout.engine import RolloutEngine
 from lens_megatron.types import SyncStats
 
 CHECKSUM_EVERY = 10
-"""Versions. Reading every weight once more costs a large part of a sync on a CPU; see benchmarks/TRAINER_NOTES.md."""
+"""Every so many versions checksums are compared: on a CPU they cost a large part of a transfer, see
+benchmarks/TRAINER_NOTES.md."""
 
 
 class WeightSyncError(UserError):

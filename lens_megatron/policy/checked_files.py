@@ -6,9 +6,10 @@ The checksum is XXH3-128, at some 10 GB/s per core: it finds damage, not a forge
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from stat import S_ISREG
-from typing import Annotated, BinaryIO
+from typing import Annotated
 
 import torch
 import xxhash
@@ -22,7 +23,7 @@ _TYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-"""Their names in safetensors."""
+"""The names of torch's types in safetensors."""
 
 
 class DamageError(ValueError):
@@ -34,12 +35,13 @@ class FileRecord:
     """What a file held when it was written."""
 
     size: Annotated[int, Field(ge=0)]
-    """Bytes."""
+    """In bytes."""
     checksum: str | None
     """XXH3-128 in hexadecimal digits; None for a file of a checkpoint from before there were checksums."""
 
 
 def checksum(data: bytes) -> str:
+    """Returns the XXH3-128 of `data` in hexadecimal digits."""
     return xxhash.xxh3_128_hexdigest(data)
 
 
@@ -75,7 +77,7 @@ def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, 
             file.write(part)
         for _, tensor in ordered:
             flat = tensor.contiguous().as_strided((tensor.numel(),), (1,))  # a single element may have any stride
-            data = memoryview(flat.view(torch.uint8).numpy())
+            data = flat.view(torch.uint8).numpy().data
             for start in range(0, len(data), _CHUNK):  # each chunk is summed while it is in the processor's cache
                 digest.update(data[start : start + _CHUNK])
                 file.write(data[start : start + _CHUNK])
@@ -113,7 +115,7 @@ def check_content(path: Path, record: FileRecord) -> None:
         raise DamageError(f"{path.name} has the checksum {digest.hexdigest()} instead of {record.checksum}")
 
 
-def _chunks(file: BinaryIO) -> Iterator[memoryview]:
+def _chunks(file: FileIO) -> Iterator[memoryview]:
     buffer = memoryview(bytearray(_CHUNK))
     while count := file.readinto(buffer):
         yield buffer[:count]

@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -53,6 +54,7 @@ from lens_megatron.policy.sharded_state import (
     restore_generators,
 )
 from lens_megatron.policy.shards import Piece, ShardError, ShardReader
+from lens_megatron.supervision.agreement import shared_failure
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +73,7 @@ class Staged:
     pieces: list[tuple[Piece, Tensor]]
     generators: dict[str, Tensor]
     export: StagedExport | None
-    """None where the policy is not to be written as a Hugging Face directory."""
+    """The policy as a Hugging Face directory; None where that is not to be written."""
 
 
 class CheckpointWriter:
@@ -101,7 +103,7 @@ class CheckpointWriter:
         self.policy, self.folder, self.background = policy, folder, background
         self.keep_last, self.keep_best, self.before_publishing = keep_last, keep_best, before_publishing
         self.saved_step = 0
-        """The last one published by this writer, or loaded from `folder`."""
+        """The step of the last checkpoint that this writer published or that was loaded from `folder`."""
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
         self._group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
@@ -171,11 +173,11 @@ class CheckpointWriter:
         temporary = self.folder / f".writing_iter_{step:07d}"
         try:
             self._failure = self._agree(
-                _attempt(lambda: _write_rank(temporary, self.policy.mesh.rank, staged), Exception)
+                _attempt(lambda: _write_rank(temporary, self.policy.mesh.rank, staged), (Exception,))
             )
             if self._failure is None:
                 self._failure = self._agree(
-                    _attempt(lambda: self._publish(temporary, staged.state), Exception) if main else None
+                    _attempt(lambda: self._publish(temporary, staged.state), (Exception,)) if main else None
                 )
         except RuntimeError as error:  # gloo's, when a rank dies
             self._failure = f"another rank was lost: {error}"
@@ -192,27 +194,22 @@ class CheckpointWriter:
         """
         step, main = staged.state.step, self.policy.mesh.rank == 0
         temporary = self.folder / f".writing_aside_{step:07d}"
-        failure = agree(_attempt(lambda: _write_rank(temporary, self.policy.mesh.rank, staged), Exception))
+        failure = agree(_attempt(lambda: _write_rank(temporary, self.policy.mesh.rank, staged), (Exception,)))
         self.wait_for_save(patience_s)
         if failure is None:
-            failure = agree(_attempt(lambda: self._publish(temporary, staged.state), Exception) if main else None)
+            failure = agree(_attempt(lambda: self._publish(temporary, staged.state), (Exception,)) if main else None)
         if main and failure is not None:
             _remove(temporary)
         return failure
 
     def wait_for_save(self, seconds: float) -> None:
-        """Until a save in flight has ended, or `seconds` have passed. From any thread."""
+        """Waits until a save in flight has ended or `seconds` have passed; any thread may call it."""
         writing = self._thread
         if writing is not None:
             writing.join(seconds)
 
     def _agree(self, failure: str | None) -> str | None:
-        """The failure of this rank or of another, None when all ranks succeeded."""
-        failed = torch.tensor([failure is not None], dtype=torch.int32)
-        torch.distributed.all_reduce(failed, op=ReduceOp.MAX, group=self._group)
-        if failure is not None and self.policy.mesh.rank != 0:
-            logger.warning(f"this rank's part of the checkpoint could not be written: {failure}")
-        return failure or ("another rank failed" if failed.item() else None)
+        return shared_failure(failure, self._group, "this rank's part of the checkpoint could not be written")
 
     def _publish(self, temporary: Path, state: TrainingState) -> None:
         checkpoint_files.write_index(temporary, state)
@@ -236,12 +233,12 @@ def resume(policy: Policy, folder: Path) -> TrainingState | None:
     """
     paths = published(folder)
     for path in reversed(paths):
-        checkpoint = _together(policy, path, lambda path=path: _verified(policy, path))
+        checkpoint = _together(policy, path, partial(_verified, policy, path))
         if checkpoint is None:
             continue
         if policy.mesh.rank == 0 and not checkpoint.has_checksums:
             logger.warning(f"checkpoint {path} has no checksums, only sizes; it was saved by an older version")
-        if _together(policy, path, lambda checkpoint=checkpoint: _load(policy, checkpoint)) is None:
+        if _together(policy, path, partial(_load, policy, checkpoint)) is None:
             continue
         state = checkpoint.state
         policy.version = state.version
@@ -275,7 +272,7 @@ def _verified(policy: Policy, path: Path) -> Checkpoint:
 
 
 def layout_change(state: TrainingState) -> str:
-    """E.g. "world_size 1 -> 2"; empty when `state` was saved on the layout of now."""
+    """Returns what differs, such as "world_size 1 -> 2"; an empty text when `state` was saved on the layout of now."""
     old = state.layout
     return ", ".join(f"{name} {old.get(name)} -> {size}" for name, size in layout().items() if old.get(name) != size)
 
@@ -330,7 +327,7 @@ def _tidy(folder: Path) -> None:
 
 
 def _delete(path: Path) -> None:
-    """By renaming first: a folder that is killed half deleted must not look like a checkpoint."""
+    """Renames the folder before deleting it, so that one that is half deleted does not look like a checkpoint."""
     hidden = path.with_name(f".deleting_{path.name}")
     _remove(hidden)
     path.rename(hidden)
@@ -338,14 +335,14 @@ def _delete(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """As far as that is possible; of a link only the link, not the folder that a user keeps elsewhere."""
+    """Removes what can be removed; of a link only the link, not the folder that a user keeps elsewhere."""
     if path.is_symlink():
         path.unlink(missing_ok=True)
     else:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _attempt(action: Callable[[], object], failures: tuple | type = _FAILURES) -> str | None:
+def _attempt(action: Callable[[], object], failures: tuple[type[Exception], ...] = _FAILURES) -> str | None:
     """Runs `action`; returns the message of a failure instead of raising, so that ranks can agree."""
     try:
         action()

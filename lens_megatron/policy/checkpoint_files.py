@@ -1,4 +1,6 @@
-"""What a folder of checkpoints holds, which of them are whole, and which may go. No collective, no tensor in memory.
+"""Says what a folder of checkpoints holds, which of them are whole, and which may go.
+
+Nothing here is a collective or holds a tensor in memory.
 
 index.json has a checksum of its own content and one of every other file; state.json must agree with it and with the
 folder's name. Nothing that a file says is believed before that.
@@ -20,7 +22,7 @@ from lens_megatron.policy.shards import StoredPiece, read_pieces
 
 INDEX, STATE, EXPORT = "index.json", "state.json", "hf"
 FORMAT = 2
-"""1 had sizes and no checksums; it is still read."""
+"""The number of the format of index.json. Format 1 had sizes and no checksums; it is still read."""
 _NAME = re.compile(r"iter_(\d{7,})")
 _Count = Annotated[int, Field(ge=0)]
 _Record = TypeVar("_Record")
@@ -35,13 +37,13 @@ class TrainingState:
     """state.json: what resuming needs besides tensors. Data cursor and seeds are functions of `step`."""
 
     step: _Count
-    """Steps done."""
+    """The number of steps that have been done."""
     version: _Count
     scheduler_steps: _Count
     optimizer_steps: _Count
     layout: dict[str, int]
     metric: float | None = None
-    """What `keep_best` compares, higher is better; None where nothing was evaluated."""
+    """`keep_best` compares this, and higher is better; None where nothing was evaluated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,7 @@ class WrittenFiles:
 
     files: dict[str, FileRecord]
     export: dict[str, FileRecord]
-    """Below `hf/`."""
+    """Files below `hf/`, by their names there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +60,10 @@ class Index:
     """index.json: every file, and where each piece of a tensor stands."""
 
     files: dict[Annotated[str, Field(pattern=r"^(rank_\d{5,}\.safetensors|state\.json)$")], FileRecord]
-    """Without them the checkpoint cannot be loaded."""
+    """Files without which the checkpoint cannot be loaded, by name."""
     pieces: tuple[StoredPiece, ...]
     export: dict[Annotated[str, Field(pattern=r"^[^/\\.][^/\\]*$")], FileRecord] = field(default_factory=dict)
-    """Below `hf/`, for others to load: a run goes on without them."""
+    """Files below `hf/`, which others load; a run goes on without them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ _STATE, _INDEX, _WRITTEN = TypeAdapter(TrainingState), TypeAdapter(Index), TypeA
 
 
 def published(folder: Path) -> list[Path]:
-    """Folders of checkpoints, oldest first, damaged ones among them.
+    """Returns the folders of checkpoints, oldest first, damaged ones among them.
 
     Raises CheckpointError when `folder` is there and cannot be listed: a run must not start over for that.
     """
@@ -99,7 +101,7 @@ def published(folder: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int | None:
-    """The step in a checkpoint's name; None where the name is of something else."""
+    """Returns the step in a checkpoint's name; None where something else has that name."""
     match = _NAME.fullmatch(path.name)
     return int(match[1]) if match else None
 
@@ -136,7 +138,7 @@ def verify_export(checkpoint: Checkpoint) -> None:
 
 
 def steps_saved(folder: Path) -> int:
-    """Steps done by the newest checkpoint whose files are all there in their sizes; 0 when there is none."""
+    """Returns the step of the newest checkpoint whose files are all there in their sizes; 0 when there is none."""
     for path in reversed(published(folder)):
         try:
             return inspect(path).state.step
@@ -146,7 +148,7 @@ def steps_saved(folder: Path) -> int:
 
 
 def whole(folder: Path) -> list[Checkpoint]:
-    """Those that `inspect` accepts, oldest first."""
+    """Returns the checkpoints that `inspect` accepts, oldest first."""
     found = []
     for path in published(folder):
         try:
@@ -157,7 +159,10 @@ def whole(folder: Path) -> list[Checkpoint]:
 
 
 def superfluous(states: Sequence[tuple[Path, TrainingState]], keep_last: int, keep_best: int) -> list[Path]:
-    """Of checkpoints, oldest first: those neither among the newest nor among the best. Newer beats equal."""
+    """Returns the paths of checkpoints that are neither among the newest nor among the best; newer beats equal.
+
+    `states` are the checkpoints, oldest first.
+    """
     kept = {path for path, _ in states[-keep_last:]}
     scored = [(state.metric, state.step, path) for path, state in states if state.metric is not None]
     kept |= {path for *_, path in sorted(scored, reverse=True)[:keep_best]}
@@ -165,10 +170,12 @@ def superfluous(states: Sequence[tuple[Path, TrainingState]], keep_last: int, ke
 
 
 def folder_name(step: int) -> str:
+    """Returns the name of the folder of the checkpoint of `step`."""
     return f"iter_{step:07d}"
 
 
 def rank_file(rank: int) -> str:
+    """Returns the name of the file that holds the pieces of `rank`."""
     return f"rank_{rank:05d}.safetensors"
 
 
@@ -188,7 +195,7 @@ def write_index(folder: Path, state: TrainingState) -> None:
     receipts = [folder / _receipt(rank) for rank in ranks]
     written = [_parsed(_WRITTEN, _read(receipt), receipt.name) for receipt in receipts]
     files = {STATE: write_file(folder / STATE, json.dumps(asdict(state), indent=1).encode() + b"\n")}
-    export = {}
+    export: dict[str, FileRecord] = {}
     for rank in written:
         files |= rank.files
         export |= rank.export
@@ -236,7 +243,7 @@ def _receipt(rank: int) -> str:
 
 
 def _json(content: Any) -> bytes:
-    """One text for equal contents: checksums are of it."""
+    """Makes the same text of equal contents, since checksums are computed from it."""
     return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
 
 

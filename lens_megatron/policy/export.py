@@ -17,8 +17,11 @@ from lens_megatron.policy.export_plan import Cut, ExportBucket, ExportPlan, Tens
 from lens_megatron.policy.model import Policy
 
 BUCKET_BYTES = {"cuda": 256 << 20, "cpu": 16 << 20}
-"""Enough that a collective's start is nothing beside it, little beside the memory. On a CPU the C library gives larger
-blocks back at once, and the kernel then zeroes the next bucket's pages: that took longer than sending it."""
+"""Bytes of a bucket once gathered, by the device's type.
+
+So many bytes make the start of a collective negligible and are little beside the model. On a CPU the C library gives
+larger blocks back at once, and the kernel then zeroes the next bucket's pages, which took longer than sending it.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +30,13 @@ class _Flight:
 
     bucket: ExportBucket
     buffer: Tensor | None
-    """[ranks that divide the tensors, elements of a shard]. None: all of it is here already."""
+    """[ranks that divide the tensors, elements of a shard]; None where all of it is here already."""
     work: tuple[Work, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class _Cutting:
-    """What mbridge asks a parameter, of one that this rank may not have."""
+    """The attributes that mbridge reads from a parameter, for one that this rank may not have."""
 
     partition_dim: int
     tensor_model_parallel: bool = True
@@ -68,7 +71,7 @@ def export_weights(
 
 
 def bytes_received(policy: Policy, dtype: torch.dtype | None = None) -> int:
-    """What `export_weights` brings to this rank from others."""
+    """Computes how many bytes `export_weights` brings to this rank from others."""
     plan, total = policy.export_plan, 0
     for shard in plan.shards:
         size = shard.elements * (dtype or shard.dtype).itemsize
@@ -100,7 +103,7 @@ def _start_next(plan: ExportPlan, buckets: Iterator[ExportBucket], side: torch.c
 
 
 def _finish(plan: ExportPlan, flight: _Flight, side: torch.cuda.Stream) -> None:
-    if not flight.work:
+    if flight.buffer is None:
         return
     with torch.cuda.stream(side):
         _wait(flight.work)
@@ -165,7 +168,7 @@ def _converted(plan: ExportPlan, name: str, parts: list[Tensor], dim: int) -> li
 
 
 def _whole_tensors(plan: ExportPlan, shard: TensorShard, parts: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Of the ranks' shards. Each expert-parallel rank has other experts."""
+    """Yields what the ranks' shards of a tensor make together. Each expert-parallel rank has other experts."""
     if shard.cut is not Cut.EXPERTS:
         yield from _converted(plan, shard.name, parts, shard.dim)
         return

@@ -24,13 +24,13 @@ _EXPERTS = ".mlp.experts."
 
 
 class Cut(StrEnum):
-    """Among which ranks of a pipeline stage a tensor is divided."""
+    """This says among which ranks of a pipeline stage a tensor is divided."""
 
     WHOLE = "whole"
     TENSOR = "tensor"
-    """Tensor-parallel ranks."""
+    """Every tensor-parallel rank has a shard."""
     EXPERTS = "experts"
-    """Experts over expert-parallel ranks, and each over expert-tensor-parallel ranks."""
+    """Experts are divided over expert-parallel ranks, and each expert over expert-tensor-parallel ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +39,12 @@ class TensorShard:
 
     stage: int
     name: str
-    """Megatron's, with the layer's number in the whole model; an expert's number is the one it has on its own rank."""
+    """Megatron's name with the layer's number in the whole model; an expert's number is that on its own rank."""
     shape: tuple[int, ...]
     dtype: torch.dtype
     cut: Cut
     dim: int
-    """Along which the ranks' shards join."""
+    """The dimension along which the ranks' shards join."""
 
     @property
     def elements(self) -> int:
@@ -68,7 +68,7 @@ class Gathering:
     """The ranks of a stage among which a tensor is divided."""
 
     group: ProcessGroup | None
-    """None: there is one such rank."""
+    """None where there is one such rank."""
     rank: int
     experts: tuple[int, ...]
     """Per rank of the group, the number of the expert-parallel rank it is; all 0 where no experts are divided."""
@@ -98,7 +98,7 @@ class ExportBucket:
 
     shards: tuple[TensorShard, ...]
     dtype: torch.dtype
-    """In which they travel."""
+    """The type in which they travel."""
 
     @property
     def stage(self) -> int:

@@ -1,6 +1,6 @@
 """Forward passes without gradients: log-probabilities of given tokens, over all micro-batches in one pipelined run."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from lens_megatron.types import SequenceBatch
 
 
 def response_log_probs(policy: Policy, pairs: Sequence[Pair], *, max_tokens: int, temperature: float) -> list[Tensor]:
-    """log pi(response | prompt) under the weights now in the model, `max_tokens` per micro-batch.
+    """Computes log pi(response | prompt) under the weights now in the model, `max_tokens` per micro-batch.
 
     Returns, on every rank of the model-parallel group, one float32 CPU tensor per pair, [tokens of its response].
     """
@@ -24,7 +24,7 @@ def response_log_probs(policy: Policy, pairs: Sequence[Pair], *, max_tokens: int
 
 
 def prompt_scores(policy: Policy, prompts: Sequence[tuple[int, ...]], *, max_tokens: int) -> list[Tensor]:
-    """Interference score |log pi_theta - log pi_ref| of every prompt token given its prefix (LENS, eq. 1).
+    """Computes the score |log pi_theta - log pi_ref| of every prompt token given its prefix (LENS, eq. 1).
 
     Both passes use the same code, batches and un-rounded float32 logits, so that equal weights give exactly 0.
     Returns one float32 CPU tensor per prompt, [tokens], 0 at position 0, on every rank of the model-parallel group.
@@ -38,7 +38,7 @@ def prompt_scores(policy: Policy, prompts: Sequence[tuple[int, ...]], *, max_tok
 
 
 def model_output(policy: Policy, model: torch.nn.Module, batch: SequenceBatch) -> Tensor:
-    """[S, 1, D] hidden states, on the last stage after the final norm; [S/tp, 1, D] under sequence parallelism."""
+    """Computes hidden states [S, 1, D], on the last stage after the final norm; [S/tp, 1, D] if sequence-parallel."""
     packed = packed_sequences(batch, policy.mesh.cp_rank, policy.mesh.cp_size)
     return model(
         input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None, packed_seq_params=packed
@@ -46,7 +46,7 @@ def model_output(policy: Policy, model: torch.nn.Module, batch: SequenceBatch) -
 
 
 def micro_batches(policy: Policy, lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """`plan_micro_batches` under the policy's layout. A collective over data-parallel ranks."""
+    """Calls `plan_micro_batches` for the policy's layout. A collective over data-parallel ranks."""
     mesh = policy.mesh
     return plan_micro_batches(
         lengths,
@@ -59,6 +59,8 @@ def micro_batches(policy: Policy, lengths: Sequence[int], max_tokens: int) -> li
 
 
 class _Packed(NamedTuple):
+    """Pairs in packed micro-batches."""
+
     parts: list[list[int]]
     """Indices of the pairs of each micro-batch."""
     batches: list[SequenceBatch]
@@ -81,11 +83,15 @@ def _run(policy: Policy, pairs: Sequence[Pair], packed: _Packed, temperature: fl
     for chunk in policy.chunks:
         chunk.eval()
 
-    def forward_step(iterator: Iterator[SequenceBatch], model: torch.nn.Module, *_: object):
+    def forward_step(
+        iterator: Iterator[SequenceBatch], model: torch.nn.Module, *_: object
+    ) -> tuple[Tensor, Callable[..., Tensor]]:
         batch = next(iterator)
-        return model_output(policy, model, batch), lambda hidden, non_loss_data: token_log_probs(
-            policy, hidden, batch, temperature
-        )
+
+        def log_probs(hidden: Tensor, non_loss_data: bool) -> Tensor:
+            return token_log_probs(policy, hidden, batch, temperature)
+
+        return model_output(policy, model, batch), log_probs
 
     with torch.no_grad():
         results = get_forward_backward_func()(

@@ -1,4 +1,4 @@
-"""Who may touch the state of the last finished step: another thread can copy it while the main one goes on.
+"""A lock on the state of the last finished step, which another thread can copy while the main one goes on.
 
 Between two optimizer steps nothing changes weights or optimizer state, but two things move them: the optimizer's step
 itself, and the way to host memory and back. They hold the lock. The reference policy's weights come in other storages,
@@ -33,18 +33,18 @@ class FinishedStep:
 class StateGuard:
     """`finished` is None while weights and optimizer belong to no finished step. To be read with the lock held."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.lock = threading.Lock()
         self.finished: FinishedStep | None = None
         self._copied = False
 
     def finish(self, step: FinishedStep) -> None:
-        """Weights and optimizer are those of `step`."""
+        """Takes note that weights and optimizer are those of `step` from now on."""
         with self.lock:
             self.finished, self._copied = step, False
 
     def keep_copy(self) -> None:
-        """Before a step of several optimizer steps: the state before them stays at hand, in host memory."""
+        """Copies the finished step's state to host memory, for a step of several updates that will change it."""
         with self.lock:
             if self.finished is not None and not self._copied:
                 copies = tuple((piece, tensor.to("cpu", copy=True)) for piece, tensor in self.finished.pieces)
@@ -52,7 +52,7 @@ class StateGuard:
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Within the block weights and optimizer change."""
+        """Within the block weights and optimizer may change, and no other thread reads them."""
         with self.lock:
             if not self._copied:
                 self.finished = None

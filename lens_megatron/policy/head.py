@@ -1,25 +1,53 @@
-"""The LM head by `lens_kernels`, on hidden states: log-probabilities and losses without a [T, V] tensor of logits.
+"""Computes log-probabilities and losses from hidden states by `lens_kernels`, without a [T, V] tensor of logits.
 
-Megatron's own output layer is never called. Its weight, this rank's rows of the vocabulary, goes to the operators as it
-is; they sum the gradient of the hidden states over the tensor-parallel group themselves, and gather and scatter them
-under sequence parallelism.
+Megatron's own output layer is never called. Its weight, which is this rank's rows of the vocabulary, goes to the
+operators as it is; they sum the gradient of the hidden states over the tensor-parallel group themselves, and gather and
+scatter them under sequence parallelism.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from lens_kernels import PolicyLoss, linear_policy_loss, linear_token_logprobs
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from lens_megatron.algorithms.objectives import Objective
+from lens_megatron.algorithms.objectives import Objective, ObjectiveResult
 from lens_megatron.config import AlgorithmConfig
 from lens_megatron.policy.model import Policy
 from lens_megatron.types import MicroBatch, SequenceBatch
 
 
+@dataclass(frozen=True, slots=True)
+class MicroBatchLoss:
+    """This rank's share of a micro-batch's loss, and its parts at the t tokens that this rank asks about."""
+
+    loss: Tensor
+    """A float32 scalar, the only one that carries a gradient."""
+    log_probs: Tensor
+    """[t] float32, as are the following."""
+    entropy: Tensor
+    ratio: Tensor
+    clipped: Tensor
+    """1.0 where a clip holds, else 0."""
+    kl: Tensor
+
+
+class _HeadArguments(TypedDict):
+    """What both operators of lens_kernels take by name."""
+
+    rows: Tensor
+    temperature: float
+    valid_vocab_size: int
+    tp_group: ProcessGroup
+    sequence_parallel: bool
+
+
 def token_log_probs(policy: Policy, hidden: Tensor, sequences: SequenceBatch, temperature: float) -> Tensor:
-    """[T] float32 log-probabilities of `sequences.target_ids`, from the last stage's hidden states."""
-    return linear_token_logprobs(*_operands(policy, hidden, sequences), **_options(policy, sequences, temperature))
+    """Computes the log-probabilities [t] float32 of `sequences.target_ids` from the last stage's hidden states."""
+    arguments = _head_arguments(policy, sequences, temperature)
+    return linear_token_logprobs(hidden, _head_weight(policy), sequences.target_ids, **arguments)
 
 
 def micro_batch_loss(
@@ -29,31 +57,38 @@ def micro_batch_loss(
     objective: Objective,
     algorithm: AlgorithmConfig,
     temperature: float,
-) -> PolicyLoss:
-    """This rank's share of the micro-batch's loss under autograd, and its [t] parts. Weights and hidden states get
-    their gradients.
+) -> MicroBatchLoss:
+    """Computes the micro-batch's loss under autograd: the head's weight and the hidden states get their gradients.
 
     Token-level objectives take one pass over the head, which adds its weight's gradient to Megatron's buffer; an
     objective over whole sequences takes two, and the weight's gradient goes the ordinary way.
     """
-    operands, terms = _operands(policy, hidden, batch.sequences), batch.own_terms
-    options = _options(policy, batch.sequences, temperature)
+    weight, ids, terms = _head_weight(policy), batch.sequences.target_ids, batch.own_terms
+    arguments = _head_arguments(policy, batch.sequences, temperature)
     if objective.whole_sequences:
-        log_probs, entropy = linear_token_logprobs(*operands, **options, return_entropy=True)
+        log_probs, entropy = linear_token_logprobs(hidden, weight, ids, **arguments, return_entropy=True)
         return _whole_sequences_loss(policy, log_probs, entropy, batch, objective, algorithm)
 
-    options["accumulate_into"] = gradient_buffer(policy)
+    buffer = gradient_buffer(policy)
     fused = objective.fused(terms, algorithm) if objective.fused else None
     if fused is not None:
-        return linear_policy_loss(*operands, **options, **fused)
+        return _with_all_parts(linear_policy_loss(hidden, weight, ids, **arguments, accumulate_into=buffer, **fused))
 
     def losses(log_probs: Tensor, entropy: Tensor, part: slice) -> Tensor:
         return objective.losses(log_probs, entropy, terms.at(part), algorithm).losses
 
-    result = linear_policy_loss(*operands, **options, objective=losses)
+    result = linear_policy_loss(hidden, weight, ids, **arguments, accumulate_into=buffer, objective=losses)
     with torch.no_grad():
         tokens = objective.losses(result.logprobs, result.entropy, terms, algorithm)
-    return result._replace(ratio=tokens.ratio, clipped=tokens.clipped, kl=tokens.kl)
+    return MicroBatchLoss(result.loss, result.logprobs, result.entropy, tokens.ratio, tokens.clipped, tokens.kl)
+
+
+def _with_all_parts(result: PolicyLoss) -> MicroBatchLoss:
+    if result.ratio is None or result.clipped is None or result.kl is None:
+        raise RuntimeError(
+            "lens_kernels' own loss came without ratio, clipped or kl, which only an objective leaves out"
+        )
+    return MicroBatchLoss(result.loss, result.logprobs, result.entropy, result.ratio, result.clipped, result.kl)
 
 
 def _whole_sequences_loss(
@@ -63,46 +98,59 @@ def _whole_sequences_loss(
     batch: MicroBatch,
     objective: Objective,
     algorithm: AlgorithmConfig,
-) -> PolicyLoss:
-    """Under context parallelism every rank computes the loss of all T tokens, of which its own t carry a gradient:
-    the ranks' gradients add up to the whole. Its value counts the own tokens alone."""
+) -> MicroBatchLoss:
+    """Computes an objective whose tokens depend on each other.
+
+    Under context parallelism every rank computes the loss of all T tokens, of which its own t carry a gradient: the
+    ranks' gradients add up to the whole. The loss's value counts the own tokens alone.
+    """
     own = batch.sequences.own
     if own is None:
-        own = slice(None)
-    else:
-        whole = torch.zeros(2, len(batch.terms.first), device=log_probs.device)
-        whole[:, own] = torch.stack([log_probs.detach(), entropy.detach()])
-        torch.distributed.all_reduce(whole, group=policy.mesh.cp_group)
-        log_probs, entropy = whole[0].index_copy(0, own, log_probs), whole[1].index_copy(0, own, entropy)
-    tokens = objective.losses(log_probs, entropy, batch.terms, algorithm)
+        tokens = objective.losses(log_probs, entropy, batch.terms, algorithm)
+        return _of_tokens(tokens.losses.sum(), log_probs, entropy, tokens)
+    whole = torch.zeros(2, len(batch.terms.first), device=log_probs.device)
+    whole[:, own] = torch.stack([log_probs.detach(), entropy.detach()])
+    torch.distributed.all_reduce(whole, group=policy.mesh.cp_group)
+    all_log_probs, all_entropy = whole[0].index_copy(0, own, log_probs), whole[1].index_copy(0, own, entropy)
+    tokens = objective.losses(all_log_probs, all_entropy, batch.terms, algorithm)
     others = tokens.losses.detach().sum() - tokens.losses.detach()[own].sum()
-    parts = (log_probs, tokens.ratio, tokens.clipped, tokens.kl, entropy)
-    return PolicyLoss(tokens.losses.sum() - others, *(part.detach()[own] for part in parts))
+    owned = ObjectiveResult(*(part[own] for part in tokens))
+    return _of_tokens(tokens.losses.sum() - others, log_probs, entropy, owned)
+
+
+def _of_tokens(loss: Tensor, log_probs: Tensor, entropy: Tensor, tokens: ObjectiveResult) -> MicroBatchLoss:
+    return MicroBatchLoss(
+        loss,
+        log_probs.detach(),
+        entropy.detach(),
+        tokens.ratio.detach(),
+        tokens.clipped.detach(),
+        tokens.kl.detach(),
+    )
 
 
 def gradient_buffer(policy: Policy) -> Tensor | None:
-    """[V/tp, D] float32, Megatron's `main_grad` of the head, for the operator to add to; None: not allowed here.
+    """Returns Megatron's `main_grad` of the head, [V/tp, D] float32, if the operator may add to it, else None.
 
     After the backward, DDP's hook adds `weight.grad` to the same buffer: nothing, or the embedding's share if they are
     tied. With overlap_grad_reduce the hook insists on a `weight.grad`; a buffer of another precision cannot take
     float32 sums.
     """
-    weight = policy.models()[-1].head_weight()
-    buffer = getattr(weight, "main_grad", None)
+    buffer = getattr(_head_weight(policy), "main_grad", None)
     if buffer is None or buffer.dtype != torch.float32 or policy.chunks[-1].ddp_config.overlap_grad_reduce:
         return None
     return buffer
 
 
-def _operands(policy: Policy, hidden: Tensor, sequences: SequenceBatch) -> tuple[Tensor, Tensor, Tensor]:
-    return hidden, policy.models()[-1].head_weight(), sequences.target_ids
+def _head_weight(policy: Policy) -> Tensor:
+    return policy.models()[-1].head_weight()
 
 
-def _options(policy: Policy, sequences: SequenceBatch, temperature: float) -> dict[str, Any]:
-    return {
-        "rows": sequences.positions,
-        "temperature": temperature,
-        "valid_vocab_size": policy.vocab_size,
-        "tp_group": policy.mesh.tp_group,
-        "sequence_parallel": policy.bridge.config.sequence_parallel,
-    }
+def _head_arguments(policy: Policy, sequences: SequenceBatch, temperature: float) -> _HeadArguments:
+    return _HeadArguments(
+        rows=sequences.positions,
+        temperature=temperature,
+        valid_vocab_size=policy.vocab_size,
+        tp_group=policy.mesh.tp_group,
+        sequence_parallel=policy.bridge.config.sequence_parallel,
+    )

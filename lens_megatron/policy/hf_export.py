@@ -17,7 +17,7 @@ MAX_SHARD_BYTES = 2 << 30
 
 @dataclass(frozen=True, slots=True)
 class StagedExport:
-    """This rank's share of the export; the names of all."""
+    """This rank's share of the exported tensors, and the names of all of them."""
 
     own: dict[str, dict[str, Tensor]]
     """{file: {name: copy in host memory}} of the files that this rank writes."""
@@ -25,9 +25,9 @@ class StagedExport:
     """{name: file} of the whole policy."""
     total_bytes: int
     small_files: Mapping[str, bytes]
-    """Of the model that training began with: configuration, tokenizer. The main rank's."""
+    """Configuration and tokenizer files of the model that training began with, by name; only the main rank has them."""
     is_main: bool
-    """Of the rank that writes what is there once."""
+    """True on the rank that also writes the small files and the index of shards."""
 
 
 def stage(policy: Policy, small_files: Mapping[str, bytes], max_shard_bytes: int = MAX_SHARD_BYTES) -> StagedExport:

@@ -1,4 +1,4 @@
-"""Hugging Face directory <-> Megatron shards, through mbridge.
+"""Reads Hugging Face directories into Megatron shards through mbridge.
 
 `build_bridge` wraps mbridge's bridge of the model family with what its version lacks: the local layer spec of a machine
 without Transformer Engine, rotary scaling of Llama 3, transformers 5's rope parameters, per-instance name tables,
@@ -7,13 +7,15 @@ experts that are modules of their own.
 
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from mbridge.core.bridge import _MODEL_REGISTRY, Bridge
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.utils import unwrap_model
 from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig
@@ -23,7 +25,7 @@ from lens_megatron.policy.layers import use_own_layers
 
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""What Megatron-Core's RotaryEmbedding hard-codes for scaled rope."""
+"""The values that Megatron-Core's RotaryEmbedding hard-codes for scaled rope."""
 
 _LOCAL_NORMS = {
     "input_layernorm.weight": ["model.layers.{layer_number}.input_layernorm.weight"],
@@ -75,7 +77,7 @@ def _check_rope(where: str, rope: dict) -> None:
 def build_bridge(
     hf_config: PretrainedConfig, dtype: torch.dtype, tp_size: int, sequence_parallel: bool = False
 ) -> Bridge:
-    """A bridge whose `config` (TransformerConfig) fits this machine. Needs Megatron's parallel state."""
+    """Builds a bridge whose `config` (TransformerConfig) fits this machine; it needs Megatron's parallel state."""
     family = _MODEL_REGISTRY[hf_config.model_type]
     local = not transformer_engine_available()
     bridge_class = type(f"Lens{family.__name__}", (_LensBridge, family), {"local_spec": local})
@@ -98,7 +100,7 @@ def build_bridge(
 
 
 def _expert_options(hf_config: PretrainedConfig, local: bool) -> dict[str, Any]:
-    """What mbridge's Qwen3-MoE bridge leaves out, or takes for granted: as transformers computes it."""
+    """Returns the options that mbridge's Qwen3-MoE bridge leaves out or assumes, as transformers computes the model."""
     sparse = [
         i not in hf_config.mlp_only_layers and (i + 1) % hf_config.decoder_sparse_step == 0
         for i in range(hf_config.num_hidden_layers)
@@ -115,14 +117,20 @@ def _expert_options(hf_config: PretrainedConfig, local: bool) -> dict[str, Any]:
 
 
 def transformer_engine_available() -> bool:
-    """True where Transformer Engine is installed and has a GPU to run on."""
+    """Returns whether Transformer Engine is installed and has a GPU to run on."""
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
 class _LensBridge:
-    """Mixed in before an mbridge class; overrides its hooks."""
+    """This class is mixed in before an mbridge class, whose hooks it overrides."""
 
     local_spec: bool
+    has_vp_stage: bool
+    config: TransformerConfig
+    hf_config: PretrainedConfig
+    _DIRECT_MAPPING: dict[str, str]
+    _OTHER_MAPPING: dict[str, list[str]]
+    _MLP_MAPPING: dict[str, list[str]]
 
     def _adjust_mapping_for_shared_weights(self) -> None:
         self._DIRECT_MAPPING = dict(self._DIRECT_MAPPING)  # mbridge would write into the class, for every later model
@@ -132,12 +140,12 @@ class _LensBridge:
         if self.hf_config.tie_word_embeddings:
             self._DIRECT_MAPPING["output_layer.weight"] = "model.embed_tokens.weight"
 
-    def _get_transformer_layer_spec(self, vp_stage: int | None = None):
+    def _get_transformer_layer_spec(self, vp_stage: int | None = None) -> TransformerBlockSubmodules:
         self.has_vp_stage = True
         spec = get_gpt_decoder_block_spec(self.config, use_transformer_engine=not self.local_spec, vp_stage=vp_stage)
         return use_own_layers(spec) if self.local_spec else spec
 
-    def _get_gptmodel_args(self) -> dict:
+    def _get_gptmodel_args(self) -> dict[str, Any]:
         rope = dict(self.hf_config.rope_parameters)
         kind = rope.get("rope_type", "default")
         arguments = {
@@ -172,10 +180,10 @@ def _grouped_name(name: str) -> str:
     return re.sub(r"\.local_experts\.(\d+)\.(linear_fc\d\.weight)$", r".\2\1", name)
 
 
-def import_weights(bridge: Bridge, chunks: list[torch.nn.Module], path: str) -> None:
+def import_weights(bridge: Bridge, chunks: Sequence[torch.nn.Module], path: str) -> None:
     """Loads a Hugging Face directory into this rank's shards. Raises ModelError when a tensor is missing."""
     try:
         with torch.no_grad():
-            bridge.load_weights([GroupedNames(model) for model in unwrap_model(chunks)], path)
+            bridge.load_weights([GroupedNames(model) for model in unwrap_model(list(chunks))], path)
     except (KeyError, OSError, RuntimeError, AssertionError, ValueError, TypeError, SafetensorError) as error:
         raise ModelError(f"{path}: the weights do not fit its config.json: {error}") from error

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lens_megatron.policy.checkpoint import CheckpointWriter, Staged, TrainingState
+from lens_megatron.policy.checkpoint import CheckpointWriter, Staged
+from lens_megatron.policy.checkpoint_files import TrainingState
 from lens_megatron.policy.guard import FinishedStep
 from lens_megatron.policy.model import Policy
 from lens_megatron.policy.offload import TrainerMemory
@@ -27,7 +28,7 @@ SAVE_PATIENCE_S = 10.0
 """How long a stop waits for a save in flight."""
 
 
-class LastStep:
+class PolicyLastStep:
     """Implements `supervision.stop.LastStep` for this rank's part of the policy.
 
     Args:
@@ -38,7 +39,7 @@ class LastStep:
         self.policy, self.memory, self.saver, self.abandon = policy, memory, saver, abandon
 
     def finish(self, step: int, metric: float | None = None) -> None:
-        """To be called by the main thread when `step` is done, and what it leaves beside checkpoints is written."""
+        """Takes note of the state after `step`, from the main thread, when all else that the step leaves is written."""
         policy = self.policy
         pieces = [local for local in local_pieces(policy) if local.is_main_replica]
         policy.guard.finish(
@@ -54,6 +55,7 @@ class LastStep:
         )
 
     def hold(self, seconds: float) -> int | None:
+        """Keeps weights and optimizer as they are and returns their step; None where that takes over `seconds`."""
         guard = self.policy.guard
         if not guard.lock.acquire(timeout=seconds):
             return None
@@ -63,22 +65,34 @@ class LastStep:
         return guard.finished.step
 
     def release(self) -> None:
+        """Lets weights and optimizer change again after a successful `hold`."""
         self.policy.guard.lock.release()
 
     def is_saved(self) -> bool:
-        step = self.policy.guard.finished.step
+        """Returns whether the held step is in a checkpoint; waits for a save in flight."""
+        step = self._held().step
         if step > self.saver.saved_step:
             self.saver.wait_for_save(SAVE_PATIENCE_S)
         return step <= self.saver.saved_step
 
     def save(self, agree: Callable[[str | None], str | None]) -> str | None:
-        failure, staged = None, None
+        """Saves the held step and returns what failed on this rank or another. `agree` is a collective of all ranks."""
+        failure: str | None = None
+        staged: Staged | None = None
         try:
-            staged = self._stage(self.policy.guard.finished)
+            staged = self._stage(self._held())
         except Exception as error:  # the other ranks wait: they must hear of it, whatever it is
             failure = f"{type(error).__name__}: {error}"
         failure = agree(failure)
-        return failure if failure else self.saver.save_aside(staged, agree, SAVE_PATIENCE_S)
+        if failure is not None or staged is None:
+            return failure
+        return self.saver.save_aside(staged, agree, SAVE_PATIENCE_S)
+
+    def _held(self) -> FinishedStep:
+        finished = self.policy.guard.finished
+        if finished is None:
+            raise RuntimeError("no finished step is held; call hold() first and go on only if it returns a step")
+        return finished
 
     def _stage(self, finished: FinishedStep) -> Staged:
         with _own_stream(self.policy.mesh.device):
@@ -91,7 +105,7 @@ class LastStep:
 
 
 def _kept(policy: Policy, local: LocalPiece) -> Tensor:
-    """The live tensor; where the optimizer gives a copy instead, that in host memory: it stays for a whole step."""
+    """Returns the live tensor, or where the optimizer gives a copy, that copy in host memory: it stays a whole step."""
     copies = any(optimizer.config.use_precision_aware_optimizer for optimizer in optimizers(policy))
     return local.tensor.to("cpu") if copies and not local.piece.key.startswith("model/") else local.tensor
 
@@ -105,5 +119,5 @@ def _own_stream(device: torch.device) -> AbstractContextManager:
 
 
 def is_exported(folder: Path, step: int) -> bool:
-    """Whether the checkpoint of `step` in `folder` has its Hugging Face directory."""
+    """Returns whether the checkpoint of `step` in `folder` has its Hugging Face directory."""
     return (folder / f"iter_{step:07d}" / "hf").is_dir()

@@ -5,11 +5,13 @@ Megatron-Core's own local layers refuse the first two, and context parallelism w
 Engine whether it is there or not.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
@@ -24,60 +26,79 @@ from lens_megatron.batch.pack import chunks_held
 from lens_megatron.types import SequenceBatch
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PackedSequences(PackedSeqParams):
     """Sequences laid end to end, as Megatron's layers and Transformer Engine understand them, and as ours do."""
 
-    segments: tuple[tuple[int, int, int, int], ...] = ()
+    segments: tuple[tuple[int, int, int, int], ...]
     """(first query row, last + 1, first key row, last + 1): runs of this rank's queries, and the keys before and under
-    them, whose last rows are the queries' own. One per sequence; two under context parallelism."""
+    them, whose last rows are the queries' own. There is one per sequence, and two under context parallelism."""
+    run_bounds: tuple[Tensor, Tensor]
+    """[segments + 1] int32 each: where the segments' queries begin, and their keys in `key_rows`, and the ends."""
     key_order: Tensor | None = None
     """[S] int64 under context parallelism: where each row of the sequences stands among the ranks' gathered keys."""
     key_rows: Tensor | None = None
     """int64 under context parallelism: the key rows of every segment, one segment after the other."""
-    run_bounds: tuple[Tensor, Tensor] | None = None
-    """[segments + 1] int32 each: where the segments' queries begin, and their keys in `key_rows`, and the ends."""
 
 
 def packed_sequences(batch: SequenceBatch, cp_rank: int, cp_size: int) -> PackedSequences:
-    """What attention needs to know of `batch`, once for all layers."""
+    """Works out what attention needs to know of `batch`, once for all layers."""
     device, runs = batch.input_ids.device, list(pairwise(batch.bounds))
     bounds = torch.tensor(batch.bounds, dtype=torch.int32).to(device)
     longest = max(stop - start for start, stop in runs)
-    sizes = {"cu_seqlens_q": bounds, "cu_seqlens_kv": bounds, "max_seqlen_q": longest, "max_seqlen_kv": longest}
-    if cp_size == 1:
-        whole = tuple((start, stop, start, stop) for start, stop in runs)
-        return PackedSequences(qkv_format="thd", **sizes, segments=whole, run_bounds=(bounds, bounds))
-    segments, order, gathered = [], [], batch.bounds[-1] // cp_size
-    holders = {index: (rank, half) for rank in range(cp_size) for half, index in enumerate(chunks_held(rank, cp_size))}
+    segments = [(start, stop, start, stop) for start, stop in runs]
+    run_bounds, key_order, key_rows = (bounds, bounds), None, None
+    if cp_size > 1:
+        segments = list(_held_segments(runs, cp_rank, cp_size))
+        query_lengths, key_lengths = [b - a for a, b, _, _ in segments], [d - c for _, _, c, d in segments]
+        run_bounds = _starts_and_end(query_lengths, device), _starts_and_end(key_lengths, device)
+        key_order = torch.cat(list(_key_order(runs, cp_size))).to(device)
+        key_rows = torch.cat([torch.arange(c, d) for _, _, c, d in segments]).to(device)
+    return PackedSequences(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        segments=tuple(segments),
+        run_bounds=run_bounds,
+        key_order=key_order,
+        key_rows=key_rows,
+    )
+
+
+def _held_segments(runs: Sequence[tuple[int, int]], cp_rank: int, cp_size: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yields `PackedSequences.segments` of a context-parallel rank, whose queries are two chunks of each sequence."""
     for start, stop in runs:
         first, chunk = start // cp_size, (stop - start) // (2 * cp_size)
         for half, index in enumerate(chunks_held(cp_rank, cp_size)):
             begin = first + half * chunk
-            segments.append((begin, begin + chunk, start, start + (index + 1) * chunk))
+            yield begin, begin + chunk, start, start + (index + 1) * chunk
+
+
+def _key_order(runs: Sequence[tuple[int, int]], cp_size: int) -> Iterator[Tensor]:
+    """Yields, chunk by chunk of every sequence, which of the gathered rows they are; [rows of a chunk] int64 each."""
+    held = runs[-1][1] // cp_size
+    holders = {index: (rank, half) for rank in range(cp_size) for half, index in enumerate(chunks_held(rank, cp_size))}
+    for start, stop in runs:
+        first, chunk = start // cp_size, (stop - start) // (2 * cp_size)
         for index in range(2 * cp_size):
             rank, half = holders[index]
-            begin = rank * gathered + first + half * chunk
-            order.append(torch.arange(begin, begin + chunk))
-    return PackedSequences(
-        qkv_format="thd",
-        **sizes,
-        segments=tuple(segments),
-        key_order=torch.cat(order).to(device),
-        key_rows=torch.cat([torch.arange(c, d) for _, _, c, d in segments]).to(device),
-        run_bounds=tuple(
-            torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device)
-            for lengths in ([b - a for a, b, _, _ in segments], [d - c for _, _, c, d in segments])
-        ),
-    )
+            begin = rank * held + first + half * chunk
+            yield torch.arange(begin, begin + chunk)
+
+
+def _starts_and_end(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """[runs + 1] int32: where each run begins that follows the one before it, and where the last one ends."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device)
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """PyTorch's, with the mark by which Megatron sums its weight's gradient over a sequence-parallel group."""
+    """PyTorch's RMSNorm with the mark by which Megatron sums its weight's gradient over a sequence-parallel group."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
         super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # Megatron's mark
 
 
 class PackedAttention(MegatronModule):
@@ -86,7 +107,14 @@ class PackedAttention(MegatronModule):
     Under context parallelism keys and values are gathered over the group; their gradient is reduce-scattered back.
     """
 
-    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, pg_collection=None, **_: object):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        pg_collection: ProcessGroupCollection,
+        softmax_scale: float | None = None,
+        **_: object,
+    ):
         super().__init__(config=config)
         self.softmax_scale, self.cp_group = softmax_scale, pg_collection.cp
 
@@ -111,7 +139,7 @@ class PackedAttention(MegatronModule):
         return torch.cat(parts)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """One run of queries; row i of n sees all but the last n - 1 - i keys."""
+        """Attends one run of queries to its keys: row i of n sees all keys but the last n - 1 - i."""
         mask, (rows, columns) = None, (len(query), len(key))
         if rows != columns:
             mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
@@ -127,16 +155,17 @@ class PackedAttention(MegatronModule):
         if packed.key_rows is not None:  # flash attention wants each run's keys for itself
             key, value = key[packed.key_rows], value[packed.key_rows]
         longest = max(b - a for a, b, _, _ in packed.segments), max(d - c for _, _, c, d in packed.segments)
-        return varlen_attn(
+        out = varlen_attn(
             *(query, key, value, *packed.run_bounds, *longest),
             scale=self.softmax_scale,
             window_size=(-1, 0),  # causal, aligned to the last key
             enable_gqa=query.shape[1] != key.shape[1],
         )
+        return out if isinstance(out, Tensor) else out[0]
 
 
 class Router(TopKRouter):
-    """Megatron's, whose logits take a plain matrix product, in float32 or, if configured, float64."""
+    """Megatron's router, whose logits come from a plain matrix product in float32 or, if configured, float64."""
 
     def gating(self, input: Tensor) -> Tensor:
         """[S, B, D] -> [S, B, experts]"""
@@ -145,7 +174,7 @@ class Router(TopKRouter):
 
 
 def use_own_layers(spec: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
-    """Megatron's local layer spec with these layers in place of its own."""
+    """Puts these layers into Megatron's local layer spec, which it changes and returns."""
     for layer in spec.layer_specs:
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
         attention = layer.submodules.self_attention.submodules

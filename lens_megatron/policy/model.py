@@ -43,11 +43,11 @@ class HiddenStatesModel(GPTModel):
 
 @dataclass(slots=True)
 class Policy:
-    """The trained model on this rank and what it takes to train it."""
+    """The trained model on this rank, and what it takes to train it."""
 
     mesh: Mesh
     bridge: Bridge
-    chunks: list[torch.nn.Module]
+    chunks: list[DistributedDataParallel]
     """DDP-wrapped model chunks of this rank's pipeline stage."""
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
@@ -56,17 +56,17 @@ class Policy:
     reference: dict[str, Tensor] | None
     """The frozen reference policy's parameters of this rank, by Megatron name; None when nothing needs them."""
     version: int = 0
-    """Optimizer steps done."""
+    """The number of optimizer steps that have been done."""
     guard: StateGuard = field(default_factory=StateGuard)
 
     @property
     def vocab_size(self) -> int:
-        """Without padding: columns at and beyond it are not tokens."""
+        """The number of tokens without padding: columns from here on stand for no token."""
         return self.bridge.hf_config.vocab_size
 
     @property
     def layout(self) -> SequenceLayout:
-        """How this rank's part of a packed batch is cut."""
+        """How this rank's part of a packed batch is cut out of it."""
         shared = self.mesh.tp_size if self.bridge.config.sequence_parallel else 1
         return SequenceLayout(self.mesh.cp_rank, self.mesh.cp_size, shared)
 
@@ -75,7 +75,7 @@ class Policy:
 
 
 def build_policy(config: Config, mesh: Mesh) -> Policy:
-    """Loads `model.path` into this rank's shards, and `model.reference_path` (or the same) as the reference.
+    """Loads `model.path` into this rank's shards, and `model.reference_path` (or `model.path`) as the reference.
 
     Raises:
         ModelError: the directory cannot be used. ConfigError: a layout or pass-through option Megatron refuses.
@@ -124,7 +124,7 @@ def reference_weights(policy: Policy) -> Iterator[None]:
 
 
 def named_parameters(models: list[HiddenStatesModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Of all chunks of this rank's stage; names of chunks after the first tell which."""
+    """Yields the parameters of all chunks of this rank's stage; a chunk after the first is named in the prefix."""
     for chunk, model in enumerate(models):
         for name, parameter in model.named_parameters():
             yield f"chunk{chunk}.{name}" if chunk else name, parameter
@@ -180,7 +180,7 @@ def _wrap(model: GPTModel, config: Config) -> DistributedDataParallel:
     return DistributedDataParallel(model.config, ddp_config, model, disable_bucketing=later)
 
 
-def _build_optimizer(config: Config, chunks: list[torch.nn.Module]) -> MegatronOptimizer:
+def _build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
     ours = config.optimizer
     options = {
         "optimizer": "adam",
@@ -221,6 +221,8 @@ def _build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerP
     )
 
 
-def _finalize_without_token_scaling(chunks: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs) -> None:
+def _finalize_without_token_scaling(
+    chunks: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: Any
+) -> None:
     # The loss arrives already divided by global counts, so Megatron's own division by tokens must not happen.
     finalize_model_grads(chunks, None, **kwargs)

@@ -1,4 +1,4 @@
-"""Do the weight files of a model directory hold the model of its config.json? By their headers, on every rank."""
+"""Checks by their headers that the weight files of a model directory hold the model of its config.json."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ _SAME = (
     "head_dim", "intermediate_size", "tie_word_embeddings", "hidden_act", "rms_norm_eps", "rope_parameters",
     "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "attention_bias", "mlp_bias",
 )  # fmt: skip
-"""What decides how weights are used: the reference is computed by the policy's model."""
+"""Fields of config.json that decide how weights are used; the reference, computed by the policy's model, must agree."""
 
 
 def check_model(config: Config) -> PretrainedConfig:
@@ -66,7 +66,7 @@ def _check_tensor(where: str, name: str, stored: StoredTensor, shape: tuple[int,
 
 
 def check_reference(path: str, policy_config: PretrainedConfig, option: str = "model.reference_path") -> None:
-    """Like `check_weights`, of a model that the policy's computes. Raises ModelError where they differ, too."""
+    """Checks the reference as `check_weights` does, and that the policy's model computes it. Raises ModelError."""
     config = read_hf_config(path, option)
     for name in _SAME:
         here, there = _plain(getattr(policy_config, name, None)), _plain(getattr(config, name, None))
@@ -83,7 +83,7 @@ def _plain(value: Any) -> Any:
 
 
 def _expected_shapes(path: str, hf_config: PretrainedConfig, option: str) -> dict[str, tuple[int, ...]]:
-    """By the names in checkpoints. A tied head is left out."""
+    """Returns the shape of every tensor by its name in checkpoints; a tied head is left out."""
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(hf_config)

@@ -1,4 +1,4 @@
-"""The trainer's weights, gradients and optimizer state: to host memory while an engine uses the device, and back.
+"""Moves the trainer's weights, gradients and optimizer state to host memory while an engine uses the device, and back.
 
 Storages move, not tensors. One is emptied in place and filled again, so that all its views (parameters in Megatron's
 flat buffers, `main_grad`, the distributed optimizer's shards) are afterwards what they were. Gradients are not copied:
@@ -19,7 +19,7 @@ class TrainerMemory:
     """Moves one rank's part of the policy. Not a collective. The policy cannot be used while it is away.
 
     Args:
-        enabled: False: nothing ever moves.
+        enabled: with False nothing ever moves.
     """
 
     def __init__(self, policy: Policy, *, enabled: bool):
@@ -54,7 +54,7 @@ class TrainerMemory:
         return sum(size for _, size in self._away)
 
     def _copy(self, key: int, storage: UntypedStorage) -> Tensor:
-        """Of all bytes, in the memory that held it the last time; done once the device is."""
+        """Copies all bytes into the memory that held them the last time; the copy is done once the device is."""
         host = self._host.get(key)
         if host is None or host.numel() != storage.nbytes():
             host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=storage.device.type == "cuda")
@@ -66,7 +66,7 @@ class TrainerMemory:
             self._to_device()
 
     def read(self, tensor: Tensor) -> Tensor:
-        """A copy, in host memory, of a 1-D part of the policy, wherever that is. With the policy's guard held."""
+        """Returns a copy in host memory of a 1-D part of the policy, wherever that is. The caller holds the guard."""
         storage = tensor.untyped_storage()
         host = self._host.get(storage._cdata) if storage.nbytes() == 0 else None
         if host is None:
@@ -88,13 +88,13 @@ class TrainerMemory:
 
 
 def is_enabled(config: Config, device: torch.device) -> bool:
-    """`rollout.offload_trainer`, or its default."""
+    """Returns `rollout.offload_trainer`, or its default: only vLLM in the trainer's processes on a GPU needs it."""
     asked = config.rollout.offload_trainer
     return device.type == "cuda" and config.rollout.engine == "vllm" if asked is None else asked
 
 
 def _state(policy: Policy) -> Iterator[Tensor]:
-    """Weights, and what the optimizer keeps of them: main copies and moments."""
+    """Yields weights, and what the optimizer keeps of them: main copies and moments."""
     for chunk in policy.chunks:
         yield from (parameter.data for parameter in chunk.parameters())
     for optimizer in optimizers(policy):
@@ -114,8 +114,8 @@ def _gradients(policy: Policy) -> Iterator[Tensor]:
 
 
 def _storages(tensors: Iterable[Tensor], device: torch.device) -> dict[int, UntypedStorage]:
-    """Each once, those on `device` only: an optimizer may keep some of its state in host memory by itself."""
-    found = {}
+    """Returns each storage once, and only those on `device`: an optimizer may itself keep state in host memory."""
+    found: dict[int, UntypedStorage] = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()
         if storage.device.type == device.type and storage.nbytes():
@@ -124,7 +124,7 @@ def _storages(tensors: Iterable[Tensor], device: torch.device) -> dict[int, Unty
 
 
 def _bytes(storage: UntypedStorage) -> Tensor:
-    """[bytes] uint8, a view of all of it."""
+    """Returns a view of the whole storage, [bytes] uint8."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 

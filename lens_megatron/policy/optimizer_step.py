@@ -1,21 +1,20 @@
 """Micro-batches -> gradients -> one optimizer step."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 
 import torch
-from lens_kernels import PolicyLoss
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from lens_megatron.algorithms.mismatch import mismatch_sums
+from lens_megatron.algorithms.mismatch import mismatch_sums, sums_record
 from lens_megatron.algorithms.objectives import Objective
 from lens_megatron.config import AlgorithmConfig
 from lens_megatron.policy.forward import model_output
-from lens_megatron.policy.head import micro_batch_loss
+from lens_megatron.policy.head import MicroBatchLoss, micro_batch_loss
 from lens_megatron.policy.model import Policy
 from lens_megatron.types import LossScale, MicroBatch, MismatchSums, TokenTerms, UpdateStats
 
@@ -32,10 +31,11 @@ def optimizer_step(
     algorithm: AlgorithmConfig,
     temperature: float,
 ) -> UpdateStats:
-    """One optimizer step on this data-parallel rank's micro-batches. A collective over all ranks.
+    """Takes one optimizer step on this data-parallel rank's micro-batches. A collective over all ranks.
 
     The loss is the sum over all micro-batches of all ranks, whose weights already hold the global denominators, so
-    neither the layout nor the cut into micro-batches changes it. Non-finite loss or gradients: no step, `skipped`.
+    neither the layout nor the cut into micro-batches changes it. With a loss or gradient that is not finite no step is
+    taken and the statistics say `skipped`.
     """
     for chunk in policy.chunks:
         chunk.train()
@@ -65,7 +65,9 @@ def _forward_backward(
 ) -> list[Tensor]:
     """Returns one vector [SUMS + EXTREMES] per micro-batch on the last stage, nothing elsewhere."""
 
-    def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module, *_: object):
+    def forward_step(
+        iterator: Iterator[MicroBatch], model: torch.nn.Module, *_: object
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
         batch = next(iterator)
 
         def loss_function(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,7 +90,7 @@ def _forward_backward(
 
 @contextmanager
 def _router_losses_averaged(policy: Policy, batches: Sequence[MicroBatch]) -> Iterator[None]:
-    """Within the block, routers' own losses (load balance, size of logits) weigh as their means over the update's rows.
+    """Within the block, routers' own losses (load balance, size of logits) are means over the rows of the update.
 
     Megatron multiplies them by the rows a rank's router sees, and expects all gradients to be divided by the number of
     tokens in the end; here the policy's loss comes divided, so theirs must. Rows of padding count: routers see them.
@@ -111,7 +113,7 @@ def _router_losses_averaged(policy: Policy, batches: Sequence[MicroBatch]) -> It
             setattr(config, name, coefficient)
 
 
-def _sums(result: PolicyLoss, terms: TokenTerms) -> Tensor:
+def _sums(result: MicroBatchLoss, terms: TokenTerms) -> Tensor:
     """[SUMS + EXTREMES] float64: sums over the micro-batch's response tokens, those of MismatchSums for native and for
     rescued ones last; then max of -ratio and of ratio (native), and of |p - q| for either."""
     rescued, native = terms.rescued, ~terms.rescued
@@ -137,11 +139,12 @@ def _sums(result: PolicyLoss, terms: TokenTerms) -> Tensor:
     return torch.stack([value.double() for value in vector])
 
 
-def _compared(result: PolicyLoss, terms: TokenTerms, chosen: Tensor) -> Tensor:
-    """`MismatchSums` of the `chosen` [t] tokens, as a vector."""
-    trainer = torch.where(terms.trainer_log_probs.isnan(), result.logprobs, terms.trainer_log_probs)
-    columns = trainer, terms.engine_log_probs, terms.corrections, terms.limited
-    return mismatch_sums(*(column[chosen] for column in columns))
+def _compared(result: MicroBatchLoss, terms: TokenTerms, chosen: Tensor) -> Tensor:
+    """Computes `MismatchSums` of the tokens that `chosen` [t] names, as a vector."""
+    trainer = torch.where(terms.trainer_log_probs.isnan(), result.log_probs, terms.trainer_log_probs)
+    return mismatch_sums(
+        trainer[chosen], terms.engine_log_probs[chosen], terms.corrections[chosen], terms.limited[chosen]
+    )
 
 
 def _reduce(policy: Policy, vectors: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -182,6 +185,6 @@ def _stats(
         ratio_min=-float(extremes[0]) if any_native else 1.0,
         ratio_max=float(extremes[1]) if any_native else 1.0,
         skipped=skipped,
-        mismatch_native=MismatchSums(*sums[-2 * COMPARED : -COMPARED].tolist(), float(extremes[2])),
-        mismatch_rescued=MismatchSums(*sums[-COMPARED:].tolist(), float(extremes[3])),
+        mismatch_native=sums_record(sums[-2 * COMPARED : -COMPARED].tolist(), float(extremes[2])),
+        mismatch_rescued=sums_record(sums[-COMPARED:].tolist(), float(extremes[3])),
     )

@@ -16,7 +16,7 @@ from lens_megatron.config import MegatronConfig
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """Where this rank stands. Model-parallel group: the ranks that work on the same samples together (TP x CP x PP)."""
+    """Says where this rank stands. Ranks of a model-parallel group (TP x CP x PP) work on the same samples together."""
 
     rank: int
     world_size: int
@@ -25,13 +25,13 @@ class Mesh:
     pp_rank: int
     pp_size: int
     vp_size: int
-    """Model chunks per pipeline stage."""
+    """The number of model chunks per pipeline stage."""
     cp_rank: int
     cp_size: int
     dp_rank: int
     dp_size: int
     model_rank: int
-    """Rank within the model-parallel group."""
+    """The rank within the model-parallel group."""
     model_size: int
     tp_group: ProcessGroup
     pp_group: ProcessGroup
@@ -47,7 +47,7 @@ class Mesh:
 
     @property
     def last_stage_rank(self) -> int:
-        """Global rank of the last pipeline stage at this tensor- and data-parallel coordinate."""
+        """The global rank of the last pipeline stage with the same tensor- and data-parallel ranks."""
         return torch.distributed.get_global_rank(self.pp_group, self.pp_size - 1)
 
 
@@ -95,7 +95,7 @@ def build_mesh(layout: MegatronConfig, seed: int, device: torch.device, timeout_
 
 
 def _group_of_equal(number: int, device: torch.device, timeout_minutes: float) -> ProcessGroup:
-    """The group of all ranks that pass the same number. A collective over the world."""
+    """Builds the group of all ranks that pass the same number. A collective over the world."""
     numbers = torch.empty(torch.distributed.get_world_size(), dtype=torch.int64, device=device)
     torch.distributed.all_gather_into_tensor(numbers, torch.tensor([number], device=device))
     groups = [(numbers == value).nonzero()[:, 0].tolist() for value in numbers.unique().tolist()]

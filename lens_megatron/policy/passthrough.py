@@ -1,5 +1,7 @@
-"""`megatron.transformer`, `.ddp` and `.optimizer` beside the fields of Megatron-Core's own records, before a device is
-taken."""
+"""Checks `megatron.transformer`, `.ddp` and `.optimizer` against the fields of Megatron-Core's own records.
+
+No device is needed, so that mistakes are found before one is taken.
+"""
 
 import dataclasses
 import difflib
@@ -58,7 +60,7 @@ def _check_fields(section: str, given: dict[str, Any], record: type) -> None:
 
 
 def _why_not(value: Any, wanted: Any) -> str:
-    """What keeps `value` from being of the type `wanted`; empty if nothing does."""
+    """Returns what keeps `value` from being of the type `wanted`; an empty text if nothing does."""
     if isinstance(value, float) and not math.isfinite(value):
         return "expected a finite number"
     try:

@@ -5,12 +5,14 @@ On a machine without CUDA `install()` answers those with their CPU meaning. Wher
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
+from typing import Any
 
 import torch
-from torch.distributed import PrefixStore, ProcessGroup
+from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 from torch.overrides import TorchFunctionMode
 
@@ -25,10 +27,16 @@ _installed: list[TorchFunctionMode] = []
 class _CudaMeansCpu(TorchFunctionMode):
     """Turns a device that says cuda into cpu; `Tensor.type()` answers as on a GPU, because clip_grads asserts on it."""
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
         if "device" in kwargs and _is_cuda(kwargs["device"]):
-            kwargs = {**kwargs, "device": "cpu"}
+            kwargs["device"] = "cpu"
         if function is torch.Tensor.cuda:
             return args[0]
         if function is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
@@ -71,18 +79,22 @@ def install() -> torch.device:
 
 
 def _replace_cuda_functions() -> None:
-    cpu = torch.device("cpu")
-    torch.cuda.current_device = lambda: cpu
-    torch.cuda.synchronize = lambda *args, **kwargs: None
-    torch.cuda.Stream, stream = _Stream, _Stream()
-    torch.cuda.current_stream = lambda *args, **kwargs: stream
-    torch.cuda.stream = lambda stream: nullcontext()
-    torch.cuda.manual_seed = torch.manual_seed
-    torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    torch.cuda.FloatTensor = torch.FloatTensor
-    torch.cuda.IntTensor = torch.IntTensor
-    torch.cuda.LongTensor = torch.LongTensor
-    torch.cuda.DoubleTensor = torch.DoubleTensor
+    cpu, stream = torch.device("cpu"), _Stream()
+    replacements: dict[str, object] = {
+        "current_device": lambda: cpu,
+        "synchronize": lambda *args, **kwargs: None,
+        "Stream": _Stream,
+        "current_stream": lambda *args, **kwargs: stream,
+        "stream": lambda stream: nullcontext(),
+        "manual_seed": torch.manual_seed,
+        "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+        "FloatTensor": torch.FloatTensor,
+        "IntTensor": torch.IntTensor,
+        "LongTensor": torch.LongTensor,
+        "DoubleTensor": torch.DoubleTensor,
+    }
+    for name, replacement in replacements.items():
+        setattr(torch.cuda, name, replacement)
 
     from megatron.core.tensor_parallel import mappings
     from megatron.core.tensor_parallel import random as tensor_parallel_random
@@ -98,7 +110,7 @@ def _replace_cuda_functions() -> None:
 
 
 def _gather_unequal(gather: Callable) -> Callable:
-    """`gather` of the ranks' rows, where they may hold different numbers of them: gloo gathers equal sizes only."""
+    """Makes `gather` take ranks with different numbers of rows: gloo gathers equal sizes only."""
 
     def replacement(
         rows: torch.Tensor,
@@ -117,7 +129,7 @@ def _gather_unequal(gather: Callable) -> Callable:
 
 
 def _scatter_unequal(reduce_scatter: Callable) -> Callable:
-    """`reduce_scatter` likewise: sums everything on every rank."""
+    """Makes `reduce_scatter` do so too: it sums everything on every rank and keeps this rank's rows."""
 
     def replacement(
         rows: torch.Tensor,
@@ -135,8 +147,10 @@ def _scatter_unequal(reduce_scatter: Callable) -> Callable:
 
 
 def _as_if_moved(value: object, as_numpy: bool = False, record_stream: bool = False) -> object:
-    """What the dispatcher of tokens to experts makes of a count on a GPU; one on a CPU it would leave a tensor, which
-    gloo does not take for a list of sizes."""
+    """Turns a count into what the dispatcher of tokens to experts makes of it on a GPU.
+
+    On a CPU it would leave a tensor, which gloo does not take for a list of sizes.
+    """
     return value.numpy() if as_numpy and isinstance(value, torch.Tensor) else value
 
 
@@ -168,8 +182,8 @@ def open_control_store(device: torch.device) -> ControlStore:
 
     def start() -> str:
         processes.append(ControlProcess(_host_for_the_others()))
-        host, port = processes[0].address
-        return f"{processes[0].secret.hex()} {host} {port}"
+        address = processes[0].address
+        return f"{processes[0].secret.hex()} {address[0]} {address[1]}"
 
     try:
         secret, host, port = told_by_main(start, device).split()

@@ -1,4 +1,4 @@
-"""Megatron's model and optimizer <-> pieces of global tensors, the same whatever the layout; and the generators.
+"""Turns Megatron's model and optimizer into pieces of global tensors and back, whatever the layout; and generators.
 
 Megatron's `sharded_state_dict` says where each local parameter stands in its global tensor (layers are an axis of it,
 gate and up projections of a SwiGLU are boxes of their own) and which rank holds the copy that counts. The optimizer's
@@ -31,6 +31,8 @@ _NOT_SHARDED = ("step",)
 
 @dataclass(frozen=True, slots=True)
 class LocalPiece:
+    """A piece that this rank holds."""
+
     piece: Piece
     tensor: Tensor
     """1-D view of the live storage: writing to it changes the model or the optimizer."""
@@ -59,7 +61,7 @@ class _State:
 
 
 def layout() -> dict[str, int]:
-    """Sizes that decide which rank holds what. Equal layouts hold equal pieces."""
+    """Returns the sizes that decide which rank holds what. Equal layouts hold equal pieces."""
     return {
         "world_size": torch.distributed.get_world_size(),
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
@@ -71,11 +73,14 @@ def layout() -> dict[str, int]:
 
 
 def local_pieces(policy: Policy) -> list[LocalPiece]:
-    """Weights, buffers and optimizer tensors of this rank. `model/...`, `main/...`, `exp_avg/...`, `exp_avg_sq/...`."""
+    """Returns this rank's weights, buffers and optimizer tensors.
+
+    Their keys begin with `model/`, `main/`, `exp_avg/` and `exp_avg_sq/`.
+    """
     materialise(policy)
     model = list(_boxes(policy))
     boxes = {id(tensor): parts for tensor, parts in model}
-    pieces = []
+    pieces: list[LocalPiece] = []
     for tensor, parts in model:
         pieces += _cut(parts, "model", tensor.detach().view(-1), 0)
     for state in _optimizer_states(policy):
@@ -136,13 +141,13 @@ def materialise(policy: Policy) -> None:
 def generator_states(policy: Policy) -> dict[str, Tensor]:
     """Every generator of this process, as tensors: torch, the device's, Megatron's trackers, Python, numpy."""
     _, python, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()
+    numpy = np.random.get_state(legacy=False)
     states = {
         "rng/torch": torch.get_rng_state(),
         "rng/python": torch.tensor(python),
         "rng/python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-        "rng/numpy": torch.tensor([*keys.tolist(), position, has_gauss]),
-        "rng/numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+        "rng/numpy": torch.tensor([*numpy["state"]["key"].tolist(), numpy["state"]["pos"], numpy["has_gauss"]]),
+        "rng/numpy_gauss": torch.tensor([numpy["gauss"]], dtype=torch.float64),
     }
     states |= {f"rng/megatron.{name}": state.cpu() for name, state in get_cuda_rng_tracker().get_states().items()}
     if policy.mesh.device.type == "cuda":
@@ -151,7 +156,7 @@ def generator_states(policy: Policy) -> dict[str, Tensor]:
 
 
 def restore_generators(states: dict[str, Tensor]) -> None:
-    """The inverse of `generator_states`."""
+    """Puts every generator of this process into the state that `generator_states` returned."""
     gauss = states["rng/python_gauss"].tolist()
     random.setstate((3, tuple(states["rng/python"].tolist()), gauss[0] if gauss else None))
     *keys, position, has_gauss = states["rng/numpy"].tolist()

@@ -1,4 +1,4 @@
-"""Global tensors in pieces: safetensors files of pieces, and any other cut of them read back.
+"""Writes global tensors in pieces to safetensors files, and reads them back cut in any other way.
 
 A file's header says in its metadata where each of its pieces stands in its global tensor. A piece is a run of elements
 of a box: tensor and pipeline parallelism cut a global tensor into boxes, the distributed optimizer cuts the flattened
@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -71,6 +71,8 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class StoredPiece:
+    """A piece and the name of the file that holds it."""
+
     file: str
     piece: Piece
 
@@ -89,7 +91,7 @@ def write_file(path: Path, pieces: Iterable[tuple[Piece, Tensor]], others: Mappi
 
 
 def read_pieces(folder: Path, files: Iterable[str]) -> tuple[StoredPiece, ...]:
-    """What the headers of `files` say.
+    """Reads from the headers of `files` which pieces they hold.
 
     Raises ShardError when a file is missing, or the pieces of a tensor do not add up to it.
     """
@@ -114,7 +116,9 @@ class ShardReader:
     """Reads any piece of the tensors of a folder, however they were cut. Use as a context manager."""
 
     def __init__(self, folder: Path, pieces: Iterable[StoredPiece]):
-        self.folder, self._files, self._open = folder, ExitStack(), {}
+        self.folder, self._files = folder, ExitStack()
+        self._open: dict[str, Any] = {}
+        """safetensors' handles of the files that have been read from."""
         self._by_key: dict[str, list[StoredPiece]] = {}
         for stored in pieces:
             self._by_key.setdefault(stored.piece.key, []).append(stored)
@@ -204,5 +208,12 @@ def _slices(low: list[int], high: list[int], offset: tuple[int, ...]) -> tuple[s
 
 
 def _piece(record: Mapping[str, Any]) -> Piece:
-    values = {field.name: record[field.name] for field in fields(Piece)}
-    return Piece(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    return Piece(
+        key=record["key"],
+        global_shape=tuple(record["global_shape"]),
+        offset=tuple(record["offset"]),
+        shape=tuple(record["shape"]),
+        start=record["start"],
+        stop=record["stop"],
+        padded=record["padded"],
+    )

@@ -26,7 +26,7 @@ R = TypeVar("R")
 _HEADER = struct.Struct("<8sQ")
 _COUNT = struct.Struct("<Q")
 _CODES: dict[object, str] = {int: "q", float: "d", bool: "?"}
-"""What `struct` calls the types whose tuples are written at once."""
+"""The types whose tuples are written at once, with the codes that `struct` has for them."""
 
 
 class _Reader:
@@ -57,7 +57,7 @@ class _Form:
     """How the values of one type stand in the bytes."""
 
     layout: str
-    """Two types with the same layout are the same bytes."""
+    """The type's name, and those of all its parts; types with equal layouts read each other's bytes."""
     write: Callable[[bytearray, Any], None]
     read: Callable[[_Reader], Any]
 
@@ -99,7 +99,7 @@ def decode(record_type: type[R], data: bytes | bytearray | memoryview) -> list[R
 
 
 def _form(hint: Any) -> _Form:
-    """Raises TypeError for a type that the module's table lacks."""
+    """How values of the type `hint` are written and read. Raises TypeError for a type that the module's table lacks."""
     arguments = get_args(hint)
     if hint in _CODES:
         return _number_form(hint)

@@ -9,7 +9,7 @@ from decimal import Decimal
 MAX_BOX_CHARS = 1_000
 """A longer answer is not an answer; it is a degenerate completion that would only cost parsing time."""
 MAX_BOXES = 16
-"""That are read as one answer."""
+"""The most boxes that are read as one answer."""
 
 _BOX = "\\boxed"
 _MAX_GAP = 20  # white space allowed between \boxed and its brace
@@ -36,8 +36,8 @@ def last_box(completion: str) -> tuple[str | None, str]:
     r"""Content of the last `\boxed{...}` and, if there is none, the reason.
 
     Boxes of a paragraph with nothing but separators between them are one answer: `\boxed{1}, \boxed{2}` is `1, 2`, and
-    `\boxed{1} or \boxed{1}` is `1`. The last
-    box decides even if it is unusable: an earlier one is an intermediate result as far as anyone can know.
+    `\boxed{1} or \boxed{1}` is `1`. The last box decides even if it is unusable: an earlier one is an intermediate
+    result as far as anyone can know.
 
     Returns (content, "") with the outer white space removed, or (None, why).
     """
@@ -55,7 +55,7 @@ def last_box(completion: str) -> tuple[str | None, str]:
 
 
 def _chain(text: str, last: int) -> list[int]:
-    """Where the boxes begin that form one answer with the one that begins at `last`."""
+    """Finds where the boxes begin that form one answer with the box that begins at `last`."""
     starts = [last]
     while len(starts) < MAX_BOXES and (before := text.rfind(_BOX, 0, starts[0])) >= 0:
         content, _, end = _read_box(text, before)
@@ -121,7 +121,7 @@ _SEPARATORS = str.maketrans("", "", "{},\\")
 
 
 def plain_number(latex: str) -> Decimal | None:
-    """Value of an integer or decimal of at most 15 digits, thousands separators allowed; None for anything else.
+    """The value of an integer or decimal of at most 15 digits, thousands separators allowed; None for anything else.
 
     Fifteen, because beyond it math-verify's floats begin to round and the two comparisons could differ. White space
     inside is not accepted: "1, 234" may be a list.

@@ -1,4 +1,4 @@
-r"""What no answer needs and what costs math-verify seconds to hours: refused before it is tried.
+r"""Refuses what no answer needs and what would cost math-verify seconds to hours.
 
 math-verify's grammar backtracks over brackets (40 pairs around a 1 take 4 s), and sympy computes whatever it is given
 (`9^{9^{9}}` has 370 million digits). Of 28,650 expected answers of ten public sets of problems the deepest nests 5
@@ -15,7 +15,7 @@ MAX_BARS = 20
 MAX_WORDS = 40
 MAX_DIGITS = 1_000_000
 MAX_TERMS = 10_000
-"""Of a sum or product over a range; the exponent of a sum, which sympy might expand."""
+"""The most terms of a sum or product over a range, and the largest exponent of a sum, which sympy might expand."""
 
 _BRACKET = re.compile(r"\\?[\[({})\]]")
 _WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}")
@@ -42,9 +42,9 @@ def nesting(latex: str) -> int:
 
 
 def is_too_large(expression: object) -> bool:
-    """Whether computing this would take numbers of more than MAX_DIGITS digits, or sums of more than MAX_TERMS terms.
+    """True if computing this would take numbers of more than MAX_DIGITS digits, or sums of more than MAX_TERMS terms.
 
-    Of a sympy expression that is not evaluated yet; computes nothing but bounds, in floating point.
+    `expression` is sympy's and not evaluated yet. Nothing is computed but bounds, in floating point.
     """
     try:
         return isinstance(expression, sympy.Basic) and _digits(expression) > MAX_DIGITS
@@ -53,7 +53,7 @@ def is_too_large(expression: object) -> bool:
 
 
 def _digits(node: sympy.Basic) -> float:
-    """A bound on the digits of the numbers that arise in computing it; infinite where terms are too many."""
+    """A bound on the digits of the numbers that arise in computing `node`; infinite where it has too many terms."""
     if isinstance(node, sympy.Rational):
         return math.log10(max(abs(node.p), node.q))
     if isinstance(node, sympy.Float):
@@ -74,5 +74,5 @@ def _digits(node: sympy.Basic) -> float:
 
 
 def _size(digits: float) -> float:
-    """The largest number of so many digits."""
+    """The largest number that has so many digits."""
     return 10.0**digits if digits < 300 else math.inf

@@ -17,13 +17,14 @@ from pathlib import Path
 from lens_megatron.reward import worker
 
 POLL_S = 0.2
-"""Between two looks at whether the trainer is still there."""
+"""Seconds between two looks at whether the trainer is still there."""
 
 _WATCHED = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def main(parent: int, grader: str) -> None:
+    """Forks the grading process and waits until it, or the trainer with process id `parent`, has ended."""
     prctl, keeper = ctypes.CDLL(None).prctl, os.getpid()
     signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
     prctl(_PR_SET_CHILD_SUBREAPER, 1)  # processes whose parent has ended become children of this one
@@ -47,7 +48,7 @@ def main(parent: int, grader: str) -> None:
 
 
 def _reap(child: int) -> bool:
-    """Collects what has ended. True once `child` has."""
+    """Collects processes that have ended. Returns True once `child` has."""
     ended = False
     while not ended and (pid := os.waitpid(-1, os.WNOHANG)[0]):
         ended = pid == child
@@ -55,7 +56,7 @@ def _reap(child: int) -> bool:
 
 
 def _end_descendants(child: int) -> None:
-    """Kills generation by generation: the children of what is killed become children of this process."""
+    """Kills one generation after the other: the children of killed processes become children of this one."""
     generation = [child]
     while generation:
         for pid in generation:

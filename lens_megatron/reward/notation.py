@@ -1,4 +1,4 @@
-"""What people write in answers and math-verify reads wrongly. On text alone; standard library only."""
+"""What people write in answers and math-verify reads wrongly. Standard library only; it looks at the text alone."""
 
 import re
 
@@ -22,7 +22,7 @@ _NUMBER_WITH_UNIT = re.compile(
 
 
 def tidy(latex: str) -> str:
-    r"""Rewrite what math-verify is known to read wrongly, without changing the meaning; one line of LaTeX, no `$`.
+    r"""Rewrites what math-verify is known to read wrongly, without changing the meaning, as one line without `$`.
 
     `1\,234`, `1 234` -> `1234`; `1,234/2` -> `1234/2`; `3 1/2` -> `3\frac{1}{2}`; `1.5e-3` -> `1.5 \times 10^{-3}`;
     `90°` -> `90^\circ`; `58 square units` -> `58`. Line breaks and a full stop at the end are dropped.
@@ -45,7 +45,7 @@ def _join_thousands(text: str) -> str:
 
 
 def count_items(latex: str) -> int:
-    """How many answers are listed: at commas, `and` and `or` outside of brackets, but those of a set around it all."""
+    """Counts the answers listed, divided by commas, `and` or `or` outside of brackets other than a set around all."""
     text = _AND.sub(",", tidy(latex)).replace("\\left", "").replace("\\right", "").strip()
     if text.startswith("\\{") and text.endswith("\\}"):
         text = text[2:-2]

@@ -30,7 +30,7 @@ MAX_FAILED_STARTS = 3
 ANSWERS_PER_WORKER = 16
 CACHED_VERDICTS = 4096
 LOOK_S = 0.5
-"""Between two looks at whether processes live, while nothing arrives from them."""
+"""Seconds between two looks at whether processes live, while nothing arrives from them."""
 
 
 class GraderStartError(UserError):
@@ -102,7 +102,7 @@ class GraderPool:
             self._advance(LOOK_S)
 
     def poll(self) -> list[tuple[int, Grade]]:
-        """Grades that are there and were not yet taken. Does not block."""
+        """Takes the grades that are there, with their tickets. Does not block."""
         self._advance(0.0)
         with self._lock:
             taken = list(self._done.items())
@@ -170,7 +170,7 @@ class GraderPool:
         return max(0.0, min(limits, default=float("inf")) - time.monotonic())
 
     def _look_after(self, process: GradingProcess, unwatched: float) -> None:
-        """Takes its verdicts; replaces it if it is lost or late. `unwatched`: seconds since the last look."""
+        """Takes a process's verdicts, and replaces it if it is lost or late. `unwatched`: seconds since last looked."""
         frames, closed = process.receive()
         for frame in frames:
             if "ready" in frame:
@@ -230,7 +230,7 @@ class GraderPool:
                     self._verdicts.popitem(last=False)
 
     def _dispatch(self) -> None:
-        """The least loaded process gets the next answer; `workers` of them work, and none holds too many answers."""
+        """Gives the next answers to the processes that hold fewest. `workers` of them work; none holds too many."""
         while self._queue:
             ready = [p for p in self._processes if p.ready]
             if sum(bool(p.tasks) for p in ready) >= self.workers:

@@ -15,7 +15,7 @@ from lens_megatron.reward.worker import split_frames
 
 ROOT = Path(__file__).resolve().parents[2]
 GRACE_S = 5.0
-"""For a keeper to end what is below it, before its process group is killed."""
+"""Seconds that a keeper has to end what is below it, before its process group is killed."""
 
 
 @dataclass(slots=True)
@@ -46,7 +46,7 @@ class GradingProcess:
         )
         self.input, self.output = _pipes(self.keeper)
         self.pid: int | None = None
-        """Of the grading process, known once it is ready."""
+        """The id of the grading process, which is known once it is ready."""
         self.tasks: deque[Task] = deque()
         self.started = time.monotonic()
         self.inbox = self.outbox = b""
@@ -56,6 +56,7 @@ class GradingProcess:
         return self.pid is not None
 
     def assign(self, task: Task) -> None:
+        """Gives the process one more answer. The time of its first one begins when it had none."""
         if not self.tasks:
             self.started = time.monotonic()
         self.tasks.append(task)
@@ -73,7 +74,7 @@ class GradingProcess:
             self.outbox = b""  # it died, which `receive` and `has_died` tell
 
     def receive(self) -> tuple[list[dict], bool]:
-        """(whole frames, whether the process has closed its output)."""
+        """Returns the whole frames that have arrived, and whether the process has closed its output."""
         closed = False
         try:
             while chunk := os.read(self.output.fileno(), 1 << 16):
@@ -85,7 +86,7 @@ class GradingProcess:
         return frames, closed
 
     def has_died(self) -> bool:
-        """The keeper, which ends when the grading process does. It stays a zombie, so that its id stays its own."""
+        """Whether the keeper has ended, as it does after the grading process. As a zombie it keeps its id to itself."""
         try:
             return os.waitid(os.P_PID, self.keeper.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
         except ChildProcessError:
@@ -100,7 +101,7 @@ class GradingProcess:
 
 
 def end(processes: Sequence[GradingProcess]) -> None:
-    """Ends them, and all that their graders have started; waits for it."""
+    """Ends the processes and all that their graders have started, and waits until they are gone."""
     for process in processes:
         for number in (signal.SIGTERM, signal.SIGCONT):  # a keeper that was stopped goes on, and hears the first
             _signal(os.kill, process.keeper.pid, number)

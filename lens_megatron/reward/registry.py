@@ -1,4 +1,4 @@
-"""Name -> grader: a function (completion, answer, meta) -> Verdict. Users add theirs as `module:function`."""
+"""Name -> grader, a function (completion, answer, meta) -> Verdict. Users add theirs as `module:function`."""
 
 import difflib
 import importlib
@@ -92,7 +92,7 @@ def _scored(result: Any) -> Verdict:
 
 
 def _number(value: Any) -> float:
-    """Python's numbers, NumPy's, and tensors of one element."""
+    """Reads a score: a number of Python's or NumPy's, or a tensor of one element. Raises ValueError for others."""
     number = None
     if not isinstance(value, str | bytes | bytearray):
         try:

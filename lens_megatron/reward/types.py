@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class GradeStatus(StrEnum):
-    """What grading one completion came to. Exactly one of these is true of every sample."""
+    """The result of grading one completion. Every sample has exactly one."""
 
     CORRECT = "correct"
     WRONG = "wrong"
@@ -22,7 +22,7 @@ class GradeStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a grader says about one completion; a `Grade` without the time it took."""
+    """The judgement of a grader on one completion; a `Grade` without the time it took."""
 
     status: GradeStatus
     score: float
@@ -39,11 +39,11 @@ class Grade:
 
     status: GradeStatus
     score: float
-    """The reward. 1 for correct and 0 for everything else, unless a custom grader gives its own."""
+    """The reward: 1 for correct and 0 for everything else, unless a custom grader gives its own."""
     seconds: float
     """Wall-clock time from the start of grading, without the time spent in the queue."""
     extracted: str | None = None
-    """What was read out of the completion as its answer, None if nothing was."""
+    """The text that was read out of the completion as its answer, None if nothing was."""
     detail: str = ""
     """Why, in words, where the status alone does not say it."""
     regraded: bool = False
@@ -56,7 +56,7 @@ class Grade:
 
 @dataclass(frozen=True, slots=True)
 class GradeCounts:
-    """How many samples came to each status. Example: GradeCounts.of(grades).timeout."""
+    """Counts the samples of each status. Example: GradeCounts.of(grades).timeout."""
 
     correct: int = 0
     wrong: int = 0

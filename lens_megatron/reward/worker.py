@@ -17,11 +17,11 @@ from lens_megatron.reward.registry import Grader, load_grader
 from lens_megatron.reward.types import GradeStatus, Verdict
 
 MEMORY_BYTES = 2 << 30
-"""Address space a grading may add before it counts as a crash."""
+"""Bytes of address space that a grading process may add after its start. To need more counts as a crash."""
 
 
 def read_frame(stream: BinaryIO) -> dict | None:
-    """None at the end of the stream."""
+    """Reads one frame. Returns None at the end of the stream."""
     header = stream.read(4)
     if len(header) < 4:
         return None
@@ -29,13 +29,13 @@ def read_frame(stream: BinaryIO) -> dict | None:
 
 
 def encode_frame(content: dict) -> bytes:
-    """ASCII JSON, so that lone surrogates travel as escapes."""
+    """Makes a frame of ASCII JSON, so that lone surrogates travel as escapes."""
     body = json.dumps(content).encode("ascii")
     return struct.pack("<I", len(body)) + body
 
 
 def split_frames(buffer: bytes) -> tuple[list[dict], bytes]:
-    """(whole frames, the rest) of bytes received so far."""
+    """Returns the whole frames among the bytes that were received so far, and the bytes after them."""
     frames = []
     while len(buffer) >= 4 and len(buffer) >= 4 + (size := struct.unpack_from("<I", buffer)[0]):
         frames.append(json.loads(buffer[4 : 4 + size]))

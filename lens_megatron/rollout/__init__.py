@@ -1,1 +1,1 @@
-"""Sampling: engines behind one protocol, and the two-wave scheduler that drives them."""
+"""Samples rollouts: engines behind one protocol, and the scheduler of two waves that drives them."""

@@ -1,10 +1,10 @@
 """Requests on their way through engines: this rank's own, or all engines of the job with one queue between them.
 
-`OwnQueue` keeps what waits here and gives its engine what that can run at once, so that what is urgent overtakes.
-`SharedQueue` puts every batch into the request store. Engines take from it while they have room and run less than their
-share of all that is unfinished: those with little left take over from those with much, and a second wave starts
-wherever there is room. Which engine serves a request is then a matter of timing. What it draws is not, up to rounding:
-that is a function of weights, prompt and seed.
+`OwnQueue` keeps the requests that wait and gives its engine no more than it can run at once, so that urgent requests
+overtake the others. `SharedQueue` puts every batch into the request store. Engines take from it while they have room
+and run less than their share of all that is unfinished: engines with little left take over from those with much, and a
+second wave starts wherever there is room. Which engine serves a request is then a matter of timing. What it draws is
+not, up to rounding: that is a function of weights, prompt and seed.
 """
 
 import heapq
@@ -17,13 +17,16 @@ from lens_megatron.rollout.engine import Completion, EnginesLostError, Request, 
 from lens_megatron.rollout.request_store import RequestBatch, RequestStore
 
 LOOK_SECONDS = 0.02
-"""Between two looks at the request_store: a step of an engine takes about as long."""
+"""The seconds between two looks at the request store; a step of an engine takes about as long."""
 
 Timed = Callable[[], AbstractContextManager]
 
 
 class RequestQueue(Protocol):
-    """What samplers see. Request ids are unique among all queues of the job: see `first_id` and `id_step`."""
+    """What the scheduler and evaluations see of a queue.
+
+    Request ids are unique among all queues of the job: this one's are `first_id`, `first_id + id_step`, and so on.
+    """
 
     first_id: int
     id_step: int
@@ -32,40 +35,40 @@ class RequestQueue(Protocol):
         """Queues requests that share a prompt."""
 
     def step(self) -> list[Completion]:
-        """Gives the engine what it has room for, lets it do one step, and returns what has ended of the requests added.
+        """Gives the engine the requests it has room for, lets it take a step, and returns what has ended.
 
         Raises EnginesLostError when no engine is left to serve them.
         """
 
     def cancel(self, request_ids: Collection[int]) -> None:
-        """Forgets requests: `step` never returns them."""
+        """Forgets requests; `step` never returns their completions."""
 
     def room(self) -> int:
-        """Sequences that this rank's engine could run besides those it runs and those that wait."""
+        """The number of sequences that this rank's engine could run besides those that it runs and those that wait."""
 
     @property
     def waiting(self) -> int:
-        """Requests that no engine has yet, as far as this rank knows."""
+        """The number of requests that no engine has yet, as far as this rank knows."""
 
     @property
     def discarded_tokens(self) -> int:
-        """That this rank's engine has generated for requests cancelled since."""
+        """The number of tokens that this rank's engine generated for requests before they were cancelled."""
 
     def finish(self) -> None:
-        """To be called once nothing more is needed; serves the others until they need nothing either."""
+        """Must be called once nothing more is needed. It serves the other ranks until they need nothing either."""
 
 
 class OwnQueue:
-    """Implements `RequestQueue` for one engine that serves this rank alone. Deterministic if the engine is."""
+    """Implements `RequestQueue` for one engine that serves this rank alone. It is deterministic if the engine is."""
 
     first_id, id_step = 0, 1
 
     def __init__(self, engine: RolloutEngine, timed: Timed = nullcontext):
         self.engine, self.timed = engine, timed
         self.heap: list[tuple[bool, float, int, Request]] = []
-        """Urgent ones first, then the longest expected, then in order of request ids."""
+        """Requests that wait: urgent ones first, then those expected to be longest, then in the order of their ids."""
         self.running: dict[int, tuple[bool, float, Request]] = {}
-        """In the engine, with what they are queued by."""
+        """Requests in the engine, by id, with the keys that they would be queued by again."""
         self.discarded_tokens = 0
 
     @property
@@ -73,7 +76,7 @@ class OwnQueue:
         return len(self.heap)
 
     def requests(self) -> set[int]:
-        """Ids of those waiting and running."""
+        """The ids of the requests that wait or run."""
         return {*self.running, *(number for _, _, number, _ in self.heap)}
 
     def add(self, requests: Sequence[Request], *, urgent: bool, expected_length: float) -> None:
@@ -92,7 +95,7 @@ class OwnQueue:
         return completions
 
     def serve(self) -> list[Completion]:
-        """`step`, where a queue without an engine is no mistake."""
+        """Does what `step` does, but does not mind that the engine serves nothing now."""
         self._feed(self.engine.capacity())
         if not self.running:
             return []
@@ -129,7 +132,7 @@ class OwnQueue:
 
 
 class SharedQueue:
-    """Implements `RequestQueue` for the engines of all ranks together. A new one for every phase, on every rank.
+    """Implements `RequestQueue` for the engines of all ranks together. Every rank makes a new one for every phase.
 
     This rank's engine is fed by an `OwnQueue` of what it has claimed, its own requests and others'.
     """
@@ -140,9 +143,9 @@ class SharedQueue:
         self.first_id, self.id_step = request_store.rank, request_store.world_size
         self.capacity, self.engines = engine.capacity(), int(not engine.hopeless())
         self.open: list[tuple[bool, bool, float, int, RequestBatch]] = []
-        """A heap of batches seen and perhaps not claimed by anyone yet: urgent, own, longest expected."""
+        """A heap of batches that perhaps nobody has claimed: urgent, then own, then those expected to be longest."""
         self.own: set[int] = set()
-        """Ids of requests added here and not returned yet."""
+        """The ids of requests that were added here and whose completions were not returned yet."""
         self.withdrawn: set[int] = set()
         self.looked = 0.0
         request_store.begin(self.capacity, self.engines)
@@ -180,7 +183,7 @@ class SharedQueue:
         return ended
 
     def _look(self) -> list[Completion]:
-        """Reads the store and claims what this engine should do next."""
+        """Reads the store, claims what this engine should do next, and returns completions from other engines."""
         self.looked = time.monotonic()
         capacity = self.engine.capacity()
         if capacity != self.capacity:
@@ -206,7 +209,7 @@ class SharedQueue:
         return self.request_store.received()
 
     def _stop_withdrawn(self) -> None:
-        """Those that nobody has claimed yet are dropped by whoever does."""
+        """Cancels withdrawn requests that this rank has claimed. Whoever claims the others later drops them then."""
         new = self.request_store.newly_withdrawn()
         self.withdrawn |= new
         self._drop(new & self.claimed.requests())
@@ -217,7 +220,7 @@ class SharedQueue:
             self.request_store.finished(len(claimed))
 
     def _hand_back(self) -> None:
-        """What an engine without servers has claimed is for the others."""
+        """If this engine serves nothing now, offers the requests that it has claimed to the other engines."""
         if self.engine.capacity():
             return
         for late, length, _, request in self.claimed.heap:
@@ -238,5 +241,8 @@ class SharedQueue:
 
 
 def open_queue(engine: RolloutEngine, request_store: RequestStore | None, timed: Timed = nullcontext) -> RequestQueue:
-    """A phase of sampling: among all ranks where there is a store, a collective then; else with the own engine."""
+    """The queue of a phase of sampling: for this rank's engine alone, or, given a store, for those of all ranks.
+
+    With a store every rank must open one. `timed` is entered around every step of the engine.
+    """
     return SharedQueue(engine, request_store, timed) if request_store else OwnQueue(engine, timed)

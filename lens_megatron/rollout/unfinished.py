@@ -1,4 +1,4 @@
-"""Graded groups of the step in progress, kept on disk until the step is done, so that a restart samples only the rest.
+"""Keeps graded groups of the step in progress on disk until the step is done, so that a restart samples only the rest.
 
     run.directory/unfinished/step_000014_00003_of_00008.jsonl     one line per group, share 3 of 8
 
@@ -22,25 +22,27 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class UnfinishedGroups:
-    """Those of one rank. `share` of `shares`, from 0."""
+    """The graded groups of one share of every step."""
 
     folder: Path
     share: int
+    """The number of this rank's share, from 0."""
     shares: int
+    """The number of shares of a step."""
     staleness: int = 0
-    """Updates that the policy may be ahead of the one that sampled."""
+    """How many updates the policy may be ahead of the one that sampled a group."""
     found: tuple[Path, ...] = field(init=False)
-    """Files of the attempt before, listed once: what others write later holds nothing of this rank's."""
+    """The files of the attempt before. They are listed once, since no rank writes into another's share later."""
     writable: bool = field(default=True, init=False)
-    """The last one could be written."""
+    """Whether the last group could be written."""
 
     def __post_init__(self) -> None:
         self.found = tuple(sorted(self.folder.glob("step_*_of_*.jsonl")))
 
     def read(self, step: int, prompts: Sequence[StepPrompt], version: int) -> dict[int, Group]:
         """By place in the step, the groups of `prompts` that weights of `version`, or little older ones, sampled."""
-        paths = self._dealt_otherwise(step) + [path for path in self.found if path == self._path(step)]
-        found = {place: group for path in paths for place, group in _read(path) if self._fresh(group, version)}
+        paths = self._files_of_other_shares(step) + [path for path in self.found if path == self._path(step)]
+        found = {place: group for path in paths for place, group in _read(path) if self._is_fresh(group, version)}
         asked = {prompt.place: prompt.prompt for prompt in prompts}
         kept = {place: group for place, group in found.items() if asked.get(place) == group.prompt}
         if kept:
@@ -66,17 +68,21 @@ class UnfinishedGroups:
                 logger.warning(f"{self.folder}: graded rollouts are not kept for a restart: {error}")
 
     def remove(self, step: int) -> None:
-        """What is kept of `step`, once no rank needs it: each removes its own, the first also other numbers' files."""
-        for path in (self._path(step), *(self._dealt_otherwise(step) if self.share == 0 else ())):
+        """Deletes this share's file of `step`; share 0 also deletes the files of another number of shares.
+
+        To be called when no rank needs the groups of `step` any more.
+        """
+        for path in (self._path(step), *(self._files_of_other_shares(step) if self.share == 0 else ())):
             with suppress(OSError):
                 path.unlink()
 
-    def _fresh(self, group: Group, version: int) -> bool:
+    def _is_fresh(self, group: Group, version: int) -> bool:
+        """Whether weights of `version`, or of at most `staleness` updates before, sampled all rollouts of the group."""
         versions = {rollout.weight_version for rollout in (*group.native, *group.rescue)}
         return version - self.staleness <= min(versions) <= max(versions) <= version
 
-    def _dealt_otherwise(self, step: int) -> list[Path]:
-        """Files of another number of shares, any of which may hold a prompt of this one; of as many, none does."""
+    def _files_of_other_shares(self, step: int) -> list[Path]:
+        """Files that a run with another number of shares wrote: any of them may hold a prompt of this share."""
         files = [path for path in self.found if path.name.startswith(f"step_{step:06d}_")]
         return [path for path in files if not path.stem.endswith(_suffix(self.shares))]
 
@@ -100,5 +106,5 @@ def _read(path: Path) -> list[tuple[int, Group]]:
             place, _, group = line.partition(" ")
             groups.append((int(place), from_json(group)))
         except ValueError:
-            continue  # blank, or cut off
+            continue  # the line is blank, or cut off
     return groups

@@ -1,10 +1,14 @@
 """What one rank finds out and all must know. Only tensors travel; every function is a collective of the whole world."""
 
+import logging
 from collections.abc import Callable
 
 import torch
+from torch.distributed import ProcessGroup
 
 from lens_megatron.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def told_by_main(tell: Callable[[], str], device: torch.device) -> str:
@@ -40,6 +44,18 @@ def first_to_fail(failed: bool, device: torch.device) -> int | None:
     first = torch.tensor([rank if failed else world_size], dtype=torch.int32, device=device)
     torch.distributed.all_reduce(first, op=torch.distributed.ReduceOp.MIN)
     return int(first.item()) if first.item() < world_size else None
+
+
+def shared_failure(failure: str | None, group: ProcessGroup | None, warning: str) -> str | None:
+    """Returns this rank's failure, or that another rank failed, or None where all ranks of `group` succeeded.
+
+    A collective of `group`, over the CPU. Other ranks than 0, whose failure nobody else reports, log `warning` with it.
+    """
+    failed = torch.tensor([failure is not None], dtype=torch.int32)
+    torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX, group=group)
+    if failure is not None and torch.distributed.get_rank() != 0:
+        logger.warning(f"{warning}: {failure}")
+    return failure or ("another rank failed" if failed.item() else None)
 
 
 def _broadcast(flag: bool, text: str, device: torch.device) -> tuple[bool, str]:

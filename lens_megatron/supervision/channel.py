@@ -15,10 +15,11 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing, suppress
+from typing import Any
 
-Address = str | Sequence
+Address = str | list[Any] | tuple[Any, ...]
 """Path of a Unix socket, or host and port."""
 
 SECRET_BYTES = 32
@@ -46,7 +47,7 @@ def listen(address: Address) -> socket.socket:
 
 
 def address_of(listener: socket.socket) -> Address:
-    """What `call` must be given to reach `listener`."""
+    """The address with which `call` reaches `listener`."""
     name = listener.getsockname()
     return name if isinstance(name, str) else list(name[:2])
 
@@ -68,9 +69,8 @@ def call(address: Address, secret: bytes, number: int, timeout_s: float) -> sock
     Raises:
         ChannelError: nobody listens there, or somebody who does not have the secret.
     """
-    unix = isinstance(address, str)
     try:
-        if unix:
+        if isinstance(address, str):
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             connection.settimeout(timeout_s)
             connection.connect(address)
@@ -158,7 +158,7 @@ class Door:
             self.admit(connection, number)
 
     def _check(self, connection: socket.socket) -> int:
-        """The caller's number. Raises ChannelError unless it has the secret."""
+        """Returns the caller's number. Raises ChannelError unless the caller has the secret."""
         connection.settimeout(HANDSHAKE_S)
         if connection.family != socket.AF_UNIX:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -173,7 +173,7 @@ class Door:
 
 
 def send(connection: socket.socket, data: bytes | memoryview) -> None:
-    """All of `data`. Raises ChannelError."""
+    """Sends all of `data`. Raises ChannelError."""
     try:
         connection.sendall(data)
     except OSError as error:

@@ -18,7 +18,7 @@ class RunTime:
     LONGEST_S = 1.0
     """More than a tick on a loaded machine, and little enough for deadlines of seconds."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._seconds, self._seen = 0.0, time.monotonic()
 
@@ -50,13 +50,13 @@ class RunTime:
 
 @dataclass(frozen=True, slots=True)
 class PhasePosition:
-    """Where a rank stands. Replaced as a whole, so that another thread never reads half of it."""
+    """Says where a rank stands. It is replaced as a whole, so that another thread never reads half of it."""
 
     step: int = 0
     phase: str = "between phases"
-    """The innermost one."""
+    """The innermost phase."""
     since: float = 0.0
-    """By `Clock.run_time`, when a phase was last entered or left."""
+    """The time by `Clock.run_time` at which a phase was last entered or left."""
     changes: int = 0
     """Phases entered and left so far: the same on every rank that is equally far."""
 
@@ -69,11 +69,11 @@ class Clock:
     step: int = 0
     """The step that the phases belong to; set by the loop."""
     run_time: RunTime = field(default_factory=RunTime)
-    """What deadlines go by."""
+    """The time by which deadlines are measured."""
     position: PhasePosition = field(default_factory=PhasePosition)
 
     def seconds_since(self, position: PhasePosition) -> float:
-        """In which the process ran."""
+        """Seconds since `position` in which the process ran."""
         return self.run_time.now() - position.since
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""What the ranks of a job tell each other beside collectives: small values under names, in a process of rank 0's.
+"""Lets the ranks of a job tell each other small values under names, beside collectives, through a process of rank 0.
 
     python -m lens_megatron.supervision.control_store HOST < secret   prints its port; ends with its input
 
@@ -18,7 +18,7 @@ from lens_megatron.supervision import channel
 from lens_megatron.supervision.channel import Address, ChannelError, Door
 
 LARGEST_MESSAGE = 256 << 20
-"""Bytes."""
+"""The most bytes of one message."""
 
 _LENGTH_BYTES = 4
 _ABSENT = 2 ** (8 * _LENGTH_BYTES) - 1
@@ -26,7 +26,7 @@ _START_S = 60.0
 
 
 class ControlStore:
-    """One connection to the store. Threads may share it, but each then waits for the others.
+    """A connection to the store. Threads may share it, but each then waits for the others.
 
     Every method but `close` raises ChannelError when the store cannot be reached; the next call tries again.
 
@@ -54,22 +54,20 @@ class ControlStore:
         self._ask(b"set", [key.encode(), value])
 
     def get(self, keys: Sequence[str]) -> list[bytes | None]:
-        """None for those that are not there."""
+        """Returns the value of each key, None where there is none."""
         return self._ask(b"get", [key.encode() for key in keys])
 
     def check(self, key: str) -> bool:
-        """Whether it is there."""
+        """True if the key has a value."""
         return self.get([key])[0] is not None
 
     def add(self, key: str, amount: int) -> int:
         """Returns the new value; what is not there counts as 0."""
-        (value,) = self._ask(b"add", [key.encode(), b"%d" % amount])
-        return int(value)
+        return self._ask_number(b"add", [key.encode(), b"%d" % amount])
 
     def append(self, name: str, value: bytes) -> int:
         """Writes to `name`/N and raises the number under `name`, in one; returns N, from 0."""
-        (value,) = self._ask(b"append", [name.encode(), value])
-        return int(value)
+        return self._ask_number(b"append", [name.encode(), value])
 
     def delete(self, keys: Collection[str]) -> None:
         self._ask(b"delete", [key.encode() for key in keys])
@@ -79,6 +77,12 @@ class ControlStore:
             self._hang_up()
         if self.process is not None:
             self.process.close()
+
+    def _ask_number(self, verb: bytes, fields: Sequence[bytes]) -> int:
+        (value,) = self._ask(verb, fields)
+        if value is None:
+            raise ChannelError(f"the store answered {verb.decode()} with nothing instead of a number")
+        return int(value)
 
     def _ask(self, verb: bytes, fields: Sequence[bytes]) -> list[bytes | None]:
         with self._lock:
@@ -99,19 +103,22 @@ class ControlStore:
 
 
 class Storage:
-    """What the store holds, and what it answers."""
+    """Holds the values of the store and answers requests."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.values: dict[bytes, bytes] = {}
         self._lock = threading.Lock()
 
     def serve(self, connection: socket.socket, number: int) -> None:
-        """Until the other end hangs up."""
+        """Answers requests until the other end hangs up."""
         del number  # all who have the secret are equal
         with connection:
             try:
                 while True:
-                    verb, *fields = _receive(connection)
+                    request = _receive(connection)
+                    verb, *fields = [field for field in request if field is not None]
+                    if 1 + len(fields) < len(request):
+                        raise ValueError("a request with a field that is absent")
                     with self._lock:
                         reply = self.answer(verb, fields)
                     _send(connection, reply)
@@ -157,6 +164,7 @@ class ControlProcess:
         self.secret = channel.new_secret()
         words = [sys.executable, "-m", "lens_megatron.supervision.control_store", host]
         self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self.process.stdin is not None and self.process.stdout is not None, "both are pipes"
         try:
             self.process.stdin.write(self.secret)
             self.process.stdin.flush()

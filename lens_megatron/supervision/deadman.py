@@ -3,7 +3,9 @@
 A watchdog thread is no help while C code holds the interpreter's lock. Then a POSIX timer calls libc's `alarm`, and
 `RESUME_S` later SIGALRM makes faulthandler write all stacks, without the lock, and ends the process.
 
-The timer does not end it at once, because the clock goes on while the process is stopped: a process that was suspended
+`faulthandler.dump_traceback_later(exit=True)` cannot take its place: it ends the process as soon as its time is over,
+so that a process which was stopped for longer than its deadline would be ended when it goes on. This timer does not end
+it at once, because the clock goes on while the process is stopped: a process that was suspended
 for longer than its deadline finds the timer expired as soon as it goes on. Within `RESUME_S` its watchdog thread runs
 again, calls `arm`, and so takes the alarm back. The price is the status: libc has no function that a timer could call
 to end the process later with a code of ours.
@@ -14,12 +16,11 @@ import faulthandler
 import os
 import signal
 import sys
-from typing import TextIO
 
 EXIT_SIGNAL = signal.SIGALRM
-"""What ends the process."""
+"""The signal that ends the process."""
 RESUME_S = 15.0
-"""How long a process that goes on after a stop has to rearm the timer."""
+"""Seconds that a process which goes on after a stop has to rearm the timer."""
 _CLOCK_MONOTONIC, _SIGEV_THREAD = 1, 2
 
 
@@ -41,12 +42,12 @@ class _TimerSpec(ctypes.Structure):
 
 
 class Deadman:
-    """After `arm(seconds)`, and no other call for `RESUME_S` more, stacks go to `file` and SIGALRM ends the process.
+    """After `arm(seconds)`, and no other call for `RESUME_S` more, stacks go to stderr and SIGALRM ends the process.
 
     Only the main thread may create and close it; SIGALRM is its own meanwhile. Without POSIX timers `arm` does nothing.
     """
 
-    def __init__(self, file: TextIO | None = None):
+    def __init__(self) -> None:
         self._libc = ctypes.CDLL(None) if sys.platform == "linux" and sys.maxsize > 2**32 else None
         self._timer = ctypes.c_void_p()
         if not self._libc:
@@ -57,7 +58,8 @@ class Deadman:
             self._libc = None
             return
         signal.signal(EXIT_SIGNAL, signal.SIG_DFL)
-        faulthandler.register(EXIT_SIGNAL, file=file or sys.__stderr__, all_threads=True, chain=True)
+        if sys.__stderr__ is not None:
+            faulthandler.register(EXIT_SIGNAL, file=sys.__stderr__, all_threads=True, chain=True)
 
     def arm(self, seconds: float) -> None:
         """Starts over, and takes back an alarm that is under way."""

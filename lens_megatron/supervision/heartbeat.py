@@ -1,4 +1,4 @@
-"""What every rank tells of itself, and from it: which rank is late."""
+"""Describes how far every rank is, and finds from that which rank is late."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ SHOWN = 32
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """Where one rank stood when it last looked.
+    """Says where one rank stood when it last looked.
 
     Example: Heartbeat(rank=3, step=12, phase="gen", seconds=71.2, changes=140, collectives={"0": 12, "4": 7},
     where="local.py:98 in _decode", waiting=False, answered=True).
@@ -29,17 +29,17 @@ class Heartbeat:
     step: int
     phase: str
     seconds: float
-    """In this phase."""
+    """Seconds in this phase."""
     changes: int
     """`clock.PhasePosition.changes`."""
     collectives: dict[str, int]
     """Collectives begun, by name of the group."""
     where: str
-    """Innermost Python line of the main thread."""
+    """The innermost Python line of the main thread."""
     waiting: bool
-    """That line is one of torch.distributed's: the rank waits for others."""
+    """True if that line is one of torch.distributed's: the rank waits for others."""
     answered: bool = False
-    """Written after the alarm."""
+    """True if it was written after the alarm."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -57,7 +57,7 @@ class LateRanks:
 
 def take(rank: int, position: PhasePosition, seconds: float, *, answered: bool) -> Heartbeat:
     """Of this process, from any thread. `seconds`: since `position`."""
-    frame = sys._current_frames().get(threading.main_thread().ident)
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
     return Heartbeat(
         rank=rank,
         step=position.step,
@@ -72,14 +72,18 @@ def take(rank: int, position: PhasePosition, seconds: float, *, answered: bool) 
 
 
 def collectives_begun() -> dict[str, int]:
-    """By name of the group. Gloo and NCCL count them; nothing public tells the count, or names all groups."""
+    """Counts the collectives that each group has begun, by its name.
+
+    Gloo and NCCL count them, but nothing public gives the count or names all groups.
+    """
     world = torch.distributed.distributed_c10d._world
     counted = [group for group in list(world.pg_map) if group.group_desc != UNCOUNTED]
-    return {group.group_name: group._get_sequence_number_for_group() for group in counted}
+    # torch's stubs lack the method.
+    return {group.group_name: group._get_sequence_number_for_group() for group in counted}  # type: ignore[attr-defined]
 
 
 def late_ranks(beats: Sequence[Heartbeat | None]) -> LateRanks:
-    """Which of the ranks keeps the others waiting; `beats[rank]` is None where nothing was ever heard.
+    """Finds the ranks that keep the others waiting; `beats[rank]` is None where nothing was ever heard.
 
     In this order: who does not answer; who is in an earlier phase; who has begun fewer collectives than others of its
     group and is ahead of nobody in any (a rank that waits for the late one may be behind elsewhere); who does not wait.
@@ -129,7 +133,7 @@ def _line(rank: int, beat: Heartbeat | None) -> str:
 
 
 def _extremes(beats: Sequence[Heartbeat]) -> tuple[dict[str, int], dict[str, int]]:
-    """(most, least) collectives begun by any member, by group."""
+    """For each group, the most and the least collectives that any member has begun."""
     most: dict[str, int] = {}
     least: dict[str, int] = {}
     for beat in beats:

@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -37,8 +38,13 @@ def dump(
 ) -> None:
     """Writes this rank's rows to `folder`/`name`.jsonl, unless there are KEPT files or no room."""
     lines = [_sample_line(row) for row in rows]
-    head = {"loss": stats.loss, "grad_norm": stats.grad_norm, "lr": stats.learning_rate, "samples": len(lines)}
-    head["samples_not_finite"] = [i for i, line in enumerate(lines) if not line["finite"]]
+    head = {
+        "loss": stats.loss,
+        "grad_norm": stats.grad_norm,
+        "lr": stats.learning_rate,
+        "samples": len(lines),
+        "samples_not_finite": [i for i, line in enumerate(lines) if not line["finite"]],
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         rank = name.rsplit("_", 1)[-1]
@@ -48,9 +54,9 @@ def dump(
         logger.warning(f"{folder}: the batch of a skipped update cannot be written: {error}")
 
 
-def _sample_line(row: TrainingRow) -> dict:
+def _sample_line(row: TrainingRow) -> dict[str, Any]:
     sample, rollout = row.sample, row.sample.rollout
-    line = {
+    line: dict[str, Any] = {
         "prompt": sample.prompt,
         "generation_prompt": sample.generation_prompt,
         "response": rollout.token_ids,

@@ -21,12 +21,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol, Self
+from typing import NoReturn, Protocol, Self
 
 import torch
 from torch.distributed import ProcessGroup, ReduceOp
 
 from lens_megatron.errors import ExitCode
+from lens_megatron.supervision.agreement import shared_failure
 from lens_megatron.supervision.heartbeat import UNCOUNTED
 
 logger = logging.getLogger(__name__)
@@ -93,9 +94,8 @@ class Round:
         alls = (self.leaving, self.attached, self.held, self.first)
         told = torch.tensor([self.asked, self.claimed, self.unsaved, self.last, *(-value for value in alls)])
         torch.distributed.all_reduce(told, op=ReduceOp.MAX, group=group)
-        asked, claimed, unsaved, last, *lows = told.tolist()
-        leaving, attached, held, first = (-value for value in lows)
-        return Round(*map(bool, (asked, claimed, unsaved, leaving, attached, held)), first, last)
+        asked, claimed, unsaved, last, leaving, attached, held, first = told.tolist()
+        return Round(bool(asked), bool(claimed), bool(unsaved), bool(leaving), bool(attached), bool(held), -first, last)
 
 
 class Stop:
@@ -104,7 +104,7 @@ class Stop:
     Before `meet` a signal ends this process at once, with exit code 0; afterwards it ends those of all ranks.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.asked = False
         self._name = ""
         self._since: float | None = None
@@ -203,7 +203,7 @@ class Stop:
             if not seen.claimed:
                 rounds += 1
                 if rounds > GRACE_ROUNDS or not seen.attached:
-                    self._take_over()
+                    self._take_over(self._group)
 
     def _listen(self) -> None:
         if not select.select([self._inbox], [], [], ROUND_S)[0]:
@@ -216,48 +216,45 @@ class Stop:
         attached = self._last_step is not None
         return Round(self.asked, self._claimed, unsaved, self._leaving, attached, held, step, step)
 
-    def _take_over(self) -> None:
+    def _take_over(self, group: ProcessGroup) -> None:
         """Returns only where a main thread is at the end of its step after all: then all of them are."""
         with self._turn:
             self._frozen = not self._claimed
-        seen = self._told().combined(self._group)
+        seen = self._told().combined(group)
         if seen.claimed:
             with self._turn:
                 self._frozen = False
                 self._turn.notify_all()
             return
-        if not seen.attached:
+        last_step = self._last_step
+        if last_step is None or not seen.attached:
             self._end(ExitCode.DONE, "stopped as asked before the first step; the same command starts again")
-        step = self._settle()
+        step = self._settle(group, last_step)
         if step is None:
             self._end(ExitCode.MISTAKE, "the last step could not be saved: the ranks do not come to hold the same")
         failure = None
-        if self._told(unsaved=not self._last_step.is_saved()).combined(self._group).unsaved:
-            failure = self._last_step.save(self._agree)
+        if self._told(unsaved=not last_step.is_saved()).combined(group).unsaved:
+            failure = last_step.save(self._agree)
         if failure:
             self._end(ExitCode.MISTAKE, f"stopped as asked, but step {step} could not be saved: {failure}")
         self._end(ExitCode.DONE, f"stopped as asked after step {step}; the same command goes on from here")
 
-    def _settle(self) -> int | None:
+    def _settle(self, group: ProcessGroup, last_step: LastStep) -> int | None:
         """Holds the last step when all ranks hold the same one; returns it."""
         for _ in range(SETTLE_ROUNDS):
-            step = self._last_step.hold(HOLD_S)
-            seen = self._told(held=step is not None, step=step or 0).combined(self._group)
+            step = last_step.hold(HOLD_S)
+            seen = self._told(held=step is not None, step=step or 0).combined(group)
             if seen.held and seen.first == seen.last:
                 return step
             if step is not None:
-                self._last_step.release()  # another rank waits for this one's main thread
+                last_step.release()  # another rank waits for this one's main thread
             time.sleep(HOLD_S)
         return None
 
     def _agree(self, failure: str | None) -> str | None:
-        failed = torch.tensor([failure is not None], dtype=torch.int32)
-        torch.distributed.all_reduce(failed, op=ReduceOp.MAX, group=self._group)
-        if failure is not None and self._rank():
-            logger.warning(f"this rank's part could not be saved: {failure}")
-        return failure or ("another rank failed" if failed.item() else None)
+        return shared_failure(failure, self._group, "this rank's part could not be saved")
 
-    def _end(self, code: int, text: str) -> None:
+    def _end(self, code: ExitCode, text: str) -> NoReturn:
         """Does not return."""
         try:
             if self._last_step is not None:

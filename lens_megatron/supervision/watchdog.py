@@ -218,5 +218,6 @@ def _stacks() -> str:
 
 def _say(text: str) -> None:
     """One write, so that the ranks' texts do not mix."""
-    sys.__stderr__.write(text)
-    sys.__stderr__.flush()
+    if sys.__stderr__ is not None:
+        sys.__stderr__.write(text)
+        sys.__stderr__.flush()

@@ -19,7 +19,7 @@ from toy_runs import ROOT, environment
 
 from lens_megatron.output import metrics
 from lens_megatron.policy import checkpoint_files, shards
-from lens_megatron.policy.last_step import LastStep, is_exported
+from lens_megatron.policy.last_step import PolicyLastStep, is_exported
 from lens_megatron.policy.model import Policy, build_policy, reference_weights
 from lens_megatron.policy.offload import TrainerMemory
 from lens_megatron.policy.parallel import Mesh
@@ -41,7 +41,7 @@ def agree(failure: str | None) -> str | None:
     return failure
 
 
-def save_elsewhere(step: LastStep) -> str | None:
+def save_elsewhere(step: PolicyLastStep) -> str | None:
     """As a stop does it: on a thread, which holds the step."""
     found: list[str | None] = []
 
@@ -75,7 +75,7 @@ def test_what_a_thread_saves_is_what_the_main_one_would_have(where, dtype, distr
     with writer(policy, tmp_path / "usual", root) as usual:
         usual.save(1, metric=0.5)
     with writer(policy, tmp_path / "aside", root) as saver:
-        step = LastStep(policy, memory, saver, lambda: None)
+        step = PolicyLastStep(policy, memory, saver, lambda: None)
         step.finish(1, metric=0.5)
         if where == "at rest":
             assert save_elsewhere(step) is None
@@ -105,7 +105,7 @@ def test_what_a_thread_saves_is_what_the_main_one_would_have(where, dtype, distr
 def test_nobody_saves_a_step_that_is_half_done(root, mesh, tmp_path):
     policy, algorithm = trained(root, mesh)
     with writer(policy, tmp_path, root) as saver:
-        step = LastStep(policy, TrainerMemory(policy, enabled=False), saver, lambda: None)
+        step = PolicyLastStep(policy, TrainerMemory(policy, enabled=False), saver, lambda: None)
         assert step.hold(0.1) is None, "nothing was finished"
         step.finish(1)
         assert step.hold(0.1) == 1
@@ -126,7 +126,7 @@ def test_a_save_in_flight_is_waited_for_and_not_done_twice(root, mesh, tmp_path,
     go, write = threading.Event(), shards.write_file
     monkeypatch.setattr(shards, "write_file", lambda *given: (go.wait(60), write(*given))[1])
     with writer(policy, tmp_path, root, background=True) as saver:
-        step = LastStep(policy, TrainerMemory(policy, enabled=False), saver, lambda: None)
+        step = PolicyLastStep(policy, TrainerMemory(policy, enabled=False), saver, lambda: None)
         step.finish(1)
         saver.save(1)
         step.hold(1.0)
@@ -147,7 +147,7 @@ def test_a_full_disk_leaves_what_was_there_and_says_so(root, mesh, tmp_path, mon
 
     with writer(policy, tmp_path, root) as saver:
         saver.save(1)
-        step = LastStep(policy, TrainerMemory(policy, enabled=False), saver, lambda: None)
+        step = PolicyLastStep(policy, TrainerMemory(policy, enabled=False), saver, lambda: None)
         step.finish(2)
         monkeypatch.setattr(shards, "write_file", full)
         assert "No space left on device" in save_elsewhere(step)

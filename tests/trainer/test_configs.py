@@ -12,6 +12,7 @@ from toy_runs import ROOT, environment
 from lens_megatron import config as configuration
 from lens_megatron.config import Config
 from lens_megatron.config.files import differing_keys, merge, read_tree
+from lens_megatron.tools.planning.hardware import GIB, gib
 from lens_megatron.tools.planning.layout import LayerSpec
 from lens_megatron.tools.planning.model_shape import read_shape
 from lens_megatron.tools.planning.plan import make_plan
@@ -71,6 +72,30 @@ def test_it_fits_its_cluster_with_and_without_transformer_engine(path, spec):
     assert (plan.layout.engine, plan.layout.offload) == ("vllm", True)
     assert plan.shape.parameters == PUBLISHED[Path(configuration.load(path).model.path).name]
     assert plan.running >= 16
+
+
+@pytest.mark.parametrize("path", LENS, ids=relative)
+def test_its_micro_batch_is_the_largest_that_leaves_ten_gib_free_in_the_update(path):
+    def free(tokens: int) -> float:
+        plan = make_plan(configuration.load(path, [f"train.max_tokens_per_micro_batch={tokens}"]))
+        update = next(phase for phase in plan.phases if phase.phase == "update")
+        return (plan.cluster.memory_bytes - update.total) / GIB
+
+    config = configuration.load(path)
+    sample = config.data.max_prompt_length + config.rollout.max_response_length
+    tokens = config.train.max_tokens_per_micro_batch
+    assert tokens % sample == 0 and free(tokens) >= 10 > free(tokens + sample)
+
+
+@pytest.mark.parametrize("path", LENS, ids=relative)
+def test_the_readme_says_what_the_plan_says(path):
+    plan = make_plan(configuration.load(path))
+    gpu = {phase.phase: gib(phase.total) for phase in plan.phases}
+    cache = next(phase.kv_cache for phase in plan.phases if phase.phase == "rollout")
+    seconds = {time.phase: time.seconds for time in plan.times}
+    row = [f"`{path.parent.name}/{path.stem}`", gpu["weight sync"], gpu["rollout"], gib(cache), str(plan.running)]
+    row += [gpu["update"], gib(plan.host.total), f"{seconds['rollout']:.0f}", f"{sum(seconds.values()):.0f}"]
+    assert f"| {' | '.join(row)} |" in (ROOT / "configs" / "README.md").read_text()
 
 
 def test_training_takes_every_one_and_the_readme_names_it():

@@ -1,4 +1,4 @@
-"""Files that versions up to 0.1.0 wrote are read."""
+"""Shows what becomes of the files that versions up to 0.1.0 wrote."""
 
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from lens_megatron.output import run_folder
 from lens_megatron.output.run_folder import RunFolderError
 from lens_megatron.rollout import replay
 from lens_megatron.rollout.unfinished import UnfinishedGroups
+from lens_megatron.types import StepPrompt
 
 GROUP = records.group("1000", "0110")
 
@@ -26,9 +27,10 @@ def test_saved_rollouts_of_an_older_version_are_read(tmp_path: Path):
     assert replay.read_groups(str(tmp_path), 1, count=1, vocab_size=100) == [GROUP]
 
 
-def test_unfinished_groups_of_an_older_version_are_kept(tmp_path: Path):
+def test_unfinished_groups_of_an_older_version_are_sampled_again(tmp_path: Path):
+    # They have no place in the step, by which seeds go now, so nothing says which of two equal prompts they are of.
     (tmp_path / "step_000001_00000_of_00001.jsonl").write_text(old_line())
-    assert UnfinishedGroups(tmp_path, 0, 1).read(1, [GROUP.prompt], version=0) == {0: GROUP}
+    assert UnfinishedGroups(tmp_path, 0, 1).read(1, [StepPrompt(0, GROUP.prompt, GROUP.purified)], version=0) == {}
 
 
 def configured(folder: Path, **algorithm: float) -> Config:

@@ -20,7 +20,8 @@ from lens_megatron.tools.planning.plan import Plan, checkpoint_bytes, make_plan
 from lens_megatron.tools.planning.step_time import Assumptions, bubble, step_times, weight_sync
 
 QWEN_7B = str(ROOT / "configs" / "a800x8" / "lens_qwen2.5-7b.yaml")
-LOCAL = ["rollout.engine=local", "rollout.max_running_sequences=64"]
+LOCAL = ["rollout.engine=local", "rollout.max_running_sequences=64", "train.max_tokens_per_micro_batch=4608"]
+"""The local engine keeps its weights on the GPU while the trainer computes, so that less room is left for an update."""
 TINY = ModelShape(
     "qwen2", num_hidden_layers=4, hidden_size=8, num_attention_heads=4, num_key_value_heads=2, head_dim=2,
     intermediate_size=16, vocab_size=101, tie_word_embeddings=False, max_position_embeddings=64, qkv_bias=True,
@@ -371,7 +372,7 @@ def test_the_table(capsys):
         (["cluster.nodes=3", "cluster.gpus_per_node=1"], "cluster.nodes (3) x cluster.gpus_per_node (1): world"),
         (["rollout.prompts_per_step=6"], "rollout.prompts_per_step (6) is not divisible by data-parallel size (4)"),
         (["rollout.max_response_length=140000"], "= 140512 exceeds the model's max_position_embeddings (131072)"),
-        (["rollout.engine=local", "rollout.max_running_sequences=128"],
+        ([*LOCAL, "rollout.max_running_sequences=128"],
          "rollout: needs 82.2 GiB per GPU, a GPU of this cluster has 79.3; the largest part is kv cache with 31.5 GiB; "
          "it fits with rollout.max_running_sequences=64"),
         (["cluster.gpu_memory_gib=40"], "no layout on this cluster makes it fit; take more GPUs"),

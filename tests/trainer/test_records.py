@@ -107,7 +107,9 @@ def test_other_records_and_other_versions_are_refused():
     with pytest.raises(ValueError, match="that of Rollout is [0-9a-f]{16}; run the same version of the project"):
         codec.decode(Rollout, whole)
     renamed, retyped, nested = (_changed_prompt(number="int"), _changed_prompt(index="float"), _holder(Prompt))
-    assert len({codec.encode(kind, [])[:8] for kind in (Prompt, renamed, retyped, nested, _holder(renamed))}) == 5
+    assert (
+        len({bytes(codec.encode(kind, [])[:8]) for kind in (Prompt, renamed, retyped, nested, _holder(renamed))}) == 5
+    )
     for kind in (renamed, retyped, nested):
         with pytest.raises(ValueError, match="the bytes begin with the layout"):
             codec.decode(kind, whole)

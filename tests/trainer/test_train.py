@@ -60,6 +60,17 @@ def test_saved_rollouts_train_alike_under_every_layout(toy: Toy, straight, layou
             assert row[name] == pytest.approx(reference[name], rel=1e-4, abs=1e-8), name
 
 
+def test_two_ranks_purify_draw_and_merge_as_one_does(toy: Toy, straight, tmp_path: Path):
+    """Seeds go by the place in the step, which is the same for any number of ranks."""
+    launch(toy.tree(tmp_path / "run", train={"steps": 1}), tmp_path, 2)
+    names = ("prompt_index", "purified_prompt", "completion", "origin", "gate", "reward", "weight")
+    alone, shared = (
+        sorted(tuple(str(row[name]) for name in names) for row in rollout_rows(folder, 1))
+        for folder in (straight[0] / "run", tmp_path / "run")
+    )
+    assert alone == shared and any("purified" in row for row in alone)
+
+
 @pytest.mark.slow
 def test_each_of_two_updates_per_batch_has_the_same_samples_on_two_ranks(toy: Toy, straight, tmp_path: Path):
     """Samples move between ranks, but never from one update to the next; old log-probabilities are of all samples."""

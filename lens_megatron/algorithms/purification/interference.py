@@ -11,7 +11,7 @@ from lens_megatron.config import LensConfig
 from lens_megatron.types import Prompt, PurifiedPrompt
 
 Retokenize = Callable[[tuple[int, ...]], tuple[int, ...]]
-"""Token ids -> text -> token ids, for `lens.deletion=text`."""
+"""It turns token ids into text and back into token ids, for `lens.deletion=text`."""
 
 
 def purify_prompts(

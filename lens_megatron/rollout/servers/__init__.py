@@ -1,1 +1,1 @@
-"""vLLM in other processes, reached over HTTP; weights travel beside it."""
+"""Samples with vLLM in other processes, which are reached over HTTP; weights travel on connections of their own."""

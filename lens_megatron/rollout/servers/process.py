@@ -41,7 +41,7 @@ KEY_VARIABLE = "LENS_VLLM_API_KEY"
 """Environment variable with the key of servers that the trainer did not start."""
 
 _LONGEST_SOCKET_PATH = 107
-"""Bytes; Linux's limit."""
+"""Linux's limit, in bytes."""
 
 
 def check_plugin() -> None:
@@ -86,10 +86,11 @@ def server_options(config: Config, hf_config: PretrainedConfig) -> dict[str, Any
 
 
 def command(options: Mapping[str, Any], listen: Sequence[str]) -> list[str]:
-    """The server's command line. It holds no key: others can read command lines.
+    """The server's command line. It holds no key, since others can read command lines.
 
     Args:
-        listen: vLLM's options that say where.
+        options: options of vLLM's engine.
+        listen: vLLM's options for the address at which it listens.
     """
     words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]  # `vllm serve` needs a package of that name
     for name, value in options.items():
@@ -191,7 +192,7 @@ class ServerProcess:
         return self.process.poll() if self.process else None
 
     def tail(self, lines: int = 15) -> str:
-        """The end of what it has written since it was started last."""
+        """The last lines of what it has written since its last start."""
         with self.log.open("rb") as file:
             file.seek(self.log_start)
             return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])

@@ -1,1 +1,1 @@
-"""vLLM inside the processes of the trainer."""
+"""Samples with vLLM inside the processes of the trainer."""

@@ -117,13 +117,13 @@ class Verb(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One decision of a leader, as its followers hear it."""
+    """One command of a leader to its followers."""
 
     verb: Verb
     requests: tuple[Request, ...] = ()
-    """To submit."""
+    """The requests to submit."""
     request_ids: tuple[int, ...] = ()
-    """To cancel, ascending."""
+    """The ids of the requests to cancel, ascending."""
 
 
 class TensorParallelEngine:

@@ -1,4 +1,4 @@
-"""The demo task: arithmetic word problems with distractors, and a small model that solves some of them.
+"""Makes the demo: arithmetic word problems with distractors, and a small model that solves some of them.
 
 `python -m lens_megatron.demo --out DIR` writes `DIR/{train.jsonl, eval.jsonl, model/, demo.json}`.
 
@@ -9,4 +9,4 @@ Nothing here is needed by the trainer: it reads the files like any user's data a
 """
 
 DEMO_INSTRUCTION = "Answer in \\boxed{}."
-"""What the trainer appends to a problem, after a newline; the warm-up renders its prompts with the same text."""
+"""The text that the trainer appends to a problem, after a newline; the warm-up renders its prompts with it too."""

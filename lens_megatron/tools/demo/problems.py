@@ -83,7 +83,7 @@ def write_jsonl(path: Path, problems: Iterator[Problem], count: int) -> None:
 
 
 def _numbers(kind: str, rng: random.Random) -> tuple[int, ...]:
-    """Operands small enough that every intermediate result lies in 1..99."""
+    """Draws operands that are small enough for every intermediate result to lie in 1..99."""
     first, *rest = kind.split("_")
     if first == "add":
         numbers = [rng.randint(2, 12), rng.randint(2, 12)]
@@ -104,7 +104,7 @@ def _apply(op: str, x: int, y: int) -> int:
 
 
 def _solve(kind: str, numbers: tuple[int, ...]) -> tuple[str, str]:
-    """(worked solution, answer): ("mul_sub", (3, 4, 2)) -> ("3*4=12. 12-2=10. \\boxed{10}", "10")."""
+    """Returns the worked solution and the answer: ("mul_sub", (3, 4, 2)) -> ("3*4=12. 12-2=10. \\boxed{10}", "10")."""
     value, steps = numbers[0], []
     for op, number in zip(kind.split("_"), numbers[1:], strict=True):
         result = _apply(op, value, number)

@@ -71,7 +71,7 @@ TEMPLATES = {
         ),
     ),
 }
-"""Operations -> templates. The name spells the operations in order: `mul_sub` is a * b - c."""
+"""Maps operations to templates. The name spells the operations in order: `mul_sub` is a * b - c."""
 
 CLAUSES = (
     "{name} is {n} years old.",

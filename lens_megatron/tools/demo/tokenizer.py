@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT, IM_START, IM_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
 VOCAB_SIZE = 1024
-"""At most; the demo's language is small and runs out of merges before."""
+"""The most tokens. The demo's language is small and runs out of merges before."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -21,7 +21,7 @@ CHAT_TEMPLATE = (
 )
 
 WORDS = r" ?\\[a-z]+\{?| ?[A-Za-z]+|[0-9]{1,2}|\s| ?[^\sA-Za-z0-9]"
-"""What a token may not reach across: a LaTeX command, a word, a number, one space, one other sign."""
+"""Pieces of text that no token reaches across: a LaTeX command, a word, a number, one space, one other sign."""
 
 
 def train_tokenizer(lines: Iterable[str]) -> PreTrainedTokenizerFast:

@@ -24,7 +24,7 @@ Row = tuple[list[int], list[int]]
 
 @dataclass(frozen=True, slots=True)
 class WarmUp:
-    """How long and on what."""
+    """How long the model is trained, and on what."""
 
     steps: int = 850
     batch: int = 32
@@ -38,7 +38,7 @@ class WarmUp:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """A random Qwen3 of about 1.2 million parameters."""
+    """Builds a random Qwen3 of about 1.2 million parameters."""
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     config = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -60,7 +60,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
 
 
 def encode(problem: Problem, solution: str, tokenizer: PreTrainedTokenizerFast) -> Row:
-    """(prompt, completion) token ids, the prompt as the trainer renders it."""
+    """Returns the token ids of prompt and completion. The prompt is what the trainer renders."""
     messages = [{"role": "user", "content": f"{problem.problem}\n{DEMO_INSTRUCTION}"}]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     prompt = tokenizer(text, add_special_tokens=False)["input_ids"]

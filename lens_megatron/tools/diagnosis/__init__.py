@@ -1,1 +1,1 @@
-"""What `lens_megatron.doctor` looks at, one function per check; none of them changes anything."""
+"""Checks that `lens_megatron.doctor` makes, one function each; none of them changes anything."""

@@ -1,4 +1,4 @@
-"""All-reduce over all ranks of a torchrun: bus bandwidth, as one line of JSON from rank 0."""
+"""Times an all-reduce over all ranks of a torchrun; rank 0 prints the bus bandwidth as one line of JSON."""
 
 import json
 import os
@@ -8,11 +8,11 @@ import torch
 
 WARM_UP, REPEATS = 5, 20
 ELEMENTS, ELEMENTS_CPU = 1 << 27, 1 << 20
-"""float32: half a gigabyte on GPUs, where a smaller one would measure latency."""
+"""Elements of the float32 tensor: half a gigabyte on GPUs, where a smaller one would measure latency."""
 
 
 def bus_gb_s(size: int, ranks: int, seconds: float) -> float:
-    """Bytes that every link carries in a ring, per second: 2 (n - 1) / n of the tensor, as nccl-tests counts.
+    """The gigabytes per second that every link carries in a ring: 2 (n - 1) / n of the tensor, as nccl-tests counts.
 
     Example: 4e9 bytes over 8 ranks in 0.07 s: 100 GB/s.
     """

@@ -1,10 +1,12 @@
-"""The record of a check."""
+"""What one check has found."""
 
 from dataclasses import dataclass
 from enum import StrEnum
 
 
 class CheckStatus(StrEnum):
+    """Whether training would start, and run well."""
+
     OK = "ok"
     WARN = "warn"
     """Training starts; something is slower or other than it could be."""
@@ -15,10 +17,13 @@ class CheckStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Example: Check("disk", CheckStatus.WARN, "40.0 GB free, 3 checkpoints take 120.0", "set run.directory")."""
+    """What was looked at, what was found, and what to do.
+
+    Example: Check("disk", CheckStatus.WARN, "40.0 GB free, 3 checkpoints take 120.0", "set run.directory").
+    """
 
     name: str
     status: CheckStatus
     found: str
     remedy: str = ""
-    """What to do; empty for ok."""
+    """What the user should do; empty where the check is ok."""

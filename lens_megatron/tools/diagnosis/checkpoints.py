@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are whole: every file of each is read and compared with its checksum."""
+"""Finds which checkpoints of a run are whole: every file of each is read and compared with its checksum."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +10,7 @@ from lens_megatron.tools.diagnosis.check import Check, CheckStatus
 
 
 def examine(path: Path) -> Iterator[Check]:
-    """One check per checkpoint, oldest first.
+    """Makes one check per checkpoint, oldest first.
 
     Args:
         path: a run folder, its folder of checkpoints, or one checkpoint.
@@ -28,7 +28,7 @@ def examine(path: Path) -> Iterator[Check]:
 
 
 def examine_one(path: Path) -> Check:
-    """Reads all of a checkpoint."""
+    """Reads all of a checkpoint and compares it with its checksums."""
     try:
         checkpoint = checkpoint_files.inspect(path)
         checkpoint_files.verify(checkpoint)

@@ -22,7 +22,7 @@ PINNED = {
     "transformers": "5.19.0",
     "math-verify": "0.9.0",
 }
-"""As in setup.py: tested together."""
+"""Versions that were tested together, as in setup.py."""
 VLLM = "0.32.0"
 SHARED_MEMORY = Path("/dev/shm")
 SHARED_MEMORY_PER_RANK = GIB // 2
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def versions(config: Config, gpus: int) -> list[Check]:
-    """Python, the pinned packages, and those that the engine or a GPU calls for."""
+    """Compares Python, the pinned packages, and those that the engine or a GPU calls for, with what was tested."""
     python = ".".join(map(str, sys.version_info[:3]))
     supported = (3, 11) <= sys.version_info[:2] < (3, 14)
     checks = [
@@ -62,7 +62,11 @@ def _package(name: str, wanted: str | None) -> Check:
 
 
 def devices(cluster: Cluster, totals: list[tuple[str, int, int]]) -> Check:
-    """`totals`: name, total and free bytes of every GPU of this node."""
+    """Compares the GPUs of this node with the cluster of the configuration.
+
+    Args:
+        totals: name, total and free bytes of every GPU of this node.
+    """
     if not totals:
         return Check(
             "devices", CheckStatus.WARN, f"no GPU; the configuration counts on {cluster.gpus_per_node} per node",
@@ -86,6 +90,7 @@ def devices(cluster: Cluster, totals: list[tuple[str, int, int]]) -> Check:
 
 
 def gpu_totals() -> list[tuple[str, int, int]]:
+    """Name, total and free bytes of every GPU of this node."""
     if not torch.cuda.is_available():
         return []
     found = []
@@ -96,7 +101,7 @@ def gpu_totals() -> list[tuple[str, int, int]]:
 
 
 def link_bandwidth(cluster: Cluster, gpus: int) -> Check:
-    """An all-reduce over the GPUs of this node, against half of what their links can do."""
+    """Compares an all-reduce over the GPUs of this node with half of what their links can do."""
     name = "NCCL bandwidth"
     if gpus < 2:
         return Check(name, CheckStatus.SKIPPED, f"{gpus} GPU(s) here; it takes two", "")
@@ -116,7 +121,7 @@ def link_bandwidth(cluster: Cluster, gpus: int) -> Check:
 
 
 def measure_bandwidth(ranks: int) -> float:
-    """Bus bandwidth, GB/s, of an all-reduce over `ranks` processes. Raises SubprocessError, ValueError."""
+    """Measures an all-reduce over `ranks` processes: bus bandwidth in GB/s. Raises SubprocessError, ValueError."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     paths = os.pathsep.join([str(ROOT), *(p for p in sys.path if p)])
     result = subprocess.run(
@@ -134,7 +139,7 @@ def measure_bandwidth(ranks: int) -> float:
 
 
 def shared_memory(gpus: int, folder: Path = SHARED_MEMORY) -> Check:
-    """NCCL and the processes' queues live there; a container's default of 64 MB is too little."""
+    """Whether shared memory has room for NCCL and the processes' queues. A container's 64 MB are too little."""
     if not folder.is_dir():
         return Check("shared memory", CheckStatus.SKIPPED, f"no {folder} on this system")
     free, wanted = shutil.disk_usage(folder).free, SHARED_MEMORY_PER_RANK * max(1, gpus)
@@ -146,7 +151,7 @@ def shared_memory(gpus: int, folder: Path = SHARED_MEMORY) -> Check:
 
 
 def disk(config: Config, plan: Plan) -> Check:
-    """Room for the checkpoints that are kept and the one being written."""
+    """Whether there is room for the checkpoints that are kept and for the one being written."""
     folder = existing_parent(Path(config.run.directory).expanduser())
     wanted = (plan.keep + 1) * plan.checkpoint_bytes
     free = shutil.disk_usage(folder).free
@@ -161,5 +166,6 @@ def disk(config: Config, plan: Plan) -> Check:
 
 
 def existing_parent(path: Path) -> Path:
+    """The folder at `path`, or the nearest one above it that is there."""
     path = path.absolute()
     return next(folder for folder in (path, *path.parents) if folder.is_dir())

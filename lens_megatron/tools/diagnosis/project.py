@@ -21,7 +21,7 @@ TOO_LONG_SHARE = 0.1
 
 
 def layout(plan: Plan) -> Check:
-    """What `lens_megatron.plan` says."""
+    """Whether the plan fits the cluster."""
     if plan.mistakes:
         return Check("layout", CheckStatus.FAIL, "; ".join(plan.mistakes), "see python -m lens_megatron.plan")
     tightest = max(plan.phases, key=lambda phase: phase.total)
@@ -30,7 +30,7 @@ def layout(plan: Plan) -> Check:
 
 
 def model(config: Config, shape: ModelShape) -> Check:
-    """Directory, config.json and weights as training reads them; every weight file's header."""
+    """Reads directory, config.json and weights as training does, and the header of every weight file."""
     from lens_megatron.policy.model_check import check_model  # imports Megatron-Core
 
     try:
@@ -47,11 +47,12 @@ def model(config: Config, shape: ModelShape) -> Check:
 
 
 def stored_parameters(folder: Path) -> int:
-    """Elements of all tensors in the folder's safetensors files. Reads headers only. Raises ModelError."""
+    """Counts the elements of all tensors in the folder's safetensors files by their headers. Raises ModelError."""
     return sum(tensor.elements for tensor in stored_tensors(folder).values())
 
 
 def tokenizer(config: Config, vocab_size: int) -> tuple[Check, Tokenizer | None]:
+    """Loads the tokenizer as training does; returns it too, or None where it cannot be used."""
     try:
         loaded = load_tokenizer(config.model.path, vocab_size)
     except TokenizerError as error:
@@ -63,7 +64,7 @@ def tokenizer(config: Config, vocab_size: int) -> tuple[Check, Tokenizer | None]
 
 
 def data(config: Config, loaded: Tokenizer) -> tuple[list[Check], LoadedPrompts | None]:
-    """Every row of every file, rendered and tokenized as training does."""
+    """Renders and tokenizes every row of every file as training does; returns the training prompts too."""
     checks, training = [], None
     for source in (config.data.train, *config.data.eval):
         try:
@@ -89,7 +90,7 @@ def _rows(config: Config, loaded: LoadedPrompts, *, is_training: bool) -> Check:
 
 
 def template(config: Config, loaded: Tokenizer, prompts: Sequence[Prompt]) -> Check:
-    r"""The rendered prompt of real rows: the problem is in it, `\boxed` is asked for, something may be purified."""
+    r"""Whether the rendered prompt of real rows asks for `\boxed` and has tokens that may be purified."""
     for prompt in prompts[:GRADED_ROWS]:
         text = loaded.decode_all(prompt.token_ids)
         row = f"row {prompt.index}"
@@ -113,7 +114,7 @@ def _short(text: str) -> str:
 
 
 def grading(config: Config, prompts: Sequence[Prompt]) -> Check:
-    r"""Three completions per row through the configured grader: its own answer boxed, another one, and none."""
+    r"""Grades three completions per row with the configured grader: its own answer boxed, another one, and none."""
     rows = prompts[:GRADED_ROWS]
     right = [f"It is \\boxed{{{prompt.answer}}}." for prompt in rows]
     wrong = [f"It is \\boxed{{{WRONG_ANSWER}}}."] * len(rows)

@@ -1,4 +1,4 @@
-"""What a configuration will need, by arithmetic alone: no torch, no GPU, no weights.
+"""Computes what a configuration will need, by arithmetic alone: no torch, no GPU, no weights.
 
 config.json -> model_shape        cluster -> hardware
               \\                    /

@@ -18,25 +18,27 @@ FLOAT32 = 4
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A micro-batch: `tokens` in sequences of `length`, all context-parallel ranks together."""
+    """A micro-batch of `tokens` tokens in sequences of `length`, all context-parallel ranks together."""
 
     tokens: int
     length: int
 
     def rows(self, layout: ParallelLayout) -> int:
+        """Tokens of one context-parallel rank."""
         return -(-self.tokens // layout.cp)
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatchBytes:
-    """Of one micro-batch on one rank."""
+    """What one micro-batch needs on one rank."""
 
     kept: int
-    """From the forward to the backward pass, by the layers of one model chunk."""
+    """What the layers of one model chunk keep from the forward to the backward pass."""
     layer: int
-    """What recomputation brings back, one layer at a time."""
+    """The bytes that recomputation brings back, one layer at a time."""
     kept_above: int
-    """How far that takes what is kept above `kept`: the layer's MLP is done when its attention is recomputed alone."""
+    """How far recomputation raises what is kept above `kept`. When attention alone is recomputed, what the layer's MLP
+    kept is free already."""
     forward_peak: int
     """Highest sum of temporaries inside a layer in a pass without gradients, its input included."""
     backward_peak: int
@@ -44,7 +46,7 @@ class MicroBatchBytes:
     buffer: int
     """The rows of all tensor-parallel ranks, which sequence parallelism gathers into a buffer that stays."""
     hidden: int
-    """The residual stream's tensor."""
+    """The bytes of the residual stream's tensor."""
     sent: int
     """Inputs and outputs of a model chunk that a pipeline's schedule holds, beyond what the layers keep of them."""
 
@@ -150,7 +152,7 @@ class _Sizes:
         return self.rows * self.query * self.element
 
     def checkpointed_attention(self) -> int:
-        """What selective recomputation keeps of core attention: its inputs as they come, and its output."""
+        """The bytes that selective recomputation keeps of core attention: its inputs as they come, and its output."""
         positioned = self.rows * (self.query + self.key) * self.element
         return positioned + self.mixed() + self.rotary() + self.output()
 
@@ -166,7 +168,7 @@ class _Sizes:
         return self.cp > 1 and self.spec is not LayerSpec.TRANSFORMER_ENGINE
 
     def attention_itself(self) -> int:
-        """What attention makes: outputs, the logarithm of each row's sum, gathered keys and values, masks.
+        """The bytes that attention makes: outputs, the logarithm of each row's sum, gathered keys and values, masks.
 
         A CPU attends sequence by sequence: the kernel keeps each one's output, their concatenation goes on.
         """
@@ -178,11 +180,11 @@ class _Sizes:
         return int(made)
 
     def keys_and_values(self) -> int:
-        """Gathered, of whole sequences."""
+        """Keys and values of whole sequences, gathered from all context-parallel ranks."""
         return 2 * self.rows * self.cp * self.key * self.element if self.keys_gathered else 0
 
     def masks(self) -> int:
-        """Of a CPU's kernel: the two runs of a sequence, of L / 2 cp queries each, see (2 cp + 1) L / 2 cp keys."""
+        """A CPU's masks: the two runs of a sequence, of L / 2 cp queries each, see (2 cp + 1) L / 2 cp keys."""
         chunk = self.length / (2 * self.cp)
         return int(self.sequences * (2 * self.cp + 1) * chunk**2 * self.element) if self.keys_gathered else 0
 

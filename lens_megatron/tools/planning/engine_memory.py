@@ -10,7 +10,7 @@ VLLM_WORKSPACE_BYTES = 3 * GIB
 """Activations of a prefill chunk and CUDA graphs. This is an assumption."""
 VLLM_ASLEEP_BYTES = 1 * GIB
 """What vLLM holds when it sleeps at level 2, having given up weights and KV cache: CUDA graphs and communicators. This
-is an assumption; the trainer prints the measured number (`VllmEngine.left_by_sleep`) when it starts."""
+is an assumption; the trainer prints the measured number (`VllmEngine.bytes_while_asleep`) when it starts."""
 FLOAT32, FLOAT64 = 4, 8
 
 

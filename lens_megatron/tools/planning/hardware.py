@@ -21,7 +21,7 @@ class Gpu:
     """Dense tensor-core arithmetic."""
     memory_gb_s: float
     link_gb_s: float
-    """NVLink, all links, one direction."""
+    """NVLink: all links together, in one direction."""
 
 
 GPUS = {
@@ -35,16 +35,18 @@ GPUS = {
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
+    """The machines that a plan reckons with."""
+
     name: str
     gpu: Gpu
     nodes: int
     gpus_per_node: int
     memory_bytes: int
-    """Of one GPU."""
+    """Memory of one GPU."""
     host_bytes: int
-    """Of one node."""
+    """Host memory of one node."""
     network_gb_s: float
-    """Per node, one direction."""
+    """Gigabytes per second that leave a node in one direction."""
 
     @property
     def gpus(self) -> int:
@@ -57,6 +59,7 @@ class Cluster:
 
 
 def cluster_of(config: ClusterConfig) -> Cluster:
+    """The configured cluster, with the data sheet's figures of its GPU."""
     gpu = GPUS[config.gpu]
     memory = config.gpu_memory_gib or gpu.memory_gib
     return Cluster(

@@ -35,9 +35,9 @@ class ParallelLayout:
     sequence_parallel: bool
     distributed_optimizer: bool
     element_bytes: int
-    """Of weights and activations: 2 for bfloat16, 4 for float32."""
+    """Bytes of an element of weights and activations: 2 for bfloat16, 4 for float32."""
     gradient_bytes: int
-    """Of an element of Megatron's gradient buffer."""
+    """Bytes of an element of Megatron's gradient buffer."""
     spec: LayerSpec
     recompute: str
     """none, selective (core attention) or full (whole layers)."""
@@ -48,7 +48,7 @@ class ParallelLayout:
     """The head adds its weight's gradient to Megatron's buffer; else a second tensor of it is made."""
     engine: str
     engines: int
-    """Of the whole job."""
+    """Engines of the whole job."""
     engine_tp: int
     engine_share: float
     """vLLM's gpu_memory_utilization."""
@@ -75,7 +75,7 @@ class ParallelLayout:
     def chunks_in_flight(self, stage: int, micro_batches: int) -> int:
         """Model chunks' micro-batches whose activations a rank of `stage` holds at most: warm-up + 1.
 
-        Of megatron.core.pipeline_parallel.schedules.get_pp_rank_microbatches. Interleaved, a stage warms up with
+        As in megatron.core.pipeline_parallel.schedules.get_pp_rank_microbatches. Interleaved, a stage warms up with
         2 (p - 1 - stage) + (v - 1) p of them, and takes micro-batches in multiples of p.
         """
         if self.vp == 1:
@@ -104,7 +104,7 @@ class Workload:
     lens: bool
     kl: bool
     old_log_probs: bool
-    """Computed for all samples, not only for the rescued ones."""
+    """Old log-probabilities are computed for all samples, not only for those from purified prompts."""
 
     @property
     def sequence_tokens(self) -> int:
@@ -115,7 +115,7 @@ class Workload:
         return self.prompts * self.rollouts_per_prompt
 
     def sequences(self, length: float) -> int:
-        """That one micro-batch holds of this length. Example: 9 of 512 tokens, 1 of 4608, in 4608."""
+        """Sequences of this length that one micro-batch holds. Example: 9 of 512 tokens, 1 of 4608, in 4608."""
         return max(1, int(self.max_tokens // length))
 
     def most_tokens(self, length: int, sequences: int) -> int:
@@ -123,12 +123,16 @@ class Workload:
         return min(max(self.max_tokens, length), sequences * length)
 
     def micro_batches(self, dp: int, length: float) -> int:
-        """Of one data-parallel rank in one update. Example: 1024 rollouts of 4608 tokens, dp 4, budget 9216: 128."""
+        """Micro-batches of one data-parallel rank in one update, for rollouts of `length` tokens.
+
+        Example: 1024 rollouts of 4608 tokens, dp 4, at most 9216 tokens in a micro-batch: 128.
+        """
         return -(-self.rollouts // (dp * self.updates * self.sequences(length)))
 
 
 def layout_of(config: Config, world: int, spec: LayerSpec) -> ParallelLayout:
-    """`world` processes, one GPU each. Options of `megatron.transformer` and `megatron.ddp` that matter are read."""
+    """The layout of `world` processes with one GPU each. Options under `megatron.transformer` and `megatron.ddp` that
+    change memory are read."""
     megatron, transformer = config.megatron, config.megatron.transformer
     tp = megatron.tensor_model_parallel_size
     vllm, servers = config.rollout.engine == "vllm", config.rollout.servers
@@ -162,6 +166,7 @@ def layout_of(config: Config, world: int, spec: LayerSpec) -> ParallelLayout:
 
 
 def workload_of(config: Config) -> Workload:
+    """The step of this configuration."""
     rollout = config.rollout
     return Workload(
         prompts=rollout.prompts_per_step,

@@ -9,13 +9,13 @@ from lens_megatron.tools.planning.layout import LayerSpec, ParallelLayout, Workl
 from lens_megatron.tools.planning.model_shape import ModelShape
 
 FRAMEWORK_BYTES = 3 * GIB
-"""Assumed: CUDA context, NCCL's and cuBLAS's buffers, what the allocator cannot hand out again."""
+"""CUDA's context, buffers of NCCL and cuBLAS, and what the allocator cannot hand out again. This is an assumption."""
 EXPORT_BUCKET_BYTES = 256 << 20
-"""Of policy.export on a GPU: a bucket of gathered weights. A larger tensor has a bucket of its own."""
+"""A bucket of gathered weights, as policy.export has it on a GPU. A larger tensor has a bucket of its own."""
 WEIGHT_BLOCK_ELEMENTS = 1 << 22
-"""Of lens_kernels.linear_logprobs: elements of a half-precision weight that a CPU turns to float32 at a time."""
+"""Elements of a half-precision weight that lens_kernels.linear_logprobs turns to float32 at a time on a CPU."""
 STATISTICS_ELEMENTS = 1 << 20
-"""Of lens_kernels._rows: logits that the plain PyTorch path works on at a time, in float32."""
+"""Logits that the plain PyTorch path of lens_kernels._rows works on at a time, in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +29,18 @@ class StateBytes:
 
 @dataclass(frozen=True, slots=True)
 class Peaks:
-    """Highest sums of what comes and goes. `saved`: of tensors kept for the backward pass alone."""
+    """The highest sums of what comes and goes. `saved` counts only tensors that are kept for the backward pass."""
 
     saved: int
     activations: int
     head: int
-    """At the moment when activations + head is highest."""
+    """What the LM head holds at the moment when activations + head is highest."""
 
 
 @dataclass(frozen=True, slots=True)
 class PhaseBytes:
+    """What one GPU holds in a phase of the step, by component."""
+
     phase: str
     stage: int
     """The pipeline stage that needs most in this phase."""
@@ -81,8 +83,8 @@ def state_bytes(shape: ModelShape, layout: ParallelLayout, stage: int) -> StateB
 def update_peaks(
     shape: ModelShape, layout: ParallelLayout, micro_batch: Packed, responses: int, micro_batches: int, stage: int
 ) -> Peaks:
-    """Of forward and backward over all micro-batches. `responses`: tokens of the micro-batch that reach the head; of a
-    context-parallel rank's rows all may be such, since prompts lie in the first one's chunk.
+    """The highest sums of forward and backward passes over all micro-batches. `responses`: tokens of the micro-batch
+    that reach the head; all rows of a context-parallel rank may, since prompts lie in the first one's chunk.
 
     Two moments compete: the head's forward, when everything is kept and the head's gradients exist, and the first
     backward through a layer. Pipelines hold several micro-batches at once: `ParallelLayout.chunks_in_flight`.
@@ -105,7 +107,7 @@ def update_peaks(
 
 
 def forward_peaks(shape: ModelShape, layout: ParallelLayout, micro_batch: Packed, responses: int, stage: int) -> Peaks:
-    """Of a pass without gradients: one layer at a time, then the head."""
+    """The highest sums of a pass without gradients: one layer at a time, then the head."""
     micro, rows = micro_batch_bytes(shape, layout, micro_batch), micro_batch.rows(layout)
     if stage < layout.pp - 1:
         return Peaks(0, micro.forward_peak + micro.buffer, 0)

@@ -11,13 +11,15 @@ from pathlib import Path
 from lens_megatron.config import ConfigError
 
 FAMILIES = {"llama": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
-"""What a family has beyond Llama's layer."""
+"""What the layers of a family have beyond those of Llama."""
 _NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _SUFFIXES = ("-instruct", "-base", "-it")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
+    """The dimensions of a dense transformer."""
+
     model_type: str
     num_hidden_layers: int
     hidden_size: int
@@ -37,7 +39,7 @@ class ModelShape:
 
     @property
     def key_size(self) -> int:
-        """Of the keys of one token; the values' is the same."""
+        """Elements of the keys of one token. Its values have as many."""
         return self.num_key_value_heads * self.head_dim
 
     @property
@@ -56,20 +58,26 @@ class ModelShape:
         return total
 
     def layer_parameters(self, tp: int) -> int:
+        """Parameters of one layer on one tensor-parallel rank. Norms are whole on each."""
         qkv = self.query_size + 2 * self.key_size
         matrices = self.hidden_size * (qkv + self.query_size + 3 * self.intermediate_size)
         biases = qkv if self.qkv_bias else 0
         return (matrices + biases) // tp + 2 * self.hidden_size + 2 * self.head_dim * self.qk_norm
 
     def padded_vocab_size(self, tp: int) -> int:
+        """Rows of the embedding, a multiple of `tp`."""
         return -(-self.vocab_size // tp) * tp
 
     def kv_bytes_per_token(self, element_bytes: int) -> int:
-        """Of all layers. Example: 57,344 for Qwen2.5-7B in bf16."""
+        """Bytes of the keys and values of one token in all layers. Example: 57,344 for Qwen2.5-7B in bf16."""
         return 2 * self.num_hidden_layers * self.key_size * element_bytes
 
     def forward_flops(self, tokens: float, context: float, heads: float | None = None) -> float:
-        """Of `tokens` tokens that see `context` tokens each on average; `heads`: how many of them reach the LM head."""
+        """Operations of a forward pass over `tokens` tokens that see `context` tokens each on average.
+
+        Args:
+            heads: how many of the tokens reach the LM head; all of them by default.
+        """
         layer = self.layer_parameters(1) * self.num_hidden_layers
         attention = 2 * 2 * self.num_hidden_layers * self.query_size * context
         head = 2 * self.vocab_size * self.hidden_size
@@ -112,7 +120,7 @@ def read_shape(path: str) -> ModelShape:
 
 
 def from_hf(tree: dict) -> ModelShape:
-    """A shape from the contents of config.json. Raises ValueError for what is missing or not supported."""
+    """Reads a shape from the contents of config.json. Raises ValueError for what is missing or not supported."""
     if not isinstance(tree, dict) or tree.get("model_type") not in FAMILIES:
         kind = tree.get("model_type") if isinstance(tree, dict) else type(tree).__name__
         raise ValueError(f"model type {kind!r}; the plan knows {', '.join(FAMILIES)}, and no experts yet")

@@ -20,6 +20,8 @@ class LayoutError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
+    """What a configuration will take on its cluster."""
+
     shape: ModelShape
     layout: ParallelLayout
     work: Workload
@@ -75,8 +77,10 @@ def make_plan(
 
 
 def checkpoint_bytes(shape: ModelShape, layout: ParallelLayout) -> int:
-    """Of one checkpoint as `policy.checkpoint` writes it, each tensor once: weights, Adam's moments and, in bfloat16,
-    the float32 copy of the weights; and the model as a Hugging Face directory."""
+    """Bytes of one checkpoint as `policy.checkpoint` writes it, each tensor once.
+
+    It holds the weights, Adam's moments, in bfloat16 the float32 copy of the weights, and the Hugging Face directory.
+    """
     parameters = layout.tp * sum(shape.stage_parameters(layout.tp, layout.pp, stage) for stage in range(layout.pp))
     state = 2 * FLOAT32 + (FLOAT32 if layout.element_bytes < FLOAT32 else 0)
     return parameters * (layout.element_bytes + state) + shape.parameters * layout.element_bytes

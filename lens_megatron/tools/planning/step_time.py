@@ -18,25 +18,27 @@ class Assumptions:
     """Model FLOPs of forward and backward / peak, recomputation not counted as work done."""
     forward_mfu: float = 0.45
     memory_efficiency: float = 0.7
-    """Of the GPU's memory bandwidth, while decoding."""
+    """Share of the GPU's memory bandwidth that decoding reaches."""
     link_efficiency: float = 0.7
     host_link_gb_s: float = 20.0
-    """Reference weights from pinned host memory, per GPU."""
+    """Gigabytes per second between pinned host memory and each GPU."""
     mean_length_share: float = 0.5
     """Mean length of prompts and of responses / their limits."""
     hard_share: float = 0.5
-    """LENS: prompts below tau, which are sampled a second time."""
+    """LENS: share of prompts below tau, which are sampled a second time."""
     discarded_share: float = 0.15
-    """LENS with rollout.schedule=speculative: sampled tokens that are taken back. Simulated: 0.09 to 0.19, more where
-    more sequences run at once (benchmarks/ROLLOUT_NOTES.md)."""
+    """LENS with rollout.schedule=speculative: share of sampled tokens that are taken back. Simulated: 0.09 to 0.19,
+    more where more sequences run at once (benchmarks/ROLLOUT_NOTES.md)."""
     rescued_share: float = 0.1
-    """LENS: rollouts whose old log-probabilities must be computed."""
+    """LENS: share of rollouts whose old log-probabilities must be computed."""
     local_layer_s: float = 1e-3
     """The local engine launches a layer's operators one by one from Python."""
 
 
 @dataclass(frozen=True, slots=True)
 class PhaseTime:
+    """How long a phase takes, and how that comes about, in words."""
+
     phase: str
     seconds: float
     how: str
@@ -44,12 +46,12 @@ class PhaseTime:
 
 @dataclass(frozen=True, slots=True)
 class WeightSync:
-    """After every step."""
+    """How the weights reach an engine after every step."""
 
     bytes_per_engine: int
     """What `perf/weight_sync_bytes` will say: every weight once, whole."""
     bytes_received: int
-    """Of it, what a GPU gets from others: all but its own shard."""
+    """Bytes of these that a GPU gets from others: all but its own shard."""
     seconds: float
 
 
@@ -61,7 +63,7 @@ def bubble(stages: int, micro_batches: int, chunks: int = 1) -> float:
 def step_times(
     shape: ModelShape, layout: ParallelLayout, work: Workload, cluster: Cluster, assumed: Assumptions, running: int
 ) -> list[PhaseTime]:
-    """In the order of the step. `running`: sequences that one engine decodes at once."""
+    """The phases in the order of the step. `running`: sequences that one engine decodes at once."""
     times = []
     if work.lens:
         times.append(_scores(shape, layout, work, cluster, assumed))

@@ -1,0 +1,68 @@
+"""The command line of a training run. Imports neither torch nor Megatron, so that `--help` answers at once."""
+
+import os
+import sys
+from argparse import Action, ArgumentParser, Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lens_megatron
+from lens_megatron.config import help as option_help
+
+USAGE = """\
+torchrun --nproc-per-node N pretrain_lens.py --config FILE [section.option=value ...]
+       pretrain_lens.py --help [WORD] | --version
+"""
+INTRODUCTION = """\
+Trains a reasoning model with LENS or GRPO. Every option below may stand in the YAML file, as in configs/, and on the
+command line, which is stronger: lens.tau=0.4. A value there is YAML; an empty one leaves an option empty.
+--help WORD shows the section WORD, or every option whose name or meaning contains it.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class CommandLine:
+    """What a user asks for. Example: CommandLine("configs/demo.yaml", ("train.steps=100",))."""
+
+    config: str
+    overrides: tuple[str, ...]
+
+
+def parse(arguments: Sequence[str] | None = None) -> CommandLine:
+    """Reads `arguments`, by default those of the process.
+
+    Raises:
+        SystemExit: `--help` or `--version` was answered (status 0), or the arguments are wrong (status 2).
+    """
+    parser = ArgumentParser(prog="pretrain_lens.py", usage=USAGE, add_help=False)
+    parser.add_argument("-h", "--help", nargs="?", const="", metavar="WORD", action=_Help)
+    parser.add_argument("--version", action="version", version=f"lens_megatron {lens_megatron.__version__}")
+    parser.add_argument("--config", required=True, help="YAML file; see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="section.option=value")
+    parsed = parser.parse_args(arguments)
+    return CommandLine(parsed.config, tuple(parsed.overrides))
+
+
+class _Help(Action):
+    """Prints the options that a word asks for, and ends the process."""
+
+    def __call__(
+        self,
+        parser: ArgumentParser,
+        namespace: Namespace,
+        values: str | Sequence[Any] | None,
+        option: str | None = None,
+    ) -> None:
+        word = values if isinstance(values, str) else ""
+        found = option_help.find(word)
+        if not found:
+            near = option_help.nearest(word)
+            hint = f"; did you mean {near}?" if near else "; --help lists all of them"
+            parser.error(f"no section or option has {word!r} in its name or meaning{hint}")
+        introduction = "" if word else f"usage: {USAGE}\n{INTRODUCTION}\n"
+        try:
+            print(introduction + option_help.render(found), flush=True)
+        except BrokenPipeError:  # a pager was left before the end; Python would complain again when it exits
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        parser.exit()

@@ -1,0 +1,88 @@
+"""What `pretrain_lens.py` answers before anything of torch is imported."""
+
+import subprocess
+import sys
+
+import pytest
+from toy_runs import ROOT, Toy, command, environment, torchrun
+
+from lens_megatron import __version__, command_line
+from lens_megatron.command_line import CommandLine
+from lens_megatron.config import all_options
+from lens_megatron.config import help as option_help
+
+
+def answer(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[object, str]:
+    """Exit status and what was printed."""
+    with pytest.raises(SystemExit) as ended:
+        command_line.parse(arguments)
+    printed = capsys.readouterr()
+    return ended.value.code, printed.out + printed.err
+
+
+def test_help_has_every_option_once_with_type_default_and_meaning(capsys):
+    status, text = answer(capsys, "--help")
+    assert status == 0 and text.startswith("usage: torchrun")
+    starts = [line.split()[0] for line in text.splitlines() if line.startswith("  ") and line[2:3].isalpha()]
+    assert [name for name in all_options() if starts.count(name) != 1] == []
+    for line in (
+        "  run.directory  (path; required)",
+        "  run.if_exists  (resume | restart | fail; default resume)",
+        "  lens.tau  (number from 0 to 1; default 0.5)",
+        "  lens.deletion_ratio  (number above 0 below 1; default 0.03)",
+        "  data.eval  (list of path; default [])",
+        "  model.reference_path  (path or empty; default empty)",
+        "  rollout.servers  (whole number or list of text; default 1)",
+        "  algorithm.dual_clip  (number above 1 or empty; default 3.0)",
+        "  megatron.transformer  (mapping; default {})",
+    ):
+        assert line in text.splitlines(), line
+    assert all(len(line) <= 120 for line in text.splitlines())
+    assert all(option.meaning for section in option_help.sections() for option in section.options)
+
+
+def test_help_with_a_word_shows_a_section_or_what_mentions_it(capsys):
+    status, text = answer(capsys, "--help", "lens")
+    assert status == 0 and text.startswith("lens:\n") and "  lens.tau  " in text and "run.directory" not in text
+    _, text = answer(capsys, "--help", "CHECKPOINTS")
+    assert "  train.async_save  " in text and "lens.tau" not in text, "a word of the meaning, whatever its case"
+    _, text = answer(capsys, "--help", "lens.tau")
+    assert text.splitlines()[0] == "lens:" and text.count("; default ") == 1, "one option"
+
+
+def test_help_with_a_word_that_nothing_mentions(capsys):
+    status, text = answer(capsys, "--help", "tempreature")
+    assert status == 2 and "no section or option has 'tempreature'" in text
+    assert "did you mean rollout.temperature?" in text
+    assert option_help.nearest("xyzxyz") == ""
+
+
+def test_version_and_mistakes(capsys):
+    assert answer(capsys, "--version") == (0, f"lens_megatron {__version__}\n")
+    status, text = answer(capsys, "lens.tau=0.4")
+    assert status == 2 and "required: --config" in text
+    assert command_line.parse(["--config", "a.yaml", "b.c=1"]) == CommandLine("a.yaml", ("b.c=1",))
+
+
+def test_help_imports_no_torch():
+    script = str(ROOT / "pretrain_lens.py")
+    shown = subprocess.run(
+        [sys.executable, "-X", "importtime", script, "--help"], env=environment(), capture_output=True, text=True
+    )
+    assert shown.returncode == 0 and "run.directory" in shown.stdout
+    imported = {line.rpartition("|")[2].strip() for line in shown.stderr.splitlines()}
+    assert "pydantic" in imported and not imported & {"torch", "transformers", "megatron"}
+
+
+def test_a_pager_that_is_left_is_no_mistake():
+    words = f"{sys.executable} {ROOT / 'pretrain_lens.py'} --help | head -1"
+    shown = subprocess.run(["bash", "-o", "pipefail", "-c", words], env=environment(), capture_output=True, text=True)
+    assert (shown.returncode, shown.stderr) == (0, "")
+
+
+def test_the_package_is_a_program_of_torchrun(toy: Toy, tmp_path):
+    config = command(toy.tree(tmp_path / "run", train={"steps": 1}), tmp_path, 1)[-1]
+    words = [*torchrun(1), "-m", "lens_megatron", "--config", config, "run.log_level=warning"]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "iteration" not in done.stdout, done.stderr[-3000:]
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
