@@ -20,7 +20,7 @@ import torch
 from benchmarks.training import load, roof
 from lens_megatron.config import Config, from_tree
 from lens_megatron.policy import platform
-from lens_megatron.types import Sample
+from lens_megatron.types import Group, Prompt, Sample, TrainingGroup
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
@@ -40,6 +40,13 @@ def configuration(spec: dict, budget: int) -> Config:
             "megatron": spec["megatron"],
         }
     )
+
+
+def one_group(samples: list[Sample]) -> TrainingGroup:
+    """All samples as rollouts of one prompt: where groups end matters to several optimizer steps, and there is one."""
+    tokens, rollouts = samples[0].prompt, tuple(sample.rollout for sample in samples)
+    prompt = Prompt(0, tokens, (False,) * len(tokens), answer="", problem="", source="synthetic")
+    return TrainingGroup(Group(prompt, rollouts), rollouts, gate=False)
 
 
 class Ours:
@@ -62,7 +69,8 @@ class Ours:
 
         mesh = self.run.mesh
         self.clock.cpu_seconds.clear()
-        updates, packings = train_on(self.run, load.split(samples, mesh.dp_rank, mesh.dp_size), step=0)
+        mine = load.split(samples, mesh.dp_rank, mesh.dp_size)
+        updates, packings = train_on(self.run, [one_group(mine)], mine, step=0)
         self.seconds, self.cpu_seconds = self.clock.take(), dict(self.clock.cpu_seconds)
         self.packing = packings[0]
         return updates[0].loss, updates[0].grad_norm
