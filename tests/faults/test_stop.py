@@ -59,6 +59,7 @@ def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
                 found.append(child)
     return sorted(found, key=lambda child: child.environ()["RANK"])
 
+
 DIFFERENT = ("timing_s/", "perf/weight_sync_", "training/sync_log_prob_diff")
 """Metrics that a resumed run may have in other rows: it must give its engine the weights once more."""
 
