@@ -3,7 +3,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-# Read, not imported: a build environment has no torch.
+# The file is read, not imported, because a build environment has no torch.
 SOURCE = Path(__file__).parent.joinpath("lens_kernels", "__init__.py").read_text(encoding="utf-8")
 VERSION = re.search(r'^__version__ = "(.+)"$', SOURCE, re.MULTILINE).group(1)
 

@@ -1,4 +1,4 @@
-"""A configuration -> everything one rank of a run holds, checked in the order in which mistakes are cheapest."""
+"""Builds from a configuration everything that one rank of a run holds; makes the cheapest checks first."""
 
 import logging
 import os
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
-    """The run, and whether it goes on with an earlier one. torch.distributed is up.
+    """Returns the run, and whether it continues an earlier one. Needs torch.distributed.
 
     Checks model, tokenizer and data, then takes the device's memory, and only then creates the run folder.
     """
@@ -64,7 +64,7 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
     control = platform.open_control_store(device)
     mesh = build_mesh(config.megatron, config.run.seed, device, patience)
     engine_group = build_engine_group(config.ranks_per_engine, patience)
-    servers = start_servers(config, hf_config, mesh.rank, mesh.world_size)  # they need longer than all that follows
+    servers = start_servers(config, hf_config, mesh.rank, mesh.world_size)  # starting them takes longest
     with ExitStack() as on_failure:
         on_failure.callback(control.close)
         on_failure.callback(stop_all, servers)
@@ -72,7 +72,7 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
         _await_graders(graders, device)
         resuming, lease = _take_folder(config, mesh, on_failure)
         memory = TrainerMemory(policy, enabled=is_enabled(config, device))
-        memory.to_host()  # vLLM counts what is free before it takes its share
+        memory.to_host()  # vLLM measures the free memory before it takes its share
         engine = _build_engine(config, hf_config, device, engine_group, servers)
         memory.to_device()
         on_failure.pop_all()
@@ -104,7 +104,7 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
 
 
 def _check_machine(config: Config) -> None:
-    """Raises ConfigError or RunFolderError for what this machine cannot do."""
+    """Raises ConfigError or RunFolderError if this machine cannot run the configuration."""
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
     for mistake in machine_mistakes(config, ranks_here, os.cpu_count() or 1):
         raise ConfigError(mistake)
@@ -113,7 +113,7 @@ def _check_machine(config: Config) -> None:
 
 
 def collective_patience(config: Config) -> float:
-    """Minutes that a collective may take: more than the watchdog's, which knows more and must speak first."""
+    """Returns the time limit of collectives in minutes: above the watchdog's, which reports more and so comes first."""
     return config.run.phase_timeout_minutes + 10 if config.run.phase_timeout_minutes else 30
 
 
@@ -124,7 +124,7 @@ def _build_engine(
     engine_group: EngineGroup,
     servers: Sequence[ServerProcess],
 ) -> RolloutEngine:
-    """A collective where the engine is vLLM's."""
+    """Builds this rank's engine. A collective where the engine is vLLM's."""
     if config.rollout.engine == "vllm":
         engine = VllmEngine(config, hf_config)
         if engine.bytes_while_asleep is not None:
@@ -143,7 +143,7 @@ def _build_engine(
 def _connect(
     config: Config, hf_config: PretrainedConfig, device: torch.device, servers: Sequence[ServerProcess]
 ) -> RolloutEngine:
-    """The engine over this rank's servers. A collective. Raises ConfigError on every rank if any rank has none."""
+    """Returns the engine over this rank's servers. A collective; raises ConfigError on all ranks if any has none."""
     engines: list[RolloutEngine] = []
     failure: ConfigError | None = None
     try:
@@ -155,13 +155,13 @@ def _connect(
 
 
 def _build_unfinished(config: Config, mesh: Mesh) -> UnfinishedGroups:
-    share = mesh.dp_rank + mesh.dp_size * mesh.model_rank  # as `phases.collect` deals the prompts
+    share = mesh.dp_rank + mesh.dp_size * mesh.model_rank  # as `phases.collect` distributes the prompts
     staleness = config.rollout.off_policy_steps * config.train.updates_per_batch
     return UnfinishedGroups(Path(config.run.directory) / "unfinished", share, mesh.world_size, staleness)
 
 
 def _build_request_store(config: Config, engine_group: EngineGroup, store: ControlStore) -> RequestStore | None:
-    """Between engines: of those over several ranks the first one speaks."""
+    """Builds the store through which engines share requests; an engine over several ranks has it on the first one."""
     return (
         RequestStore(store, engine_group.number, engine_group.engines)
         if config.rollout.shares_work and engine_group.leads and engine_group.engines > 1
@@ -170,7 +170,7 @@ def _build_request_store(config: Config, engine_group: EngineGroup, store: Contr
 
 
 def _check_replay(config: Config, vocab_size: int) -> None:
-    """Raises ReplayError where saved rollouts cannot be read, or none saved. Of later steps it sees only the files."""
+    """Raises ReplayError where rollouts cannot be read or saved. Of later steps it checks only that files exist."""
     loaded = config.debug.load_rollouts
     replay.check_folders(loaded, config.debug.save_rollouts, config.train.steps)
     if loaded and config.train.steps:
@@ -185,7 +185,7 @@ def _start_graders(config: Config) -> GraderPool:
 
 
 def _await_graders(graders: GraderPool, device: torch.device) -> None:
-    """Waits until the graders of every rank have loaded, so that no rank takes the folder before. A collective.
+    """Waits until the graders of every rank have loaded, so that no rank takes the folder earlier. A collective.
 
     Raises GraderStartError where they cannot be loaded, ConfigError on other ranks.
     """
@@ -218,9 +218,9 @@ def _load_data(config: Config, tokenizer: Tokenizer) -> tuple[PromptStream, tupl
 
 
 def _take_folder(config: Config, mesh: Mesh, on_failure: ExitStack) -> tuple[bool, RunLease | None]:
-    """Rank 0 takes the folder and tells the others whether to resume; every rank makes sure that it has the same one.
+    """Takes the folder on rank 0 and tells all ranks whether to resume; every rank checks that it has the same folder.
 
-    The lease is rank 0's. A collective. Raises RunFolderError, FolderInUseError; on other ranks ToldError.
+    Only rank 0 gets the lease. A collective. Raises RunFolderError, FolderInUseError; on other ranks ToldError.
     """
     layout, taken = config.megatron, []
     topology = {

@@ -1,4 +1,4 @@
-"""The command line of a training run. Imports neither torch nor Megatron, so that `--help` answers at once."""
+"""Reads the command line of a training run. Imports neither torch nor Megatron, so that `--help` is fast."""
 
 import os
 import sys
@@ -23,7 +23,7 @@ command line, which is stronger: lens.tau=0.4. A value there is YAML; an empty o
 
 @dataclass(frozen=True, slots=True)
 class CommandLine:
-    """What a user asks for. Example: CommandLine("configs/demo.yaml", ("train.steps=100",))."""
+    """The arguments of a training run. Example: CommandLine("configs/demo.yaml", ("train.steps=100",))."""
 
     config: str
     overrides: tuple[str, ...]
@@ -63,6 +63,6 @@ class _Help(Action):
         introduction = "" if word else f"usage: {USAGE}\n{INTRODUCTION}\n"
         try:
             print(introduction + option_help.render(found), flush=True)
-        except BrokenPipeError:  # a pager was left before the end; Python would complain again when it exits
+        except BrokenPipeError:  # the user left a pager early; Python would report it again when it exits
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         parser.exit()

@@ -1,5 +1,5 @@
-"""Files that are whole or not there: written beside their place, flushed, then renamed into it; and users' files, read
-without waiting for what never comes."""
+"""Writes files that are whole or absent (written beside their place, flushed, then renamed), and reads users' files
+without blocking."""
 
 import errno
 import os
@@ -12,15 +12,15 @@ _KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a de
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Opens a file of the user's for reading. Does not block where `path` is a FIFO or a device.
+    """Opens a user's file for reading. Does not block where `path` is a FIFO or a device.
 
     Raises:
-        OSError: `strerror` says why, also of a name that no file can have and of what is not a regular file.
+        OSError: `strerror` says why, also for a name that no file can have and for a path that is no regular file.
     """
     try:
-        _check_regular(os.stat(path).st_mode)  # before it is opened, which some devices take for a command
+        _check_regular(os.stat(path).st_mode)  # before it is opened, since opening starts an action on some devices
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except ValueError:  # a NUL byte, or half of a surrogate pair
+    except ValueError:  # the name has a NUL byte, or half of a surrogate pair
         raise OSError(errno.EINVAL, "no file can have this name") from None
     file = os.fdopen(descriptor, "rb")
     try:
@@ -32,16 +32,16 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_regular(path: Path, limit: int) -> bytes:
-    """The content of a file of the user's, as `open_regular` opens it. Raises OSError, also beyond `limit` bytes."""
+    """Returns a user's file, opened by `open_regular`. Raises OSError, also if it has more than `limit` bytes."""
     with open_regular(path) as file:
-        content = file.read(limit + 1) or b""  # None: some files of /proc have nothing to say yet
+        content = file.read(limit + 1) or b""  # some files of /proc give None while they have no data
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes")
     return content
 
 
 def why_no_folder(path: Path) -> str:
-    """Why no folder can be made at `path`, or written to if there is one; empty if it can. Makes nothing."""
+    """Returns why no folder can be made at `path`, or written to if it exists; empty if it can. Makes nothing."""
     try:
         above = next(part for part in (path, *path.absolute().parents) if os.path.lexists(part))
     except ValueError:
@@ -61,13 +61,13 @@ def _check_regular(mode: int) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes, *, mode: int = 0o666) -> None:
-    """Replaces `path`, which holds its old or its new content whenever the process or the machine stops.
+    """Replaces `path`, which has its old or its new content whenever the process or the machine stops.
 
     Args:
-        mode: permissions of a new file, before the umask.
+        mode: the permissions of a new file, before the umask is applied.
 
     Raises:
-        OSError: nothing was changed, and nothing is left beside `path`.
+        OSError: `path` was not changed, and no temporary file is left beside it.
     """
     data = content.encode("utf-8", errors="backslashreplace") if isinstance(content, str) else content
     partial = path.with_name(f".{path.name[:200]}.{os.getpid()}.partial")
@@ -88,7 +88,7 @@ def append_whole(path: Path, data: bytes) -> None:
     """Appends to `path`, which it creates.
 
     Raises:
-        OSError: the file is as it was.
+        OSError: the file was not changed.
     """
     size = None
     try:

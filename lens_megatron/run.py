@@ -1,4 +1,4 @@
-"""Everything one rank of a run holds. Built by `build.build_run`, used by `step`, `evaluate` and `train`."""
+"""Holds everything of one rank of a run. `build.build_run` makes it; `step`, `evaluate` and `train` use it."""
 
 from dataclasses import dataclass
 
@@ -27,7 +27,7 @@ class Run:
     config: Config
     mesh: Mesh
     control: ControlStore
-    """The store through which ranks tell each other what no collective tells them."""
+    """The store through which ranks exchange what no collective carries."""
     policy: Policy
     tokenizer: Tokenizer
     prompts: PromptStream
@@ -40,7 +40,7 @@ class Run:
     unfinished: UnfinishedGroups
     """The graded groups of the steps in progress, on disk; `sampler` reads and writes them."""
     background: BackgroundSampling | None
-    """If it is given, the next step is sampled while this one trains."""
+    """The sampling of the next step while this one trains; None if each step is sampled before it trains."""
     trainer_memory: TrainerMemory
     lease: RunLease | None
     """The right to write to the run's folder, which only the main rank has."""
@@ -48,7 +48,7 @@ class Run:
 
     @property
     def is_main(self) -> bool:
-        """The rank that writes metrics and talks to the user."""
+        """True on the rank that writes metrics and prints messages to the user."""
         return self.mesh.rank == 0
 
     @property
@@ -57,7 +57,7 @@ class Run:
         return range(self.mesh.dp_rank, self.config.rollout.prompts_per_step, self.mesh.dp_size)
 
     def abandon(self) -> None:
-        """Gives up what would outlive the process, before another thread than the main one ends it.
+        """Releases what would outlive the process, before a thread other than the main one ends it.
 
         Servers end by themselves.
         """
@@ -68,7 +68,7 @@ class Run:
                 self.lease.release()
 
     def close(self) -> None:
-        """Ends the engine, the graders and the control store, and gives the run's folder free."""
+        """Ends the engine, the graders and the control store, and releases the run's folder."""
         try:
             self.engine.close()
             self.graders.close()

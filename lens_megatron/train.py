@@ -1,4 +1,4 @@
-"""The loop around `step`: check everything, build the run, resume, step, log, evaluate, save, stop."""
+"""Runs the loop around `step`: checks everything, builds the run, resumes, steps, logs, evaluates, saves, stops."""
 
 import json
 import logging
@@ -35,12 +35,12 @@ logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains as `arguments` say, by default those of the process; returns the exit status, an `ExitCode`."""
+    """Trains as `arguments` say, by default those of the process; returns the exit status as an `ExitCode`."""
     return run(command_line.parse(arguments))
 
 
 def run(command: CommandLine) -> int:
-    """Trains, with its messages on the console. Returns an `ExitCode`; any other error than a UserError is raised."""
+    """Trains and prints messages on the console. Returns an `ExitCode`; raises any error that is not a UserError."""
     logging.getLogger("megatron").setLevel(logging.ERROR)
     with console.messages_on_console():
         try:
@@ -57,7 +57,7 @@ def run(command: CommandLine) -> int:
 
 
 def train(config: Config) -> None:
-    """Trains as configured. Raises a UserError, before anything is written where that can be known then."""
+    """Trains as configured. Raises a UserError, where possible before anything is written."""
     with Stop() as stop:
         end_with_launcher()
         _train(config, stop)
@@ -89,7 +89,7 @@ def _train(config: Config, stop: Stop) -> None:
 
 
 def _is_done(config: Config, device: torch.device) -> bool:
-    """Whether the folder holds a run with nothing left to do. Rank 0 looks and tells the others. A collective."""
+    """Returns whether the folder holds a run that is complete. Rank 0 looks and tells the others. A collective."""
 
     def look() -> str:
         resuming = run_folder.check(config)
@@ -140,7 +140,7 @@ def _loop(run: Run, done: int, stop: Stop, saver: CheckpointWriter) -> None:
             run.unfinished.remove(step)
         logged = _step_metrics(run, result)
         if writer:
-            writer.write(step, logged)  # before any save: a checkpoint whose row is missing would leave a gap for good
+            writer.write(step, logged)  # before any save: a checkpoint whose row is missing would leave a permanent gap
         last_step.finish(step)
         evaluated = _evaluate(run) if _evaluation_is_due(config, step) else {}
         score = metrics.best_model_metric(evaluated, config.train.metric_for_best_model)
@@ -175,7 +175,7 @@ def _evaluation_is_due(config: Config, step: int) -> bool:
 
 
 def _catch_up(run: Run, done: int, writer: metrics.MetricsWriter | None, saver: CheckpointWriter) -> None:
-    """Evaluates and exports what the run was stopped before, after `done` steps. A collective."""
+    """Makes the evaluation and the export that the run was stopped before, after `done` steps. A collective."""
     config = run.config
 
     def look() -> str:
@@ -246,7 +246,7 @@ def _step_metrics(run: Run, result: StepResult) -> metrics.Metrics:
 
 
 def _rollout_files(run: Run) -> tuple[RolloutFiles | None, RolloutFiles | None]:
-    """The files for people, in the run's folder, and those of debug.save_rollouts; None where they are not wanted."""
+    """Returns the files for people, in the run's folder, and those of debug.save_rollouts; None for unwanted ones."""
     own, asked = Path(run.config.run.directory) / "rollouts", run.config.debug.save_rollouts
     wanted = run.config.run.save_rollout_files
     return (

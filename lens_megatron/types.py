@@ -17,18 +17,18 @@ from lens_megatron.reward.types import GradeStatus
 
 
 class Origin(StrEnum):
-    """Which prompt a rollout was sampled from."""
+    """Names the prompt that a rollout was sampled from."""
 
     NATIVE = "native"
     """The prompt of the dataset: every rollout of the first wave."""
     PURIFIED = "purified"
-    """The purified prompt: every rollout of the second wave, failures too. Those of them that are trained on came in
-    through the gate (`algorithms.rescue`), and only they are called rescued."""
+    """The purified prompt: every rollout of the second wave, failures too. Those that the gate (`algorithms.rescue`)
+    admits are trained on, and only they are called rescued."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One rendered row of a dataset.
+    """A prompt: one rendered row of a dataset.
 
     Example: Prompt(index=7, token_ids=(1, 40, 41, 2), eligible=(False, True, True, False), answer="12",
     problem="5 + 7 = ?", source="train.jsonl").
@@ -50,7 +50,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class PurifiedPrompt:
-    """A prompt with its most interfering tokens deleted, and why."""
+    """A prompt with its most interfering tokens deleted, and the scores that decided it."""
 
     token_ids: tuple[int, ...]
     """[L - k] token ids that are left, in their order."""
@@ -65,16 +65,16 @@ class StepPrompt:
     """A prompt of a step, ready to be sampled."""
 
     place: int
-    """Its place among the prompts of the step, counted from 0 in data order over all ranks. Seeds are functions of the
-    place: a prompt that stands twice in a step, which happens where two epochs meet, has two places and draws twice."""
+    """The place among the prompts of the step, counted from 0 in data order over all ranks. Seeds are functions of the
+    place: a prompt that occurs twice in a step, as can happen where two epochs meet, has two places and draws twice."""
     prompt: Prompt
     purified: PurifiedPrompt | None
-    """What the second wave is sampled from; None where nothing is to be deleted, and there is no second wave then."""
+    """The prompt that the second wave is sampled from; None, without a second wave, where nothing is to be deleted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One sampled completion, graded."""
+    """One sampled and graded completion."""
 
     token_ids: tuple[int, ...]
     """[L] ids of the generated tokens; the end-of-sequence token is one of them if it was generated."""
@@ -85,7 +85,7 @@ class Rollout:
     """True when the model stopped by itself, False when it ran into `max_response_length`."""
     origin: Origin
     weight_version: int
-    """The version of the policy's weights that sampled it: the number of updates made before."""
+    """The version of the policy's weights that sampled the completion: the number of updates made before."""
     reward: float
     """The grader's score."""
     status: GradeStatus
@@ -115,13 +115,13 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class TrainingGroup:
-    """What CRPO trains on: the first wave, in which rescued successes replace failures where the gate opened."""
+    """The rollouts that CRPO trains on: the first wave, where rescued successes replace failures if the gate opened."""
 
     group: Group
     rollouts: tuple[Rollout, ...]
     """Native rollouts come first, rescued ones after them."""
     gate: bool
-    """True when the second wave did better than the first, so that its successes came in."""
+    """True when the second wave had more success than the first, so that its successes are trained on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,17 +135,17 @@ class Sample:
     rollout: Rollout
     advantage: float
     weight: float
-    """w~ of the LENS paper, eq. 4, as it multiplies the loss; 1 for GRPO."""
+    """The w~ of the LENS paper, eq. 4, which multiplies the loss; 1 for GRPO."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingRow:
-    """A sample with what the trainer's own forward passes say of the L tokens of its response, in nats."""
+    """A sample with log-probabilities of the L tokens of its response, in nats, from the trainer's forward passes."""
 
     sample: Sample
     old_log_probs: Tensor | None
     """[L] float32, log pi_old under the prompt that generated the response. None marks the row as on-policy: its ratio
-    is 1 exactly, which the difference of two passes over the same weights is only nearly."""
+    is exactly 1, while two passes over the same weights would give only nearly 1."""
     trainer_log_probs: Tensor | None
     """[L] float32, the trainer's log-probabilities before the update, under the prompt that generated the response: the
     engine's are compared with these and corrected to them. None where the update's own pass serves as well."""
@@ -155,7 +155,7 @@ class TrainingRow:
 
 @dataclass(frozen=True, slots=True)
 class LossScale:
-    """What the loss is divided by: counts over all data-parallel ranks, which are known before the update begins."""
+    """Counts that the loss is divided by, over all data-parallel ranks; they are known before the update begins."""
 
     response_tokens: int
     sequences: int
@@ -164,7 +164,7 @@ class LossScale:
 
 @dataclass(frozen=True, slots=True)
 class SequenceLayout:
-    """How a rank's part of a packed batch is cut out of it."""
+    """Describes how a rank's part of a packed batch is cut out of it."""
 
     context_parallel_rank: int = 0
     context_parallel_size: int = 1
@@ -179,17 +179,17 @@ class SequenceLayout:
 
 @dataclass(frozen=True, slots=True)
 class SequenceBatch:
-    """Sequences laid end to end, each a prompt followed by its response; the T response tokens are asked about.
+    """Sequences laid end to end, each a prompt and its response; the log-probabilities of T response tokens are needed.
 
-    Under context parallelism a rank holds some of the S rows and asks about t of the T tokens; otherwise t = T.
+    Under context parallelism a rank holds some of the S rows and computes t of the T tokens; otherwise t = T.
     """
 
     input_ids: Tensor
-    """[1, S] int64. Sequences are padded with token 0 at their ends, where no row looks under a causal mask."""
+    """[1, S] int64. Sequences are padded with token 0 at their ends, which no row attends to under a causal mask."""
     position_ids: Tensor
     """[1, S] int64, counted from 0 in each sequence."""
     bounds: tuple[int, ...]
-    """[B + 1] rows at which the padded sequences begin, and the end, before they are cut for context parallelism."""
+    """[B + 1] rows at which the padded sequences begin, and the end, before any cut for context parallelism."""
     target_ids: Tensor
     """[t] int64, ids of the response tokens, sequence after sequence: only their log-probabilities are computed."""
     positions: Tensor
@@ -197,39 +197,39 @@ class SequenceBatch:
     own: Tensor | None
     """[t] int64 under context parallelism, which of the T response tokens these are; None where they are all."""
     lengths: tuple[int, ...]
-    """[B] how many of the T response tokens belong to each sequence."""
+    """[B] the number of the T response tokens that belong to each sequence."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenTerms:
-    """What the loss of a micro-batch's T response tokens is made of, beside their current log-probabilities.
+    """The inputs of the loss of a micro-batch's T response tokens, except their current log-probabilities.
 
     Every field is [T], in the order of the micro-batch's `target_ids` before any cut for context parallelism, and
-    float32 where nothing else is said. Log-probabilities are in nats.
+    float32 unless another dtype is given. Log-probabilities are in nats.
     """
 
     advantages: Tensor
     policy_weights: Tensor
-    """What multiplies the policy's loss of a token: w~ and the correction, divided by the loss's denominator. So the
+    """The factors of the policy's loss of a token: w~ and the correction, divided by the loss's denominator. So the
     sum over all micro-batches of all ranks is the loss."""
     kl_weights: Tensor
     entropy_weights: Tensor
     imitation_weights: Tensor
     old_log_probs: Tensor
-    """log pi_old. NaN marks an on-policy token: the current log-probability, detached, stands in, the ratio is 1."""
+    """The log pi_old. NaN marks an on-policy token: the detached current log-probability is used, so the ratio is 1."""
     reference_log_probs: Tensor
     rescued: Tensor
-    """bool, True for tokens that were sampled from the purified prompt."""
+    """A bool that is True for tokens that were sampled from the purified prompt."""
     engine_log_probs: Tensor
-    """What the engine reported, under the prompt that generated the response."""
+    """The log-probabilities that the engine reported, under the prompt that generated the response."""
     trainer_log_probs: Tensor
-    """What the trainer says of the same tokens under the same prompt. NaN: the current log-probability stands in."""
+    """The trainer's log-probabilities under the same prompt. Where one is NaN, the current log-probability is used."""
     corrections: Tensor
     """Weights of `algorithm.correction`; `policy_weights` contain them already."""
     limited: Tensor
-    """bool, True for tokens whose weight was truncated or which were dropped by the correction."""
+    """A bool that is True for tokens whose weight the correction truncated or which it dropped."""
     first: Tensor
-    """int64, the number among the T of the first token of the same response; equal for all tokens of one response."""
+    """An int64: the index among the T of the first token of the same response, equal for all tokens of a response."""
 
     def at(self, part: slice | Tensor) -> "TokenTerms":
         return TokenTerms(*(getattr(self, field.name)[part] for field in fields(self)))
@@ -237,14 +237,14 @@ class TokenTerms:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What one forward and backward pass needs."""
+    """The inputs of one forward and backward pass."""
 
     sequences: SequenceBatch
     terms: TokenTerms
 
     @property
     def own_terms(self) -> TokenTerms:
-        """The terms of the t tokens that this context-parallel rank asks about."""
+        """Returns the terms of the t tokens that this context-parallel rank computes."""
         return self.terms if self.sequences.own is None else self.terms.at(self.sequences.own)
 
 
@@ -282,7 +282,7 @@ class MismatchSums:
 
 @dataclass(frozen=True, slots=True)
 class UpdateStats:
-    """Statistics of the response tokens of one optimizer step over all ranks, and what the optimizer reported."""
+    """Statistics of the response tokens of one optimizer step over all ranks, and the values the optimizer reported."""
 
     loss: float
     policy_loss: float
@@ -293,47 +293,47 @@ class UpdateStats:
     ppo_kl: float
     """The mean of the old less the new log-probability over native tokens, in nats."""
     clip_fraction: float
-    """The share of tokens at which a clip holds."""
+    """The share of tokens at which a clip is active."""
     clip_fraction_rescued: float
-    """The share of rescued tokens at which a clip holds."""
+    """The share of rescued tokens at which a clip is active."""
     abs_log_ratio_rescued: float
     """The mean of |log ratio| over rescued tokens, in nats."""
     ratio_min: float
     ratio_max: float
-    """`ratio_min` and this are the extremes of the ratio over native tokens."""
+    """The maximum of the ratio over native tokens, of which `ratio_min` is the minimum."""
     grad_norm: float
     learning_rate: float
     skipped: bool
     """True when loss or gradient were not finite, so that no update was made."""
     mismatch_native: MismatchSums = MismatchSums()
     mismatch_rescued: MismatchSums = MismatchSums()
-    """The trainer's log-probabilities in it are those under the purified prompt, which the engine saw."""
+    """The sums over rescued tokens. The trainer's probabilities are under the purified prompt, as are the engine's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """How the samples of one optimizer step were divided among ranks and packed."""
+    """Describes how the samples of one optimizer step were divided among ranks and packed."""
 
     rows: int
-    """The rows of this data-parallel rank's micro-batches, padding included."""
+    """The number of rows of this data-parallel rank's micro-batches, padding included."""
     padding: int
-    """Those of the rows that hold no token of a sample."""
+    """The number of these rows that hold no token of a sample."""
     imbalance: float
     """The cost of the costliest data-parallel rank divided by the mean cost; it is the same on every rank."""
 
 
 @dataclass(frozen=True, slots=True)
 class SyncStats:
-    """What one transfer of the policy's weights to this rank's engine took."""
+    """The cost of one transfer of the policy's weights to this rank's engine."""
 
     tensors: int
     bytes: int
     """The size of the engine's tensors, each counted once and whole."""
     seconds: float
     received_bytes: int = 0
-    """What came to this rank from other ranks."""
+    """The number of bytes that this rank received from other ranks."""
     sync_difference: float = 0.0
-    """By how many nats engines and trainer differed afterwards, see `phases.sync_check`; the same on every rank."""
+    """The difference in nats between engines and trainer afterwards, see `phases.sync_check`; equal on every rank."""
 
     @property
     def gb_per_s(self) -> float:
@@ -343,7 +343,7 @@ class SyncStats:
 
 @dataclass(frozen=True, slots=True)
 class SamplingStats:
-    """What one call of `RolloutScheduler.sample` took on one engine."""
+    """The cost of one call of `RolloutScheduler.sample` on one engine."""
 
     seconds: float = 0.0
     """The time from the call to its return."""
@@ -362,10 +362,10 @@ class SamplingStats:
 
 @dataclass(frozen=True, slots=True)
 class CollectedGroups:
-    """The groups of a step on one rank, and what it took to collect them."""
+    """The groups of a step on one rank, and the cost of collecting them."""
 
     groups: list[Group]
-    """They stand in the order of their prompts."""
+    """The groups in the order of their prompts."""
     stats: SamplingStats = SamplingStats()
     sync: SyncStats | None = None
     """The last transfer of weights while they were collected; None if the engine had the weights already."""
@@ -373,19 +373,19 @@ class CollectedGroups:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step made on this data-parallel rank; the statistics of updates are those of all ranks."""
+    """The results of a step on this data-parallel rank; the statistics of updates are those of all ranks."""
 
     step: int
     groups: tuple[TrainingGroup, ...]
     samples: tuple[Sample, ...]
     """The rollouts of `groups` in their order, with advantage and weight."""
     updates: tuple[UpdateStats, ...]
-    """One entry per optimizer step; empty with `debug.rollout_only`."""
+    """The statistics of each optimizer step; empty with `debug.rollout_only`."""
     packings: tuple[Packing, ...]
-    """One entry per optimizer step. It is of the samples that this rank trained on, which may be other ones than those
-    of `groups`, which it sampled."""
+    """The packing of each optimizer step. It describes the samples that this rank trained on, which may be others than
+    those of `groups`, which it sampled."""
     sync: SyncStats | None
-    """The last transfer of weights to the engine within this step. None: the step needed none, because rollouts were
+    """The last transfer of weights to the engine within this step. None if the step needed none, because rollouts were
     loaded, an evaluation had transferred these weights before, or no update was made since the last transfer."""
     sampling: SamplingStats
     weight_version: int

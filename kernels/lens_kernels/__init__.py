@@ -1,7 +1,7 @@
 """Log-probabilities, scores and policy losses of language models, without a full log-softmax.
 
-Letters used in every signature: T rows (tokens; any leading shape), V vocabulary columns on this rank, H hidden size,
-P packed prompts. No module is named after a function, so that `lens_kernels.<module>` stays a module.
+Every signature uses these letters: T rows (tokens; any leading shape), V vocabulary columns on this rank, H hidden
+size, P packed prompts. No module is named after a function, so that `lens_kernels.<module>` stays a module.
 """
 
 from lens_kernels.clipped_loss import PolicyLoss, policy_loss

@@ -1,9 +1,9 @@
-"""Which code runs: the Triton kernels on accelerators, plain PyTorch elsewhere.
+"""Chooses the code that runs: the Triton kernels on accelerators, plain PyTorch elsewhere.
 
 LENS_KERNELS_BACKEND=reference or triton forces one; unset or `auto` goes by the tensors' device. Triton kernels run on
-CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1, set before the import): slow, for checking values.
+CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1, set before the import), which is slow and checks values.
 
-Kernels are written `@jit @no_type_check`: Triton compiles their source, which is no Python that a type checker knows.
+Kernels are decorated with `@jit @no_type_check`: Triton compiles their source, which a type checker cannot check.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 try:
     import triton
     import triton.language as tl
-except ImportError:  # no Triton on this platform: the reference is all there is
+except ImportError:  # this platform has no Triton, so that only the reference can run
     triton = tl = None
 
 from lens_kernels._checks import require
@@ -26,12 +26,12 @@ __all__ = ["jit", "multiprocessors", "tl", "triton", "uses_triton"]
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """triton.jit, or the plain function where there is no Triton to run it."""
+    """Applies triton.jit, or returns the plain function where Triton is missing."""
     return function if triton is None else triton.jit(function)
 
 
 def uses_triton(device: torch.device) -> bool:
-    """Returns whether tensors of `device` go through the Triton kernels; ValueError for a backend that cannot run."""
+    """Returns whether tensors of `device` use the Triton kernels. Raises ValueError for a backend that cannot run."""
     wanted = os.environ.get("LENS_KERNELS_BACKEND") or "auto"
     known = wanted in ("auto", "reference", "triton")
     require(known, "LENS_KERNELS_BACKEND", repr(wanted), "reference, triton or auto")
@@ -46,5 +46,5 @@ def uses_triton(device: torch.device) -> bool:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Returns roughly how many programs run at once on `device`."""
+    """Returns the approximate number of programs that run at once on `device`."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

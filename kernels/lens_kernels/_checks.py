@@ -1,6 +1,6 @@
-"""Argument checks: every failure is a ValueError that names the argument, what came and what is needed.
+"""Checks arguments: every failure is a ValueError that names the argument, the value given and the value needed.
 
-Checks that read values (not only shapes) would make the host wait for an accelerator. They run on CPU tensors always,
+Checks that read values (not only shapes) would make the host wait for an accelerator. They always run on CPU tensors,
 elsewhere only with LENS_KERNELS_CHECK_IDS=1. The range of token ids is checked only with that variable, on any device.
 """
 
@@ -37,7 +37,7 @@ def check_device(argument: str, value: Tensor, device: torch.device) -> None:
 
 
 def check_matrix(argument: str, value: Tensor, columns: str) -> None:
-    """A [..., columns] tensor of one of the dtypes we read: logits, hidden states, weights."""
+    """Checks a [..., columns] tensor of logits, hidden states or weights, whose dtype must be one that we read."""
     check_tensor(argument, value)
     require(value.dim() >= 1, argument, "a scalar", f"shape [..., {columns}]")
     require(value.shape[-1] >= 1, argument, f"shape {tuple(value.shape)}", f"at least one column ({columns} >= 1)")
@@ -56,7 +56,7 @@ def check_token_ids(token_ids: Tensor, shape: torch.Size, device: torch.device) 
 def per_row(argument: str, value: Tensor | float, shape: torch.Size, device: torch.device) -> Tensor:
     """Broadcasts a number or tensor to the rows: float32 [T], contiguous, detached."""
     if isinstance(value, (int, float)):
-        # full() fills on the device; as_tensor() would copy from the host, which a CUDA graph cannot record.
+        # full() fills on the device; as_tensor() would copy from the host, which a CUDA graph cannot capture.
         return torch.full((shape.numel(),), float(value), dtype=torch.float32, device=device)
     require(isinstance(value, Tensor), argument, type(value).__name__, "a torch.Tensor or a number")
     require(value.is_floating_point(), argument, str(value.dtype), "a floating-point dtype")
@@ -110,7 +110,7 @@ def check_chunk_rows(chunk_rows: int | None) -> None:
 
 
 def check_rows(rows: Tensor | None, count: int, device: torch.device) -> None:
-    """`rows` are int64 indices into `count` flattened rows."""
+    """Checks that `rows` are int64 indices into `count` flattened rows."""
     if rows is None:
         return
     check_tensor("rows", rows)

@@ -1,4 +1,7 @@
-"""Gradient of the logits from two numbers per row, in one pass. Reference, kernel, launcher, choice."""
+"""Computes the gradient of the logits from two numbers per row, in one pass.
+
+The reference comes first, then the kernel, its launcher and the choice between the two.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,7 @@ def write_dlogits_reference(
         if d_entropy is None:
             grad = p.mul_(-d_logprobs[rows, None])
         else:
-            # -p * (g + e * (log p + H)). LOWEST for -inf: 0 * -inf is NaN. p comes before e: no overflow.
+            # -p * (g + e * (log p + H)). LOWEST replaces -inf, as 0 * -inf is NaN. p before e avoids overflow.
             logp.clamp_(min=LOWEST).add_(totals.asked_entropy()[rows, None]).mul_(p).mul_(d_entropy[rows, None])
             grad = p.mul_(d_logprobs[rows, None]).add_(logp).neg_()
         grad.scatter_add_(1, local[rows, None], at_target[rows, None])
@@ -107,13 +110,13 @@ def _write_dlogits_kernel(
         inside = column < columns
         z = tl.load(base + column.to(tl.int64) * stride_column, mask=inside & (limit > 0), other=-float("inf"))
         if PACKS:
-            tl.debug_barrier()  # the stores of this block land on logits that other threads may not have read yet
+            tl.debug_barrier()  # this block's stores overwrite logits that other threads may not have read yet
         z = tl.where(column < limit, z.to(tl.float32), -float("inf"))
         logp = (z - maximum) * inverse_tau - log_sum
         p = tl.exp2(logp * 1.4426950408889634)
         grad = p * d_logprob
         if d_entropy_ptr is not None:
-            # p first: with e first the product may overflow. The bound keeps 0 * -inf, a NaN, out.
+            # p comes first, because with e first the product may overflow. The bound avoids 0 * -inf, a NaN.
             grad += (p * (tl.maximum(logp, -1e30) + tl.load(entropy_ptr + row))) * tl.load(d_entropy_ptr + row)
         grad = tl.where(column == target, d_logprob - grad, -grad) * inverse_tau
         grad = tl.where(column < limit, grad, 0.0)
@@ -131,11 +134,11 @@ def write_dlogits_triton(
     d_logprobs: Tensor,
     d_entropy: Tensor | None,
 ) -> None:
-    """Bytes per element: its size and the gradient's, once each."""
+    """Launches the kernel, which reads each element and writes its gradient once."""
     rows, columns = len(token_ids), logits.shape[-1]
     if not rows:
         return
-    packs = out.dtype != logits.dtype  # the one case there is; data_ptr() would break torch.compile
+    packs = out.dtype != logits.dtype  # no other case exists; data_ptr() would break torch.compile
     blocks = -(-columns // BLOCK)
     pieces, blocks_per_piece = (1, blocks) if packs else (blocks, 1)
     shard_bounds, valid = shard_arguments(shard, columns)
@@ -148,12 +151,12 @@ def write_dlogits_triton(
         *(packs, BLOCK),
         num_warps=WARPS,
     )
-    if not torch.compiler.is_compiling():  # which tracks writes itself
-        torch.autograd.graph.increment_version(out)  # a second use of logits overwritten in place must be noticed
+    if not torch.compiler.is_compiling():  # torch.compile tracks writes itself
+        torch.autograd.graph.increment_version(out)  # lets autograd detect a second use of overwritten logits
 
 
 def write_dlogits(
-    out: Tensor,  # [..., V]; the logits themselves or apart from them; of smaller elements: packed into their rows
+    out: Tensor,  # [..., V]; the logits, other memory, or smaller elements packed into the logits' rows
     logits: Tensor,  # [..., V]
     token_ids: Tensor,  # [T]
     tau: Tensor | None,  # [T]

@@ -1,4 +1,4 @@
-"""Rows of [..., V] tensors, whatever their leading axes, without a copy."""
+"""Iterates over the rows of [..., V] tensors with any leading axes, without a copy."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ CHUNK_ELEMENTS = 1 << 20  # float32 elements held at a time by the plain PyTorch
 
 
 def row_chunks(*tensors: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Yields (rows, [n, V] views of each [..., V] tensor), a few rows at a time and never a copy.
+    """Yields (rows, [n, V] views of each [..., V] tensor), a few rows at a time, without a copy.
 
-    Layouts whose leading axes cannot be merged into one (a transposed [S, B, V]) are walked along their first axis.
+    Layouts whose leading axes cannot be merged into one (a transposed [S, B, V]) are cut along their first axis.
     """
     shape = tensors[0].shape
     flat_or_none = [_flat_view(x) for x in tensors]
@@ -37,7 +37,7 @@ def _flat_view(x: Tensor) -> Tensor | None:
 
 
 class RowLayout(NamedTuple):
-    """Strides, in elements, of [..., V] seen as [outer, inner, V]."""
+    """The strides, in elements, of [..., V] seen as [outer, inner, V]."""
 
     inner: int
     stride_outer: int
@@ -46,7 +46,7 @@ class RowLayout(NamedTuple):
 
 
 def row_layout(x: Tensor) -> RowLayout | None:
-    """Returns the strides; None where the leading axes do not fold into two, as in no trainer that we know of."""
+    """Returns the strides, or None where the leading axes do not fold into two, which no trainer known to us needs."""
     axes: list[tuple[int, int]] = []  # (size, stride), folded
     for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
         if axes and axes[-1][1] == size * stride:
@@ -60,5 +60,5 @@ def row_layout(x: Tensor) -> RowLayout | None:
 
 
 def contiguous_layout(x: Tensor) -> RowLayout:
-    """The layout of a contiguous tensor, whatever its leading axes."""
+    """Returns the layout of a contiguous tensor with any leading axes."""
     return RowLayout(x.shape[:-1].numel(), 0, x.shape[-1], 1)

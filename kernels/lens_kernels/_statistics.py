@@ -1,4 +1,7 @@
-"""Row statistics of a vocabulary shard: one pass over the logits. Reference, kernel, launcher, choice."""
+"""Computes the row statistics of a vocabulary shard in one pass over the logits.
+
+The reference comes first, then the kernel, its launcher and the choice between the two.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +66,7 @@ def _accumulate(
     WITH_ENTROPY: tl.constexpr,
 ):
     new = tl.maximum(top, tl.max(tl.max(z, 2), 0))
-    # Both bounds keep 0 * -inf, a NaN, out of the moments.
+    # Both bounds avoid 0 * -inf, a NaN, in the moments.
     shift = tl.maximum((top - new) * scale, -1e30)
     x = (z - new[None, :, None]) * scale
     weights = tl.exp2(x)
@@ -99,7 +102,7 @@ def _row_statistics_kernel(
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """One program per row and piece. Every thread keeps statistics of its own, so no barrier stands in the loop."""
+    """Runs one program per row and piece. Every thread has its own statistics, so the loop needs no barrier."""
     BLOCK: tl.constexpr = UNROLL * THREADS * VECTOR
     row = (tl.program_id(0) // pieces).to(tl.int64)
     piece = tl.program_id(0) % pieces
@@ -147,7 +150,7 @@ def _row_statistics_kernel(
 def row_statistics_triton(
     logits: Tensor, token_ids: Tensor, tau: Tensor | None, shard: VocabShard, with_entropy: bool, split_rows: bool
 ) -> Tensor:
-    """Bytes per element: its size, once. Leading axes that do not fold into two are copied first."""
+    """Launches the kernel, which reads each element once. Copies leading axes that do not fold into two first."""
     layout = row_layout(logits)
     if layout is None:
         logits = logits.contiguous()

@@ -1,7 +1,7 @@
-"""Vocabulary shards: where a shard starts, and the one packed collective that merges the ranks' row statistics.
+"""Locates vocabulary shards, and merges the ranks' row statistics in one packed collective.
 
 A shard's row statistics are float32 [D, K, T]: D pieces the shard was cut into (1, or more where there are too few rows
-to fill an accelerator), K = 3 or 4. For raw logits z, temperature tau and x = (z - max z) / tau, within the piece:
+to fill an accelerator), K = 3 or 4. With raw logits z, temperature tau and x = (z - max z) / tau, each piece has:
     0  max z    1  sum exp(x)    2  z of the target token, -inf if another piece holds it    3  sum exp(x) * x
 Shifting by the maximum before dividing keeps logits of 1e4 as exact as logits of 1.
 """
@@ -30,7 +30,7 @@ class VocabShard(NamedTuple):
 
 
 class SoftmaxTotals(NamedTuple):
-    """What the gradient needs of whole rows' softmax, float32 [T], equal to the bit on every rank."""
+    """The values of whole rows' softmax that the gradient needs, float32 [T], equal to the bit on every rank."""
 
     maximum: Tensor  # of the raw logits; some finite number where every logit is -inf
     log_sum: Tensor  # log sum exp((z - maximum) / tau)
@@ -42,7 +42,7 @@ class SoftmaxTotals(NamedTuple):
         )
 
     def asked_entropy(self) -> Tensor:
-        """The entropy [T] of statistics that were made with it."""
+        """Returns the entropy [T]; the statistics must have been made with it."""
         if self.entropy is None:
             raise RuntimeError("entropy: got statistics without it, need row_statistics(..., with_entropy=True)")
         return self.entropy
@@ -81,7 +81,7 @@ def locate_shard(
 
 
 def shard_arguments(shard: VocabShard, columns: int) -> tuple[Tensor | None, int]:
-    """How kernels receive a shard: (start and valid as int64 [2] on the device, 0) or (None, valid)."""
+    """Returns a shard as kernels receive it: (start and valid as int64 [2] on the device, 0) or (None, valid)."""
     start, valid = shard.start, shard.valid
     if isinstance(start, Tensor):
         return torch.stack([start, valid if isinstance(valid, Tensor) else torch.full_like(start, columns)]), 0
@@ -91,7 +91,7 @@ def shard_arguments(shard: VocabShard, columns: int) -> tuple[Tensor | None, int
 @jit
 @no_type_check
 def columns_to_read(shard_ptr, valid, columns, token):
-    """(global id of column 0, columns that are tokens) from `shard_arguments`; no columns of an ignored row."""
+    """Returns (global id of column 0, number of columns to read) from `shard_arguments`; 0 columns on ignored rows."""
     start = tl.zeros((), tl.int64)
     limit = valid + tl.zeros((), tl.int64)
     if shard_ptr is not None:
@@ -100,12 +100,12 @@ def columns_to_read(shard_ptr, valid, columns, token):
 
 
 def padding_mask(columns: int, shard: VocabShard, device: torch.device) -> Tensor | None:
-    """bool [V], True on padding columns; None if there is none."""
+    """Returns bool [V], True on padding columns, or None if there is none."""
     return None if shard.valid is None else torch.arange(columns, device=device) >= shard.valid
 
 
 def local_targets(token_ids: Tensor, columns: int, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """(column of each target, clamped into the shard; whether this shard holds it), both [T]."""
+    """Returns (column of each target, clamped into the shard; whether this shard holds it), both [T]."""
     local = token_ids - shard.start
     owned = (token_ids >= 0) & (local >= 0) & (local < columns)
     if shard.valid is not None:
@@ -142,7 +142,7 @@ def merge_reference(
     ignored = token_ids < 0
     entropy = None
     if parts.shape[1] == 4:
-        # A piece without a finite logit has offset -inf and sum 0: LOWEST keeps the product 0 instead of NaN.
+        # A piece without a finite logit has offset -inf and sum 0: LOWEST makes the product 0 instead of NaN.
         moment = (scale * (parts[:, 3] + offset.clamp(min=LOWEST) * sums)).sum(0)
         entropy = (log_sum - moment / total).masked_fill(ignored, 0)
     return RowTotals(SoftmaxTotals(maximum, log_sum, entropy), (target - log_sum).masked_fill(ignored, 0))
@@ -151,7 +151,7 @@ def merge_reference(
 @jit
 @no_type_check
 def exp_accurate(x):
-    """exp to 1 ulp or so for |x| < 80; the hardware's exp2 alone loses a digit once |x| is large."""
+    """Computes exp to about 1 ulp for |x| < 80; the hardware's exp2 alone loses a digit where |x| is large."""
     # x = n * ln 2 + r: subtracting n * ln 2 in two parts is exact.
     n = tl.floor(x * 1.4426950408889634 + 0.5)
     r = (x - n * 0.693145751953125) - n * 1.42860677000e-6
@@ -191,7 +191,7 @@ def _merge_kernel(
     moment = tl.zeros((BLOCK,), tl.float32)
     part = parts_ptr + row
     for _ in range(pieces):
-        # A piece without a finite logit has maximum -inf and sum 0: the bound keeps their product 0 instead of NaN.
+        # A piece without a finite logit has maximum -inf and sum 0: the bound makes their product 0 instead of NaN.
         offset = tl.maximum((tl.load(part, mask=inside, other=0.0) - top) * inverse_tau, -1e30)
         sums = tl.load(part + rows, mask=inside, other=1.0)
         scale = tl.exp2(offset * 1.4426950408889634)
@@ -200,7 +200,7 @@ def _merge_kernel(
             moment += scale * (tl.load(part + 3 * rows, mask=inside, other=0.0) + offset * sums)
         part += K * rows
     log_sum = tl.log2(total) * 0.6931471805599453
-    log_sum += total * exp_accurate(-log_sum) - 1.0  # one Newton step: the hardware's log2 is good to 2**-22 only
+    log_sum += total * exp_accurate(-log_sum) - 1.0  # one Newton step: the hardware's log2 is accurate to 2**-22 only
     logprobs = (target - top) * inverse_tau - log_sum
     tl.store(totals_ptr + row, tl.where(ignored, 0.0, top), mask=inside)
     tl.store(totals_ptr + rows + row, tl.where(ignored, 0.0, log_sum), mask=inside)
@@ -220,14 +220,14 @@ def merge_triton(parts: Tensor, token_ids: Tensor, tau: Tensor | None) -> RowTot
 
 
 def reduce_hidden_gradient(d_hidden: Tensor, shard: VocabShard) -> Tensor:
-    """Sums the shards' parts of a replicated tensor's gradient, in place."""
+    """Sums the shards' parts of a replicated tensor's gradient in place."""
     if shard.group is not None:
         dist.all_reduce(d_hidden, group=shard.group)
     return d_hidden
 
 
 def gather_rows(hidden: Tensor, shard: VocabShard) -> Tensor:
-    """[S / ranks, ..., H] of every rank -> [S, ..., H]."""
+    """Gathers [S / ranks, ..., H] of every rank into [S, ..., H]."""
     return _all_gather(hidden, shard.group).flatten(0, 1)
 
 
@@ -239,7 +239,7 @@ def scatter_hidden_gradient(d_hidden: Tensor, shard: VocabShard) -> Tensor:
 
 
 def _all_gather(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """[...] -> [ranks, ...] in rank order."""
+    """Gathers [...] of every rank into [ranks, ...] in rank order."""
     if group is None or part.numel() == 0:
         return part.unsqueeze(0)
     gathered = part.new_empty((dist.get_world_size(group) * part.shape[0], *part.shape[1:]))

@@ -1,4 +1,4 @@
-"""The CRPO policy loss (weighted, clipped, with KL and entropy terms), from logits.
+"""Computes the CRPO policy loss (weighted, clipped, with KL and entropy terms) from logits.
 
 Per row t, with logp_t and H_t from logprobs.py and A_t = advantages:
     loss_t  = policy_weights_t * PG_t + kl_weights_t * k3_t - entropy_weights_t * H_t
@@ -8,10 +8,10 @@ Per row t, with logp_t and H_t from logprobs.py and A_t = advantages:
 The gradient is that of these formulas, so it is 0 where a bound holds: where rho or k3 is clipped, and where a
 log-ratio, which is clamped only so that its exp does not overflow, is beyond +-20 nats. Without a kl_limit a token
 that the policy makes very improbable may dominate the KL term: at -u = 10 its gradient is 22,025 * kl_weights_t.
-Every normalisation of an algorithm (per token, per sequence, LENS's success-rate weights) belongs into the weights.
+The weights must contain every normalisation of an algorithm (per token, per sequence, LENS's success-rate weights).
 
 On-policy rows: old_logprobs=None, or NaN on a row, means that the row was sampled from the policy being trained. Its
-rho is exactly 1 and its gradient is that of old_logprobs = logp.detach(), so no second forward is needed to learn it.
+rho is exactly 1 and its gradient is that of old_logprobs = logp.detach(), so no second forward pass is needed.
 Sources: LENS, arXiv 2601.21244, eq. 7; PPO, arXiv 1707.06347; dual clip, arXiv 1912.09729; k3 in kl.py.
 """
 
@@ -35,7 +35,7 @@ CRPO_ROWS = 128  # rows per program of the Triton kernel
 
 
 class PolicyLoss(NamedTuple):
-    """What the policy losses return, all float32; ignored rows are 0. Only `loss` carries a gradient."""
+    """The results of the policy losses, all float32; ignored rows are 0. Only `loss` carries a gradient."""
 
     loss: Tensor  # scalar, the sum over rows
     logprobs: Tensor  # [...]
@@ -46,7 +46,7 @@ class PolicyLoss(NamedTuple):
 
 
 class LossTerms(NamedTuple):
-    """The loss's inputs, checked: float32 [T] tensors, None for an absent term."""
+    """The checked inputs of the loss: float32 [T] tensors, None for an absent term."""
 
     old_logprobs: Tensor | None
     advantages: Tensor
@@ -60,7 +60,7 @@ class LossTerms(NamedTuple):
     kl_limit: float | None
 
     def at(self, rows: slice) -> LossTerms:
-        """The terms of some of the rows."""
+        """Returns the terms of some of the rows."""
         return self._replace(
             old_logprobs=_rows_of(self.old_logprobs, rows),
             advantages=self.advantages[rows],
@@ -76,7 +76,7 @@ def _rows_of(term: Tensor | None, rows: slice) -> Tensor | None:
 
 
 class TokenLosses(NamedTuple):
-    """Per-row results, all [T] float32 and 0 on ignored rows."""
+    """The results per row, all [T] float32 and 0 on ignored rows."""
 
     losses: Tensor
     ratio: Tensor | None
@@ -133,7 +133,7 @@ def crpo_reference(logprobs: Tensor, entropy: Tensor, token_ids: Tensor, terms: 
 @jit
 @no_type_check
 def _crpo_kernel(
-    # inputs, [T]; those that may be None, are for an absent term
+    # inputs, [T]; None for an absent term
     logprobs_ptr,
     entropy_ptr,
     ids_ptr,
@@ -223,7 +223,7 @@ def crpo_triton(logprobs: Tensor, entropy: Tensor, token_ids: Tensor, terms: Los
 
 
 def crpo(logprobs: Tensor, entropy: Tensor, token_ids: Tensor, terms: LossTerms) -> TokenLosses:
-    """The loss of each row and its derivatives by logprob and entropy; all arguments [T]."""
+    """Returns the loss of each row and its derivatives by logprob and entropy; all arguments are [T]."""
     evaluate = crpo_triton if uses_triton(logprobs.device) else crpo_reference
     return evaluate(logprobs, entropy, token_ids, terms)
 
@@ -312,12 +312,13 @@ def policy_loss(
     tp_group: dist.ProcessGroup | None = None,
     inplace_backward: bool = False,
 ) -> PolicyLoss:
-    """The CRPO loss of the module docstring, summed over rows, and its per-row parts.
+    """Returns the CRPO loss of the module docstring, summed over rows, and its parts per row.
 
     A row whose old_logprobs is NaN (all rows, if old_logprobs is None) is on-policy: ratio exactly 1, with gradient.
     `kl_limit` bounds k3, in the loss and in the result; where k3 is above it, the KL term has no gradient.
     Temperature, padding, shards, ignored rows and `inplace_backward` are as in token_logprobs.
-    Saved for backward: the logits and five numbers per row. Bytes per bf16 element: 2 forward, 4 backward.
+    The function saves the logits and five numbers per row for backward; it moves 2 bytes per bf16 element forward and 4
+    backward.
 
     Raises ValueError for a wrong shape, dtype, device, temperature, clip or limit, and for kl_weights without
     reference_logprobs; RuntimeError for a second use of the logits after inplace_backward.

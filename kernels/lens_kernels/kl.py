@@ -1,4 +1,4 @@
-"""The k3 estimate of a KL divergence, and the bound on log-ratios, which the losses share. Reference and kernel.
+"""Computes the k3 estimate of a KL divergence (reference and kernel), and bounds log-ratios for all losses.
 
 With d = log pi_ref - log pi_theta of a sampled token, k3 = exp(d) - d - 1 estimates KL(pi_theta || pi_ref) without bias
 and is never negative. Source: Schulman's note "Approximating KL divergence".
@@ -16,16 +16,16 @@ from lens_kernels._backend import jit, tl
 from lens_kernels._vocab_parallel import exp_accurate
 
 LOG_RATIO_LIMIT = 20.0
-"""Log-ratios are clamped to +-20 nats before exp, so that no ratio overflows; beyond it the gradient is 0."""
+"""Log-ratios are clamped to +-20 nats before exp, so that no ratio overflows; beyond that the gradient is 0."""
 _SERIES = [1 / math.factorial(n) for n in range(11, 1, -1)]
 
 
 def k3(log_ratio: Tensor, limit: float | None = None) -> Tensor:
-    """min(exp(d) - d - 1, limit) for d = log_ratio clamped to +-LOG_RATIO_LIMIT, elementwise and differentiable.
+    """Returns min(exp(d) - d - 1, limit) for d = log_ratio clamped to +-LOG_RATIO_LIMIT, elementwise, differentiable.
 
-    The formula as written loses everything to cancellation near 0, where the result is d**2 / 2, and expm1(d) - d still
-    loses half the digits at d = 0.001. Below |d| = 1 this takes Taylor's series to d**11 instead, and is good to a
-    relative error of 2e-7 in float32 and 4e-9 in float64.
+    The formula as written loses all digits to cancellation near 0, where the result is d**2 / 2, and expm1(d) - d still
+    loses half the digits at d = 0.001. Below |d| = 1 Taylor's series to d**11 is used instead, which has a relative
+    error of at most 2e-7 in float32 and 4e-9 in float64.
 
     Args:
         log_ratio: [...] floating point, in nats: the reference's log-probability minus the policy's.
@@ -50,7 +50,7 @@ def k3_and_slope(
     LOG_RATIO_LIMIT: tl.constexpr,
     KL_LIMIT: tl.constexpr,  # or None
 ):
-    """k3 and its derivative by `log_ratio`, as in the reference."""
+    """Returns k3 and its derivative by `log_ratio`, as in the reference."""
     d = tl.minimum(tl.maximum(log_ratio, -LOG_RATIO_LIMIT), LOG_RATIO_LIMIT)
     series = tl.full(d.shape, 1 / 39916800, tl.float32)
     series = series * d + 1 / 3628800

@@ -1,12 +1,13 @@
-"""Log-probabilities from hidden states: the LM head and token_logprobs together, never the full [T, V] logits.
+"""Computes log-probabilities from hidden states: LM head and token_logprobs together, without the full [T, V] logits.
 
-logits = hidden @ weight.T + bias, in float32 and never rounded: rounding them to bfloat16 costs about 0.06 nat per
-token, which scrambles the ranking of interference scores while the policy is close to the reference. Rows go through in
-chunks of fixed size; use the same chunk_rows for policy and reference, since a GEMM's rounding depends on its shape.
+logits = hidden @ weight.T + bias, in float32 and never rounded: rounding them to bfloat16 adds an error of about 0.06
+nat per token, which changes the ranking of interference scores while the policy is close to the reference. Rows are
+computed in chunks of fixed size; use the same chunk_rows for policy and reference, since a GEMM's rounding depends on
+its shape.
 
 Operands of bfloat16 on a GPU are multiplied as they are by cuBLAS, with float32 sums and results; the gradient of the
-logits is then rounded to bfloat16, as every half-precision backward does, in place of the logits. All else (float32,
-float16, whose range the unscaled gradients would leave, and the CPU) is multiplied in float32.
+logits is then rounded to bfloat16, as every half-precision backward does, in place of the logits. All other operands
+(float32, float16, whose range the unscaled gradients would exceed, and those on the CPU) are multiplied in float32.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from lens_kernels._vocab_parallel import (
 )
 from lens_kernels.logprobs import shape_results, zeros_for_none
 
-# Each chunk passes once over the weight and once, twice as wide, over its gradient: the more rows, the better hidden.
+# Each chunk reads the weight and updates its gradient, of twice the width; more rows per chunk hide this better.
 CHUNK_ROWS = 2048
 CHUNK_ROWS_CPU = 256
 WEIGHT_BLOCK_ELEMENTS = 1 << 22  # float32 elements of a half-precision weight upcast at a time: 16 MiB
@@ -53,7 +54,7 @@ GRADIENT_BLOCK_ROWS = 1 << 13  # rows of the weight whose gradient is formed apa
 
 
 class HeadRows(NamedTuple):
-    """Which rows go through the LM head and how they are cut, checked."""
+    """The checked rows that go through the LM head, and how they are cut into chunks."""
 
     rows: Tensor | None  # [T] indices into the N rows of the hidden states; None: all, T = N
     token_ids: Tensor  # [T]
@@ -69,11 +70,11 @@ class HeadRows(NamedTuple):
         return Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias, self)
 
     def at(self, part: slice) -> tuple[Tensor, Tensor | None]:
-        """(token ids, temperatures) of a chunk's rows."""
+        """Returns (token ids, temperatures) of a chunk's rows."""
         return self.token_ids[part], None if self.tau is None else self.tau[part]
 
     def reduce(self, d_hidden: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
-        """Sums the shards' parts [N, H] of the gradient, into the shape and dtype of the hidden states given."""
+        """Sums the shards' parts [N, H] of the gradient, and returns it in the shape and dtype of the hidden states."""
         if d_hidden is None:
             return None
         scatter = scatter_hidden_gradient if self.sequence_parallel else reduce_hidden_gradient
@@ -95,7 +96,7 @@ class Head(NamedTuple):
         for start in range(0, len(token_ids), step):
             part = slice(start, min(start + step, len(token_ids)))
             hidden = self.hidden[part] if rows is None else self.hidden[rows[part]]
-            # Ignored rows may hold anything, NaN too: 0 * NaN would reach the weight's gradient.
+            # Ignored rows may hold any values, also NaN: 0 * NaN would reach the weight's gradient.
             yield part, hidden.to(dtype).masked_fill((token_ids[part] < 0)[:, None], 0)
 
     def empty_logits(self) -> Tensor:
@@ -104,7 +105,7 @@ class Head(NamedTuple):
         return torch.empty(count, len(self.weight), dtype=torch.float32, device=self.weight.device)
 
     def scatter(self, d_hidden: Tensor | None, part: slice, d_chunk: Tensor | None) -> None:
-        """Puts a chunk's gradient [n, H] in its place in that of all hidden states [N, H]; None: there is none."""
+        """Writes a chunk's gradient [n, H] into its rows of that of all hidden states [N, H]; does nothing for None."""
         if d_hidden is None or d_chunk is None:
             return
         if self.rows.rows is None:
@@ -120,7 +121,7 @@ def multiplies_bfloat16(head: Head) -> bool:
 
 
 def _weight_blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yields (columns of the logits, float32 [n, H]); a float32 weight comes whole and uncopied."""
+    """Yields (columns of the logits, float32 [n, H]); a float32 weight is yielded whole and without a copy."""
     step = len(weight) if weight.dtype == torch.float32 else max(1, WEIGHT_BLOCK_ELEMENTS // weight.shape[1])
     for start in range(0, len(weight), step):
         yield slice(start, min(start + step, len(weight))), weight[start : start + step].float()
@@ -139,7 +140,7 @@ def project(hidden: Tensor, head: Head, out: Tensor) -> Tensor:
 
 
 def gradient_buffer(logits: Tensor, hidden: Tensor) -> Tensor:
-    """[n, V] in the storage of float32 `logits`, of the dtype its GEMMs want: bfloat16 rows fill half their space."""
+    """Returns [n, V] in the storage of float32 `logits`, of the dtype of its GEMMs: bfloat16 rows fill half of it."""
     return logits if hidden.dtype == torch.float32 else logits.view(hidden.dtype)[:, : logits.shape[1]]
 
 
@@ -166,7 +167,7 @@ def backproject(
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b with a float32 total."""
+    """Computes total += a @ b with a float32 total."""
     if b.dtype == torch.float32:
         total.addmm_(a, b)
         return
@@ -182,13 +183,13 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
-    """Keeps an outer autocast from turning the float32 GEMMs into half precision."""
-    has_autocast = torch.amp.is_autocast_available(device.type)  # not so for the meta device
+    """Prevents an outer autocast from running the float32 GEMMs in half precision."""
+    has_autocast = torch.amp.is_autocast_available(device.type)  # False for the meta device
     return torch.autocast(device.type, enabled=False) if has_autocast else contextlib.nullcontext()
 
 
 def zeros_float32(like: Tensor | None, needed: bool) -> Tensor | None:
-    """A float32 gradient of `like` to add to; None where there is no operand or nobody asks for its gradient."""
+    """Returns a float32 gradient of `like` to add to; None if there is no operand or its gradient is not needed."""
     if like is None or not needed:
         return None
     return torch.zeros(like.shape, dtype=torch.float32, device=like.device)
@@ -253,7 +254,7 @@ def check_head(
     chunk_rows: int | None,
     sequence_parallel: bool,
 ) -> HeadRows:
-    """Checks what the two linear functions share. Collective: learns the shards' sizes."""
+    """Checks the arguments that the two linear functions share. A collective, which gathers the shards' sizes."""
     check_matrix("hidden", hidden, "H")
     check_matrix("weight", weight, "H")
     width = hidden.shape[-1]
@@ -330,14 +331,14 @@ def linear_token_logprobs(
     chunk_rows: int | None = None,
     sequence_parallel: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # float32, shaped like token_ids, or (logprobs, entropy)
-    """token_logprobs(hidden.float() @ weight.float().T + bias, ...) without ever holding more than a chunk of logits.
+    """Returns token_logprobs(hidden.float() @ weight.float().T + bias, ...) with at most a chunk of logits in memory.
 
     With `rows`, only those rows are computed and token_ids, temperature and the result have one entry per index.
     The backward computes each chunk's logits again (four GEMMs in all), accumulates the weight's gradient in float32
     and sums the gradient of `hidden` over tp_group, so do not sum it a second time in the layer before.
     With `sequence_parallel`, each rank holds an equal part of `hidden` along its first axis: the parts are gathered
-    here and the gradient is reduce-scattered; token_ids and `rows` speak of the gathered rows.
-    One collective forward for all chunks. Extra memory: chunk_rows * V * 4 bytes, and the weight's gradient.
+    here and the gradient is reduce-scattered; token_ids and `rows` refer to the gathered rows.
+    Forward takes one collective for all chunks. Extra memory is chunk_rows * V * 4 bytes, and the weight's gradient.
 
     Raises ValueError for a wrong shape, dtype, device, temperature, vocabulary size, chunk or row index.
     """

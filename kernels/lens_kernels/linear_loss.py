@@ -1,9 +1,9 @@
-"""The policy loss from hidden states: LM head, loss and all gradients in one pass over chunks of rows.
+"""Computes the policy loss from hidden states: LM head, loss and all gradients in one pass over chunks of rows.
 
-Three GEMMs per chunk (logits, hidden gradient, weight gradient): the loss is a sum over rows, so a chunk's gradient is
-known as soon as its logits are, and the forward forms it. The backward only scales by the incoming scalar.
-A sequence-level objective couples chunks and takes two phases: linear_token_logprobs, the objective on its result under
-autograd, backward (four GEMMs).
+It takes three GEMMs per chunk (logits, hidden gradient, weight gradient): the loss is a sum over rows, so a chunk's
+gradient is known as soon as its logits are, and the forward computes it. The backward only scales by the incoming
+scalar. A sequence-level objective couples chunks and takes two phases: linear_token_logprobs, then the objective on its
+result under autograd and the backward (four GEMMs).
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from lens_kernels.linear_logprobs import (
 )
 
 Objective = Callable[[Tensor, Tensor, slice], Tensor]
-"""(log-probabilities [n], entropies [n], which of the T rows they are) -> losses [n], under autograd."""
+"""Maps (log-probabilities [n], entropies [n], slice of the T rows) to losses [n], under autograd."""
 _Evaluator = Callable[[Tensor, Tensor, Tensor, slice], TokenLosses]
-"""(log-probabilities [n], entropies [n], token ids [n], which of the T rows they are) -> losses and derivatives."""
+"""Maps (log-probabilities [n], entropies [n], token ids [n], slice of the T rows) to losses and derivatives."""
 
 
 def differentiate_objective(
@@ -118,7 +118,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
 
 
 def _scale(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """(x * factor).to(dtype) without a second float32 tensor of the weight's size."""
+    """Returns (x * factor).to(dtype) without a second float32 tensor of the weight's size."""
     return torch.mul(x, factor, out=torch.empty(x.shape, dtype=dtype, device=x.device))
 
 
@@ -169,14 +169,14 @@ def linear_policy_loss(
     sequence_parallel: bool = False,
     accumulate_into: Tensor | None = None,  # [V, H] float32
 ) -> PolicyLoss:
-    """policy_loss(hidden.float() @ weight.float().T + bias, ...) without ever holding more than a chunk of logits.
+    """Returns policy_loss(hidden.float() @ weight.float().T + bias, ...) with at most a chunk of logits in memory.
 
     `objective(logprobs, entropy, part)` replaces the CRPO loss: it gets a chunk's float32 [n] statistics under autograd
-    and the slice of the flattened T rows they are, and returns the [n] losses to be summed. It must treat rows
-    independently of other chunks, and its result has ratio, clipped and kl None.
+    and their slice of the flattened T rows, and returns the [n] losses to be summed. It must treat rows independently
+    of other chunks, and its result has ratio, clipped and kl None.
     The weight's gradient is summed in float32, and added into `accumulate_into` (Megatron's main_grad; weight.grad is
-    then None) when the backward runs. The gradient of `hidden` is summed over tp_group. One collective per chunk.
-    Extra memory: chunk_rows * V * 4 bytes, and the float32 gradients of hidden and weight from forward to backward.
+    then None) when the backward runs. The gradient of `hidden` is summed over tp_group. Each chunk takes a collective.
+    Extra memory is chunk_rows * V * 4 bytes, and the float32 gradients of hidden and weight from forward to backward.
 
     Raises ValueError as linear_token_logprobs and policy_loss do, and for loss arguments next to an objective.
     """

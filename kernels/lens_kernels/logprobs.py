@@ -1,13 +1,14 @@
-"""Log-probabilities (and entropies) of given tokens, from logits.
+"""Computes log-probabilities (and entropies) of given tokens from logits.
 
 With x = logits / temperature over the valid columns of the whole vocabulary, p = softmax(x), a = token_ids:
     logprob = log p_a                      entropy = - sum_v p_v log p_v        (0 * -inf = 0)
     d logits_v = (1 / temperature) * (g * ([v = a] - p_v) - e * p_v * (log p_v + entropy))
-where g, e are the gradients of the loss by logprob and entropy: two numbers per row are all the backward needs, so it
-reads the logits once, writes their gradient once, and knows no loss. The two-number form is Fast-LLM's idea; the packed
-statistics of a vocabulary shard (one small gather instead of three all-reduces) are TransformerEngine's.
+where g, e are the gradients of the loss by logprob and entropy: the backward needs only two numbers per row, so it
+reads the logits once, writes their gradient once, and does not depend on the loss. The two-number form is Fast-LLM's
+idea; the packed statistics of a vocabulary shard (one small gather instead of three all-reduces) are
+TransformerEngine's.
 
-In order: _statistics.py (one pass over the logits) -> _vocab_parallel.py (merges the shards) -> here -> _dlogits.py.
+The order is _statistics.py (a pass over the logits) -> _vocab_parallel.py (merges shards) -> this file -> _dlogits.py.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from lens_kernels._vocab_parallel import SoftmaxTotals, VocabShard, locate_shard
 
 
 def compute_dlogits(ctx: Any, d_logprobs: Tensor, d_entropy: Tensor | None) -> Tensor:
-    """Backward shared by the losses from logits; `ctx` was filled by save_rows."""
+    """Computes the backward that the losses from logits share; save_rows has filled `ctx`."""
     try:
         logits, token_ids, tau, maximum, log_sum, entropy = ctx.saved_tensors
     except RuntimeError as error:
@@ -46,7 +47,7 @@ def compute_dlogits(ctx: Any, d_logprobs: Tensor, d_entropy: Tensor | None) -> T
 def save_rows(
     ctx: Any, logits: Tensor, token_ids: Tensor, tau: Tensor | None, shard: VocabShard, totals: SoftmaxTotals
 ) -> None:
-    """Saves what compute_dlogits needs: the logits, and three numbers per row."""
+    """Saves the logits and three numbers per row, which compute_dlogits needs."""
     ctx.save_for_backward(logits, token_ids, tau, totals.maximum, totals.log_sum, totals.entropy)
     ctx.shard = shard
 
@@ -67,8 +68,8 @@ class _TokenLogprobs(torch.autograd.Function):
         save_rows(ctx, logits, token_ids, tau, shard, totals.softmax)
         ctx.inplace = inplace
         ctx.set_materialize_grads(False)
-        # Cloned, since the entropy is also saved: a caller may change the results in place. No None among the results:
-        # torch.compile has no gradient for it.
+        # The entropy is cloned, since it is also saved and a caller may change the results in place. No result is None,
+        # because torch.compile has no gradient for it.
         return (totals.logprobs, totals.softmax.asked_entropy().clone()) if return_entropy else totals.logprobs
 
     @staticmethod
@@ -79,7 +80,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def zeros_for_none(d_logprobs: Tensor | None, d_entropy: Tensor | None) -> Tensor:
-    """The gradient [T] by the log-probabilities: zeros where the loss used the entropies alone."""
+    """Returns the gradient [T] by the log-probabilities, zeros where the loss used the entropies alone."""
     if d_logprobs is not None:
         return d_logprobs
     if d_entropy is None:
@@ -88,14 +89,14 @@ def zeros_for_none(d_logprobs: Tensor | None, d_entropy: Tensor | None) -> Tenso
 
 
 def shape_results(results: Tensor | tuple[Tensor, Tensor], shape: torch.Size) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probabilities [T], or those and entropies, in the shape of the token ids."""
+    """Returns log-probabilities [T], or those and entropies, in the shape of the token ids."""
     return results.view(shape) if isinstance(results, Tensor) else (results[0].view(shape), results[1].view(shape))
 
 
 def check_logits_arguments(
     logits: Tensor, token_ids: Tensor, temperature: Tensor | float, valid_vocab_size: int | None, inplace: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Checks what all functions of logits share; returns (flat token ids, temperature per row)."""
+    """Checks the arguments that all functions of logits share; returns (flat token ids, temperature per row)."""
     check_matrix("logits", logits, "V")
     ids = check_token_ids(token_ids, logits.shape[:-1], logits.device)
     check_valid_vocab_size(valid_vocab_size)
@@ -141,18 +142,19 @@ def token_logprobs(
     tp_group: dist.ProcessGroup | None = None,
     inplace_backward: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # [...] float32, or (logprobs, entropy)
-    """Log-probability of each row's token, and on request each row's entropy in nats; both differentiable.
+    """Returns the log-probability of each row's token, and on request each row's entropy in nats; both differentiable.
 
-    Equals, without its float32 copy of the logits,
+    The result equals the following, without its float32 copy of the logits:
         `F.log_softmax(logits.float() / temperature, -1).gather(-1, token_ids[..., None])[..., 0]`
     Ignored rows give 0 and get gradient 0. A token outside the vocabulary has log-probability -inf (set
     LENS_KERNELS_CHECK_IDS=1 to have it refused); a row without a finite logit gives NaN, as in PyTorch.
 
     With `tp_group`, shards are in rank order and may be unequal; every rank gets the same result, and the backward
     needs no communication because each rank writes its own columns.
-    `inplace_backward` writes the gradient over the logits: no second vocabulary-sized tensor, but the logits then allow
-    one backward and no other use (RuntimeError on a second one).
-    Saved for backward: the logits and three numbers per row. Bytes per bf16 element: 2 forward, 4 backward.
+    `inplace_backward` writes the gradient over the logits: this avoids a second vocabulary-sized tensor, but the logits
+    then allow one backward and no other use (RuntimeError on a second one).
+    The function saves the logits and three numbers per row for backward; it moves 2 bytes per bf16 element forward and 4
+    backward.
 
     Raises ValueError for a wrong shape, dtype, device, temperature or vocabulary size.
     """

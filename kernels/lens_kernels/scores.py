@@ -1,4 +1,4 @@
-"""Interference scores: how far the policy has moved from the reference on each token of a prompt.
+"""Computes interference scores, which measure how far policy and reference differ on each token of a prompt.
 
 score_t = | log pi_theta(x_t | x_<t) - log pi_ref(x_t | x_<t) |          LENS, arXiv 2601.21244, eq. 1
 """
@@ -27,15 +27,15 @@ def interference_scores(
     valid_vocab_size: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
 ) -> Tensor:  # [...] float32
-    """|log-probability under the policy - under the reference| of each row's token; `signed` keeps the sign.
+    """Returns |log-probability under policy - under reference| of each row's token; `signed` keeps the sign.
 
     Give either the reference's logits or its log-probabilities (from token_logprobs with the same settings). Ignored
-    rows give 0. No gradient. Both models' statistics travel in one collective when the vocabulary is sharded.
+    rows give 0. There is no gradient. One collective gathers both models' statistics when the vocabulary is sharded.
 
-    Logits rounded to bfloat16 carry about 0.06 nat of noise, enough to scramble the ranking while policy and reference
-    are close: pass float32 logits that were never rounded, or score with linear_token_logprobs.
+    Logits rounded to bfloat16 carry about 0.06 nat of noise, which changes the ranking while policy and reference are
+    close: pass float32 logits that were never rounded, or score with linear_token_logprobs.
 
-    Raises ValueError for a wrong shape, dtype, device, temperature, or not exactly one kind of reference.
+    Raises ValueError for a wrong shape, dtype, device or temperature, or unless exactly one kind of reference is given.
     """
     ids, tau = check_logits_arguments(policy_logits, token_ids, temperature, valid_vocab_size, inplace=False)
     got = "neither" if reference_logits is None else "both"

@@ -24,12 +24,12 @@ def select_interference_tokens(
     """Deletes, in each prompt, the k = ceil(ratio * number of eligible tokens) eligible tokens with the highest scores.
 
     Among equal scores the earlier token goes first. A NaN score counts as eligible but is never deleted. A prompt whose
-    highest eligible score is below `min_score` loses nothing: below the noise floor a ranking means nothing, and at
-    step 0, where policy and reference are the same, all scores are 0. Order is kept; `tokens[keep_mask]` are the
+    highest eligible score is below `min_score` loses no token: a ranking below the noise is meaningless, and at step 0,
+    where policy and reference are the same, all scores are 0. Order is kept; `tokens[keep_mask]` are the
     purified prompts, delimited by `new_cu_seqlens`. Tokens past cu_seqlens[-1] belong to no prompt and are not kept.
-    Runs without host synchronisation. Source: LENS, arXiv 2601.21244, Algorithm 1.
+    It runs without host synchronisation. Source: LENS, arXiv 2601.21244, Algorithm 1.
 
-    Raises ValueError for a wrong shape, dtype or device, a ratio outside [0, 1], a NaN `min_score`.
+    Raises ValueError for a wrong shape, dtype or device, a ratio outside [0, 1] or a NaN `min_score`.
     """
     _check(scores, cu_seqlens, ratio, eligible, min_score)
     tokens, prompts, device = len(scores), len(cu_seqlens) - 1, scores.device
@@ -45,7 +45,7 @@ def select_interference_tokens(
     highest.scatter_reduce_(0, prompt, scores.masked_fill(~candidate, -torch.inf), "amax")
     wanted = wanted.masked_fill(highest < min_score, 0)
 
-    # Two stable sorts give (prompt, -score, position); those that cannot be deleted sort behind the last prompt.
+    # Two stable sorts give (prompt, -score, position); tokens that cannot be deleted sort behind the last prompt.
     by_score = torch.sort(scores, descending=True, stable=True).indices
     bucket = prompt.masked_fill(~candidate, prompts)
     order = by_score[torch.sort(bucket[by_score], stable=True).indices]
@@ -62,7 +62,7 @@ def select_interference_tokens(
 
 
 def _count(mask: Tensor, prompt: Tensor, prompts: int) -> Tensor:
-    """[P + 1] int64: how many of each prompt's tokens are set; the last entry counts those of no prompt."""
+    """Returns [P + 1] int64: how many of each prompt's tokens are set; the last entry counts those of no prompt."""
     return torch.zeros(prompts + 1, dtype=torch.int64, device=mask.device).scatter_add_(0, prompt, mask.long())
 
 

@@ -1,12 +1,12 @@
-r"""Files and Hugging Face datasets -> `Record`s: the messages and the answer of every row, checked one by one.
+r"""Reads files and Hugging Face datasets into `Record`s: the messages and the answer of every row, all checked.
 
     source                                    rows                      records
     .jsonl | .parquet | name[:split]   ->   {column: value}   ->   messages ending with the problem, answer
 
-The answer is read from verl's `reward_model.ground_truth` if it is there, else from the first of `answer`, `solution`,
-`label` and `ground_truth` that holds something. From a text with a `\boxed{...}`, the last box is taken; from GSM8K's
-last line `#### 72`, what follows the mark. A number becomes its shortest decimal: 27.0 gives "27", because a column of
-integers with one value missing comes back from parquet as floats.
+The answer is read from verl's `reward_model.ground_truth` if it exists, else from the first of `answer`, `solution`,
+`label` and `ground_truth` that is not empty. From a text with a `\boxed{...}`, the last box is taken; from GSM8K's
+last line `#### 72`, the part after the mark. A number becomes its shortest decimal: 27.0 gives "27", because parquet
+returns a column of integers with one value missing as floats.
 """
 
 import codecs
@@ -39,7 +39,7 @@ _DATASET_NAME = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
 _PARQUET_BATCH = 1024
 _LONGEST_LINE = 16 << 20
 _LONGEST_TEXT = 1_000_000
-"""The most characters of a message: a tokenizer takes a gigabyte of memory for these, and aborts without it."""
+"""The most characters of a message: a tokenizer needs a gigabyte of memory for these, and aborts without it."""
 _SIGNATURES = (
     (b"\x1f\x8b", "compressed by gzip", "decompress it with gunzip"),
     (b"\x28\xb5\x2f\xfd", "compressed by zstd", "decompress it with unzstd"),
@@ -49,7 +49,7 @@ _SIGNATURES = (
     (codecs.BOM_UTF16_LE, "UTF-16", "save it as UTF-8"),
     (codecs.BOM_UTF16_BE, "UTF-16", "save it as UTF-8"),
 )
-"""The bytes that other files begin with, what they are, and the remedy. Longer signatures come first."""
+"""The first bytes of other formats, their names, and the remedies. Longer signatures come first."""
 
 
 class DataError(UserError):
@@ -58,7 +58,7 @@ class DataError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation."""
+    """A message: one turn of a conversation."""
 
     role: str
     content: str
@@ -66,38 +66,38 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One row of a dataset.
+    """A record: the content of one row of a dataset.
 
     Example: Record(index=0, where="train.jsonl:1", messages=(Message("user", "5 + 7 = ?"),), answer="12",
     source="train").
     """
 
     index: int
-    """Row of the dataset, from 0; blank lines do not count."""
+    """The row of the dataset, counted from 0 without blank lines."""
     where: str
-    """File and line, or dataset and row, from 1: how errors name the row."""
+    """File and line, or dataset and row, counted from 1: the name of the row in errors."""
     messages: tuple[Message, ...]
-    """The last one is the user's and holds the problem. The configured system prompt is one of them."""
+    """The messages, with the configured system prompt. The last one is the user's and contains the problem."""
     answer: str
     source: str
-    """verl's `data_source`, else the name of the file or dataset."""
+    """The value of verl's `data_source`, else the name of the file or dataset."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One row as its file has it."""
+    """A row as its file contains it."""
 
     where: str
     values: Mapping[str, Any]
     columns: Sequence[str]
-    """All columns of the dataset; `values` may hold only those that were asked for."""
+    """All columns of the dataset; `values` may contain only the requested ones."""
 
 
 def read_records(source: str, data: DataConfig) -> list[Record]:
-    """All rows of `source`, in order.
+    """Returns all rows of `source`, in order.
 
     Raises:
-        DataError: no such file or dataset, a row that cannot be used, no rows.
+        DataError: the file or dataset does not exist, a row cannot be used, or there are no rows.
     """
     rows, name = _open(source, data)
     records = [_record(index, row, data, name) for index, row in enumerate(rows)]
@@ -110,7 +110,7 @@ def read_records(source: str, data: DataConfig) -> list[Record]:
 
 
 def _open(source: str, data: DataConfig) -> tuple[Iterator[_Row], str]:
-    """The rows of `source`, and its name in the metrics."""
+    """Returns the rows of `source`, and its name in the metrics."""
     expanded = os.path.expanduser(source)
     path = Path(expanded)
     if os.path.isdir(expanded):
@@ -170,7 +170,7 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
         raise DataError(
             f"{where}: malformed JSON: {error.msg} at column {error.colno}; every line must be one JSON object"
         ) from None
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; thousands of brackets
+    except (ValueError, RecursionError) as error:  # an integer has thousands of digits, or brackets nest too deep
         raise DataError(f"{where}: malformed JSON: {error}") from None
     if not isinstance(value, dict):
         raise DataError(f"{where}: expected a JSON object, got {type(value).__name__} ({reprlib.repr(value)})")
@@ -178,7 +178,7 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Raises ValueError for a key that stands twice: which value is meant, nobody can tell."""
+    """Makes a JSON object. Raises ValueError for a key that occurs twice, because either value might be meant."""
     values = dict(pairs)
     if len(values) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
@@ -202,12 +202,12 @@ def _parquet_rows(path: Path, wanted: set[str]) -> Iterator[_Row]:
 
 
 def _hub_rows(name: str, split: str, wanted: set[str]) -> Iterator[_Row]:
-    # Imported here: it takes two seconds and most runs read files.
+    # It is imported here, because that takes two seconds and most runs read files.
     import datasets
 
     try:
         dataset = datasets.load_dataset(name, split=split)
-    except Exception as error:  # the network, the hub, and every builder raise errors of their own
+    except Exception as error:  # the network, the hub and every builder raise errors of their own types
         raise DataError(
             f"{name}:{split}: cannot be loaded as a Hugging Face dataset: {type(error).__name__}: {error}; "
             "if you meant a file, give its path; a dataset that needs a configuration must be saved as a file first"
@@ -218,7 +218,7 @@ def _hub_rows(name: str, split: str, wanted: set[str]) -> Iterator[_Row]:
 
 
 def _choose(columns: Sequence[str], wanted: set[str], where: str) -> list[str]:
-    """The columns worth reading: worked solutions and images can be most of a dataset."""
+    """Returns the columns to read: worked solutions and images can be most of a dataset."""
     chosen = [column for column in columns if column in wanted]
     if not chosen:
         raise DataError(
@@ -240,7 +240,7 @@ def _record(index: int, row: _Row, data: DataConfig, name: str) -> Record:
             f"{row.where}: {key!r} would be both problem and answer (data.problem_key={data.problem_key!r}, "
             f"data.answer_key={data.answer_key!r}); set one of them to another column"
         )
-    # A `solution` found by itself is a worked solution; one that the user names may as well be a bare answer.
+    # A `solution` column that is found by default has worked solutions; one that the user names may have bare answers.
     answer = _answer(value, f"{row.where}: {key}", needs_mark=key == "solution" and data.answer_key is None)
     source = row.values.get(SOURCE_KEY)
     return Record(
@@ -253,7 +253,7 @@ def _record(index: int, row: _Row, data: DataConfig, name: str) -> Record:
 
 
 def _find(row: _Row, configured: str | None, keys: Sequence[str], what: str) -> tuple[str, Any]:
-    """Key and value of the first column that holds something; null counts as nothing."""
+    """Returns key and value of the first column that is not empty; null counts as empty."""
     for key in [configured] if configured else keys:
         value = _lookup(row.values, key)
         if value is not None:
@@ -264,7 +264,7 @@ def _find(row: _Row, configured: str | None, keys: Sequence[str], what: str) -> 
 
 
 def _lookup(values: Any, key: str) -> Any:
-    """The value of a column, or of a field within it (`reward_model.ground_truth`); None if there is none."""
+    """Returns the value of a column, or of a field within it (`reward_model.ground_truth`), or None without one."""
     if key in values:
         return values[key]
     for part in key.split("."):
@@ -289,7 +289,7 @@ def _text(value: Any, where: str, *, may_be_empty: bool = False) -> str:
 
 
 def _messages(value: Any, where: str, system_prompt: str | None) -> tuple[Message, ...]:
-    """`value` is the user's text or a conversation that ends with it."""
+    """Makes messages of `value`, which is the user's text or a conversation that ends with it."""
     if isinstance(value, str):
         messages = [Message("user", _text(value, where))]
     elif isinstance(value, list):

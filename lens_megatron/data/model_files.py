@@ -1,4 +1,4 @@
-"""The files of a Hugging Face model directory, looked at without loading a weight."""
+"""Checks and reads the files of a Hugging Face model directory without loading a weight."""
 
 import json
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _OTHER_FORMATS = {
     b"version https://git-lfs": "Git LFS's pointer to the file; run git lfs pull there",
     b"<": "a web page; download the file itself",
 }
-"""The bytes that other files in the place of safetensors begin with, what they are, and the remedy."""
+"""The first bytes of other files that stand in for safetensors, their names, and the remedies."""
 
 
 class ModelError(UserError):
@@ -26,12 +26,12 @@ class ModelError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """What the header of a safetensors file says of a tensor."""
+    """The entry of a tensor in the header of a safetensors file."""
 
     file: str
     shape: tuple[int, ...]
     dtype: str
-    """As safetensors calls it, e.g. BF16."""
+    """The dtype by its name in safetensors, e.g. BF16."""
 
     @property
     def elements(self) -> int:
@@ -42,9 +42,10 @@ class StoredTensor:
 
 
 def stored_tensors(folder: Path, option: str = "model.path") -> dict[str, StoredTensor]:
-    """Name -> what the weight files' headers say of it; where there is an index, only what it names is read.
+    """Returns by name the tensors that the headers of the weight files list, or if there is an index, those in it.
 
-    Raises ModelError naming the file: missing, empty, truncated, damaged or no safetensors at all; a broken index.
+    Raises ModelError, which names the file, if one is missing, empty, truncated, damaged or no safetensors at all, or
+    if the index is broken.
     """
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     if not files:
@@ -69,7 +70,7 @@ def _header(path: Path, option: str) -> dict[str, StoredTensor]:
         with path.open("rb") as file:
             start = file.read(64)
         for beginning, meaning in _OTHER_FORMATS.items():
-            # Of safetensors the ninth byte is a brace, whatever length the first eight give.
+            # The ninth byte of safetensors is a brace, whatever length the first eight give.
             if start.startswith(beginning) and start[8:9] != b"{":
                 raise ModelError(f"{option}: {path} is {meaning}")
         if not start:
@@ -98,16 +99,16 @@ def _weight_map(folder: Path, option: str) -> dict[str, str]:
 
 
 def configured_end_tokens(path: str) -> set[int]:
-    """Ids that end a completion by generation_config.json, which is optional.
+    """Returns the ids that end a completion according to generation_config.json, which is optional.
 
-    Raises ModelError when it is there and cannot be read: without it a model might never end a completion.
+    Raises ModelError when the file exists and cannot be read: without it a model might never end a completion.
     """
     file = Path(path) / "generation_config.json"
     if not file.exists():
         return set()
     try:
         configured = GenerationConfig.from_pretrained(path).eos_token_id
-    except Exception as error:  # transformers raises anything at all on a damaged file
+    except Exception as error:  # transformers raises errors of any type on a damaged file
         raise ModelError(
             f"model.path {path}: generation_config.json cannot be read: {in_one_line(error)}; download it again, or "
             "move it away if the tokenizer's end token is the only one"
@@ -122,7 +123,7 @@ def configured_end_tokens(path: str) -> set[int]:
 
 
 def small_files(path: str) -> dict[str, bytes]:
-    """Reads configuration and tokenizer, which a directory with other weights needs besides. Raises OSError."""
+    """Reads configuration and tokenizer files, which a directory with other weights needs too. Raises OSError."""
     return {
         file.name: file.read_bytes()
         for file in sorted(Path(path).iterdir())
@@ -131,5 +132,5 @@ def small_files(path: str) -> dict[str, bytes]:
 
 
 def in_one_line(error: BaseException) -> str:
-    """The message of a library's error, which may be paragraphs long, as one line of at most 300 characters."""
+    """Returns the message of a library's error, which may have paragraphs, as one line of at most 300 characters."""
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,12 +1,11 @@
-"""Dataset -> `Prompt`s in the order of training: rendering, the eligible-token mask, and the stream over epochs.
+"""Makes `Prompt`s of a dataset in the order of training: renders, masks eligible tokens, and streams over epochs.
 
     source --datasets.read_records--> Record --_Renderer--> text, eligible spans --tokenizer--> Prompt
     PromptStream.take(step) -> the prompts of a step
 
 A prompt is the chat template around the row's messages, with the answer-format instruction after the problem. A
-tokenizer without a chat template gets the messages as lines of plain text. What purification may delete is decided in
-characters of the rendered text and carried to tokens by their offsets: a token that reaches over the edge of the
-problem is kept.
+tokenizer without a chat template gets the messages as lines of plain text. The characters of the rendered text that
+purification may delete are mapped to tokens by their offsets: a token that crosses the boundary of the problem is kept.
 """
 
 import textwrap
@@ -31,11 +30,11 @@ _BATCH, _BATCH_CHARACTERS = 512, 1_000_000
 _PROGRESS_FROM = 2_000
 _FRAMES = 16
 _LONGEST_RENDERED = 4_000_000
-"""The most characters of a rendered prompt: several long messages, or a template that multiplies them, make more."""
+"""The most characters of a rendered prompt: several long messages, or a template that repeats them, give more."""
 _PLACEHOLDER, _OTHER = "<<the text of the user>>", "<<another text>>"
 
 Span = tuple[int, int]
-"""Characters [start, end) of a text."""
+"""The characters [start, end) of a text."""
 
 
 @dataclass(frozen=True)
@@ -44,20 +43,20 @@ class LoadedPrompts:
 
     prompts: tuple[Prompt, ...]
     dropped_too_long: int
-    """Rows left out because they have more than `data.max_prompt_length` tokens."""
+    """The number of rows left out because they have more than `data.max_prompt_length` tokens."""
     source: str
-    """The file or dataset, as configured."""
+    """The name of the file or dataset, as configured."""
 
 
 def load_prompts(
     source: str, tokenizer: "PreTrainedTokenizerBase", data: DataConfig, lens: LensConfig
 ) -> LoadedPrompts:
-    """Reads, renders and tokenizes all rows of `source`; `Prompt.index` is the row, dropped ones counted.
+    """Reads, renders and tokenizes all rows of `source`; `Prompt.index` is the row, and dropped rows count too.
 
     With `lens.enabled=False` nothing may be deleted and no token is eligible.
 
     Raises:
-        DataError: a row that cannot be used, no rows, all rows too long, a tokenizer without offsets.
+        DataError: a row cannot be used, there are no rows, all are too long, or the tokenizer gives no offsets.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(
@@ -68,7 +67,7 @@ def load_prompts(
     renderer, masker = _Renderer(tokenizer, data, lens), _Masker(tokenizer, lens)
     prompts: list[Prompt] = []
     shortest_dropped = None
-    silent = True if len(records) <= _PROGRESS_FROM else None  # None: shown on a terminal only
+    silent = True if len(records) <= _PROGRESS_FROM else None  # with None the bar is shown on a terminal only
     with tqdm(total=len(records), desc=f"Tokenizing {source}", unit=" prompts", disable=silent) as bar:
         for batch in _batches(records):
             drafts = [renderer.draft(record) for record in batch]
@@ -90,7 +89,7 @@ def load_prompts(
 
 
 def _batches(records: Sequence[Record]) -> Iterator[list[Record]]:
-    """Records that are tokenized together: few of long ones, for each character takes a tokenizer a thousand bytes."""
+    """Yields records to tokenize together, few if they are long: a tokenizer needs a thousand bytes per character."""
     batch: list[Record] = []
     characters = 0
     for record in records:
@@ -106,14 +105,14 @@ def _batches(records: Sequence[Record]) -> Iterator[list[Record]]:
 
 @dataclass(frozen=True)
 class PromptStream:
-    """Endless passes over `prompts`, each in an order of its own. Its only state is the step number."""
+    """Passes endlessly over `prompts`, each time in another order. Its only state is the step number."""
 
     prompts: Sequence[Prompt]
     prompts_per_step: int
     seed: int
     shuffle: bool = True
     _last_order: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """{epoch: permutation}, the last one used only: computing it takes time in proportion to the dataset."""
+    """A cache {epoch: permutation} of the last one used: computing it takes time in proportion to the dataset."""
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -122,10 +121,10 @@ class PromptStream:
             raise ValueError(f"prompts_per_step must be at least 1, got {self.prompts_per_step}")
 
     def take(self, step: int) -> list[Prompt]:
-        """The `prompts_per_step` prompts of `step` (from 0): a pure function of the step.
+        """Returns the `prompts_per_step` prompts of `step` (from 0), which are a pure function of the step.
 
-        Epochs run on: a step may take the last prompts of one and the first of the next, and thus a prompt twice.
-        Within one epoch every prompt comes exactly once.
+        A step may take the last prompts of one epoch and the first of the next, and thus a prompt twice. Within one
+        epoch every prompt comes exactly once.
         """
         if step < 0:
             raise ValueError(f"step must not be negative, got {step}")
@@ -137,7 +136,7 @@ class PromptStream:
         return taken
 
     def epoch(self, step: int) -> float:
-        """Passes over the dataset completed when `step` begins: 1.5 is the middle of the second."""
+        """Returns the number of passes over the dataset when `step` begins: 1.5 is the middle of the second."""
         return step * self.prompts_per_step / len(self.prompts)
 
     def _order(self, epoch: int) -> range | np.ndarray:
@@ -160,11 +159,11 @@ class _Draft:
     text: str
     problem: str
     spans: tuple[Span, ...] | None
-    """Characters that may be deleted. None: all of them."""
+    """The characters that may be deleted; None allows all of them."""
 
 
 class _Renderer:
-    """Record -> text as the model reads it, with the character spans that `lens.eligible` speaks of."""
+    """Renders a record as the text that the model reads, with the spans of characters that `lens.eligible` selects."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", data: DataConfig, lens: LensConfig):
         self.tokenizer, self.instruction, self.lens = tokenizer, data.instruction, lens
@@ -184,7 +183,7 @@ class _Renderer:
         return _Draft(text, problem, self._locate(spans, content, text, frame, record.where))
 
     def _add_instruction(self, text: str, where: str) -> tuple[str, str, tuple[Span, ...]]:
-        """Content of the user's message, the problem in it, and its spans there, instructions excluded."""
+        """Returns the user's message, the problem in it, and the problem's spans there, instructions excluded."""
         wanted = self.instruction.strip()
         if not wanted:
             return text, text, ((0, len(text)),)
@@ -205,7 +204,7 @@ class _Renderer:
         conversation = [{"role": message.role, "content": message.content} for message in messages]
         try:
             text = self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # a template is a program: `1 / 0` in it is a ZeroDivisionError here
+        except Exception as error:  # a template is a program: `1 / 0` in it raises ZeroDivisionError here
             roles = textwrap.shorten(", ".join(message.role for message in messages), 200)
             why = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
             raise DataError(f"{where}: the chat template refuses the messages ({roles}): {why}") from error
@@ -217,7 +216,7 @@ class _Renderer:
         return text
 
     def _frame(self, earlier: tuple[Message, ...], where: str) -> tuple[str, str]:
-        """What the template puts before and after the user's last message, which it must not leave out or repeat."""
+        """Returns the template's text before and after the user's last message, which it must contain exactly once."""
         if earlier in self.frames:
             return self.frames[earlier]
         text, other = (self._render((*earlier, Message("user", mark)), where) for mark in (_PLACEHOLDER, _OTHER))
@@ -238,7 +237,7 @@ class _Renderer:
     ) -> tuple[Span, ...]:
         """Returns the spans of `content` as spans of the rendered `text`.
 
-        The content is found by what stands around it. Searching for it would find a problem such as "a" in "assistant".
+        The content is located by the text around it. Searching for it would find a problem such as "a" in "assistant".
         """
         before, after = frame
         inside = text[len(before) : len(text) - len(after)]
@@ -260,7 +259,7 @@ def _leading_spaces(text: str) -> int:
 
 
 def _tokenize(tokenizer: "PreTrainedTokenizerBase", drafts: Sequence[_Draft]) -> list[tuple[list[int], list[Span]]]:
-    """Ids and character offsets of every draft. A chat template writes its own beginning-of-sequence token."""
+    """Returns ids and character offsets of every draft. A chat template writes its own beginning-of-sequence token."""
     encoded = tokenizer(
         [draft.text for draft in drafts],
         add_special_tokens=False,
@@ -277,16 +276,16 @@ def _tokenize(tokenizer: "PreTrainedTokenizerBase", drafts: Sequence[_Draft]) ->
 
 @dataclass(frozen=True, slots=True)
 class _Trait:
-    """What a token is, wherever it stands."""
+    """The properties of a token that do not depend on its place."""
 
     special: bool
     blank: bool
     leading: int
-    """Characters of white space that the token begins with."""
+    """The number of characters of white space that the token begins with."""
 
 
 class _Masker:
-    """Tokens and spans -> the eligible mask."""
+    """Makes the mask of eligible tokens from tokens and spans."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", lens: LensConfig):
         self.tokenizer = tokenizer
@@ -296,11 +295,11 @@ class _Masker:
         self.traits: dict[int, _Trait] = {}
 
     def mask(self, draft: _Draft, ids: Sequence[int], offsets: Sequence[Span]) -> tuple[bool, ...]:
-        """[L] True where the token may be deleted."""
+        """Returns [L] True where the token may be deleted."""
         if draft.spans == ():
             return (False,) * len(ids)
         eligible = [self._may_go(token, span, draft) for token, span in zip(ids, offsets, strict=True)]
-        eligible[0] = False  # it has no prefix, hence no score
+        eligible[0] = False  # the first token has no prefix and so no score
         return tuple(eligible)
 
     def _may_go(self, token: int, span: Span, draft: _Draft) -> bool:
@@ -308,12 +307,12 @@ class _Masker:
         piece = draft.text[span[0] : span[1]]
         if trait.special and self.keep_special:
             return False
-        # The piece too: an ideographic space may be three tokens, none of which decodes to it.
+        # The piece is checked too: an ideographic space may be three tokens, none of which decodes to it.
         if self.keep_blank and (trait.blank or piece.isspace()):
             return False
         if draft.spans is None:
             return True
-        # Llama 3's offsets leave out the spaces that a token begins with, Qwen's do not.
+        # Llama 3's offsets exclude the spaces that a token begins with; Qwen's include them.
         start = span[0] - (trait.leading if not piece[:1].isspace() else 0)
         return any(first <= start and span[1] <= last for first, last in draft.spans)
 

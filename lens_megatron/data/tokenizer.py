@@ -1,4 +1,4 @@
-"""The model directory's tokenizer, and the few things the trainer asks of it."""
+"""Loads the tokenizer of a model directory, and gives the trainer the few functions of it that it needs."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from lens_megatron.data.model_files import in_one_line
 from lens_megatron.errors import UserError
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-"""One of these must be there. Without any, transformers makes an empty tokenizer and says nothing."""
+"""The files of which one must exist: without any, transformers makes an empty tokenizer without an error."""
 _OPTIONS = "tokenizer_config.json"
 _JSON_FILES = (_OPTIONS, "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 
@@ -24,25 +24,25 @@ class TokenizerError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Tokenizer:
-    """The tokenizer of transformers, and what the trainer asks of it."""
+    """The tokenizer of transformers, with the functions that the trainer needs."""
 
     hf: PreTrainedTokenizerBase
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text without special tokens."""
+        """Returns the text without special tokens."""
         return self.hf.decode(token_ids, skip_special_tokens=True)
 
     def decode_all(self, token_ids: Sequence[int]) -> str:
-        """Text with special tokens."""
+        """Returns the text with special tokens."""
         return self.hf.decode(token_ids, skip_special_tokens=False)
 
     def retokenize(self, token_ids: Sequence[int]) -> tuple[int, ...]:
-        """Ids of the text that `token_ids` decode to; differs from them where a merge crosses a deletion."""
+        """Returns the ids of the text that `token_ids` decode to; they differ where a merge crosses a deletion."""
         return tuple(self.hf.encode(self.decode_all(token_ids), add_special_tokens=False))
 
 
 def load_tokenizer(path: str, vocab_size: int) -> Tokenizer:
-    """Raises TokenizerError when there is none, a file of it cannot be read, or it has more tokens than the model."""
+    """Loads it. Raises TokenizerError when it does not exist, cannot be read or has more tokens than the model."""
     _check_files(path)
     folder = Path(path)
     if not any((folder / name).is_file() for name in VOCABULARY_FILES):
@@ -53,7 +53,7 @@ def load_tokenizer(path: str, vocab_size: int) -> Tokenizer:
         _check_json(folder / name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except BaseException as error:  # third-party readers raise anything at all on a damaged file, or panic
+    except BaseException as error:  # third-party readers raise errors of any type on a damaged file, or panic
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise TokenizerError(
@@ -77,7 +77,7 @@ def load_tokenizer(path: str, vocab_size: int) -> Tokenizer:
 
 
 def _check_files(path: str) -> None:
-    """Raises TokenizerError for an entry that would block whoever reads it, or never end."""
+    """Raises TokenizerError for an entry that would block its reader or never end."""
     try:
         entries = list(os.scandir(path))
     except OSError as error:
@@ -86,7 +86,7 @@ def _check_files(path: str) -> None:
         try:
             mode = entry.stat().st_mode
         except OSError:
-            continue  # a link that leads nowhere is as good as no file
+            continue  # a broken link counts as no file
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             raise TokenizerError(f"model.path {path}: {entry.name} is neither a file nor a folder; remove it")
 

@@ -1,1 +1,1 @@
-"""Writes what a run leaves: console, metrics, rollouts, the report, and the folder that holds them."""
+"""Writes the output of a run: console, metrics, rollouts, the report, and the folder that holds them."""

@@ -1,46 +1,46 @@
-"""What a reader should conclude from a run's metrics: one sentence on learning, one on purification."""
+"""Draws conclusions from a run's metrics: one sentence on learning and one on purification."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 ACCURACY, NOISE = "val-core/", "val-aux/{source}/acc/standard_error"
-"""What the names of accuracies begin with, and the name of the standard error that belongs to one."""
+"""The prefix of the names of accuracies, and the name of the standard error of an accuracy."""
 LONGEST_SOURCE = 80
 CLEAR = 2.0
-"""A change of more than so many of its standard errors is not put down to chance: that happens one time in twenty."""
+"""A change of more than this many standard errors counts as real: chance alone exceeds it one time in twenty."""
 
 
 @dataclass(frozen=True, slots=True)
 class MeasuredAccuracy:
-    """Accuracy after `step`, the mean over all sources of held-out problems."""
+    """The accuracy after `step`: the mean over all sources of held-out problems."""
 
     step: int
     accuracy: float
     standard_error: float | None
-    """None where the metrics do not say it."""
+    """The standard error of the accuracy; None where the metrics do not contain it."""
 
 
 def accuracy_names(rows: Sequence[Mapping]) -> list[str]:
-    """Names of all accuracies in `rows`, sorted."""
+    """Returns the names of all accuracies in `rows`, sorted."""
     return sorted({name for row in rows for name in row if name.startswith(ACCURACY)})
 
 
 def source_of(name: str) -> str:
-    """The source in the name of an accuracy, on one line and short: `val-core/a/b/acc/mean@1` -> `a/b`."""
+    """Returns the source in the name of an accuracy, on one line and short: `val-core/a/b/acc/mean@1` -> `a/b`."""
     source = _source(name)
     shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in source)
     return shown if len(shown) <= LONGEST_SOURCE else f"{shown[: LONGEST_SOURCE - 3]}..."
 
 
 def evaluations(rows: Sequence[Mapping]) -> list[MeasuredAccuracy]:
-    """One for every row that has the accuracy of all sources."""
+    """Returns the mean accuracy of every row that has the accuracies of all sources."""
     names = accuracy_names(rows)
     return [_evaluation(row, names) for row in rows if names and all(name in row for name in names)]
 
 
 def learning(rows: Sequence[Mapping]) -> str:
-    """Whether the run learned: accuracy at the first and at the last evaluation, against the noise of one."""
+    """Says whether the run learned: compares the first and the last evaluation's accuracy with the noise of one."""
     names, found = accuracy_names(rows), evaluations(rows)
     if not found:
         return "No accuracy was measured, so nothing can be said about learning; data.eval names held-out problems."
@@ -64,7 +64,7 @@ def learning(rows: Sequence[Mapping]) -> str:
 
 
 def purification(rows: Sequence[Mapping]) -> str:
-    """How many prompts were hard and sampled again, and how many of them that rescued."""
+    """Says how many prompts were hard and sampled again, and how many of them were rescued by that."""
     steps = [row for row in rows if "lens/prompts" in row]
     prompts, hard, rescued, extra = (
         int(sum(row[f"lens/{name}"] for row in steps))
@@ -86,7 +86,7 @@ def _evaluation(row: Mapping, names: Sequence[str]) -> MeasuredAccuracy:
 
 
 def _verdict(change: float, noise: float) -> str:
-    """`noise`: one standard error of the change, as if the two evaluations had nothing in common."""
+    """Judges a change of accuracy. `noise` is its standard error, as if the two evaluations were independent."""
     if abs(change) <= CLEAR * noise or not change:
         return "this is within the noise, so the run shows neither learning nor harm; take more steps or more problems."
     return "this run learned." if change > 0 else "this run made the policy worse."

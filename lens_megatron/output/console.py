@@ -1,4 +1,4 @@
-"""What a rank prints: the messages of the project's loggers, and every error once, whichever ranks come upon it."""
+"""Prints the messages of the project's loggers, and every error once, whichever ranks meet it."""
 
 import hashlib
 import logging
@@ -16,7 +16,7 @@ PROJECT = "lens_megatron"
 ABOUT_ONE_RANK = ("lens_megatron.rollout.servers", "lens_megatron.rollout.unfinished")
 """Loggers whose messages every rank shows: they are about its own servers and files, which rank 0 does not know."""
 HEAD_START_S = 1.0
-"""Other ranks wait so long before they report an error, so that rank 0 reports what all of them find."""
+"""Seconds that other ranks wait before they report an error, so that rank 0 reports an error that all ranks find."""
 PATIENCE = timedelta(seconds=5)
 
 
@@ -50,7 +50,7 @@ def messages_on_console() -> Iterator[None]:
 def set_level(name: str) -> None:
     """Shows messages from level `name` (debug, info, warning, error) on; other ranks than 0 show no less than warnings.
 
-    What loggers of ABOUT_ONE_RANK say is shown on every rank.
+    Messages of the loggers in ABOUT_ONE_RANK are shown on every rank.
     """
     level = logging.getLevelNamesMapping()[name.upper()]
     logging.getLogger(PROJECT).setLevel(max(level, logging.WARNING) if _rank() else level)
@@ -67,8 +67,8 @@ def report_error(text: str) -> None:
 
 
 def _is_first(text: str) -> bool:
-    """Whether no other rank has claimed `text` in torchrun's store. True where the store cannot be asked: an error
-    that is printed twice is better than one that never is."""
+    """Returns whether no other rank has claimed `text` in torchrun's store. True where the store cannot be asked: an
+    error that is printed twice is better than one that is never printed."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return True
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -82,10 +82,10 @@ def _is_first(text: str) -> bool:
 
 
 def print_text(text: str) -> None:
-    """Prints what the console's encoding has; the rest, such as half a character of a file's name, as an escape
-    sequence. A progress bar is drawn anew below the text.
+    """Prints `text`; characters that the console's encoding lacks, such as half of one in a file's name, are escaped.
 
-    A console that takes nothing, because its file is on a full disk, must not end a run.
+    A progress bar is drawn again below the text. A console that cannot be written to, because its file is on a full
+    disk, must not end a run.
     """
     encoding = sys.stdout.encoding or "utf-8"
     with suppress(OSError), tqdm.external_write_mode(file=sys.stdout):
@@ -93,7 +93,7 @@ def print_text(text: str) -> None:
 
 
 def leave_console() -> None:
-    """To be called before the process ends: Python would exit with 120 where its last words find no room."""
+    """Flushes the console before the process ends: Python would exit with 120 if its own flush failed."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -1,4 +1,4 @@
-"""All metric names and how each is computed; one reduction over data-parallel ranks; JSONL, TensorBoard, console.
+"""Names and computes all metrics, reduces them over data-parallel ranks, and writes JSONL, TensorBoard and console.
 
 Names are verl's, plus `lens/*`. Every rank adds the same names in the same order, so a step costs one sum and one max.
 """
@@ -34,7 +34,7 @@ from lens_megatron.types import (
 Metrics = dict[str, float]
 
 MISMATCH_WARNING, MISMATCH_ALARM = 0.005, 0.01
-"""Mean |probability difference| of engine and trainer. Users of verl hold 0.01 for the end of what is healthy."""
+"""Mean |probability difference| of engine and trainer. Users of verl regard 0.01 as the highest healthy value."""
 
 
 @dataclass(slots=True)
@@ -56,13 +56,13 @@ class Tally:
         self.sums[name], self.counts[name] = part, whole
 
     def spread(self, name: str, values: list[float]) -> None:
-        """name/mean, name/max, name/min."""
+        """Adds the metrics name/mean, name/max and name/min of `values`."""
         self.mean(f"{name}/mean", values)
         self.maxima[f"{name}/max"] = max(values, default=-torch.inf)
         self.maxima[f"{name}/min"] = max((-v for v in values), default=-torch.inf)
 
     def reduce(self, group: ProcessGroup, device: torch.device) -> Metrics:
-        """Global values; 0 for a mean over nothing."""
+        """Returns the global values; a mean over nothing is 0."""
         names = list(self.sums)
         sums = torch.tensor([[self.sums[n] for n in names], [max(0.0, self.counts[n]) for n in names]])
         maxima = torch.tensor(list(self.maxima.values()) or [0.0])
@@ -84,13 +84,13 @@ def accuracy_name(source: str, samples: int) -> str:
 
 
 def best_model_metric(evaluated: Metrics, name: str | None) -> float | None:
-    """What checkpoints compete by: the metric `name`, or the mean of all accuracies; None without an evaluation."""
+    """Returns the metric `name`, or the mean of all accuracies, which ranks checkpoints; None without an evaluation."""
     scores = [value for key, value in evaluated.items() if key.startswith("val-core/") and name in (None, key)]
     return sum(scores) / len(scores) if scores else None
 
 
 def tally_step(result: StepResult) -> Tally:
-    """What this data-parallel rank's groups, samples and rollouts say."""
+    """Tallies this data-parallel rank's groups, samples and rollouts."""
     tally = Tally()
     native = [r for g in result.groups for r in g.group.native]
     rescue = [r for g in result.groups for r in g.group.rescue]
@@ -140,7 +140,7 @@ def _rescued(group: TrainingGroup) -> int:
 
 
 def _kept_scores(prompt: Prompt, purified: PurifiedPrompt) -> list[float]:
-    """Scores, in nats, of the tokens that might have been deleted and were not."""
+    """Returns the scores, in nats, of the eligible tokens that were not deleted."""
     deleted = set(purified.deleted)
     return [score for i, score in enumerate(purified.scores) if prompt.eligible[i] and i not in deleted]
 
@@ -150,7 +150,7 @@ def _constant(rollouts: tuple[Rollout, ...]) -> bool:
 
 
 def update_metrics(updates: tuple[UpdateStats, ...], kl_coef: float) -> Metrics:
-    """Means over the step's optimizer updates; already global."""
+    """Returns means over the step's optimizer updates, which are already global."""
     if not updates:
         return {}
 
@@ -176,9 +176,9 @@ def update_metrics(updates: tuple[UpdateStats, ...], kl_coef: float) -> Metrics:
 
 
 def mismatch_metrics(updates: tuple[UpdateStats, ...], correction: str) -> Metrics:
-    """Engine beside trainer over all tokens of the step's samples, and over native and rescued ones; already global.
+    """Compares engine and trainer over all tokens of the step's samples, and over native and rescued ones.
 
-    Names are verl's, with _native and _rescued behind them. What has no tokens has no metrics.
+    Names are verl's, with the suffixes _native and _rescued. Rows without tokens have no metrics. All are global.
     """
     native, rescued = (pooled(getattr(u, f"mismatch_{origin}") for u in updates) for origin in ("native", "rescued"))
     parts = {"": pooled((native, rescued)), "_native": native, "_rescued": rescued}
@@ -207,10 +207,10 @@ def _mismatch_values(sums: MismatchSums, correction: str) -> Metrics:
 
 
 def mismatch_warning(metrics: Metrics, correction: str) -> str | None:
-    """The text of a warning where engine and trainer differ too much on native or on rescued rows."""
+    """Returns a warning where engine and trainer differ too much on native or on rescued rows, else None."""
     name = "training/rollout_probs_diff_mean"
     means = {origin: metrics[f"{name}_{origin}"] for origin in ("native", "rescued") if f"{name}_{origin}" in metrics}
-    # Written so that a mean that is not a number is the worst of all.
+    # The comparison counts a mean that is not a number as too large.
     over = {origin: mean for origin, mean in means.items() if not mean < MISMATCH_WARNING}
     if not over:
         return None
@@ -224,9 +224,9 @@ def mismatch_warning(metrics: Metrics, correction: str) -> str | None:
 
 
 def sampling_metrics(stats: SamplingStats, device: torch.device, ranks_per_engine: int = 1) -> Metrics:
-    """Of all engines; the first of the consecutive ranks of each counts. A collective.
+    """Returns the sampling metrics of all engines, each from the first of its consecutive ranks. A collective.
 
-    An engine is idle while it does no step: it waits for graders, or for the engine whose share takes longest.
+    An engine is idle while it runs no step: it waits for graders, or for the engine whose share takes longest.
     """
     own = torch.tensor(astuple(stats), dtype=torch.float64, device=device)
     every = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
@@ -245,9 +245,9 @@ def sampling_metrics(stats: SamplingStats, device: torch.device, ranks_per_engin
 
 
 def sync_metrics(sync: SyncStats | None) -> Metrics:
-    """What a transfer of weights to the engine took; no metrics where there was none. Of this rank, but for the last.
+    """Returns what a transfer of weights to the engine took on this rank; the last metric is the same on every rank.
 
-    A step or an evaluation without a transfer used weights that the engine had already.
+    A step or an evaluation without a transfer used weights that the engine had already, and has no such metrics.
     """
     if sync is None:
         return {}
@@ -260,7 +260,7 @@ def sync_metrics(sync: SyncStats | None) -> Metrics:
 
 
 def time_metrics(seconds: dict[str, float], metrics: Metrics, world_size: int) -> Metrics:
-    """timing_s/*, perf/*; memory is this process's peak.
+    """Returns timing_s/* and perf/*, where memory is this process's peak.
 
     Tokens are those of the samples, prompts included: per second of the step and rank (verl's `perf/throughput`), and
     of all ranks per second of the updates alone.
@@ -280,13 +280,13 @@ def time_metrics(seconds: dict[str, float], metrics: Metrics, world_size: int) -
 
 
 def with_more_seconds(metrics: Metrics, seconds: dict[str, float]) -> Metrics:
-    """The timing_s/* of `metrics` for phases that went on after they were taken."""
+    """Returns the timing_s/* of `metrics`, with `seconds` added, for phases that went on after they were taken."""
     names = {phase: f"timing_s/{phase}" for phase in seconds}
     return {name: metrics.get(name, 0.0) + seconds[phase] for phase, name in names.items()}
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl and TensorBoard. On resume, lines of steps that will be done again are dropped.
+    """Appends to metrics.jsonl and TensorBoard. When a run resumes, lines of steps that will be repeated are dropped.
 
     No error of the disk ends the run: see `side_log.SideLog`.
     """
@@ -297,7 +297,7 @@ class MetricsWriter:
             rows = [row for row in read_metrics(folder) if row["step"] < first_step]
             self._last, kept = (rows or [{}])[-1], b"".join(map(_line, rows))
         except OSError:
-            kept = None  # what cannot be read must not be replaced; readers take the last row of a step
+            kept = None  # a file that cannot be read must not be replaced; readers take the last row of a step
         self.rows = SideLog(folder / "metrics.jsonl", kept)
         self.events = None
         if tensorboard:
@@ -310,7 +310,7 @@ class MetricsWriter:
         self._show(step, metrics)
 
     def add(self, step: int, metrics: Metrics) -> None:
-        """Adds to the row of `step`, which is the last one, or begins it."""
+        """Adds metrics to the row of `step`, which is the last one, or begins that row."""
         if self._last.get("step") != step:
             self.write(step, metrics)
             return
@@ -333,8 +333,10 @@ def _line(row: dict) -> bytes:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """Rows of metrics.jsonl, the last one of each step. Lines that are no rows are ignored: a killed writer leaves half
-    of one, a broken disk anything. Raises OSError where the file is there and cannot be read."""
+    """Returns the last row of each step in metrics.jsonl. Raises OSError where the file exists and cannot be read.
+
+    Lines that are no rows, as a killed writer or a broken disk leaves them, are ignored.
+    """
     try:
         lines = (folder / "metrics.jsonl").read_bytes().split(b"\n")
     except FileNotFoundError:
@@ -352,7 +354,7 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 def console_line(step: int, steps: int, metrics: Metrics) -> str:
-    """Megatron's one line per iteration."""
+    """Returns the line per iteration that Megatron prints."""
     fields = [
         f"iteration {step:6d}/{steps:6d}",
         f"reward: {metrics['critic/rewards/mean']:.3f}",

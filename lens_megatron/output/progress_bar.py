@@ -1,4 +1,4 @@
-"""A live bar of finished rollouts on a terminal."""
+"""Shows finished rollouts as a live bar on a terminal."""
 
 from tqdm import tqdm
 
@@ -6,7 +6,7 @@ from lens_megatron.rollout.progress import SamplingProgress
 
 
 class ProgressBar:
-    """Implements `rollout.progress.ProgressDisplay`. The bar is there while a step is sampled."""
+    """Implements `rollout.progress.ProgressDisplay`. The bar is shown while a step is sampled."""
 
     def __init__(self) -> None:
         self.bar: tqdm | None = None

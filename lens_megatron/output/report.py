@@ -1,4 +1,4 @@
-"""Summary and picture of a run, from its metrics.jsonl alone: `python -m lens_megatron.report runs/demo`."""
+"""Makes a summary and a picture of a run from its metrics.jsonl alone: `python -m lens_megatron.report runs/demo`."""
 
 import io
 import sys
@@ -22,11 +22,11 @@ from lens_megatron.output.metrics import read_metrics  # noqa: E402
 PHASES = ("score", "gen", "exchange", "old_log_prob", "ref", "update_actor", "update_weights", "wake", "sleep", "step",
           "testing", "save_checkpoint")  # fmt: skip
 _TITLE_WIDTH = 80
-"""Characters of a line above one half of the picture."""
+"""Number of characters in a line above one half of the picture."""
 
 
 def write(folder: Path) -> str:
-    """Writes summary.txt and learning_curve.png into `folder`; returns the summary, and what was not written."""
+    """Writes summary.txt and learning_curve.png into `folder`; returns the summary and names files not written."""
     try:
         rows = read_metrics(folder)
     except OSError as error:
@@ -42,7 +42,7 @@ def write(folder: Path) -> str:
 
 
 def summary(rows: Sequence[dict], folder: Path) -> str:
-    """What to conclude, in one line; then accuracy before and after by source, purification, seconds per phase."""
+    """Returns the conclusion in one line, then accuracy before and after by source, purification, seconds per phase."""
     steps = [row for row in rows if "timing_s/step" in row]
     lines = [f"run {folder}: {len(steps)} steps", f"  {conclusion.learning(rows)}"]
     for name in accuracy_names(rows):
@@ -59,9 +59,9 @@ def summary(rows: Sequence[dict], folder: Path) -> str:
 
 
 def draw(rows: Sequence[dict]) -> bytes:
-    """A PNG image: training reward, held-out accuracy, and what purification did, against steps.
+    """Returns a PNG image of training reward, held-out accuracy and the effect of purification, against steps.
 
-    The titles say what to conclude.
+    The titles state the conclusions.
     """
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     steps = [row for row in rows if "critic/rewards/mean" in row]
@@ -82,11 +82,11 @@ def draw(rows: Sequence[dict]) -> bytes:
     for axes, sentence in ((left, conclusion.learning(rows)), (right, conclusion.purification(steps))):
         title = axes.set_title(textwrap.fill(sentence, _TITLE_WIDTH), fontsize="small", loc="left")
         for text in (title, *axes.legend(fontsize="small").get_texts()):
-            text.set_parse_math(False)  # a `$` in a source's name is no formula
+            text.set_parse_math(False)  # a `$` in a source's name begins no formula
         axes.grid(alpha=0.3)
     image = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # it draws a box instead
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # matplotlib draws a box instead
         figure.savefig(image, format="png", dpi=120)
     pyplot.close(figure)
     return image.getvalue()

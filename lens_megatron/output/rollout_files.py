@@ -1,4 +1,4 @@
-"""A file per step with what was sampled: every data-parallel rank writes its part, rank 0 joins them."""
+"""Writes a file per step with its rollouts: every data-parallel rank writes its part, and rank 0 joins the parts."""
 
 import json
 import logging
@@ -20,21 +20,21 @@ class RolloutFileError(UserError):
 
 
 class RolloutFiles:
-    """Those of one folder, on every rank.
+    """The rollout files of one folder, on every rank.
 
     Args:
-        name: for people.
-        required: a step that cannot be written ends the run. Otherwise training goes on without it, with one warning
-            until a step can be written again.
+        name: what messages call these files.
+        required: if True, a step that cannot be written ends the run. Otherwise training goes on without it, with one
+            warning until a step can be written again.
     """
 
     def __init__(self, folder: Path, name: str, mesh: Mesh, *, required: bool):
         self.folder, self.name, self.mesh, self.required = folder, name, mesh, required
         self.lost: list[int] = []
-        """Steps since one could be written."""
+        """The steps that could not be written since the last one that was."""
 
     def write(self, step: int, lines: Sequence[str]) -> None:
-        """A collective. The file of a step is whole or it is not there.
+        """Writes the file of a step, which is whole or absent. A collective.
 
         Raises:
             RolloutFileError: on every rank, if the files are required.
@@ -78,7 +78,7 @@ def _attempt(action: Callable[[], None]) -> OSError | None:
 
 
 def write_part(folder: Path, step: int, part: int, lines: Sequence[str]) -> None:
-    """One data-parallel rank's share of a step's file; `join_parts` makes the file of them. Raises OSError."""
+    """Writes one data-parallel rank's part of a step's file; `join_parts` joins the parts. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     text = "".join(line + "\n" for line in lines)
     _part(folder, step, part).write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -99,7 +99,7 @@ def join_parts(folder: Path, step: int, parts: int) -> None:
 
 
 def remove_parts(folder: Path, step: int) -> None:
-    """Those of an attempt with more ranks, too."""
+    """Removes the parts of a step, also those of an attempt with more ranks."""
     with suppress(OSError):
         for path in folder.glob(f".step_{step:06d}.[0-9]*"):
             path.unlink()
@@ -110,7 +110,7 @@ def _part(folder: Path, step: int, part: int) -> Path:
 
 
 def rollout_lines(result: StepResult, tokenizer: Tokenizer, step: int) -> list[str]:
-    """One JSON object per trained sample."""
+    """Returns one JSON object per trained sample."""
     lines, position = [], 0
     for group in result.groups:
         samples = result.samples[position : position + len(group.rollouts)]
@@ -142,7 +142,7 @@ def _record(group: TrainingGroup, sample: Sample, tokenizer: Tokenizer, step: in
 
 
 def marked_prompt(group: TrainingGroup, tokenizer: Tokenizer) -> str | None:
-    """The prompt with each run of deleted tokens in [- -]; None where the prompt was not sampled again."""
+    """Returns the prompt with each run of deleted tokens in [- -], or None where it was not sampled again."""
     purified = group.group.purified
     if purified is None or not group.group.rescue:
         return None

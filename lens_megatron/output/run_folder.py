@@ -1,6 +1,6 @@
-"""The folder of a run: whose it is, what it records of the machine.
+"""Checks and takes the folder of a run, and records configuration and environment in it.
 
-Rank 0 alone decides what becomes of it, under a lease (run_lease.py), and tells the others.
+Rank 0 alone decides how to use the folder, under a lease (run_lease.py), and tells the others.
 """
 
 import itertools
@@ -30,9 +30,9 @@ MAY_CHANGE = ("run.", "debug.", "cluster", "reward.workers_per_rank", "train.ste
               "train.max_skipped_updates", "megatron.tensor_model_parallel_size", "megatron.sequence_parallel",
               "megatron.pipeline_model_parallel_size", "megatron.virtual_pipeline_model_parallel_size",
               "megatron.context_parallel_size", "megatron.use_distributed_optimizer", "rollout.servers")  # fmt: skip
-"""Options that a resumed run may set differently: none of them changes what a step computes, but for rounding."""
+"""Options that a resumed run may set differently: none of them changes what a step computes, except for rounding."""
 BEFORE_THE_OPTION = {"algorithm": {"kl_limit": 10.0}}
-"""Values by which versions without these options computed. A record that lacks one of them is read as if it held it."""
+"""Values that versions without these options used. A record that lacks one of them is read as if it contained it."""
 PACKAGES = (
     "torch",
     "megatron-core",
@@ -47,10 +47,10 @@ PACKAGES = (
 
 
 MARKER = "lens_run.json"
-"""In every run's folder: says that it is one, and which launch began it last."""
+"""The file that marks a folder as a run's and names the launch that last began the run."""
 FORMAT = "lens_megatron run"
 SHARED_S = 90.0
-"""How long a rank looks for the launch's token: network file systems show new files late."""
+"""Seconds for which a rank looks for the launch's token: network file systems show new files late."""
 
 
 class RunFolderError(UserError):
@@ -64,10 +64,10 @@ class RunFolder:
     path: Path
     lease: RunLease
     token: str
-    """In the marker: a rank that reads another one has another folder."""
+    """The token in the marker: a rank that reads another token has another folder."""
     resuming: bool
     moved: Path | None = None
-    """Where the old run is now, if there was one to start over."""
+    """The new path of the old run, if one was started over."""
 
 
 def checkpoints(config: Config) -> Path:
@@ -75,7 +75,7 @@ def checkpoints(config: Config) -> Path:
 
 
 def check(config: Config) -> bool:
-    """Looks at the folder without changing it. Returns True when it holds a run to go on with.
+    """Checks the folder without changing it. Returns True when it holds a run to continue.
 
     Raises:
         RunFolderError: it holds something else, another run, any run with `run.if_exists=fail`, or a run that
@@ -93,11 +93,11 @@ def check(config: Config) -> bool:
 
 
 def take(config: Config, topology: dict[str, int]) -> RunFolder:
-    """Takes the lease, looks again, and records configuration and environment. Rank 0 only.
+    """Takes the lease, checks again, and records configuration and environment. Only rank 0 calls it.
 
     A run that is started over is moved aside as it is, to NAME.old-1, NAME.old-2, ...: nothing is deleted.
 
-    Raises: as `check`.
+    Raises the errors that `check` raises.
     """
     folder, moved = _resolved(config), None
     try:
@@ -122,7 +122,7 @@ def take(config: Config, topology: dict[str, int]) -> RunFolder:
 
 
 def check_shared(config: Config, token: str, patience_s: float = SHARED_S) -> None:
-    """Every rank must find the launch's token in its folder. Raises RunFolderError."""
+    """Raises RunFolderError unless this rank finds the launch's token in its folder."""
     folder, deadline = _resolved(config), time.monotonic() + patience_s
     while True:
         try:
@@ -130,7 +130,7 @@ def check_shared(config: Config, token: str, patience_s: float = SHARED_S) -> No
             if _marker(folder).get("token") == token:
                 return
         except (OSError, RunFolderError):
-            pass  # looked at again
+            pass  # it is read again
         if time.monotonic() > deadline:
             raise RunFolderError(
                 f"run.directory {folder} on {socket.gethostname()} is not the folder that rank 0 writes to: its "
@@ -148,18 +148,18 @@ def _resolved(config: Config) -> Path:
         folder = Path(name).expanduser().resolve()
         if folder.exists() and not folder.is_dir():
             raise RunFolderError(f"run.directory {folder} is a file; choose another folder")
-    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a NUL in it, a circle of links
+    except (OSError, ValueError, RuntimeError) as error:  # the name is too long or has a NUL, or links form a circle
         raise RunFolderError(f"run.directory {name[:100]!r} cannot be used: {error}; choose another folder") from error
     return folder
 
 
 def _names(folder: Path) -> set[str]:
-    """What the folder holds besides what a lease leaves behind."""
+    """Returns the names in the folder except those that a lease leaves behind."""
     return (set(os.listdir(folder)) if folder.exists() else set()) - {LOCK, LEASE}
 
 
 def _marker(folder: Path) -> dict[str, Any]:
-    """Raises RunFolderError where the folder is no run."""
+    """Reads the marker. Raises RunFolderError where the folder is no run's."""
     try:
         marker = json.loads((folder / MARKER).read_text(errors="replace"))
         if isinstance(marker, dict) and marker.get("format") == FORMAT:
@@ -173,7 +173,7 @@ def _marker(folder: Path) -> dict[str, Any]:
 
 
 def _check_run(folder: Path, config: Config) -> bool:
-    """True: go on with the run in `folder`. False: start over. Raises RunFolderError."""
+    """Returns True to continue the run in `folder` and False to start over. Raises RunFolderError."""
     choice = _choice(config, _marker(folder))
     if choice == "fail":
         raise RunFolderError(
@@ -203,7 +203,7 @@ def _check_run(folder: Path, config: Config) -> bool:
 
 
 def _differing(old: dict, config: Config) -> list[str]:
-    """Names of options that a run may not change when it goes on."""
+    """Returns the names of options that differ and that a run may not change when it continues."""
     old = merge(BEFORE_THE_OPTION, old)
     differing = [k for k in differing_keys(old, config.model_dump(mode="json")) if not k.startswith(MAY_CHANGE)]
     sections = {name: section if isinstance(section := old.get(name), dict) else {} for name in ("run", "train")}
@@ -215,14 +215,14 @@ def _differing(old: dict, config: Config) -> list[str]:
 
 
 def _choice(config: Config, marker: dict[str, Any]) -> str:
-    """`run.if_exists`; but resume, when torchrun has restarted its ranks and the attempt before began this run."""
+    """Returns `run.if_exists`, or resume when torchrun has restarted its ranks and an attempt before began the run."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and _same_launch(marker.get("launch"), launch()):
         return "resume"
     return config.run.if_exists
 
 
 def launch() -> dict[str, Any]:
-    """Names the torchrun that started this process: the same for all its attempts, another for every launch."""
+    """Identifies the torchrun that started this process: all its attempts have the same value, launches differ."""
     agent = launcher()
     return {
         "host": socket.gethostname(),
@@ -232,7 +232,7 @@ def launch() -> dict[str, Any]:
 
 
 def _same_launch(old: Any, now: dict[str, Any]) -> bool:
-    """By torchrun's process where rank 0 is on the same machine as before, else by the name that the job gave it."""
+    """Compares torchrun's process where rank 0 is on the same machine as before, else the name that the job gave it."""
     if not isinstance(old, dict):
         return False
     if old.get("host") == now["host"]:
@@ -241,7 +241,7 @@ def _same_launch(old: Any, now: dict[str, Any]) -> bool:
 
 
 def _refuse_to_move(folder: Path, config: Config) -> None:
-    """Raises RunFolderError where starting over would take away what is not this run's."""
+    """Raises RunFolderError where starting over would move files that do not belong to the run."""
     named = {
         "the working folder": ".",
         "model.path": config.model.path,
@@ -265,7 +265,7 @@ def _refuse_to_move(folder: Path, config: Config) -> None:
 
 
 def _inside(folder: Path, name: str) -> Path | None:
-    """The path that `name` leads to, if that lies in `folder`; a data set's name leads nowhere in particular."""
+    """Returns the path that `name` leads to if it lies in `folder`, else None; the name of a dataset is no path."""
     try:
         path = Path(name).expanduser().resolve()
     except (OSError, ValueError, RuntimeError):
@@ -274,7 +274,7 @@ def _inside(folder: Path, name: str) -> Path | None:
 
 
 def _move_aside(folder: Path) -> Path:
-    """Raises RunFolderError, FolderInUseError."""
+    """Moves the run to a free name. Raises RunFolderError, FolderInUseError."""
     lease = RunLease(folder)
     try:
         names = (folder.with_name(f"{folder.name}.old-{number}") for number in itertools.count(1))
@@ -292,7 +292,7 @@ def _move_aside(folder: Path) -> Path:
 
 
 def _write_records(folder: Path, config: Config, topology: dict[str, int]) -> str:
-    """Returns the launch's token. The marker comes first, so that a folder with anything in it is known for a run."""
+    """Returns the launch's token. The marker is written first, so that a folder with any file is known as a run's."""
     marker = _marker(folder) if MARKER in _names(folder) else {"format": FORMAT, "id": secrets.token_hex(8)}
     token = secrets.token_hex(16)
     write_atomically(folder / MARKER, json.dumps(marker | {"launch": launch(), "token": token}, indent=1) + "\n")
@@ -309,7 +309,7 @@ def _not_writable(folder: Path, error: OSError) -> RunFolderError:
 
 
 def installed(package: str) -> str | None:
-    """Its version."""
+    """Returns the version of the package; None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -317,12 +317,12 @@ def installed(package: str) -> str | None:
 
 
 def environment() -> dict:
-    """Versions, git commit and machine."""
+    """Returns versions, git commit and machine."""
     root = Path(__file__).resolve().parents[2]
     try:
         git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
         commit = git.stdout.strip() or None
-    except OSError:  # no git here
+    except OSError:  # git is not installed
         commit = None
     return {
         "python": platform.python_version(),

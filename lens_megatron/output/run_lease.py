@@ -1,11 +1,11 @@
-"""Who may write to a run's folder: one process at a time, on whatever machine.
+"""Lets one process at a time, on any machine, write to a run's folder.
 
-    .lock         held with flock by the main rank for as long as it lives; the kernel gives it up, however it ends
-    .lease.json   who that is; touched every RENEW_S, read again before anything is published
+    .lock         held with flock by the main rank while it lives; the kernel releases it in whatever way it ends
+    .lease.json   names that process; touched every RENEW_S, read again before anything is published
 
 The lock decides between processes of one machine. Between machines it may not (some network file systems keep locks to
-each machine, or have none), so a launch elsewhere watches the lease: one that is still touched has an owner who lives.
-No two machines' clocks are compared.
+each machine, or have none), so a launch elsewhere watches the lease: if it is still touched, its owner lives. The
+clocks of two machines are never compared.
 """
 
 import errno
@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 LOCK, LEASE = ".lock", ".lease.json"
 RENEW_S = 10.0
 WATCH_S = 3.5 * RENEW_S
-"""How long a lease of another machine must stay untouched before its owner counts as gone."""
+"""Seconds that a lease of another machine must stay untouched before its owner counts as gone."""
 PROBE_S = 2.0
-"""A launch that only looks holds the lock for a moment."""
+"""Seconds for which the lock is tried again: a launch that only checks the folder holds it for a moment."""
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -47,10 +47,10 @@ class Owner:
 
     host: str
     boot: str
-    """Changes when the machine starts anew: process numbers mean nothing across it."""
+    """The machine's boot id, which changes at every start: process numbers are valid for one boot only."""
     pid: int
     started: float
-    """When the process was created, as its own machine counts it."""
+    """The time at which the process was created, by the clock of its own machine."""
     token: str
     since: str
 
@@ -63,7 +63,7 @@ class Owner:
 
     @property
     def lives(self) -> bool:
-        """Of an owner on this machine."""
+        """Says whether the owner, which must be on this machine, still runs."""
         try:
             return abs(psutil.Process(self.pid).create_time() - self.started) < 1.0
         except psutil.Error:
@@ -91,7 +91,7 @@ class RunLease:
             self.owner = Owner(socket.gethostname(), _boot(), os.getpid(), created, secrets.token_hex(8), now)
             write_atomically(folder / LEASE, json.dumps(asdict(self.owner)) + "\n")
             if elsewhere or locked is None:
-                time.sleep(PROBE_S)  # two that found the same lease untouched: the later writer wins
+                time.sleep(PROBE_S)  # of two launches that found the same lease untouched, the later writer wins
                 self.check()
         except BaseException:
             os.close(self.descriptor)
@@ -100,18 +100,18 @@ class RunLease:
         threading.Thread(target=self._renew, name="run lease", daemon=True).start()
 
     def check(self) -> None:
-        """Raises FolderInUseError when the folder has another owner by now, or has gone."""
+        """Raises FolderInUseError when the folder has another owner by now, or is gone."""
         try:
             owner = read_owner(self.folder)
         except OSError:
-            return  # nothing can be told, and nothing can be published either
+            return  # the owner cannot be read, and nothing can be published either
         if owner is None:
             raise FolderInUseError(f"run.directory {self.folder} was moved or deleted while this run was writing to it")
         if owner != self.owner:
             raise FolderInUseError(f"run.directory {self.folder} was taken over by {owner}; this run ends")
 
     def release(self) -> None:
-        """Idempotent."""
+        """Gives the right back. It is idempotent."""
         if self._released.is_set():
             return
         self._released.set()
@@ -119,7 +119,7 @@ class RunLease:
             if read_owner(self.folder) == self.owner:
                 (self.folder / LEASE).unlink()
         except OSError:
-            pass  # whoever comes next finds that this process has ended
+            pass  # the next launch finds that this process has ended
         os.close(self.descriptor)
 
     def _renew(self) -> None:
@@ -128,7 +128,7 @@ class RunLease:
                 if read_owner(self.folder) == self.owner:
                     os.utime(self.folder / LEASE)  # needs no room on the disk
             except OSError:
-                pass  # tried again, and `check` tells the run
+                pass  # it is tried again, and `check` tells the run
 
 
 def refuse_if_in_use(folder: Path) -> None:
@@ -136,7 +136,7 @@ def refuse_if_in_use(folder: Path) -> None:
     try:
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
-        return  # nobody ever did, or nobody may
+        return  # no process ever wrote to it, or none may
     try:
         _lock(descriptor, folder)
     finally:
@@ -144,7 +144,7 @@ def refuse_if_in_use(folder: Path) -> None:
 
 
 def read_owner(folder: Path) -> Owner | None:
-    """None where there is no lease that can be read as one. Raises OSError where it cannot be told."""
+    """Returns the owner, or None where no valid lease exists. Raises OSError where that cannot be determined."""
     try:
         record = json.loads((folder / LEASE).read_text(errors="replace"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -157,7 +157,7 @@ def read_owner(folder: Path) -> Owner | None:
 
 
 def _lock(descriptor: int, folder: Path) -> bool | None:
-    """True: the lock is held now. None: this file system has no locks. Raises FolderInUseError."""
+    """Returns True if the lock is held now, None if this file system has no locks. Raises FolderInUseError."""
     deadline = time.monotonic() + PROBE_S
     while True:
         try:
@@ -174,7 +174,7 @@ def _lock(descriptor: int, folder: Path) -> bool | None:
 
 
 def _is_touched(folder: Path, owner: Owner) -> bool:
-    """Watches the lease of an owner on another machine, for up to WATCH_S."""
+    """Watches the lease of an owner on another machine for up to WATCH_S; returns whether it was touched."""
     first, deadline = _state(folder), time.monotonic() + WATCH_S
     logger.info(f"{folder}: the last owner was {owner}; watching for {WATCH_S:.0f} s whether it still lives")
     while time.monotonic() < deadline:
@@ -185,7 +185,7 @@ def _is_touched(folder: Path, owner: Owner) -> bool:
 
 
 def _state(folder: Path) -> tuple[int, int] | None:
-    """By opening it: a network file system then asks its server."""
+    """Returns inode and time of the lease. Opens the file, so that a network file system asks its server."""
     try:
         with (folder / LEASE).open("rb") as file:
             found = os.fstat(file.fileno())

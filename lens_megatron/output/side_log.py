@@ -1,4 +1,4 @@
-"""Logs that a run can do without: one that cannot be written costs a warning, never the run."""
+"""Writes logs that a run can do without: a log that cannot be written causes a warning and never ends the run."""
 
 import logging
 from pathlib import Path
@@ -8,14 +8,14 @@ from lens_megatron.files import append_whole, write_atomically
 logger = logging.getLogger(__name__)
 
 MAX_WAITING = 64 << 20
-"""Bytes that a log keeps in memory while they cannot be written."""
+"""The most bytes that a log keeps in memory while they cannot be written."""
 
 
 class SideLog:
-    """A file that records are appended to: each as a whole, and later when there is no room for it now.
+    """A file that records are appended to: each as a whole, and later when the disk has no room for it now.
 
     Args:
-        content: replaces what is in the file, before anything is appended. None: that stays.
+        content: replaces the content of the file before anything is appended; None keeps it.
     """
 
     def __init__(self, path: Path, content: bytes | None):
@@ -34,7 +34,7 @@ class SideLog:
         self._write()
 
     def replace_last(self, record: bytes) -> None:
-        """Puts `record`, one line, in the place of the last one; behind it where that cannot be read again."""
+        """Replaces the last record by `record`, one line; appends it where the last one cannot be read again."""
         if self._waiting:
             self._waiting[-1] = record
         else:
@@ -46,7 +46,7 @@ class SideLog:
         self._write()
 
     def close(self) -> None:
-        """Tries once more to write what waits. Says how much is lost."""
+        """Tries once more to write the waiting records. Logs how many are lost."""
         if self._waiting or self._content is not None:
             self._write()
         if self._failing:

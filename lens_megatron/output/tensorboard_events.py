@@ -13,7 +13,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 
 def head(first_step: int) -> bytes:
-    """The beginning of a file, at which TensorBoard drops what earlier files say of `first_step` and later steps."""
+    """Encodes the beginning of a file, which makes TensorBoard drop earlier files' values from `first_step` on."""
     now = time.time()
     return _records(
         Event(step=first_step, wall_time=now, file_version="brain.Event:2"),

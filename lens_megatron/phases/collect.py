@@ -4,7 +4,7 @@ With `rollout.off_policy_steps=1` the groups of the next step are sampled on a t
 
     step k:  wait for groups k -> weights to the engine, begin groups k + 1 -> train on groups k
 
-The rollouts then come from the policy of one step before, and `algorithm.correction` weighs them for that.
+The rollouts then come from the policy of the step before, and `algorithm.correction` weights them to correct for that.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from lens_megatron.types import CollectedGroups, Group, Prompt, StepPrompt, Sync
 
 
 def take_groups(run: Run, step: int) -> CollectedGroups:
-    """The groups of this data-parallel rank's prompts, in the order of `run.places`. A collective."""
+    """Returns the groups of this data-parallel rank's prompts, in the order of `run.places`. A collective."""
     if run.config.debug.load_rollouts:
         count, vocab_size = run.config.rollout.prompts_per_step, run.policy.vocab_size
         groups = replay.read_groups(run.config.debug.load_rollouts, step, count=count, vocab_size=vocab_size)
@@ -37,7 +37,7 @@ def take_groups(run: Run, step: int) -> CollectedGroups:
 
 
 def _sample_now(run: Run, step: int) -> CollectedGroups:
-    """The groups of this rank's own prompts, sampled while the trainer waits."""
+    """Returns the groups of this rank's own prompts, which are sampled while the trainer waits."""
     work = prepare(run, step)
 
     def sampling() -> CollectedGroups:
@@ -51,7 +51,7 @@ def _sample_now(run: Run, step: int) -> CollectedGroups:
 
 
 def _take_and_begin_next(run: Run, background: BackgroundSampling, step: int) -> CollectedGroups:
-    """The groups of this rank's own prompts, sampled while the trainer trained; the next step's sampling begins."""
+    """Returns this rank's groups, which were sampled while the trainer trained, and begins to sample the next step."""
     sync = None
     if background.step != step:  # the first step of a run, or of a resumed one
         sync = _begin(run, background, step)
@@ -63,7 +63,7 @@ def _take_and_begin_next(run: Run, background: BackgroundSampling, step: int) ->
 
 
 def _begin(run: Run, background: BackgroundSampling, step: int) -> SyncStats | None:
-    """Begins to sample `step`; what the transfer of weights before it took, None if the engine had them already."""
+    """Begins to sample `step`. Returns the transfer of weights before it, or None if the engine had them already."""
     work = prepare(run, step)
     sync = engine_turn.renew_engine(run)
     background.begin(step, partial(sample, run, work, step, run.policy.version))
@@ -71,7 +71,7 @@ def _begin(run: Run, background: BackgroundSampling, step: int) -> SyncStats | N
 
 
 def prepare(run: Run, step: int) -> EnginePrompts:
-    """What this rank's engine is to sample. Prompts are scored, for which the trainer's weights must be in place."""
+    """Returns the prompts for this rank's engine. Scoring them needs the trainer's weights on the device."""
     prompts = run.prompts.take(step - 1)
     with run.clock("score"):
         scored = purify(run, [prompts[place] for place in run.places], step)
@@ -79,13 +79,13 @@ def prepare(run: Run, step: int) -> EnginePrompts:
 
 
 def sample(run: Run, work: EnginePrompts, step: int, version: int) -> CollectedGroups:
-    """Samples and grades with the weights of `version`, which the engine has. The trainer may be at work meanwhile."""
+    """Samples and grades with the weights of `version`, which the engine has. The trainer may train meanwhile."""
     with run.engine.phase():
         return run.sampler.sample(work.prompts, step, version)
 
 
 def purify(run: Run, prompts: Sequence[Prompt], step: int) -> list[StepPrompt]:
-    """The prompts at `run.places` of `step` with their purified prompts. Without purification nothing is scored."""
+    """Returns the prompts at `run.places` of `step` with their purified prompts. Scores none without purification."""
     config = run.config
     if not config.lens.enabled:
         return [StepPrompt(place, prompt, None) for place, prompt in zip(run.places, prompts, strict=True)]

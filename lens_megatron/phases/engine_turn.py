@@ -1,9 +1,9 @@
-"""The engine's turn on the device, which is the trainer's otherwise.
+"""Gives the engine its weights and the device while it samples; the trainer has the device otherwise.
 
     weights to the engine -> trainer's state to the host -> engine awake -> sampling -> engine asleep -> trainer back
 
-Weights come first because they are read from the trainer. Whatever need not move (embedded engine, CPU, servers, or as
-configured) stays, and costs nothing. After new weights, sync_check.py compares engine and trainer on a few tokens.
+Weights come first because they are read from the trainer. State that need not move (embedded engine, CPU, servers, or
+as configured) stays and costs nothing. After new weights, sync_check.py compares engine and trainer on a few tokens.
 """
 
 from collections.abc import Callable
@@ -20,9 +20,9 @@ Sampled = TypeVar("Sampled")
 
 
 def renew_engine(run: Run) -> SyncStats | None:
-    """Gives the policy's weights to an engine with memory of its own, unless it has them: None then. A collective.
+    """Gives the policy's weights to an engine with memory of its own; None if it has them already. A collective.
 
-    Raises WeightSyncError where engine and trainer then disagree.
+    Raises WeightSyncError where engine and trainer disagree afterwards.
     """
     sync = _give_weights(run)
     if sync is None:
@@ -32,7 +32,7 @@ def renew_engine(run: Run) -> SyncStats | None:
 
 
 def let_engine_sample(run: Run, sampling: Callable[[], Sampled]) -> tuple[Sampled, SyncStats | None]:
-    """What `sampling` returns, and what the transfer of weights before it took: None if the engine had them already.
+    """Returns what `sampling` returns, and the transfer of weights before it, None if the engine had them already.
 
     While `sampling` runs the engine samples from the policy, and the policy cannot be used. A collective. An error of
     `sampling` leaves the device as it is.
@@ -57,7 +57,7 @@ def let_engine_sample(run: Run, sampling: Callable[[], Sampled]) -> tuple[Sample
 
 
 def _give_weights(run: Run) -> SyncStats | None:
-    """None, on every rank, where the engine has the policy's weights already."""
+    """Transfers the policy's weights. Returns None, on every rank, where the engine has them already."""
     if run.engine.version == run.policy.version:
         return None
     with run.clock("update_weights"):
@@ -66,12 +66,12 @@ def _give_weights(run: Run) -> SyncStats | None:
 
 
 def _ask_engine(run: Run) -> Completion | None:
-    """The engine's answer to a prompt of the data, on the first of its ranks; None on the others."""
+    """Returns the engine's answer to a prompt of the data on the first of its ranks, and None on the others."""
     with run.clock("sync_check"), run.engine.phase():
         return sync_check.ask(run) if run.engine_group.leads else None
 
 
 def _checked(run: Run, sync: SyncStats, answer: Completion | None) -> SyncStats:
-    """`sync` with the difference between engines and trainer. Raises WeightSyncError where that is too large."""
+    """Returns `sync` with the difference between engines and trainer. Raises WeightSyncError if that is too large."""
     with run.clock("sync_check"):
         return replace(sync, sync_difference=sync_check.check(run, answer))

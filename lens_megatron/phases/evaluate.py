@@ -17,13 +17,13 @@ from lens_megatron.types import Prompt, SyncStats
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """How many of a data source's prompts were solved."""
+    """The accuracy on the prompts of a data source."""
 
     source: str
     correct: float
     """The sum over prompts of the share of correct samples."""
     prompts: int
-    """The number of prompts, of all ranks."""
+    """The number of prompts of all ranks."""
 
     @property
     def mean(self) -> float:
@@ -31,24 +31,24 @@ class Accuracy:
 
     @property
     def standard_error(self) -> float:
-        """The standard error of `mean` over prompts, by the binomial bound."""
+        """The standard error of `mean` over prompts, from the binomial bound."""
         return math.sqrt(max(0.0, self.mean * (1 - self.mean)) / self.prompts)
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What an evaluation found, and what the transfer of weights before it took."""
+    """The results of an evaluation, and the transfer of weights before it."""
 
     accuracies: tuple[Accuracy, ...]
-    """One entry per data source, in the order of their names."""
+    """The accuracy on each data source, in the order of their names."""
     sync: SyncStats | None
-    """None where the engine had the policy's weights already."""
+    """The transfer of weights; None where the engine had the policy's weights already."""
 
 
 def evaluate(run: Run) -> Evaluation:
-    """The policy's accuracy on all evaluation prompts of all ranks. A collective.
+    """Returns the policy's accuracy on all evaluation prompts of all ranks. A collective.
 
-    Seeds are the same every time, so that the differences between evaluations are those of the weights.
+    Seeds are the same every time, so that evaluations differ only because the weights do.
     """
     sources = sorted({p.source for p in run.eval_prompts})
     own = run.eval_prompts[run.engine_group.number :: run.engine_group.engines] if run.engine_group.leads else ()
@@ -62,7 +62,7 @@ def evaluate(run: Run) -> Evaluation:
 
 
 def _success_shares(run: Run, prompts: Sequence[Prompt]) -> list[float]:
-    """The share of correct samples of every prompt. Ranks without prompts take part: their engines may serve others."""
+    """Returns each prompt's share of correct samples. Ranks without prompts join, as their engines may serve others."""
     with run.engine.phase():
         tickets = _sample_and_submit(run, prompts)
     correct = [0] * len(prompts)
@@ -72,7 +72,7 @@ def _success_shares(run: Run, prompts: Sequence[Prompt]) -> list[float]:
 
 
 def _sample_and_submit(run: Run, prompts: Sequence[Prompt]) -> dict[int, int]:
-    """Samples every prompt and gives the completions to the graders; the place in `prompts` of each ticket."""
+    """Samples every prompt and submits the completions to the graders; returns each ticket's place in `prompts`."""
     config, samples = run.config, run.config.train.eval_samples
     queue = open_queue(run.engine, run.sampler.request_store)
     places: dict[int, int] = {}

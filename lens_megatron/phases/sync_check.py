@@ -1,8 +1,8 @@
-"""After each transfer of weights a few sampled tokens show whether the engine computes what the trainer computes.
+"""Checks on a few sampled tokens, after each transfer of weights, that the engine computes what the trainer computes.
 
-The manifest of weights makes sure that every tensor came. It does not see whether a tensor came from the right layer,
-replaced a tied copy, or is used as the trainer uses it (rope, head, temperature). Such mistakes raise nothing, and the
-run would train on another model's samples; so it ends if the two disagree here.
+The manifest of weights makes sure that every tensor arrived. It does not show whether a tensor came from the right
+layer, replaced a tied copy, or is used as the trainer uses it (rope, head, temperature). Such mistakes raise no error,
+and the run would train on another model's samples; so it ends if the two disagree here.
 """
 
 import math
@@ -20,24 +20,24 @@ from lens_megatron.types import Prompt
 TOKENS = 8
 """The number of tokens that are compared."""
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.25}
-"""By how many nats engine and trainer may differ, in the mean over the tokens, by `model.dtype`.
+"""The most nats by which engine and trainer may differ, in the mean over the tokens, for each `model.dtype`.
 
 In float32, sums in another order gave 3e-6 on peaked random models of 2 and 8 layers with either engine, while wrong
 weights give tenths to several nats. In bfloat16 the two round at different places: 0.025 was seen in the mean, 0.1 at
-single tokens, by which transformers in bfloat16 differs from itself in float32 too. Real models are deeper, and routers
-may choose another expert, so ten times what was seen is allowed. The mean is taken since a single token's error has a
-long tail. Smaller differences show in `training/rollout_probs_diff_*`, over all tokens of a step.
+single tokens, by which transformers in bfloat16 also differs from itself in float32. Real models are deeper, and
+routers may choose another expert, so ten times what was seen is allowed. The mean is taken since a single token's error
+has a long tail. Smaller differences show in `training/rollout_probs_diff_*`, over all tokens of a step.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class EngineComparison:
-    """What a rank's engine and the trainer say of the same tokens."""
+    """Compares the log-probabilities of a rank's engine and of the trainer for the same tokens."""
 
     difference: float
     """The mean over tokens of |engine's - trainer's log-probability|, in nats; infinite if either is no number."""
     position: int
-    """The place, in the completion, of the token about which they differ most; counted from 0."""
+    """The place in the completion, counted from 0, of the token about which they differ most."""
     token: int
     """The id of that token."""
     engine: float
@@ -47,11 +47,11 @@ class EngineComparison:
 
 
 ABSENT = EngineComparison(0.0, 0, 0, 0.0, 0.0)
-"""It stands for a rank whose engine cannot be asked."""
+"""The value for a rank whose engine cannot be asked."""
 
 
 def ask(run: Run) -> Completion | None:
-    """The engine's completion of a prompt of the data; None if it cannot be asked now, see `sample`."""
+    """Returns the engine's completion of a prompt of the data, or None if it cannot be asked now, see `sample`."""
     config, version = run.config, run.policy.version
     prompt = question(run)
     seed = derive(config.run.seed, "sync_check", version)
@@ -60,7 +60,7 @@ def ask(run: Run) -> Completion | None:
 
 
 def question(run: Run) -> Prompt:
-    """The prompt that engines are asked; every version of the weights has another one."""
+    """Returns the prompt that engines complete; every version of the weights has another one."""
     return run.prompts.take(run.policy.version)[0]
 
 
@@ -94,7 +94,7 @@ def check(run: Run, own: Completion | None) -> float:
 
 
 def sample(engine: RolloutEngine, request: Request) -> Completion | None:
-    """The engine's completion; None if it serves nothing now, or has requests whose completions would be lost."""
+    """Returns the engine's completion, or None if it is not serving or has requests whose completions would be lost."""
     progress = engine.progress()
     if not engine.capacity() or progress.waiting or progress.running:
         return None
@@ -107,7 +107,7 @@ def sample(engine: RolloutEngine, request: Request) -> Completion | None:
 
 
 def compare(completion: Completion, trainer: list[float]) -> EngineComparison:
-    """Compares the engine's log-probabilities with `trainer`, the trainer's of the completion's tokens in nats."""
+    """Compares the engine's log-probabilities of the completion's tokens with `trainer`, the trainer's, in nats."""
     differences = [abs(a - b) for a, b in zip(completion.log_probs, trainer, strict=True)]
     differences = [d if math.isfinite(d) else math.inf for d in differences]
     place = differences.index(max(differences))
@@ -116,7 +116,7 @@ def compare(completion: Completion, trainer: list[float]) -> EngineComparison:
 
 
 def _gather(own: Completion | None, run: Run) -> list[tuple[int, ...]]:
-    """The tokens of every rank's completion in the model-parallel group, so that one forward pass serves all."""
+    """Gathers the tokens of every completion in the model-parallel group, so that one forward pass serves all."""
     row = torch.full((TOKENS,), -1, dtype=torch.int64)
     if own:
         row[: len(own.token_ids)] = torch.tensor(own.token_ids)

@@ -1,4 +1,4 @@
-"""Samples of a step -> balanced shares -> old and reference log-probabilities -> packed micro-batches -> updates."""
+"""Trains on a step: samples -> balanced shares -> old and reference log-probabilities -> micro-batches -> updates."""
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -30,7 +30,7 @@ def train_on(
         samples: the samples of this rank's `groups`, group after group.
 
     Returns:
-        What each optimizer step did, and how its samples were packed; nothing with `debug.rollout_only`.
+        The statistics and the packing of each optimizer step; none with `debug.rollout_only`.
     """
     if run.config.debug.rollout_only:
         return (), ()
@@ -54,7 +54,7 @@ def train_on(
 
 
 def training_rows(run: Run, samples: Sequence[Sample]) -> list[TrainingRow]:
-    """The samples with the log-probabilities that their loss needs, by the weights before the update. A collective."""
+    """Adds the log-probabilities that the samples' loss needs, by the weights before the update. A collective."""
     version = run.policy.version
     with run.clock("old_log_prob"):
         trainer = trainer_log_probs(run, samples)
@@ -67,10 +67,10 @@ def training_rows(run: Run, samples: Sequence[Sample]) -> list[TrainingRow]:
 
 
 def trainer_log_probs(run: Run, samples: Sequence[Sample]) -> list[Tensor | None]:
-    """Per sample [L] the trainer's log-probabilities under the prompt that generated it; None where nothing needs them.
+    """Returns per sample [L] the trainer's log-probabilities under the prompt that generated it, or None if not needed.
 
     With one update per batch the update's own pass gives those of on-policy rows, so only other rows are computed. A
-    correction needs them before the loss, for all rows: one more forward pass over them, about a third of an update.
+    correction needs them before the loss for all rows, at the cost of one more forward pass: a third of an update.
     """
     everyone, version = run.config.algorithm.correction != "none", run.policy.version
     wanted = [i for i, sample in enumerate(samples) if everyone or not is_on_policy(run.config, sample, version)]
@@ -80,11 +80,11 @@ def trainer_log_probs(run: Run, samples: Sequence[Sample]) -> list[Tensor | None
 
 
 def is_on_policy(config: Config, sample: Sample, version: int) -> bool:
-    """Whether the weights of `version`, which are about to be updated, sampled it from the prompt it is trained on.
+    """Returns whether the weights of `version`, which an update follows, sampled it from the prompt it is trained on.
 
-    The ratio is 1 then. Rows that older weights have sampled (`rollout.off_policy_steps`, loaded rollouts) are not
-    on-policy: pi_old is the policy before this update for them too, and is computed; what they were sampled with is
-    `algorithm.correction`'s. Loaded rollouts count as on-policy where the version they were saved with is this one.
+    The ratio is then 1. Rows that older weights have sampled (`rollout.off_policy_steps`, loaded rollouts) are not
+    on-policy: for them too pi_old is the policy before this update, and is computed; `algorithm.correction` accounts
+    for the weights that sampled them. Loaded rollouts are on-policy if they were saved with this version.
     """
     several_updates = config.train.updates_per_batch > 1 or config.algorithm.ratio_form == "acl"
     sampled_alike = sample.rollout.origin is Origin.NATIVE and sample.rollout.weight_version == version
@@ -92,7 +92,7 @@ def is_on_policy(config: Config, sample: Sample, version: int) -> bool:
 
 
 def reference_log_probs(run: Run, samples: Sequence[Sample]) -> list[Tensor | None]:
-    """Per sample [L] log pi_ref of its response under the original prompt; None without a KL term."""
+    """Returns per sample [L] log pi_ref of its response under the original prompt, or None without a KL term."""
     if run.config.algorithm.kl_coef == 0:
         return [None] * len(samples)
     with reference_weights(run.policy):
@@ -100,9 +100,9 @@ def reference_log_probs(run: Run, samples: Sequence[Sample]) -> list[Tensor | No
 
 
 def split_groups(sizes: Sequence[int], parts: int) -> list[slice]:
-    """Cuts groups of these sizes, which lie one after the other, into `parts` runs of whole groups.
+    """Cuts consecutive groups of these sizes into `parts` runs of whole groups.
 
-    Returns where the samples of each run lie. The runs have as equal numbers of groups as can be.
+    Returns the slice of each run's samples. The numbers of groups of the runs are as equal as possible.
     """
     ends = [0, *accumulate(sizes)]
     bounds = [ends[round(len(sizes) * part / parts)] for part in range(parts + 1)]
@@ -110,7 +110,7 @@ def split_groups(sizes: Sequence[int], parts: int) -> list[slice]:
 
 
 def _update_on(run: Run, rows: Sequence[TrainingRow], imbalance: float) -> tuple[UpdateStats, Packing]:
-    """One optimizer step on this rank's rows and those of the others."""
+    """Makes one optimizer step on this rank's rows and those of the other ranks."""
     config = run.config
     scale = _global_scale(run, pack.count([row.sample for row in rows]))
     lengths = [len(row.sample.prompt) + len(row.sample.rollout.token_ids) for row in rows]
@@ -144,7 +144,7 @@ def _log_probs(run: Run, pairs: Sequence[pack.Pair]) -> list[Tensor]:
 
 
 def _global_scale(run: Run, own: LossScale) -> LossScale:
-    """The sum of all data-parallel ranks' counts. A collective."""
+    """Returns the sum of all data-parallel ranks' counts. A collective."""
     counts = torch.tensor(
         [own.response_tokens, own.sequences, own.rescued_sequences], dtype=torch.int64, device=run.mesh.device
     )

@@ -1,4 +1,4 @@
-"""Policy weights -> rollout engine, as one stream of (Hugging Face name, tensor) that the engine checks.
+"""Sends the policy's weights to the engine, as one stream of (Hugging Face name, tensor) that the engine checks.
 
 Every tenth version a checksum of each tensor is compared among all ranks: replicas of the model must be equal.
 """
@@ -15,12 +15,12 @@ from lens_megatron.rollout.engine import RolloutEngine
 from lens_megatron.types import SyncStats
 
 CHECKSUM_EVERY = 10
-"""Every so many versions checksums are compared: on a CPU they cost a large part of a transfer, see
+"""Number of versions from one comparison of checksums to the next: on a CPU they cost a large part of a transfer, see
 benchmarks/TRAINER_NOTES.md."""
 
 
 class WeightSyncError(UserError):
-    """The engine does not hold the trainer's weights, or ranks hold different ones; the message says how it shows."""
+    """The engine does not hold the trainer's weights, or ranks hold different ones; the message gives the evidence."""
 
 
 def push(
@@ -52,7 +52,7 @@ def push(
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """[] int64: the sum of the tensor's bits, in words of eight bytes, modulo 2^64."""
+    """Returns [] int64: the sum of the tensor's bits, in words of eight bytes, modulo 2^64."""
     data = tensor.detach().contiguous().view(-1).view(torch.uint8)
     missing = -len(data) % 8
     if missing or data.storage_offset() % 8:

@@ -1,4 +1,4 @@
-"""Rewards from verifiable answers, graded in killable processes: `grade` for a list, `GraderPool` for a run."""
+"""Grades verifiable answers in processes that can be killed: `grade` for a list, `GraderPool` for a run."""
 
 from lens_megatron.reward.pool import GraderPool, GraderStartError, grade
 from lens_megatron.reward.types import Grade, GradeCounts, GradeStatus

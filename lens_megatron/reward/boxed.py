@@ -1,13 +1,14 @@
-r"""Reading the answer out of a completion: the last `\boxed{...}`, and cheap comparisons of what it holds.
+r"""Reads the answer of a completion from its last `\boxed{...}`, and compares answers where that is cheap.
 
-Standard library only and linear in the length of the text: the trainer process runs `excerpt` on every completion.
+The module uses the standard library only and takes time linear in the length of the text: the trainer process runs
+`excerpt` on every completion.
 """
 
 import re
 from decimal import Decimal
 
 MAX_BOX_CHARS = 1_000
-"""A longer answer is not an answer; it is a degenerate completion that would only cost parsing time."""
+"""The most characters of an answer: a longer one is a degenerate completion that would only cost parsing time."""
 MAX_BOXES = 16
 """The most boxes that are read as one answer."""
 
@@ -23,21 +24,21 @@ _JOINT = re.compile(
 
 
 def excerpt(completion: str) -> str:
-    r"""The part of a completion that `last_box` looks at: at most about 1,000 characters from the last `\boxed` on,
-    with the boxes that it belongs to before it.
+    r"""Returns the part of a completion that `last_box` reads: at most about 1,000 characters from the last `\boxed`
+    on, and the boxes before it that belong to it.
 
-    `last_box(excerpt(text)) == last_box(text)` for every text. Empty when there is no box.
+    For every text, `last_box(excerpt(text)) == last_box(text)`. The part is empty when there is no box.
     """
     last = completion.rfind(_BOX)
     return "" if last < 0 else completion[_chain(completion, last)[0] : last + _EXCERPT_CHARS]
 
 
 def last_box(completion: str) -> tuple[str | None, str]:
-    r"""Content of the last `\boxed{...}` and, if there is none, the reason.
+    r"""Returns the content of the last `\boxed{...}` and, if there is none, the reason.
 
     Boxes of a paragraph with nothing but separators between them are one answer: `\boxed{1}, \boxed{2}` is `1, 2`, and
-    `\boxed{1} or \boxed{1}` is `1`. The last box decides even if it is unusable: an earlier one is an intermediate
-    result as far as anyone can know.
+    `\boxed{1} or \boxed{1}` is `1`. The last box decides even if it is unusable: an earlier one may be an intermediate
+    result.
 
     Returns (content, "") with the outer white space removed, or (None, why).
     """
@@ -67,7 +68,7 @@ def _chain(text: str, last: int) -> list[int]:
 
 
 def _read_box(text: str, start: int) -> tuple[str | None, str, int]:
-    r"""(content, "", end) of the box that begins at `start`, or (None, why, start).
+    r"""Returns (content, "", end) of the box that begins at `start`, or (None, why, start).
 
     Braces must balance; as in TeX, `\{` and `\}` do not count.
     """
@@ -100,17 +101,16 @@ def _too_long() -> str:
 
 _LAYOUT = re.compile(r"\\(?:left|right)(?![a-zA-Z])|\\displaystyle(?![a-zA-Z])|(?<!\\)\\[!,;:> $]|~|\s+|\$")
 _FRAC = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
-_FINAL_STOP = re.compile(r"(?<!\.)\.$")  # not an ellipsis
+_FINAL_STOP = re.compile(r"(?<!\.)\.$")  # an ellipsis does not match
 
 
 def normalise(latex: str) -> str:
-    r"""The string with everything removed that only concerns its layout.
+    r"""Returns the string without everything that only concerns its layout.
 
-    Removed: white space and spacing commands, `$`, `\$`, `\left`, `\right`, `\displaystyle`, a final full stop;
+    It removes white space and spacing commands, `$`, `\$`, `\left`, `\right`, `\displaystyle` and a final full stop;
     `\dfrac`, `\tfrac` and `\cfrac` become `\frac`. Equal results mean that TeX prints the same symbols in the same
-    order, so whatever the two strings mean, they mean the same: that is why equality here is proof of a correct
-    answer and needs no algebra. (Inside `\text{...}` spaces do print; no two different answers differ in them alone.)
-    Different results prove nothing.
+    order, so the two strings have the same meaning: equality proves a correct answer without algebra. (Inside
+    `\text{...}` spaces do print, but no two different answers differ in them alone.) Different results prove nothing.
     """
     return _FINAL_STOP.sub("", _LAYOUT.sub("", _FRAC.sub(r"\\frac", latex)))
 
@@ -121,9 +121,9 @@ _SEPARATORS = str.maketrans("", "", "{},\\")
 
 
 def plain_number(latex: str) -> Decimal | None:
-    """The value of an integer or decimal of at most 15 digits, thousands separators allowed; None for anything else.
+    """Returns the value of an integer or decimal of at most 15 digits, with or without thousands separators, else None.
 
-    Fifteen, because beyond it math-verify's floats begin to round and the two comparisons could differ. White space
+    With more than 15 digits math-verify's floats begin to round, and the two comparisons could differ. White space
     inside is not accepted: "1, 234" may be a list.
     """
     if len(latex) > 40:
@@ -139,10 +139,10 @@ def plain_number(latex: str) -> Decimal | None:
 
 
 def compare_cheaply(box: str, gold: str) -> bool | None:
-    """True or False where no algebra is needed to tell whether two answers agree, else None.
+    """Returns whether two answers agree, or None where only algebra can tell.
 
     Two plain numbers further apart than 1e-6 differ for math-verify too, which compares after rounding to 6 places;
-    closer than that but not equal, the question is left to it.
+    numbers that are closer but not equal are left to math-verify.
     """
     if (same := normalise(box)) and same == normalise(gold):
         return True

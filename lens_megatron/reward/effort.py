@@ -1,4 +1,4 @@
-r"""Refuses what no answer needs and what would cost math-verify seconds to hours.
+r"""Refuses expressions that no answer needs and that would cost math-verify seconds to hours.
 
 math-verify's grammar backtracks over brackets (40 pairs around a 1 take 4 s), and sympy computes whatever it is given
 (`9^{9^{9}}` has 370 million digits). Of 28,650 expected answers of ten public sets of problems the deepest nests 5
@@ -22,7 +22,7 @@ _WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}")
 
 
 def too_complex(latex: str) -> str | None:
-    """Why nobody should try to read this as mathematics; None where nothing speaks against it. Linear in the length."""
+    """Returns why this should not be read as mathematics, or None where it may be. Takes time linear in the length."""
     if nesting(latex) > MAX_NESTING:
         return f"more than {MAX_NESTING} brackets inside each other"
     if latex.count("|") > MAX_BARS:
@@ -33,7 +33,7 @@ def too_complex(latex: str) -> str | None:
 
 
 def nesting(latex: str) -> int:
-    """Depth of brackets of all kinds, closed or not."""
+    """Returns the depth of brackets of all kinds, closed or not."""
     depth = deepest = 0
     for match in _BRACKET.finditer(latex):
         depth = depth + 1 if match[0][-1] in "([{" else max(0, depth - 1)
@@ -42,9 +42,9 @@ def nesting(latex: str) -> int:
 
 
 def is_too_large(expression: object) -> bool:
-    """True if computing this would take numbers of more than MAX_DIGITS digits, or sums of more than MAX_TERMS terms.
+    """Returns whether computing this takes numbers of more than MAX_DIGITS digits or sums of more than MAX_TERMS terms.
 
-    `expression` is sympy's and not evaluated yet. Nothing is computed but bounds, in floating point.
+    `expression` is sympy's and not evaluated yet. Only bounds are computed, in floating point.
     """
     try:
         return isinstance(expression, sympy.Basic) and _digits(expression) > MAX_DIGITS
@@ -53,7 +53,7 @@ def is_too_large(expression: object) -> bool:
 
 
 def _digits(node: sympy.Basic) -> float:
-    """A bound on the digits of the numbers that arise in computing `node`; infinite where it has too many terms."""
+    """Returns a bound on the digits of numbers that arise in computing `node`, infinite where it has too many terms."""
     if isinstance(node, sympy.Rational):
         return math.log10(max(abs(node.p), node.q))
     if isinstance(node, sympy.Float):
@@ -74,5 +74,5 @@ def _digits(node: sympy.Basic) -> float:
 
 
 def _size(digits: float) -> float:
-    """The largest number that has so many digits."""
+    """Returns the largest number of `digits` digits."""
     return 10.0**digits if digits < 300 else math.inf

@@ -1,11 +1,11 @@
-"""Runs one grading process and ends all that it started: `python -m lens_megatron.reward.keeper PARENT_PID GRADER`
+"""Runs one grading process and ends all that it started: `python -m lens_megatron.reward.keeper PARENT_PID GRADER`.
 
     trainer ── starts ──► keeper ── forks ──► grading process ── may start ──► processes of a custom grader
 
 Everything below the keeper is killed when the grading process ends, when the trainer asks for it (SIGTERM), and when
-the trainer is gone, however it went. This takes a process of its own: a killed trainer can no longer end anything, a
+the trainer has ended in any way. This needs a process of its own: a killed trainer can no longer end anything, a
 grading process may be busy in C code, and Linux's parent-death signal reaches no grandchildren and is sent at the end
-of the *thread* that started the child, while the trainer's threads come and go. The keeper has one thread.
+of the *thread* that started the child, while the trainer's threads start and end. The keeper has one thread.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from pathlib import Path
 from lens_megatron.reward import worker
 
 POLL_S = 0.2
-"""Seconds between two looks at whether the trainer is still there."""
+"""Seconds between two checks that the trainer still runs."""
 
 _WATCHED = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
@@ -38,7 +38,7 @@ def main(parent: int, grader: str) -> None:
         finally:
             os._exit(0)
     nowhere = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (0, 1):  # or the trainer would not see that the grading process has closed its end
+    for descriptor in (0, 1):  # else the trainer would not see that the grading process has closed its end
         os.dup2(nowhere, descriptor)
     asked = False
     while not asked and os.getppid() == parent and not _reap(child):

@@ -1,8 +1,8 @@
-r"""The default grader: the last `\boxed{...}` of a completion against a LaTeX answer, by math-verify.
+r"""The default grader: compares the last `\boxed{...}` of a completion with a LaTeX answer by math-verify.
 
-The only importer of math_verify (and so of sympy, about a second): it is loaded in the worker processes, not in the
-trainer. math-verify's own time limits are switched off: they are SIGALRM handlers, which work in main threads only and
-cannot interrupt a C-level computation. The pool's deadline takes their place.
+Only this module imports math_verify (and so sympy, which takes about a second): it is loaded in the worker processes,
+not in the trainer. math-verify's own time limits are switched off: they are SIGALRM handlers, which work in main
+threads only and cannot interrupt a C-level computation. The pool's deadline replaces them.
 """
 
 import logging
@@ -17,7 +17,7 @@ from lens_megatron.reward.effort import is_too_large, too_complex
 from lens_megatron.reward.notation import count_items, tidy
 from lens_megatron.reward.types import GradeStatus, Verdict
 
-# Both libraries warn about every string that they cannot read and about the time limits that we switch off.
+# Both libraries warn about every string that they cannot read, and about the time limits, which are switched off here.
 for _name in ("math_verify", "latex2sympy2_extended"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)
 
@@ -26,25 +26,25 @@ _ANYWHERE = [LatexExtractionConfig(), ExprExtractionConfig()]
 
 
 def _parse_whole(latex: str) -> list:
-    """The string as one expression: [] if it cannot be read as a whole, never a part of it."""
+    """Parses the string as one expression; returns [] if it cannot be read as a whole, never a part of it."""
     text = tidy(latex)
     return parse(f"${text}$", _WHOLE, fallback_mode="no_fallback", extraction_mode="first_match", parsing_timeout=None)
 
 
 @dataclass(frozen=True, slots=True)
 class _Gold:
-    """An expected answer that was read."""
+    """An expected answer that has been parsed."""
 
     text: str
-    """As LaTeX, for comparison as text."""
+    """The answer as LaTeX, for comparison as text."""
     parsed: tuple
     items: int | None
-    """How many answers it lists; None for prose."""
+    """The number of answers that it lists; None for prose."""
 
 
 @lru_cache(maxsize=4096)
 def _read_gold(answer: str) -> _Gold:
-    """Cached: a group has one answer."""
+    """Parses an expected answer. Results are cached, because all rollouts of a group have the same one."""
     box, _ = last_box(answer)
     text = box if box is not None else answer.strip()
     for opening, closing in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
@@ -58,7 +58,7 @@ def _read_gold(answer: str) -> _Gold:
 
 
 def _is_other_list(box: str, predicted: list, gold: _Gold) -> bool:
-    """Whether one is a single answer and the other a list of it or of it and more: `1,1,1` and `0.5,1/2`.
+    """Returns whether one is a single answer and the other a list with it, perhaps repeated: `1,1,1` and `0.5,1/2`.
 
     math-verify reads lists as sets, which forget repetitions, and rounds their members.
     """
@@ -77,10 +77,10 @@ def _repeats(parsed: object, items: int) -> bool:
 
 
 def grade_answer(completion: str, answer: str) -> Verdict:
-    r"""Grade the last `\boxed{...}` of `completion` against `answer`, a LaTeX string such as `72` or `\frac{1}{2}`.
+    r"""Grades the last `\boxed{...}` of `completion` against `answer`, a LaTeX string such as `72` or `\frac{1}{2}`.
 
-    Pure, and without any limit on time or memory: call it through `GraderPool` unless the input is trusted.
-    Raises only what a process cannot go on from (MemoryError).
+    It is pure and has no limit on time or memory: call it through `GraderPool` unless the input is trusted.
+    Raises only errors after which the process cannot continue (MemoryError).
     """
     box, why = last_box(completion)
     if box is None:

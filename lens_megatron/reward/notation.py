@@ -1,4 +1,4 @@
-"""What people write in answers and math-verify reads wrongly. Standard library only; it looks at the text alone."""
+"""Rewrites notation that people use in answers and math-verify misreads. Works on the text, by the standard library."""
 
 import re
 
@@ -11,7 +11,7 @@ _FINAL_STOP = re.compile(r"(?<!\.)\.$")
 _AND = re.compile(r"\\text\s*\{\s*,?\s*(?:and|or)\s*\}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])|;")
 _BRACKET_OR_COMMA = re.compile(r"\\?[\[({})\]]|,")
 _MIXED = re.compile(r"([+-]?[0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)")
-# Words after a number that are more than its unit.
+# These words after a number are no unit and change its meaning.
 _NOT_A_UNIT = (
     "and or to by over plus minus times hundred thousand million billion trillion dozen percent pct pi sqrt mod"
 )
@@ -22,7 +22,7 @@ _NUMBER_WITH_UNIT = re.compile(
 
 
 def tidy(latex: str) -> str:
-    r"""Rewrites what math-verify is known to read wrongly, without changing the meaning, as one line without `$`.
+    r"""Rewrites what math-verify is known to misread, without changing the meaning, as one line without `$`.
 
     `1\,234`, `1 234` -> `1234`; `1,234/2` -> `1234/2`; `3 1/2` -> `3\frac{1}{2}`; `1.5e-3` -> `1.5 \times 10^{-3}`;
     `90°` -> `90^\circ`; `58 square units` -> `58`. Line breaks and a full stop at the end are dropped.
@@ -45,7 +45,7 @@ def _join_thousands(text: str) -> str:
 
 
 def count_items(latex: str) -> int:
-    """Counts the answers listed, divided by commas, `and` or `or` outside of brackets other than a set around all."""
+    """Counts the answers, which commas, `and` or `or` separate outside of brackets other than a set around all."""
     text = _AND.sub(",", tidy(latex)).replace("\\left", "").replace("\\right", "").strip()
     if text.startswith("\\{") and text.endswith("\\}"):
         text = text[2:-2]

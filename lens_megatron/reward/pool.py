@@ -1,12 +1,11 @@
-"""Grading in persistent processes, with a hard deadline per answer, kill and respawn.
+"""Grades in persistent processes with a hard deadline per answer; a process that misses it is killed and replaced.
 
-The deadline runs from the start of an answer's grading, so a long queue times nobody out. A process that overruns it is
-killed (a C-level computation listens to nothing else) and replaced; the others go on meanwhile. A process holds a few
-answers at a time, so that it is never idle between two looks of the trainer; it works on the first, and if it dies,
-the others go back to the queue.
+The deadline runs from the start of an answer's grading, so no answer times out in a long queue. Only a kill stops a
+C-level computation; the other processes go on meanwhile. A process holds a few answers at a time, so that it is never
+idle between two polls of the trainer; it grades the first, and if it dies, the others go back to the queue.
 
-An answer whose process died is graded once more before it counts as a crash: somebody may have killed an innocent
-one. Where a verdict depends on nothing but an answer and the expected answer, equal pairs are graded once.
+An answer whose process died is graded once more before it counts as a crash: the cause may lie outside of the process.
+Where a verdict depends only on an answer and the expected answer, equal pairs are graded once.
 """
 
 import os
@@ -30,17 +29,17 @@ MAX_FAILED_STARTS = 3
 ANSWERS_PER_WORKER = 16
 CACHED_VERDICTS = 4096
 LOOK_S = 0.5
-"""Seconds between two looks at whether processes live, while nothing arrives from them."""
+"""Seconds between two checks that processes live, while nothing arrives from them."""
 
 
 class GraderStartError(UserError):
-    """No worker could be started; the message holds the reason."""
+    """No worker could be started; the message gives the reason."""
 
 
 class GraderPool:
-    """`workers` processes that grade at the same time; tickets in, grades out. Threads may share it.
+    """Grades in `workers` processes: `submit` returns tickets, `poll` and `wait` their grades. Threads may share it.
 
-    After the first loss of a process one more is kept ready, so that further losses do not wait for a start.
+    After the first loss of a process a spare one is kept ready, so that further losses do not wait for a start.
 
     Raises ValueError for an unknown grader or a bound out of range, GraderStartError (from `poll`, `wait` too) when
     workers cannot start.
@@ -102,7 +101,7 @@ class GraderPool:
             self._advance(LOOK_S)
 
     def poll(self) -> list[tuple[int, Grade]]:
-        """Takes the grades that are there, with their tickets. Does not block."""
+        """Takes the available grades with their tickets. Does not block."""
         self._advance(0.0)
         with self._lock:
             taken = list(self._done.items())
@@ -110,7 +109,7 @@ class GraderPool:
         return taken
 
     def wait(self, tickets: Sequence[int]) -> dict[int, Grade]:
-        """Blocks until all of `tickets` are graded, and takes them. Raises KeyError for one that is not to be had."""
+        """Blocks until all of `tickets` are graded, and takes them. Raises KeyError for an unknown or taken ticket."""
         for ticket in tickets:
             while ticket not in self._done:
                 if ticket not in self._open and ticket not in self._done:
@@ -120,7 +119,7 @@ class GraderPool:
             return {ticket: self._done.pop(ticket) for ticket in tickets}
 
     def close(self) -> None:
-        """Ends the processes and theirs. Idempotent; also happens when the pool is collected or the program ends."""
+        """Ends all processes, as collecting the pool or ending the program does. It is idempotent."""
         with self._lock:
             self._finalizer()
 
@@ -147,7 +146,7 @@ class GraderPool:
             ) from error
 
     def _advance(self, timeout: float) -> None:
-        """Reads what workers sent, waiting up to `timeout` for the first of it; kills the late; hands out the queue."""
+        """Reads messages of workers, waits up to `timeout` for the first, kills late workers and assigns the queue."""
         with selectors.DefaultSelector() as selector:
             with self._lock:
                 self._check_open()
@@ -170,7 +169,7 @@ class GraderPool:
         return max(0.0, min(limits, default=float("inf")) - time.monotonic())
 
     def _look_after(self, process: GradingProcess, unwatched: float) -> None:
-        """Takes a process's verdicts, and replaces it if it is lost or late. `unwatched`: seconds since last looked."""
+        """Takes a process's verdicts; replaces it if it is lost or late. `unwatched` is seconds since the last check."""
         frames, closed = process.receive()
         for frame in frames:
             if "ready" in frame:
@@ -201,7 +200,7 @@ class GraderPool:
         process.pid, process.started, self._failed_starts = frame["pid"], time.monotonic(), 0
 
     def _replace(self, process: GradingProcess, status: GradeStatus, why: str, *, again: bool) -> None:
-        """Blames the first answer of the process, unless it may be graded `again`; puts the others back in order."""
+        """Replaces the process. Its first answer fails unless it may be graded `again`; the others go back in order."""
         self._processes.remove(process)
         end([process])
         if not process.ready:
@@ -221,7 +220,7 @@ class GraderPool:
 
     def _finish(self, task: Task, grade: Grade) -> None:
         self._done.update(dict.fromkeys(task.tickets, grade))
-        self._open.difference_update(task.tickets)  # afterwards, for who waits without the lock
+        self._open.difference_update(task.tickets)  # comes last, because threads wait without the lock
         if task.pair is not None:
             del self._under_way[task.pair]
             if grade.status is not GradeStatus.CRASH:
@@ -230,7 +229,7 @@ class GraderPool:
                     self._verdicts.popitem(last=False)
 
     def _dispatch(self) -> None:
-        """Gives the next answers to the processes that hold fewest. `workers` of them work; none holds too many."""
+        """Gives the next answers to the processes that hold fewest; at most `workers` processes get any."""
         while self._queue:
             ready = [p for p in self._processes if p.ready]
             if sum(bool(p.tasks) for p in ready) >= self.workers:
@@ -258,10 +257,11 @@ def grade(
 
     Args:
         timeout_s: wall-clock limit of one answer, from the start of its grading.
-        workers: processes; as many as cores by default.
+        workers: number of processes; by default the number of cores.
 
     Raises:
-        ValueError: lengths differ, bad bound, unknown grader. GraderStartError: the grader cannot be loaded.
+        ValueError: lengths differ, a bound is invalid or the grader is unknown.
+        GraderStartError: the grader cannot be loaded.
     """
     if len(completions) != len(answers):
         raise ValueError(f"{len(completions)} completions for {len(answers)} answers; give one answer per completion")

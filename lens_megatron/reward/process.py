@@ -1,4 +1,4 @@
-"""The trainer's end of one grading process: its pipes, the answers it holds, whether it lives."""
+"""The trainer's end of one grading process, with its pipes and the answers it holds."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from lens_megatron.reward.worker import split_frames
 
 ROOT = Path(__file__).resolve().parents[2]
 GRACE_S = 5.0
-"""Seconds that a keeper has to end what is below it, before its process group is killed."""
+"""Seconds within which a keeper must end the processes below it, before its process group is killed."""
 
 
 @dataclass(slots=True)
@@ -25,9 +25,9 @@ class Task:
     tickets: list[int]
     frame: bytes
     pair: tuple[str, str] | None
-    """(answer, expected answer) that decide the verdict, where nothing else does."""
+    """The (answer, expected answer) that alone decide the verdict; None where more than these decide it."""
     losses: int = 0
-    """Processes that were lost while they graded it."""
+    """The number of processes that were lost while they graded it."""
 
 
 class GradingProcess:
@@ -42,7 +42,7 @@ class GradingProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-            start_new_session=True,  # Ctrl-C is for the trainer; and one process group, to be killed as a whole
+            start_new_session=True,  # Ctrl-C is for the trainer; a process group can be killed as a whole
         )
         self.input, self.output = _pipes(self.keeper)
         self.pid: int | None = None
@@ -56,7 +56,7 @@ class GradingProcess:
         return self.pid is not None
 
     def assign(self, task: Task) -> None:
-        """Gives the process one more answer. The time of its first one begins when it had none."""
+        """Gives the process one more answer. If it had none, the time of this answer begins."""
         if not self.tasks:
             self.started = time.monotonic()
         self.tasks.append(task)
@@ -64,14 +64,14 @@ class GradingProcess:
         self.flush()
 
     def flush(self) -> None:
-        """Writes what the pipe takes; a process that stopped reading must not stop the trainer."""
+        """Writes as much as the pipe accepts; a process that stopped reading must not stop the trainer."""
         try:
             while self.outbox:
                 self.outbox = self.outbox[os.write(self.input.fileno(), self.outbox) :]
         except BlockingIOError:
             pass
         except OSError:
-            self.outbox = b""  # it died, which `receive` and `has_died` tell
+            self.outbox = b""  # it died, which `receive` and `has_died` report
 
     def receive(self) -> tuple[list[dict], bool]:
         """Returns the whole frames that have arrived, and whether the process has closed its output."""
@@ -86,14 +86,14 @@ class GradingProcess:
         return frames, closed
 
     def has_died(self) -> bool:
-        """Whether the keeper has ended, as it does after the grading process. As a zombie it keeps its id to itself."""
+        """Returns whether the keeper has ended, as it does after the grading process. As a zombie it keeps its id."""
         try:
             return os.waitid(os.P_PID, self.keeper.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
         except ChildProcessError:
             return True
 
     def is_stopped(self) -> bool:
-        """Whether somebody has stopped the grading process with a signal (SIGSTOP), so that it cannot grade."""
+        """Returns whether a signal (SIGSTOP) has stopped the grading process, so that it cannot grade."""
         try:
             return Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in "Tt"
         except OSError:
@@ -103,23 +103,23 @@ class GradingProcess:
 def end(processes: Sequence[GradingProcess]) -> None:
     """Ends the processes and all that their graders have started, and waits until they are gone."""
     for process in processes:
-        for number in (signal.SIGTERM, signal.SIGCONT):  # a keeper that was stopped goes on, and hears the first
+        for number in (signal.SIGTERM, signal.SIGCONT):  # SIGCONT lets a stopped keeper handle SIGTERM
             _signal(os.kill, process.keeper.pid, number)
     deadline = time.monotonic() + GRACE_S
     for process in processes:
         while not process.has_died() and time.monotonic() < deadline:
             time.sleep(0.002)
-        _signal(os.killpg, process.keeper.pid, signal.SIGKILL)  # whatever a killed keeper has left
+        _signal(os.killpg, process.keeper.pid, signal.SIGKILL)  # ends what a killed keeper has left
         process.keeper.wait()
         for stream in (process.input, process.output):
             try:
                 stream.close()
             except OSError:
-                pass  # bytes that it never read
+                pass  # the process never read these bytes
 
 
 def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
-    """The ends of its pipes that this process has, for its input and its output. Neither blocks."""
+    """Returns this process's ends of the pipes to its input and from its output. Neither blocks."""
     if process.stdin is None or process.stdout is None:
         raise ValueError("the process was started without pipes")
     for stream in (process.stdin, process.stdout):
@@ -131,4 +131,4 @@ def _signal(send: Callable[[int, int], None], target: int, number: int) -> None:
     try:
         send(target, number)
     except ProcessLookupError:
-        pass  # it has ended
+        pass  # the process has ended

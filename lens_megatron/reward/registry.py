@@ -1,4 +1,4 @@
-"""Name -> grader, a function (completion, answer, meta) -> Verdict. Users add theirs as `module:function`."""
+"""Maps names to graders, functions (completion, answer, meta) -> Verdict. Users add theirs as `module:function`."""
 
 import difflib
 import importlib
@@ -12,11 +12,11 @@ from lens_megatron.reward.types import GradeStatus, Verdict
 Grader = Callable[[str, str, dict], Verdict]
 
 MAX_SCORE = 1e12
-"""Differences of scores are squared, and the squares summed in single precision."""
+"""The largest score: differences of scores are squared, and the squares are summed in single precision."""
 
 
 def _math_verify() -> Grader:
-    from lens_megatron.reward.math_verify_grader import grade_answer  # a second of imports, wanted in workers only
+    from lens_megatron.reward.math_verify_grader import grade_answer  # takes a second, and only workers need it
 
     return lambda completion, answer, meta: grade_answer(completion, answer)
 
@@ -34,7 +34,7 @@ def check_name(name: str) -> None:
 
 
 def load_grader(name: str) -> Grader:
-    """Raises ValueError for an unknown name, ImportError or AttributeError for a path that leads nowhere."""
+    """Returns the grader. Raises ValueError for an unknown name, ImportError or AttributeError for an invalid path."""
     check_name(name)
     if name in GRADERS:
         return GRADERS[name]()
@@ -43,7 +43,7 @@ def load_grader(name: str) -> Grader:
 
 
 def _adapt(function: Callable) -> Grader:
-    """Accepts verl's compute_score and TRL's reward function, told apart by their parameters' names."""
+    """Makes a grader of verl's compute_score or TRL's reward function, which parameter names distinguish."""
     names = list(inspect.signature(function).parameters)
     if "completions" in names:
         return lambda completion, answer, meta: _scored(
@@ -72,14 +72,14 @@ def _adapt(function: Callable) -> Grader:
 
 
 def _only(scores: Any) -> Any:
-    """The score of the one completion that was given."""
+    """Returns the score of the only completion that was given."""
     if isinstance(scores, str | bytes | dict) or not hasattr(scores, "__getitem__") or len(scores) != 1:
         raise TypeError(f"the grader returned {reprlib.repr(scores)} for one completion; return a list of one number")
     return scores[0]
 
 
 def _scored(result: Any) -> Verdict:
-    """A custom score; `acc` says what counts as correct, else a score of 1 or more."""
+    """Makes a verdict of a custom score; it is correct if `acc` says so, or without `acc` if the score is 1 or more."""
     if isinstance(result, dict):
         if "score" not in result:
             raise TypeError(f"the grader returned {reprlib.repr(result)}; return a number, or a dict with 'score'")
@@ -98,7 +98,7 @@ def _number(value: Any) -> float:
         try:
             number = float(value)
         except (TypeError, ValueError, OverflowError, RuntimeError):
-            pass  # RuntimeError: a tensor of more elements
+            pass  # a tensor of several elements raises RuntimeError
     if number is None or not abs(number) <= MAX_SCORE:
         raise ValueError(
             f"the grader returned {reprlib.repr(value)}; return a finite number of at most {MAX_SCORE:g} in magnitude"

@@ -1,4 +1,4 @@
-"""Records of grading. Standard library only: the worker processes import this module and must start fast."""
+"""Records of grading. Imports the standard library only, since worker processes import this and must start fast."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class GradeStatus(StrEnum):
-    """The result of grading one completion. Every sample has exactly one."""
+    """The kinds of results of grading one completion. Every sample has exactly one of them."""
 
     CORRECT = "correct"
     WRONG = "wrong"
@@ -15,7 +15,7 @@ class GradeStatus(StrEnum):
     UNPARSED = "unparsed"
     """No answer could be read out of the completion: no box, an empty or unbalanced one, or not mathematics."""
     TIMEOUT = "timeout"
-    """Grading took longer than the deadline and was killed: nothing is known about the answer."""
+    """Grading exceeded the deadline and was killed: nothing is known about the answer."""
     CRASH = "crash"
     """The grader raised, returned no finite number, or its process died twice: nothing is known about the answer."""
 
@@ -45,9 +45,9 @@ class Grade:
     extracted: str | None = None
     """The text that was read out of the completion as its answer, None if nothing was."""
     detail: str = ""
-    """Why, in words, where the status alone does not say it."""
+    """The reason in words, where the status alone does not give it."""
     regraded: bool = False
-    """The process that graded it first was lost; this is what a second one found."""
+    """True if the process that graded it first was lost, so that this grade is a second one's."""
 
     @property
     def correct(self) -> bool:

@@ -1,7 +1,7 @@
-"""The worker process: reads (completion, answer) frames from standard input, writes verdicts to standard output.
+"""The worker process, which reads (completion, answer) frames from standard input and writes verdicts to its output.
 
-A frame is a 4-byte length and JSON. The first frame out is `ready` (or why not), so that start-up is never graded.
-The keeper (keeper.py) forks this process and ends it.
+A frame is a 4-byte length and JSON. The first frame that it writes is `ready` (or why it is not), so that the time of
+its start counts for no answer. The keeper (keeper.py) forks this process and ends it.
 """
 
 import json
@@ -17,7 +17,7 @@ from lens_megatron.reward.registry import Grader, load_grader
 from lens_megatron.reward.types import GradeStatus, Verdict
 
 MEMORY_BYTES = 2 << 30
-"""Bytes of address space that a grading process may add after its start. To need more counts as a crash."""
+"""Bytes of address space that a grading process may add after its start. One that needs more counts as crashed."""
 
 
 def read_frame(stream: BinaryIO) -> dict | None:
@@ -29,7 +29,7 @@ def read_frame(stream: BinaryIO) -> dict | None:
 
 
 def encode_frame(content: dict) -> bytes:
-    """Makes a frame of ASCII JSON, so that lone surrogates travel as escapes."""
+    """Makes a frame of ASCII JSON, so that lone surrogates are sent as escapes."""
     body = json.dumps(content).encode("ascii")
     return struct.pack("<I", len(body)) + body
 
@@ -62,7 +62,7 @@ def main(grader_name: str) -> None:
         if sys.platform == "linux":
             _limit_memory()
         hello: dict[str, object] = {"ready": True, "pid": own}
-    except (Exception, SystemExit) as error:  # whatever a user's module raises, the trainer shows it
+    except (Exception, SystemExit) as error:  # the trainer shows whatever a user's module raises
         hello = {"ready": False, "why": f"{type(error).__name__}: {error}"}
     _send(frames_out, hello)
     while hello["ready"] and (task := read_frame(frames_in)) is not None:

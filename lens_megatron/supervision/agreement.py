@@ -1,4 +1,4 @@
-"""What one rank finds out and all must know. Only tensors travel; every function is a collective of the whole world."""
+"""Tells all ranks what one of them has found out. Only tensors travel; every function is a collective of the world."""
 
 import logging
 from collections.abc import Callable
@@ -12,13 +12,13 @@ logger = logging.getLogger(__name__)
 
 
 def told_by_main(tell: Callable[[], str], device: torch.device) -> str:
-    """What `tell` returns on rank 0, on every rank. Raises what it raises there; elsewhere ToldError with its text."""
+    """Returns on every rank what `tell` returns on rank 0. Raises what it raises there, and ToldError elsewhere."""
     failure: Exception | None = None
     text = ""
     if torch.distributed.get_rank() == 0:
         try:
             text = tell()
-        except Exception as error:  # the others wait: they must hear of it, whatever it is
+        except Exception as error:  # the other ranks wait, so they must be told of every error
             failure, text = error, str(error)
     failed, text = _broadcast(failure is not None, text, device)
     if failed:
@@ -31,7 +31,7 @@ class ToldError(UserError):
 
 
 def raise_together(failure: Exception | None, otherwise: Exception, device: torch.device) -> None:
-    """Raises on every rank if any has a failure: its own, or `otherwise`."""
+    """Raises on every rank if any has a failure: this rank's own failure if it has one, else `otherwise`."""
     failed = torch.tensor([failure is not None], dtype=torch.int32, device=device)
     torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX)
     if failed.item():
@@ -39,7 +39,7 @@ def raise_together(failure: Exception | None, otherwise: Exception, device: torc
 
 
 def first_to_fail(failed: bool, device: torch.device) -> int | None:
-    """The lowest rank that has failed; None: no rank has."""
+    """Returns the lowest rank that has failed, or None if no rank has."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     first = torch.tensor([rank if failed else world_size], dtype=torch.int32, device=device)
     torch.distributed.all_reduce(first, op=torch.distributed.ReduceOp.MIN)
@@ -49,7 +49,7 @@ def first_to_fail(failed: bool, device: torch.device) -> int | None:
 def shared_failure(failure: str | None, group: ProcessGroup | None, warning: str) -> str | None:
     """Returns this rank's failure, or that another rank failed, or None where all ranks of `group` succeeded.
 
-    A collective of `group`, over the CPU. Other ranks than 0, whose failure nobody else reports, log `warning` with it.
+    A collective of `group`, over the CPU. Ranks other than 0 log `warning` with their failure, as nobody else does.
     """
     failed = torch.tensor([failure is not None], dtype=torch.int32)
     torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX, group=group)

@@ -1,10 +1,10 @@
-"""Connections between processes that share a secret: each end proves to the other that it has it before anything else.
+"""Connects processes that share a secret: each end proves to the other that it has the secret before anything else.
 
     caller   -> its challenge
     listener -> its challenge, HMAC(secret, "listener", both challenges)
     caller   -> its number,    HMAC(secret, "caller", both challenges, number)
 
-What travels afterwards is neither encrypted nor signed: whoever can read or change the network's packets still can.
+Data sent afterwards is neither encrypted nor signed: whoever can read or change the network's packets still can.
 This module imports nothing but the standard library, because small processes use it too.
 """
 
@@ -25,7 +25,7 @@ Address = str | list[Any] | tuple[Any, ...]
 SECRET_BYTES = 32
 HANDSHAKE_S = 10.0
 STRANGERS = 32
-"""Connections that may be open at once without a proof; one more, and the oldest of them is cut off."""
+"""Number of connections that may be open at once without a proof; when one more comes, the oldest of them is closed."""
 
 _MAC_BYTES, _NUMBER_BYTES = 32, 4
 _POLL_S = 0.5
@@ -36,7 +36,7 @@ class ChannelError(RuntimeError):
 
 
 def listen(address: Address) -> socket.socket:
-    """A listening socket on exactly this address; port 0: any free one. Raises OSError."""
+    """Returns a socket that listens on exactly this address; port 0 means any free port. Raises OSError."""
     if isinstance(address, str):
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(address)
@@ -61,7 +61,7 @@ def address_towards(host: str, port: int) -> str:
 
 
 def call(address: Address, secret: bytes, number: int, timeout_s: float) -> socket.socket:
-    """A proven connection to whoever listens at `address`; every operation on it ends after `timeout_s`.
+    """Returns a proven connection to the process that listens at `address`; its operations time out after `timeout_s`.
 
     Args:
         number: tells the listener who calls.
@@ -99,7 +99,7 @@ class Door:
 
     Args:
         admit: called with each proven connection and its caller's number, in a thread of its own.
-        timeout_s: of every operation on such a connection; None: without end.
+        timeout_s: limit of every operation on such a connection; None sets no limit.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Door:
     ):
         self.listener, self.secret, self.admit, self.timeout_s = listener, secret, admit, timeout_s
         self.refused: deque[str] = deque(maxlen=8)
-        """Why callers were last turned away, and where they came from."""
+        """The reasons for which callers were last refused, with their addresses."""
         self._closing = threading.Event()
         self._strangers: list[socket.socket] = []
         self._lock = threading.Lock()
@@ -119,7 +119,7 @@ class Door:
         threading.Thread(target=self._accept, name="door", daemon=True).start()
 
     def close(self) -> None:
-        """Lets nobody in any more. Connections stay as they are."""
+        """Stops accepting callers. Existing connections stay as they are."""
         self._closing.set()
         _cut_off(self.listener)
         self.listener.close()
@@ -133,7 +133,7 @@ class Door:
             except OSError:
                 if self._closing.is_set():
                     return
-                time.sleep(_POLL_S)  # out of file descriptors, perhaps
+                time.sleep(_POLL_S)  # the process may be out of file descriptors
                 continue
             with self._lock:
                 self._strangers.append(connection)
@@ -181,14 +181,14 @@ def send(connection: socket.socket, data: bytes | memoryview) -> None:
 
 
 def receive(connection: socket.socket, size: int) -> bytes:
-    """Exactly `size` bytes. Raises ChannelError."""
+    """Returns exactly `size` bytes. Raises ChannelError."""
     data = bytearray(size)
     receive_into(connection, memoryview(data))
     return bytes(data)
 
 
 def receive_into(connection: socket.socket, place: memoryview) -> None:
-    """Fills `place`. Raises ChannelError."""
+    """Fills `place` with received bytes. Raises ChannelError."""
     done = 0
     while done < len(place):
         try:
@@ -201,7 +201,7 @@ def receive_into(connection: socket.socket, place: memoryview) -> None:
 
 
 def _cut_off(connection: socket.socket) -> None:
-    """Ends what another thread waits for on it."""
+    """Shuts `connection` down, which ends the operation that another thread waits for on it."""
     with suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
 

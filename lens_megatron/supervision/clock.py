@@ -1,4 +1,4 @@
-"""Seconds per named phase of a step, where this rank stands now, and seconds in which the process ran."""
+"""Measures seconds per named phase of a step and seconds in which the process ran, and records the current phase."""
 
 import threading
 import time
@@ -8,22 +8,22 @@ from dataclasses import dataclass, field
 
 
 class RunTime:
-    """A clock that stands still while the process does not run: stopped by a signal, frozen, or its machine paused.
+    """A clock that stands still while the process is stopped by a signal or frozen, or its machine is paused.
 
-    Every call of `now` counts the time since the call before, at most `LONGEST_S` of it. So somebody must call it more
-    often than that: `ticking` does. Any thread may read it.
+    Every call of `now` counts the time since the call before, but at most `LONGEST_S` of it. So it must be called more
+    often than that, which `ticking` does. Any thread may read it.
     """
 
     TICK_S = 0.25
     LONGEST_S = 1.0
-    """More than a tick on a loaded machine, and little enough for deadlines of seconds."""
+    """Seconds: longer than a tick on a loaded machine, and short enough for deadlines of seconds."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._seconds, self._seen = 0.0, time.monotonic()
 
     def now(self) -> float:
-        """Seconds, from an arbitrary start."""
+        """Returns seconds since an arbitrary start."""
         with self._lock:
             seen = time.monotonic()
             self._seconds += min(seen - self._seen, self.LONGEST_S)
@@ -50,7 +50,7 @@ class RunTime:
 
 @dataclass(frozen=True, slots=True)
 class PhasePosition:
-    """Says where a rank stands. It is replaced as a whole, so that another thread never reads half of it."""
+    """Says which step and phase a rank is in. It is replaced as a whole, so that no other thread reads half of it."""
 
     step: int = 0
     phase: str = "between phases"
@@ -58,18 +58,18 @@ class PhasePosition:
     since: float = 0.0
     """The time by `Clock.run_time` at which a phase was last entered or left."""
     changes: int = 0
-    """Phases entered and left so far: the same on every rank that is equally far."""
+    """Number of phases entered and left so far. It is equal on ranks that have come equally far."""
 
 
 @dataclass(slots=True)
 class Clock:
-    """`with clock("gen"): ...` adds to that phase; `take()` reads all phases and starts afresh."""
+    """Measures phases: `with clock("gen"): ...` adds to that phase; `take()` returns all phases and resets them."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     step: int = 0
-    """The step that the phases belong to; set by the loop."""
+    """The step that the phases belong to, which the training loop sets."""
     run_time: RunTime = field(default_factory=RunTime)
-    """The time by which deadlines are measured."""
+    """The clock by which deadlines are measured."""
     position: PhasePosition = field(default_factory=PhasePosition)
 
     def seconds_since(self, position: PhasePosition) -> float:

@@ -1,10 +1,10 @@
-"""Lets the ranks of a job tell each other small values under names, beside collectives, through a process of rank 0.
+"""Lets the ranks of a job exchange small named values outside of collectives, through a process that rank 0 starts.
 
     python -m lens_megatron.supervision.control_store HOST < secret   prints its port; ends with its input
 
-torchrun's store has no authentication, and listens on every interface. This one listens on one, and speaks only with
-those who have the run's secret. It is a process of its own, so that it answers while rank 0 is frozen or hangs in C
-code. Every request is answered at once; nobody waits in it for another.
+torchrun's store has no authentication and listens on every interface. This one listens on one interface and answers
+only callers who have the run's secret. It is a process of its own, so that it answers while rank 0 is frozen or hangs
+in C code. Every request is answered at once; no request waits for another one's effect.
 """
 
 import signal
@@ -31,8 +31,8 @@ class ControlStore:
     Every method but `close` raises ChannelError when the store cannot be reached; the next call tries again.
 
     Args:
-        timeout_s: of one request; None: as long as the connection holds.
-        process: that of the store, where this rank has started it; it is closed with this connection.
+        timeout_s: limit of one request; with None a request may last as long as the connection holds.
+        process: the store's process, where this rank has started it; it is closed with this connection.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class ControlStore:
         self._connection: socket.socket | None = None
 
     def clone(self, timeout_s: float | None = None) -> "ControlStore":
-        """Another connection to the same store."""
+        """Returns another connection to the same store."""
         return ControlStore(self.address, self.secret, timeout_s)
 
     def set(self, key: str, value: bytes) -> None:
@@ -58,15 +58,15 @@ class ControlStore:
         return self._ask(b"get", [key.encode() for key in keys])
 
     def check(self, key: str) -> bool:
-        """True if the key has a value."""
+        """Returns True if the key has a value."""
         return self.get([key])[0] is not None
 
     def add(self, key: str, amount: int) -> int:
-        """Returns the new value; what is not there counts as 0."""
+        """Adds `amount` to the value and returns the sum; a missing value counts as 0."""
         return self._ask_number(b"add", [key.encode(), b"%d" % amount])
 
     def append(self, name: str, value: bytes) -> int:
-        """Writes to `name`/N and raises the number under `name`, in one; returns N, from 0."""
+        """Writes to `name`/N and increments the number under `name` in one step; returns N, counted from 0."""
         return self._ask_number(b"append", [name.encode(), value])
 
     def delete(self, keys: Collection[str]) -> None:
@@ -93,7 +93,7 @@ class ControlStore:
                 _send(self._connection, [verb, *fields])
                 return _receive(self._connection)
             except BaseException:
-                self._hang_up()  # half a message may be under way
+                self._hang_up()  # half a message may have been sent
                 raise
 
     def _hang_up(self) -> None:
@@ -123,10 +123,10 @@ class Storage:
                         reply = self.answer(verb, fields)
                     _send(connection, reply)
             except (ChannelError, ValueError):
-                return  # it is gone, or not one of ours after all
+                return  # the caller is gone, or is none of this run's ranks
 
     def answer(self, verb: bytes, fields: list[bytes]) -> list[bytes | None]:
-        """Raises ValueError for what is no request."""
+        """Returns the answer to one request. Raises ValueError for a message that is no request."""
         match verb, fields:
             case b"set", [key, value]:
                 self.values[key] = value
@@ -151,7 +151,7 @@ class Storage:
 
 
 class ControlProcess:
-    """The store's process, which ends when this one does, however that ends.
+    """The store's process, which ends when this one does, in whatever way this one ends.
 
     Args:
         host: address of this machine at which the other ranks reach it.
@@ -169,7 +169,7 @@ class ControlProcess:
             self.process.stdin.write(self.secret)
             self.process.stdin.flush()
         except BrokenPipeError:
-            pass  # it has said why
+            pass  # the process has printed the reason
         said = self.process.stdout.readline()
         if not said:
             self.close()
@@ -177,11 +177,11 @@ class ControlProcess:
         self.address: Address = [host, int(said)]
 
     def close(self) -> None:
-        self.process.communicate()  # the end of its standard input is the end of it
+        self.process.communicate()  # it ends when its standard input ends
 
 
 def serve(listener: socket.socket, secret: bytes) -> tuple[Door, Storage]:
-    """Answers in threads of this process, until the door is closed."""
+    """Answers requests in threads of this process, until the door is closed."""
     storage = Storage()
     return Door(listener, secret, storage.serve), storage
 
@@ -207,7 +207,7 @@ def _send(connection: socket.socket, fields: Sequence[bytes | None]) -> None:
 
 
 def _receive(connection: socket.socket) -> list[bytes | None]:
-    """Raises ChannelError; ValueError for what `_send` does not send."""
+    """Receives a message. Raises ChannelError, and ValueError for bytes that `_send` does not send."""
     size = int.from_bytes(channel.receive(connection, _LENGTH_BYTES), "big")
     if size > LARGEST_MESSAGE:
         raise ValueError(f"a message of {size} bytes; the largest may have {LARGEST_MESSAGE}")

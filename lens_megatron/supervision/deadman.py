@@ -1,13 +1,12 @@
-"""A timer in native code that ends the process when nobody rearms it: the last line where Python itself cannot run.
+"""A timer in native code that ends the process when nobody rearms it, for hangs in which no Python code can run.
 
 A watchdog thread is no help while C code holds the interpreter's lock. Then a POSIX timer calls libc's `alarm`, and
 `RESUME_S` later SIGALRM makes faulthandler write all stacks, without the lock, and ends the process.
 
-`faulthandler.dump_traceback_later(exit=True)` cannot take its place: it ends the process as soon as its time is over,
-so that a process which was stopped for longer than its deadline would be ended when it goes on. This timer does not end
-it at once, because the clock goes on while the process is stopped: a process that was suspended
-for longer than its deadline finds the timer expired as soon as it goes on. Within `RESUME_S` its watchdog thread runs
-again, calls `arm`, and so takes the alarm back. The price is the status: libc has no function that a timer could call
+`faulthandler.dump_traceback_later(exit=True)` cannot take its place: it ends the process as soon as its time is over.
+The clock goes on while a process is stopped, so one that was stopped for longer than its deadline finds the timer
+expired as soon as it goes on. This timer does not end it at once: within `RESUME_S` its watchdog thread runs again,
+calls `arm`, and so cancels the alarm. The disadvantage is the exit status: libc has no function that a timer could call
 to end the process later with a code of ours.
 """
 
@@ -20,12 +19,12 @@ import sys
 EXIT_SIGNAL = signal.SIGALRM
 """The signal that ends the process."""
 RESUME_S = 15.0
-"""Seconds that a process which goes on after a stop has to rearm the timer."""
+"""Seconds within which a process that goes on after a stop must rearm the timer."""
 _CLOCK_MONOTONIC, _SIGEV_THREAD = 1, 2
 
 
 class _SigEvent(ctypes.Structure):
-    """glibc's struct sigevent on 64-bit machines; 64 bytes."""
+    """The struct sigevent of glibc on 64-bit machines, which has 64 bytes."""
 
     _fields_ = [
         ("value", ctypes.c_int64),
@@ -42,9 +41,10 @@ class _TimerSpec(ctypes.Structure):
 
 
 class Deadman:
-    """After `arm(seconds)`, and no other call for `RESUME_S` more, stacks go to stderr and SIGALRM ends the process.
+    """Writes stacks to stderr and ends the process by SIGALRM, `RESUME_S` after `arm(seconds)` has run out.
 
-    Only the main thread may create and close it; SIGALRM is its own meanwhile. Without POSIX timers `arm` does nothing.
+    Another call in time prevents it. Only the main thread may create and close it; nothing else may use SIGALRM
+    meanwhile. Without POSIX timers `arm` does nothing.
     """
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class Deadman:
             faulthandler.register(EXIT_SIGNAL, file=sys.__stderr__, all_threads=True, chain=True)
 
     def arm(self, seconds: float) -> None:
-        """Starts over, and takes back an alarm that is under way."""
+        """Starts the timer again, and cancels an alarm that is pending."""
         self._set(seconds)
 
     def disarm(self) -> None:
@@ -73,7 +73,7 @@ class Deadman:
             return
         self.disarm()
         faulthandler.unregister(EXIT_SIGNAL)
-        signal.signal(EXIT_SIGNAL, signal.SIG_IGN)  # an expired timer's thread may be about to call `alarm` still
+        signal.signal(EXIT_SIGNAL, signal.SIG_IGN)  # an expired timer's thread may still call `alarm`
         self._libc.timer_delete(self._timer)
         self._libc = None
 

@@ -12,9 +12,9 @@ import torch
 from lens_megatron.supervision.clock import PhasePosition
 
 UNCOUNTED = "uncounted"
-"""Description of a group whose collectives tell nothing about how far a rank is."""
+"""The description of a group whose collectives do not show how far a rank is."""
 SHOWN = 32
-"""Ranks that a report on the console lists; the file lists all."""
+"""Number of ranks that a report on the console lists; the file lists all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,17 +29,17 @@ class Heartbeat:
     step: int
     phase: str
     seconds: float
-    """Seconds in this phase."""
+    """Seconds that the rank has spent in this phase."""
     changes: int
-    """`clock.PhasePosition.changes`."""
+    """The value of `clock.PhasePosition.changes`."""
     collectives: dict[str, int]
-    """Collectives begun, by name of the group."""
+    """Number of collectives begun, by name of the group."""
     where: str
-    """The innermost Python line of the main thread."""
+    """The innermost Python line that the main thread executes."""
     waiting: bool
     """True if that line is one of torch.distributed's: the rank waits for others."""
     answered: bool = False
-    """True if it was written after the alarm."""
+    """True if the rank wrote this after the alarm."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -56,7 +56,7 @@ class LateRanks:
 
 
 def take(rank: int, position: PhasePosition, seconds: float, *, answered: bool) -> Heartbeat:
-    """Of this process, from any thread. `seconds`: since `position`."""
+    """Takes this process's heartbeat, from any thread. `seconds` have passed since `position`."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     return Heartbeat(
         rank=rank,
@@ -83,10 +83,11 @@ def collectives_begun() -> dict[str, int]:
 
 
 def late_ranks(beats: Sequence[Heartbeat | None]) -> LateRanks:
-    """Finds the ranks that keep the others waiting; `beats[rank]` is None where nothing was ever heard.
+    """Finds the ranks that keep the others waiting; `beats[rank]` is None where a rank never wrote one.
 
-    In this order: who does not answer; who is in an earlier phase; who has begun fewer collectives than others of its
-    group and is ahead of nobody in any (a rank that waits for the late one may be behind elsewhere); who does not wait.
+    The first of these conditions that any rank meets decides: it does not answer; it is in an earlier phase; it has
+    begun fewer collectives than others of its group and is ahead of nobody in any group (a rank that waits for the
+    late one may be behind elsewhere); it does not wait.
     """
     silent = tuple(rank for rank, beat in enumerate(beats) if beat is None or not beat.answered)
     if silent:
@@ -111,7 +112,7 @@ def late_ranks(beats: Sequence[Heartbeat | None]) -> LateRanks:
 
 
 def report(beats: Sequence[Heartbeat | None], limit: int | None = SHOWN) -> str:
-    """Lines for people: the late ranks and why, then every rank, late ones first, at most `limit`."""
+    """Returns lines for people: the late ranks with the reason, then at most `limit` ranks, late ones first."""
     verdict = late_ranks(beats)
     late = [beats[rank] for rank in verdict.ranks]
     phases = sorted({f"{b.phase} of step {b.step}" if b else "an unknown phase" for b in late})
@@ -133,7 +134,7 @@ def _line(rank: int, beat: Heartbeat | None) -> str:
 
 
 def _extremes(beats: Sequence[Heartbeat]) -> tuple[dict[str, int], dict[str, int]]:
-    """For each group, the most and the least collectives that any member has begun."""
+    """Returns the most and the fewest collectives that any member of each group has begun."""
     most: dict[str, int] = {}
     least: dict[str, int] = {}
     for beat in beats:

@@ -1,4 +1,4 @@
-"""Updates skipped because loss or gradient was not finite: the batch goes to disk, and too many in a row end the run.
+"""Writes the batch of an update that was skipped for a non-finite loss or gradient; too many in a row end the run.
 
     run.directory/non_finite/step_000012_update_0_rank_00003.jsonl    a line on the update, then one per sample
 
@@ -21,7 +21,7 @@ from lens_megatron.types import TrainingRow, UpdateStats
 logger = logging.getLogger(__name__)
 
 KEPT = 10
-"""Batches kept per rank; the first ones, which are nearest to the cause."""
+"""Number of batches kept per rank: the first ones, which are nearest to the cause."""
 
 
 class NonFiniteError(UserError):
@@ -36,7 +36,7 @@ def dump(
     stats: UpdateStats,
     rows: Sequence[TrainingRow],
 ) -> None:
-    """Writes this rank's rows to `folder`/`name`.jsonl, unless there are KEPT files or no room."""
+    """Writes this rank's rows to `folder`/`name`.jsonl, unless there are KEPT files or the disk has no room."""
     lines = [_sample_line(row) for row in rows]
     head = {
         "loss": stats.loss,
@@ -81,14 +81,14 @@ def _numbers(log_probs: Tensor | None) -> list[float] | None:
 
 
 def in_a_row(before: int, updates: Sequence[UpdateStats]) -> int:
-    """Updates skipped without one in between that was made, `before` of them in earlier steps."""
+    """Counts the updates that were skipped in a row up to now, of which `before` were in earlier steps."""
     for stats in updates:
         before = before + 1 if stats.skipped else 0
     return before
 
 
 def check(skipped: int, limit: int, step: int, folder: Path) -> None:
-    """Raises NonFiniteError at the limit; 0: no limit."""
+    """Raises NonFiniteError at the limit; 0 sets no limit."""
     if limit and skipped >= limit:
         raise NonFiniteError(
             f"loss or gradient was not finite in {skipped} updates in a row, the last at step {step} "

@@ -1,6 +1,6 @@
-"""Ends a rank whose torchrun is gone: killed with -9, it can no longer end its ranks, and nobody supervises them.
+"""Ends a rank whose torchrun is gone: a torchrun killed with -9 cannot end its ranks, and nobody supervises them.
 
-An ordinary SIGTERM comes first, so that the run saves what it has and stops; after GRACE_S the process ends regardless.
+The rank sends itself SIGTERM first, so that the run saves its state and stops; after GRACE_S it ends in any case.
 """
 
 import logging
@@ -18,10 +18,10 @@ GRACE_S = 60.0
 
 
 def launcher() -> psutil.Process | None:
-    """torchrun's process; None when this process was not started by it, or that cannot be told.
+    """Returns torchrun's process, or None when it did not start this process or that cannot be determined.
 
-    It is the nearest ancestor without the variables that torchrun sets for its ranks: a script may stand between. Where
-    torchrun has died before, it is whoever has taken this process over.
+    It is the nearest ancestor without the variables that torchrun sets for its ranks, since a script may run between
+    the two. Where torchrun has died before, it is the process that has adopted this one.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
@@ -35,7 +35,7 @@ def launcher() -> psutil.Process | None:
 
 
 def end_with_launcher() -> None:
-    """Starts a thread that ends this process soon after torchrun's has gone. Without torchrun: nothing."""
+    """Starts a thread that ends this process soon after torchrun's has ended. Without torchrun it does nothing."""
     parent = launcher()
     if parent is not None:
         threading.Thread(target=_watch, args=(parent,), name="parent", daemon=True).start()
@@ -52,19 +52,21 @@ def _watch(parent: psutil.Process) -> None:
 
 
 def runs_torch(process: psutil.Process) -> bool:
-    """Every launcher of ranks has torch's libraries loaded. One that died before this process could look has been
-    replaced as its parent by a process that has not. True where that cannot be told."""
+    """Returns whether the process has loaded torch's libraries, as every launcher of ranks has.
+
+    A process that has not loaded them adopted this one after its launcher died. True where neither can be determined.
+    """
     try:
         with open(f"/proc/{process.pid}/maps", "rb") as maps:
             return any(b"libtorch" in line for line in maps)
     except PermissionError:
-        return process.pid != 1  # the machine's first process is another user's: not the launcher of this one's
+        return process.pid != 1  # the machine's first process is another user's, so it is not the launcher
     except OSError:
         return process.is_running()
 
 
 def _lives(process: psutil.Process) -> bool:
-    """By number and time of creation; a zombie that nobody has waited for does not live."""
+    """Compares number and time of creation. A zombie that nobody has waited for does not live."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

@@ -6,7 +6,7 @@
 
 Python runs a signal's handler only between two instructions of the main thread, which may be in a collective or in C
 code for minutes; the wakeup descriptor is written at once. All ranks do the same in the same round, because each
-decides from what all have told.
+decides from the messages of all.
 """
 
 import logging
@@ -35,23 +35,23 @@ logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ROUND_S = 0.5
 GRACE_ROUNDS = 8
-"""How long the main threads may take to end their step after a signal."""
+"""Number of rounds within which the main threads may end their step after a signal."""
 SETTLE_ROUNDS = 100
-"""How often the threads look for a moment at which all ranks hold the same step."""
+"""Number of attempts of the threads to find a moment at which all ranks hold the same step."""
 HOLD_S = 0.2
 LOST_S = 20.0
-"""How long a rank that was told to stop goes on where another one is lost, so that nothing can be saved."""
+"""Seconds for which a rank that was told to stop goes on where another one is lost, so that nothing can be saved."""
 REPEAT_S = 5.0
-"""Ctrl-C reaches a process from the terminal, and again from torchrun; one that comes later is meant."""
+"""Seconds in which further SIGINTs are ignored: one Ctrl-C reaches a process from the terminal and from torchrun."""
 _PATIENCE = timedelta(days=7)
-"""Of a round: a rank that is suspended is no reason to end anything here, and one that dies ends the wait at once."""
+"""Time limit of a round. A suspended rank is no reason to end anything, and one that dies ends the wait at once."""
 
 Agree = Callable[[str | None], str | None]
-"""A collective: the failure of this rank or of another, None when all succeeded."""
+"""A collective that returns the failure of this rank or of another, or None when all succeeded."""
 
 
 class LastStep(Protocol):
-    """What the threads need of the last finished step. Called on the thread, while the main thread goes on."""
+    """Gives the threads access to the last finished step. They call it while the main thread goes on."""
 
     def hold(self, seconds: float) -> int | None:
         """Keeps the step's state as it is and returns the step; None when that cannot be done in time."""
@@ -60,37 +60,37 @@ class LastStep(Protocol):
         """Undoes `hold`."""
 
     def is_saved(self) -> bool:
-        """Whether the step that is held is on the disk, or there is nothing of it to save."""
+        """Returns whether the step that is held is on the disk, or has nothing to save."""
 
     def save(self, agree: Agree) -> str | None:
-        """Saves the step that is held; returns the failure. A collective of the threads."""
+        """Saves the step that is held; returns the failure, if there is one. A collective of the threads."""
 
     def abandon(self) -> None:
-        """Ends helpers and gives up what other processes wait for. The process ends next."""
+        """Ends helper processes and releases resources that other processes wait for. The process ends next."""
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What one rank tells in a round, or what all have told."""
+    """The message of one rank in a round, or the combination of all ranks' messages."""
 
     asked: bool
-    """By a signal. Of all: any was."""
+    """A signal asked this rank to stop; combined: it asked any rank."""
     claimed: bool
-    """The main thread is at the end of its step and will save. Of all: any is."""
+    """The main thread is at the end of its step and will save; combined: that of any rank is."""
     unsaved: bool
-    """The step held is not on the disk. Of all: on any rank."""
+    """The held step is not on the disk; combined: on any rank."""
     leaving: bool
-    """The main thread is done. Of all: all are."""
+    """The main thread is done; combined: those of all ranks are."""
     attached: bool
-    """There is a last step. Of all: everywhere."""
+    """There is a last step; combined: on every rank."""
     held: bool
-    """Of all: everywhere."""
+    """The thread holds the last step; combined: on every rank."""
     first: int = 0
-    """The step held. Of all: the earliest."""
+    """The step that is held; combined: the earliest of them."""
     last: int = 0
 
     def combined(self, group: ProcessGroup) -> "Round":
-        """Of all ranks. A collective."""
+        """Combines the messages of all ranks. A collective."""
         alls = (self.leaving, self.attached, self.held, self.first)
         told = torch.tensor([self.asked, self.claimed, self.unsaved, self.last, *(-value for value in alls)])
         torch.distributed.all_reduce(told, op=ReduceOp.MAX, group=group)
@@ -119,14 +119,14 @@ class Stop:
         for end in (self._inbox, self._outbox):
             end.setblocking(False)
         self._descriptor = signal.set_wakeup_fd(self._outbox.fileno(), warn_on_full_buffer=False)
-        # nohup: whoever has a run ignore hang-ups means it
+        # Under nohup hang-ups are ignored on purpose.
         heeded = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
         self._handlers = {number: signal.signal(number, self._handle) for number in heeded}
         self._thread.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
-        """Does not return once the threads have begun to end the processes: then `error` is but a consequence."""
+        """Does not return once the threads have begun to end the processes: `error` is then only a consequence."""
         self.claim()
         self._leaving, self._alone = True, error is not None
         self._thread.join(2.0 if self._alone else 20.0)
@@ -138,23 +138,23 @@ class Stop:
             self._outbox.close()
 
     def meet(self) -> None:
-        """From here on a signal to any rank stops all. A collective; torch.distributed is up."""
+        """Connects the ranks, so that a signal to any of them stops all. A collective; needs torch.distributed."""
         self._group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE, group_desc=UNCOUNTED)
 
     def attach(self, last_step: LastStep) -> None:
-        """From here on there is something to save."""
+        """Sets the last step, which is saved from now on when a signal comes."""
         self._last_step = last_step
 
     def agreed(self, device: torch.device) -> bool:
-        """At the end of a step: True on every rank when any was asked to stop. A collective of the main threads."""
+        """Returns, at the end of a step, whether any rank was asked to stop. A collective of the main threads."""
         asked = torch.tensor([self.asked], dtype=torch.int32, device=device)
         torch.distributed.all_reduce(asked, op=ReduceOp.MAX)
         return bool(asked.item())
 
     def claim(self) -> None:
-        """The main threads, all of which call it after the same step, will save and return by themselves.
+        """Announces that the main threads, all of which call it after the same step, will save and return themselves.
 
-        Does not return when the threads were first.
+        Does not return when the other threads have begun to do so.
         """
         with self._turn:
             self._turn.wait_for(lambda: not self._frozen)
@@ -170,13 +170,13 @@ class Stop:
     def _guarded(self) -> None:
         try:
             self._run()
-        except Exception as error:  # gloo's, when a rank is lost
+        except Exception as error:  # gloo raises it when a rank is lost
             lost = f"the last step could not be saved: another rank was lost: {error}"
             if self._frozen:
                 self._end(ExitCode.CRASH, lost)
             while not self.asked and not self._leaving:
                 self._listen()
-            deadline = time.monotonic() + LOST_S  # the main thread may find it out too, and say more
+            deadline = time.monotonic() + LOST_S  # the main thread may find the loss too, and report more
             while not self._leaving and time.monotonic() < deadline:
                 self._listen()
             if not self._leaving:
@@ -217,7 +217,7 @@ class Stop:
         return Round(self.asked, self._claimed, unsaved, self._leaving, attached, held, step, step)
 
     def _take_over(self, group: ProcessGroup) -> None:
-        """Returns only where a main thread is at the end of its step after all: then all of them are."""
+        """Saves and ends the process. Returns only if a main thread, and so all of them, ended their step after all."""
         with self._turn:
             self._frozen = not self._claimed
         seen = self._told().combined(group)
@@ -240,7 +240,7 @@ class Stop:
         self._end(ExitCode.DONE, f"stopped as asked after step {step}; the same command goes on from here")
 
     def _settle(self, group: ProcessGroup, last_step: LastStep) -> int | None:
-        """Holds the last step when all ranks hold the same one; returns it."""
+        """Holds the last step until all ranks hold the same one, and returns it; None where they never do."""
         for _ in range(SETTLE_ROUNDS):
             step = last_step.hold(HOLD_S)
             seen = self._told(held=step is not None, step=step or 0).combined(group)
@@ -255,7 +255,7 @@ class Stop:
         return shared_failure(failure, self._group, "this rank's part could not be saved")
 
     def _end(self, code: ExitCode, text: str) -> NoReturn:
-        """Does not return."""
+        """Logs `text` and ends the process. Does not return."""
         try:
             if self._last_step is not None:
                 self._last_step.abandon()

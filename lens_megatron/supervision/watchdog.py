@@ -1,4 +1,4 @@
-"""Ends a run in which a phase outlasts its deadline, after saying who is late, where, and what everyone was doing.
+"""Ends a run in which a phase exceeds its deadline, after it has reported which ranks are late and what each rank did.
 
     clock.position --thread of every rank--> heartbeat --store--> the first rank past its deadline raises the alarm
     alarm --> every rank answers and prints its stacks --> the first one names the late ranks --> all exit with HANG
@@ -6,10 +6,10 @@
 A deadline counts the time in which its rank ran: a job that is suspended as a whole goes on when it is resumed. The
 time-outs of collectives count all time, so they are put off.
 
-Two threads need nothing of the main thread, which may hang in a collective: one keeps the deadline, and one talks to
-the store, whose host may be what hangs. They use a connection to the store of their own, because a store's client
-serves one caller at a time. Where no thread can run, the dead-man timer ends the process; the others then name it as
-silent.
+Two threads need nothing of the main thread, which may hang in a collective: one checks the deadline, and one talks to
+the store, whose host may hang itself. They have a connection to the store of their own, because a store's client serves
+one caller at a time. Where no thread can run, the dead-man timer ends the process; the others then report that it does
+not answer.
 """
 
 import faulthandler
@@ -36,16 +36,16 @@ from lens_megatron.supervision.heartbeat import Heartbeat
 
 MAX_TICK_S = 5.0
 COLLECTIVE_TIMEOUT = timedelta(days=7)
-"""While there is a watchdog, which ends what hangs. It bounds for how long a job may be suspended."""
+"""Time-out of collectives under a watchdog, which ends hangs itself. A job may be suspended for so long at most."""
 FILE_SECONDS = 5.0
-"""How long a report may take to reach the run folder, whose file system may be what hangs."""
+"""Seconds that writing a report to the run folder may take: its file system may hang too."""
 
 
 @contextmanager
 def watch(clock: Clock, store: ControlStore, folder: Path, timeout_minutes: float) -> Iterator[None]:
-    """Within the block, no phase of `clock` may last longer than `timeout_minutes`; 0: any may.
+    """Within the block, ends the run when a phase of `clock` lasts longer than `timeout_minutes`; 0 sets no limit.
 
-    Needs torch.distributed. `store` is this attempt's of the job. Reports go to stderr and to `folder`/watchdog/.
+    Needs torch.distributed. `store` belongs to this attempt of the job. Reports go to stderr and `folder`/watchdog/.
     """
     if not timeout_minutes:
         yield
@@ -62,7 +62,7 @@ def watch(clock: Clock, store: ControlStore, folder: Path, timeout_minutes: floa
 
 
 class Watchdog:
-    """One rank's. `timeout_s` is the deadline of every phase, in seconds."""
+    """The watchdog of one rank. `timeout_s` is the deadline of every phase, in seconds."""
 
     def __init__(self, clock: Clock, store: ControlStore, folder: Path, timeout_s: float):
         self.clock, self.folder, self.timeout_s = clock, folder, timeout_s
@@ -71,11 +71,11 @@ class Watchdog:
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.tick = min(MAX_TICK_S, timeout_s / 10)
         self.grace = 3 * self.tick + 1.0
-        """Seconds that the others have to see the alarm and answer."""
+        """Seconds within which the other ranks must see the alarm and answer."""
         self.store = store.clone(timeout_s=self.grace)
         self._stopping, self._alarmed, self._wake = threading.Event(), threading.Event(), threading.Event()
         self._talking = threading.Lock()
-        """Held by the thread that uses the store."""
+        """The lock that a thread holds while it uses the store."""
         self._deadman = Deadman()
         self._threads = [
             threading.Thread(target=self._guarded, args=(self._keep_deadline,), name="watchdog", daemon=True),
@@ -83,7 +83,7 @@ class Watchdog:
         ]
 
     def start(self) -> None:
-        self._deadman.arm(self.timeout_s + 2 * self.tick + 1.0)  # the thread may never come to its first round
+        self._deadman.arm(self.timeout_s + 2 * self.tick + 1.0)  # the thread may never reach its first round
         self._beat(self.clock.position)
         for thread in self._threads:
             thread.start()
@@ -99,7 +99,7 @@ class Watchdog:
     def _guarded(self, body: Callable[[], None]) -> None:
         try:
             body()
-        except Exception:  # whatever it is, a broken watchdog must not end a healthy run
+        except Exception:  # a broken watchdog must never end a healthy run
             _say(f"watchdog: rank {self.rank} is unwatched from here:\n{traceback.format_exc()}")
             self._stopping.set()
             self._wake.set()
@@ -117,7 +117,7 @@ class Watchdog:
                 self._end(position)
 
     def _listen(self) -> None:
-        """Tells where this rank stands, and hears of alarms."""
+        """Sends this rank's position and receives alarms."""
         while not self._stopping.wait(self.tick):
             with self._talking:
                 if self._beat(self.clock.position):
@@ -126,15 +126,15 @@ class Watchdog:
                     return
 
     def _beat(self, position: PhasePosition) -> bool:
-        """Tells where this rank stands. True when another rank has raised the alarm."""
+        """Sends this rank's position. Returns True when another rank has raised the alarm."""
         try:
             self._tell(position, answered=False)
             return self.store.check(self.alarm)
         except ChannelError:
-            return False  # the store's host is gone: torchrun sees that, and the deadline holds all the same
+            return False  # the store's host is gone: torchrun sees that, and the deadline still holds
 
     def _end(self, position: PhasePosition) -> None:
-        """Does not return, whatever fails on the way."""
+        """Reports and ends the process. Does not return, whatever fails."""
         try:
             self._deadman.arm(5 * self.grace + FILE_SECONDS)
             stacks = f"watchdog: stacks of rank {self.rank}, step {position.step}, {position.phase}:\n{_stacks()}\n"
@@ -146,7 +146,7 @@ class Watchdog:
             os._exit(ExitCode.HANG)
 
     def _ask_the_others(self, position: PhasePosition) -> str:
-        """The report, on the rank that raised the alarm; nothing on the others."""
+        """Returns the report on the rank that raised the alarm, and an empty text on the others."""
         try:
             if not self._talking.acquire(timeout=self.grace):
                 raise ChannelError("the store that they share does not answer")
@@ -165,7 +165,7 @@ class Watchdog:
         return f"watchdog/heartbeat/{rank}"
 
     def _make_report(self) -> str:
-        """Of the rank that raised the alarm: one reader, so the work does not grow with the square of the ranks."""
+        """Makes the report on one rank only, so that the work does not grow with the square of the number of ranks."""
         until = time.monotonic() + self.grace
         while True:
             told = self.store.get([self._key(rank) for rank in range(self.world_size)])
@@ -182,13 +182,13 @@ class Watchdog:
         return head + heartbeat.report(beats, limit=None)
 
     def _await_report(self) -> str:
-        """Waits, so that the first to leave does not make torchrun kill the others before they have spoken."""
+        """Waits, so that the first rank to end does not make torchrun kill the others before they have reported."""
         until = time.monotonic() + 2 * self.grace
         try:
             while not self.store.check(self.report) and time.monotonic() < until:
                 time.sleep(self.tick / 2)
         except ChannelError:
-            pass  # the store's host has ended, so it has spoken
+            pass  # the store's host has ended, so the report is written
         return ""
 
     def _write_files(self, stacks: str, report: str) -> None:
@@ -202,14 +202,14 @@ class Watchdog:
 
 
 def _within(seconds: float, action: Callable[[], None]) -> None:
-    """Waits so long for `action`, which may never return."""
+    """Runs `action`, which may never return, and waits for it for at most `seconds`."""
     thread = threading.Thread(target=action, daemon=True)
     thread.start()
     thread.join(seconds)
 
 
 def _stacks() -> str:
-    """All threads. By faulthandler, which reads no source files: their file system may be what hangs."""
+    """Returns the stacks of all threads. Uses faulthandler, which reads no source files: their file system may hang."""
     with tempfile.TemporaryFile("w+") as file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)
@@ -217,7 +217,7 @@ def _stacks() -> str:
 
 
 def _say(text: str) -> None:
-    """One write, so that the ranks' texts do not mix."""
+    """Writes `text` in one call, so that the ranks' texts do not mix."""
     if sys.__stderr__ is not None:
         sys.__stderr__.write(text)
         sys.__stderr__.flush()
