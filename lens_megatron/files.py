@@ -61,7 +61,7 @@ def _check_regular(mode: int) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes, *, mode: int = 0o666) -> None:
-    """Replaces `path`, which has its old or its new content whenever the process or the machine stops.
+    """Replaces `path`, which has its old or its new content at any time, even if the process or the machine stops.
 
     Args:
         mode: the permissions of a new file, before the umask is applied.

@@ -22,7 +22,7 @@ from lens_megatron.types import Prompt
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Everything that one rank of a run holds from its beginning to its end."""
+    """Holds everything that one rank of a run needs from its beginning to its end."""
 
     config: Config
     mesh: Mesh
@@ -53,7 +53,7 @@ class Run:
 
     @property
     def places(self) -> range:
-        """The places in a step of the prompts of this data-parallel rank; see `types.StepPrompt`."""
+        """The places in a step of this data-parallel rank's prompts; see `types.StepPrompt`."""
         return range(self.mesh.dp_rank, self.config.rollout.prompts_per_step, self.mesh.dp_size)
 
     def abandon(self) -> None:

@@ -74,7 +74,7 @@ class StepPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One sampled and graded completion."""
+    """A sampled and graded completion."""
 
     token_ids: tuple[int, ...]
     """[L] ids of the generated tokens; the end-of-sequence token is one of them if it was generated."""
@@ -126,7 +126,7 @@ class TrainingGroup:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One sequence to train on. `rollout` was sampled from `generation_prompt`, and is trained under `prompt`."""
+    """A sequence to train on. `rollout` was sampled from `generation_prompt`, and is trained under `prompt`."""
 
     prompt: tuple[int, ...]
     """Token ids of the original prompt."""

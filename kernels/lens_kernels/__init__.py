@@ -1,4 +1,4 @@
-"""Log-probabilities, scores and policy losses of language models, without a full log-softmax.
+"""Computes log-probabilities, scores and policy losses of language models without a full log-softmax.
 
 Every signature uses these letters: T rows (tokens; any leading shape), V vocabulary columns on this rank, H hidden
 size, P packed prompts. No module is named after a function, so that `lens_kernels.<module>` stays a module.

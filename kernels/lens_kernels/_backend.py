@@ -1,7 +1,7 @@
 """Chooses the code that runs: the Triton kernels on accelerators, plain PyTorch elsewhere.
 
 LENS_KERNELS_BACKEND=reference or triton forces one; unset or `auto` goes by the tensors' device. Triton kernels run on
-CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1, set before the import), which is slow and checks values.
+CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1, set before the import), which serves to check values only.
 
 Kernels are decorated with `@jit @no_type_check`: Triton compiles their source, which a type checker cannot check.
 """

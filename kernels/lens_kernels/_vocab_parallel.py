@@ -22,7 +22,7 @@ MERGE_ROWS = 128  # rows per program of the merge kernel
 
 
 class VocabShard(NamedTuple):
-    """This rank's columns of the vocabulary. Tensors are 0-d and stay on the device: no host synchronisation."""
+    """This rank's columns of the vocabulary. Tensors are 0-d and stay on the device, so the host need not wait."""
 
     group: dist.ProcessGroup | None
     start: int | Tensor  # global id of local column 0
@@ -58,7 +58,7 @@ class RowTotals(NamedTuple):
 def locate_shard(
     columns: int, token_ids: Tensor, valid_vocab_size: int | None, group: dist.ProcessGroup | None
 ) -> VocabShard:
-    """Learns this rank's offset from all shards' sizes (they may differ): one gather of 8 bytes per rank.
+    """Finds this rank's offset from all shards' sizes (they may differ) with one gather of 8 bytes per rank.
 
     The sizes are not cached: a cache that hits on one rank and misses on another would deadlock.
     """

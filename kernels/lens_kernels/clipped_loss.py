@@ -317,8 +317,7 @@ def policy_loss(
     A row whose old_logprobs is NaN (all rows, if old_logprobs is None) is on-policy: ratio exactly 1, with gradient.
     `kl_limit` bounds k3, in the loss and in the result; where k3 is above it, the KL term has no gradient.
     Temperature, padding, shards, ignored rows and `inplace_backward` are as in token_logprobs.
-    The function saves the logits and five numbers per row for backward; it moves 2 bytes per bf16 element forward and 4
-    backward.
+    The logits and five numbers per row are saved for backward. Forward moves 2 bytes per bf16 element, backward 4.
 
     Raises ValueError for a wrong shape, dtype, device, temperature, clip or limit, and for kl_weights without
     reference_logprobs; RuntimeError for a second use of the logits after inplace_backward.

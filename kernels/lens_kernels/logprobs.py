@@ -153,8 +153,7 @@ def token_logprobs(
     needs no communication because each rank writes its own columns.
     `inplace_backward` writes the gradient over the logits: this avoids a second vocabulary-sized tensor, but the logits
     then allow one backward and no other use (RuntimeError on a second one).
-    The function saves the logits and three numbers per row for backward; it moves 2 bytes per bf16 element forward and 4
-    backward.
+    The logits and three numbers per row are saved for backward. Forward moves 2 bytes per bf16 element, backward 4.
 
     Raises ValueError for a wrong shape, dtype, device, temperature or vocabulary size.
     """

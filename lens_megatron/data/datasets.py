@@ -49,7 +49,7 @@ _SIGNATURES = (
     (codecs.BOM_UTF16_LE, "UTF-16", "save it as UTF-8"),
     (codecs.BOM_UTF16_BE, "UTF-16", "save it as UTF-8"),
 )
-"""The first bytes of other formats, their names, and the remedies. Longer signatures come first."""
+"""The first bytes of other formats, what they are, and the remedies. Longer signatures come first."""
 
 
 class DataError(UserError):

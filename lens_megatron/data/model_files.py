@@ -17,7 +17,7 @@ _OTHER_FORMATS = {
     b"version https://git-lfs": "Git LFS's pointer to the file; run git lfs pull there",
     b"<": "a web page; download the file itself",
 }
-"""The first bytes of other files that stand in for safetensors, their names, and the remedies."""
+"""The first bytes of other formats that are found in place of safetensors, what they are, and the remedies."""
 
 
 class ModelError(UserError):

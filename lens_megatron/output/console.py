@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 PROJECT = "lens_megatron"
 ABOUT_ONE_RANK = ("lens_megatron.rollout.servers", "lens_megatron.rollout.unfinished")
-"""Loggers whose messages every rank shows: they are about its own servers and files, which rank 0 does not know."""
+"""Loggers whose messages every rank shows: they are about the rank's own servers and files, not those of rank 0."""
 HEAD_START_S = 1.0
 """Seconds that other ranks wait before they report an error, so that rank 0 reports an error that all ranks find."""
 PATIENCE = timedelta(seconds=5)
@@ -33,7 +33,7 @@ class ConsoleHandler(logging.Handler):
 
 @contextmanager
 def messages_on_console() -> Iterator[None]:
-    """Within the block the console shows what the project's modules log, from level info on."""
+    """Shows on the console, within the block, what the project's modules log from level info on."""
     project, handler = logging.getLogger(PROJECT), ConsoleHandler()
     project.addHandler(handler)
     project.propagate = False  # a library may have given the root logger a handler of its own

@@ -39,7 +39,7 @@ MISMATCH_WARNING, MISMATCH_ALARM = 0.005, 0.01
 
 @dataclass(slots=True)
 class Tally:
-    """Local sums, counts and maxima by name."""
+    """Collects local sums, counts and maxima by name."""
 
     sums: dict[str, float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)

@@ -54,7 +54,7 @@ def train_on(
 
 
 def training_rows(run: Run, samples: Sequence[Sample]) -> list[TrainingRow]:
-    """Adds the log-probabilities that the samples' loss needs, by the weights before the update. A collective."""
+    """Makes rows with the log-probabilities that the loss needs, by the weights before the update. A collective."""
     version = run.policy.version
     with run.clock("old_log_prob"):
         trainer = trainer_log_probs(run, samples)

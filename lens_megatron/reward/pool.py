@@ -169,7 +169,7 @@ class GraderPool:
         return max(0.0, min(limits, default=float("inf")) - time.monotonic())
 
     def _look_after(self, process: GradingProcess, unwatched: float) -> None:
-        """Takes a process's verdicts; replaces it if it is lost or late. `unwatched` is seconds since the last check."""
+        """Takes a process's verdicts; replaces it if lost or late. `unwatched` is the seconds since the last check."""
         frames, closed = process.receive()
         for frame in frames:
             if "ready" in frame:

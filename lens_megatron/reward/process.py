@@ -20,7 +20,7 @@ GRACE_S = 5.0
 
 @dataclass(slots=True)
 class Task:
-    """One answer, graded for every ticket that asks for the same."""
+    """An answer, which is graded once for all tickets with the same one."""
 
     tickets: list[int]
     frame: bytes
@@ -31,7 +31,7 @@ class Task:
 
 
 class GradingProcess:
-    """One process and the answers it holds, the first of which it is grading."""
+    """A grading process and the answers that it holds, of which it is grading the first."""
 
     def __init__(self, grader: str):
         """Raises OSError when the system starts no more processes."""

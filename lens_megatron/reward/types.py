@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class GradeStatus(StrEnum):
-    """The kinds of results of grading one completion. Every sample has exactly one of them."""
+    """The possible results of grading a completion. Every sample has exactly one of them."""
 
     CORRECT = "correct"
     WRONG = "wrong"

@@ -1,4 +1,4 @@
-"""Tells all ranks what one of them has found out. Only tensors travel; every function is a collective of the world."""
+"""Tells all ranks what one of them has found out. Sends only tensors; every function is a collective of the world."""
 
 import logging
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def told_by_main(tell: Callable[[], str], device: torch.device) -> str:
 
 
 class ToldError(UserError):
-    """Rank 0 cannot go on, and says why."""
+    """Rank 0 cannot go on; the message gives its reason."""
 
 
 def raise_together(failure: Exception | None, otherwise: Exception, device: torch.device) -> None:

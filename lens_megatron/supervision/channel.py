@@ -53,7 +53,7 @@ def address_of(listener: socket.socket) -> Address:
 
 
 def address_towards(host: str, port: int) -> str:
-    """This machine's address on the network where `host` is. Raises OSError."""
+    """Returns this machine's address on the network where `host` is. Raises OSError."""
     family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with closing(socket.socket(family, socket.SOCK_DGRAM)) as probe:
         probe.connect(target)  # sends nothing
@@ -67,7 +67,7 @@ def call(address: Address, secret: bytes, number: int, timeout_s: float) -> sock
         number: tells the listener who calls.
 
     Raises:
-        ChannelError: nobody listens there, or somebody who does not have the secret.
+        ChannelError: no process listens there, or one that does not have the secret.
     """
     try:
         if isinstance(address, str):
@@ -95,7 +95,7 @@ def call(address: Address, secret: bytes, number: int, timeout_s: float) -> sock
 
 
 class Door:
-    """Listens, and lets in only those who prove that they have the secret; others get one challenge and no more.
+    """Listens, and admits only callers who prove that they have the secret; others get one challenge and no more.
 
     Args:
         admit: called with each proven connection and its caller's number, in a thread of its own.

@@ -32,7 +32,7 @@ class RunTime:
 
     @contextmanager
     def ticking(self) -> Iterator[None]:
-        """Within the block a thread reads the clock often enough."""
+        """Starts a thread that reads the clock often enough within the block."""
         stopping = threading.Event()
 
         def tick() -> None:
@@ -73,7 +73,7 @@ class Clock:
     position: PhasePosition = field(default_factory=PhasePosition)
 
     def seconds_since(self, position: PhasePosition) -> float:
-        """Seconds since `position` in which the process ran."""
+        """Returns the seconds since `position` in which the process ran."""
         return self.run_time.now() - position.since
 
     @contextmanager

@@ -19,7 +19,7 @@ SHOWN = 32
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """Says where one rank stood when it last looked.
+    """Says which line and phase a rank was in when it last reported.
 
     Example: Heartbeat(rank=3, step=12, phase="gen", seconds=71.2, changes=140, collectives={"0": 12, "4": 7},
     where="local.py:98 in _decode", waiting=False, answered=True).

@@ -134,7 +134,7 @@ class Watchdog:
             return False  # the store's host is gone: torchrun sees that, and the deadline still holds
 
     def _end(self, position: PhasePosition) -> None:
-        """Reports and ends the process. Does not return, whatever fails."""
+        """Reports and ends the process. Never returns, even if a part of it fails."""
         try:
             self._deadman.arm(5 * self.grace + FILE_SECONDS)
             stacks = f"watchdog: stacks of rank {self.rank}, step {position.step}, {position.phase}:\n{_stacks()}\n"
