@@ -7,7 +7,7 @@ A deadline counts the time in which its rank ran: a job that is suspended as a w
 time-outs of collectives count all time, so they are put off.
 
 Two threads need nothing of the main thread, which may hang in a collective: one checks the deadline, and one talks to
-the store, whose host may hang itself. They have a connection to the store of their own, because a store's client serves
+the store, whose host may hang too. They have a connection to the store of their own, because a store's client serves
 one caller at a time. Where no thread can run, the dead-man timer ends the process; the others then report that it does
 not answer.
 """
