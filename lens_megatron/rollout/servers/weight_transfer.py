@@ -116,8 +116,7 @@ def _places(sizes: Sequence[int]) -> tuple[list[int], int]:
 
 
 def payload(bucket: TransferBucket) -> Any:
-    """Makes, once for all links, what they send of a bucket on this machine: tensors on a GPU, else the packed
-    bytes."""
+    """Makes, once for all links, what they send of a bucket: tensors on a GPU, else the packed bytes."""
     return [tensor.contiguous() for tensor in bucket.tensors] if torch.cuda.is_available() else pack(bucket.tensors)
 
 
