@@ -135,8 +135,7 @@ def parse_yaml(text: str, mistake: str) -> Any:
 
 
 def _too_large(tree: Any) -> str:
-    """Returns why the tree is too large to be used; empty if it is not. By aliases ten lines can hold endless
-    values."""
+    """Returns why the tree is too large to be used; empty if it is not. With aliases ten lines can be endless."""
     level, values = [tree], 0
     for _ in range(LARGEST_DEPTH):
         values += len(level)

@@ -1,8 +1,9 @@
 r"""Checks whether a machine is ready for a run: `python -m lens_megatron.doctor CONFIG [section.option=value ...]`.
 
-It checks versions, devices, links, shared memory, disk, model, tokenizer, template and grading, with remedies.
-`--checkpoint PATH` (a run folder or one iter_* folder) reads every file of its checkpoints instead, without CONFIG. It
-changes nothing. Exit status: 0 ready (perhaps with warnings), 1 a check failed, 2 CONFIG or PATH cannot be used.
+It checks versions, devices, links, shared memory, disk, model, tokenizer, template, and grading of real rows, each with
+a remedy. `--checkpoint PATH` (a run folder or one iter_* folder) reads every file of its checkpoints instead, without
+CONFIG. It changes nothing. Exit status: 0 ready (perhaps with warnings), 1 a check failed, 2 CONFIG or PATH cannot be
+used.
 """
 
 import logging

@@ -50,8 +50,7 @@ class Problem:
 
 
 def stream(split: str, seed: int, noise_shares: dict[int, float]) -> Iterator[Problem]:
-    """Yields endless distinct problems of `split`, "train" or "eval"; `noise_shares`: number of distractors ->
-    weight."""
+    """Yields endless distinct problems of `split` (train or eval); `noise_shares`: number of distractors -> weight."""
     if split not in ("train", "eval"):
         raise ValueError(f"split must be 'train' or 'eval', not {split!r}")
     rng = random.Random(f"{split}-{seed}")

@@ -1,6 +1,6 @@
 """Makes the demo model: a small Qwen3 with a short supervised warm-up, so that it solves some problems and fails many.
 
-Where a problem has a distractor, some of the warm-up's solutions are wrong: they take its number for one of the
+Where a problem has a distracting number, some of the warm-up's solutions are wrong: they take it for one of the
 problem's. The model learns both ways, so that reinforcement learning can choose between them.
 """
 

@@ -25,8 +25,7 @@ class EngineBytes:
 
 
 def engine_bytes(shape: ModelShape, layout: ParallelLayout, work: Workload, cluster: Cluster) -> EngineBytes:
-    """Computes the bytes: vLLM's KV cache has all that its share leaves; the local engine's grows with its
-    sequences."""
+    """Computes bytes: vLLM's KV cache has all that its share leaves; the local engine's grows with its sequences."""
     weights = weight_bytes(shape, layout)
     if layout.engine == "vllm_server":
         return EngineBytes(0, 0, 0)  # servers have GPUs of their own

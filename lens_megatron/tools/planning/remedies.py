@@ -145,8 +145,7 @@ def _smaller_updates(shape: ModelShape, layout: ParallelLayout, work: Workload, 
 def _finer_cuts(
     shape: ModelShape, layout: ParallelLayout, work: Workload, cluster: Cluster
 ) -> Iterator[tuple[str, ParallelLayout]]:
-    """Layouts of at least as many cuts, fewest first; of equally many, the fewest pipeline stages, then context
-    ranks."""
+    """Layouts of at least as many cuts, fewest first; of equal ones, the fewest pipeline stages, then context ranks."""
     sizes = (1, 2, 4, 8, 16)
     triples = [(tp, pp, cp) for tp in sizes for pp in sizes for cp in sizes]
     for tp, pp, cp in sorted(triples, key=lambda t: (t[0] * t[1] * t[2], t[1], t[2])):

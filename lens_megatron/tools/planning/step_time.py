@@ -1,5 +1,4 @@
-"""Estimates seconds per phase of a step, from arithmetic, bytes and stated assumptions; none is measured on a GPU
-yet."""
+"""Estimates seconds per phase of a step from arithmetic, bytes and assumptions; none is measured on a GPU yet."""
 
 from dataclasses import dataclass
 
