@@ -43,8 +43,7 @@ def configuration(spec: dict, budget: int) -> Config:
 
 
 def one_group(samples: list[Sample]) -> TrainingGroup:
-    """Takes all samples as rollouts of one prompt: ends of groups only matter to several optimizer steps; here is
-    one."""
+    """Takes all samples as rollouts of one prompt: with one optimizer step the ends of groups do not matter."""
     tokens, rollouts = samples[0].prompt, tuple(sample.rollout for sample in samples)
     prompt = Prompt(0, tokens, (False,) * len(tokens), answer="", problem="", source="synthetic")
     return TrainingGroup(Group(prompt, rollouts), rollouts, gate=False)
@@ -92,7 +91,7 @@ class Ours:
 class Theirs:
     """Runs a peer's steps outside the mode that makes CUDA calls mean CPU, which would cost it time without need.
 
-    Its construction keeps all modes: transformers loads weights by a mode of its own, and without it some stay
+    It is built with all modes on: transformers loads weights by a mode of its own, and without it some stay
     uninitialised.
     """
 

@@ -1,4 +1,4 @@
-"""Packs samples and their log-probabilities into micro-batches, with every weight and denominator; it is pure."""
+"""Packs samples and their log-probabilities into micro-batches with all weights and denominators, by pure functions."""
 
 import math
 from collections.abc import Iterable, Sequence

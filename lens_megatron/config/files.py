@@ -152,7 +152,7 @@ _MISSING = object()
 
 
 def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Returns dotted names of options whose values differ, sorted. Missing on one side counts as different."""
+    """Returns dotted names of options whose values differ, sorted. One that a side lacks counts as different."""
     names = []
     for key in sorted(set(old) | set(new)):
         a, b, name = old.get(key, _MISSING), new.get(key, _MISSING), f"{prefix}{key}"

@@ -74,8 +74,8 @@ class RolloutConfig(Section):
     """Says what is sampled in a step, by which engine, and when."""
 
     engine: Literal["local", "vllm", "vllm_server"] = "local"
-    """local: transformers, a whole model in every process. vllm: vLLM in the trainer's processes. vllm_server: vLLM in
-    processes of their own, here or on other machines."""
+    """Says what samples. local: transformers, a whole model in every process. vllm: vLLM in the trainer's processes.
+    vllm_server: vLLM in processes of their own, here or on other machines."""
     servers: int | tuple[str, ...] = 1
     """With vllm_server: how many servers to start, each beside the rank that drives it; or the addresses of running
     ones, http://host:port. Server i is driven by rank i modulo the number of ranks."""
@@ -159,13 +159,14 @@ class LensConfig(Section):
     ratio_base: Literal["eligible", "full"] = "eligible"
     """Says what the deletion ratio is a share of: the tokens that may be deleted, or all tokens of the prompt."""
     deletion: Literal["ids", "text"] = "ids"
-    """ids: delete token ids. text: delete their text, and tokenize what remains again."""
+    """Says how tokens are deleted. ids: delete token ids. text: delete their text, and tokenize what remains again."""
     min_score: float = Field(1e-4, ge=0)
     """The noise floor in nats: a prompt whose highest score is below it is not purified."""
     tie_break: Literal["position", "random"] = "position"
     """Says which of several tokens with the same score is deleted: the first one, or a random one."""
     gate: Literal["strict", "always"] = "strict"
-    """strict: the second wave counts only if its success rate is higher than the first's. always: it counts anyway."""
+    """Says when the second wave counts. strict: only with a higher success rate than the first's. always: in any
+    case."""
     cap_rescued: bool = False
     """Add at most as many successes as failures were removed, so that the group keeps its size."""
     min_keep_failures: int = Field(0, ge=0)
@@ -176,17 +177,18 @@ class AlgorithmConfig(Section):
     """Advantages, the loss, and the correction for samples of another policy."""
 
     advantage: Literal["crpo", "grpo"] = "crpo"
-    """crpo: weighted statistics of the group, and weights (LENS, eq. 4-6). grpo: (r - mean) / std, all weights 1."""
+    """Names the method. crpo: weighted statistics of the group, and weights (LENS, eq. 4-6). grpo: (r - mean) / std,
+    all weights 1."""
     weights_scope: Literal["all", "purified_only"] = "all"
     """Says whether every group gets crpo's weights, or only those in which the second wave counts."""
     loss_weight: Literal["raw", "normalised"] = "raw"
-    """raw: w~ multiplies the loss. normalised: group size * w~ / sum of w~ does."""
+    """Says what multiplies the loss. raw: w~ does. normalised: group size * w~ / sum of w~ does."""
     advantage_eps: float = Field(1e-6, gt=0)
     """This number is added to the standard deviation that advantages are divided by."""
     ratio: Literal["token", "sequence_geometric", "sequence"] = "token"
     """The importance ratio: one per token (PPO), the geometric mean of a response (GSPO), or the response's product."""
     ratio_form: Literal["v1", "acl"] = "v1"
-    """v1: w~ multiplies the loss. acl: w~ divides the old probability instead."""
+    """Says what w~ changes. v1: it multiplies the loss. acl: it divides the old probability instead."""
     clip_low: float = Field(0.2, ge=0, lt=1)
     """Ratios are clipped at 1 - clip_low."""
     clip_high: float = Field(0.2, ge=0)
@@ -329,7 +331,7 @@ class ClusterConfig(Section):
     gpus_per_node: int = Field(8, ge=1, le=1024)
     """GPUs of one machine, with one training process each."""
     gpu_memory_gib: float | None = Field(None, gt=0)
-    """What torch reports as the GPU's total memory. When empty: the table's number."""
+    """The GPU's total memory, as torch reports it. When empty: the table's number."""
     host_memory_gib: float = Field(1024, gt=0)
     """Host memory of one node, where the reference policy and, while the engine samples, the trainer's state are."""
     network_gb_s: float = Field(100, gt=0)

@@ -77,7 +77,7 @@ NOT_OFFERED = {
     "probabilities are of the whole, so every ratio would be wrong; use rollout.temperature"
     for name in ("top_p", "top_k", "min_p")
 }
-"""Options that users of other trainers look for, with the reason why there are none."""
+"""Options that users of other trainers look for, with the reason why each is not offered."""
 
 _SHORT = reprlib.Repr()
 """Shortens values: aliases let ten lines of YAML stand for a billion, which no error message must spell out."""

@@ -118,7 +118,7 @@ def restore(policy: Policy, reader: ShardReader, optimizer_steps: int) -> None:
 
 
 def optimizer_steps(policy: Policy) -> int:
-    """Returns adam's step count. Raises ShardError should parameters disagree: one number is stored for all."""
+    """Returns Adam's step count. Raises ShardError should parameters disagree: one number is stored for all."""
     counts = {int(s.tensors["step"]) for s in _optimizer_states(policy) if "step" in s.tensors}
     counts |= {int(g["step"]) for o in optimizers(policy) for g in o.optimizer.param_groups if "step" in g}
     if len(counts) > 1:

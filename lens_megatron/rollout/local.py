@@ -1,5 +1,4 @@
-"""Samples with transformers in this process: the embedded engine, with a KV cache, continuous batching and a seed per
-request.
+"""Samples with transformers in this process, with a KV cache, continuous batching and a seed per request.
 
 A completion is a function of weights, prompt, temperature and seed, up to the rounding of batched matrix products; and
 nothing here reads a clock, so equal calls give equal bits.

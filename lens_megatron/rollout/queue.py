@@ -220,7 +220,7 @@ class SharedQueue:
             self.request_store.finished(len(claimed))
 
     def _hand_back(self) -> None:
-        """Offers, if this engine serves nothing now, the requests that it has claimed to the other engines."""
+        """Offers the requests that it has claimed to the other engines if this engine serves nothing now."""
         if self.engine.capacity():
             return
         for late, length, _, request in self.claimed.heap:

@@ -167,7 +167,7 @@ class RequestStore:
 
 
 def _batch_bytes(batch: RequestBatch) -> bytes:
-    """Writes the prompt that the requests share once, with the first of them."""
+    """Writes the prompt only once, with the first of the requests, since they share it."""
     first, *others = batch.requests
     if any(request.prompt != first.prompt for request in others):
         raise ValueError("the requests of a batch share a prompt")

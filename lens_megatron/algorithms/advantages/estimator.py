@@ -13,7 +13,7 @@ class WeightedAdvantages:
 
     advantages: tuple[float, ...]
     weights: tuple[float, ...]
-    """These multiply the loss of the rollout's tokens."""
+    """Factors of the loss of the rollout's tokens."""
 
 
 Estimator = Callable[[TrainingGroup, AlgorithmConfig], WeightedAdvantages]

@@ -42,7 +42,7 @@ class Member:
     name: str
     session: aiohttp.ClientSession
     process: ServerProcess | None = None
-    """None if somebody else started it."""
+    """The server's process; None if somebody else started it."""
     address: str = "http://localhost"
     """http://host:port of a server that somebody else started."""
     health: ServerHealth = ServerHealth()

@@ -229,7 +229,7 @@ class ServerProcess:
             self.process.wait()
             self.process = None
         if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)  # its parent process may have been killed
+            shutil.rmtree(self.folder, ignore_errors=True)  # the process that removes it may have been killed
             self.folder = None
 
 

@@ -238,7 +238,7 @@ class NcclLink:
         from vllm.distributed.weight_transfer.nccl_common import uid_init_process_group
 
         # NCCL has no timeout: a server that hangs here is found by the deadline of its HTTP request.
-        device = int(os.environ.get("LOCAL_RANK", 0))  # this thread's current stream may be another
+        device = int(os.environ.get("LOCAL_RANK", 0))  # this thread's current device may be another
         self.communicator = uid_init_process_group(self.identifier, 0, self.size, device)
 
     def send(self, payload: list[Tensor]) -> None:

@@ -18,7 +18,7 @@ class Gpu:
 
     memory_gib: float
     bfloat16_tflops: float
-    """Dense tensor-core arithmetic."""
+    """TFLOP/s of dense tensor-core arithmetic."""
     memory_gb_s: float
     link_gb_s: float
     """Gigabytes per second of all NVLink links together, in one direction."""

@@ -15,7 +15,7 @@ class LayerSpec(StrEnum):
     """Says which implementation of a layer Megatron-Core runs; they keep different tensors for the backward pass."""
 
     TRANSFORMER_ENGINE = "transformer_engine"
-    """Where Transformer Engine and a GPU are: flash attention, norms fused into the linear layers."""
+    """Used where Transformer Engine and a GPU are: flash attention, norms fused into the linear layers."""
     LOCAL = "local"
     """A GPU without it, in bfloat16: lens_megatron.policy.layers, flash attention too; CP gathers keys."""
     LOCAL_CPU = "local_cpu"

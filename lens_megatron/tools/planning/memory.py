@@ -224,7 +224,7 @@ def _head_update(shape: ModelShape, layout: ParallelLayout, rows: int, responses
 
 
 def _gathered(shape: ModelShape, layout: ParallelLayout, rows: int) -> int:
-    """Under sequence parallelism the head gathers the hidden states of the whole group."""
+    """Bytes of the whole group's hidden states, which the head gathers under sequence parallelism."""
     return rows * shape.hidden_size * layout.element_bytes if layout.sequence_parallel else 0
 
 

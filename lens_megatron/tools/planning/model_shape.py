@@ -1,6 +1,7 @@
 """Computes what follows from a dense transformer's dimensions: parameters, KV cache, FLOPs.
 
-All is pure. Fields are named as in Hugging Face's config.json, so that a shape can stand where a config is read.
+Its functions are pure. Fields are named as in Hugging Face's config.json, so that a shape can stand where a config is
+read.
 """
 
 import difflib

@@ -32,7 +32,7 @@ class Assumptions:
     rescued_share: float = 0.1
     """LENS: share of rollouts whose old log-probabilities must be computed."""
     local_layer_s: float = 1e-3
-    """The local engine launches a layer's operators one by one from Python."""
+    """Seconds of a layer in the local engine, which launches its operators one by one from Python."""
 
 
 @dataclass(frozen=True, slots=True)
