@@ -1,1 +1,1 @@
-"""Measurements: the operators of lens_kernels beside their peers, score precision, and the demo over seeds."""
+"""Measures the operators of lens_kernels beside their peers, score precision, the demo over seeds, and the trainer."""

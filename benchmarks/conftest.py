@@ -15,7 +15,7 @@ from benchmarks.operators.shapes import LOGITS
 from benchmarks.operators.tables import table
 from benchmarks.operators.timing import CLOCKS
 
-DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}  # what training uses there
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}  # training uses these there
 DEFAULT_SHAPES = {"cpu": "cpu", "cuda": "standard"}
 
 
@@ -54,7 +54,7 @@ class Campaign:
         try:
             return run_case(case, self.rounds, self.clock)
         except Exception as error:
-            # Ours is wrong or cannot run: its peers are not timed either, later cases are.
+            # Ours is wrong or cannot run: its peers are not timed either, but later cases are.
             return _not_measured(case, "failed", f"lens_kernels: {type(error).__name__}: {error}")
 
     def _save(self) -> None:
@@ -68,7 +68,7 @@ def _not_measured(case: Case, status: str, reason: str) -> dict:
 
 
 def pytest_generate_tests(metafunc):
-    """Shape by shape, so that a run cut short has every operator at the first shapes."""
+    """Orders cases shape by shape, so that a run cut short has every operator at the first shapes."""
     if "case" not in metafunc.fixturenames:
         return
     device = torch.device(metafunc.config.getoption("device"))

@@ -1,10 +1,10 @@
-"""Rollouts from rank to rank: seconds to encode, gather and decode them, by the codec and by JSON, beside the roofs.
+"""Sends rollouts from rank to rank: seconds to encode, gather and decode them, by codec and by JSON, beside the roofs.
 
     python -m benchmarks.exchange --rollouts 256 --tokens 4096 --rounds 9      # two processes over gloo, here
 
 Every rank has half of the rollouts, as after sampling, and wants those of both. JSON is what ranks exchanged before:
-lines of text, as a tensor whose bytes were taken out by `bytes(tensor.tolist())`. Codec and JSON take turns. A round
-counts as long as the slower rank took. Two roofs: the same bytes copied in memory, which nothing can undercut, and
+lines of text, as a tensor whose bytes were taken out by `bytes(tensor.tolist())`. Codec and JSON take turns. The time
+of a round is that of the slower rank. Two roofs: the same bytes copied in memory, which nothing can undercut, and
 `struct.unpack` of as many numbers, which is what it costs to make Python's numbers and tuples at all.
 """
 
@@ -69,7 +69,7 @@ def decode_json(tensor: Tensor) -> list[Group]:
 
 
 def gather(data: bytes, group: ProcessGroup) -> list[Tensor]:
-    """The bytes of every rank, all of one length."""
+    """Returns the bytes of every rank, which all have one length."""
     own = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     everything = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(group))]
     torch.distributed.all_gather(everything, own, group=group)
@@ -84,7 +84,7 @@ def timed(work: Callable[[], object]) -> tuple[float, object]:
 
 
 def exchange_json(groups: list[Group], group: ProcessGroup) -> Parts:
-    """The way before: every rank decoded its own rollouts too."""
+    """The former way: every rank decoded its own rollouts too."""
     encode, data = timed(lambda: encode_json(groups))
     longest = torch.tensor([len(data)])
     torch.distributed.all_reduce(longest, torch.distributed.ReduceOp.MAX)
@@ -96,7 +96,7 @@ def exchange_json(groups: list[Group], group: ProcessGroup) -> Parts:
 def exchange_codec(groups: list[Group], group: ProcessGroup) -> Parts:
     whole, found = timed(lambda: between_ranks.all_gather(Group, groups, group))
     assert [len(part) for part in found] == [len(groups)] * 2
-    del found  # freeing it is no part of the next measurement
+    del found  # freeing it is not part of the next measurement
     encode, data = timed(lambda: codec.encode(Group, groups))
     gathering, _ = timed(lambda: gather(data, group))
     decode, found = timed(lambda: codec.decode(Group, data))
@@ -110,7 +110,7 @@ def copy_seconds(size: int) -> float:
 
 
 def unpack_seconds(rollouts: int, tokens: int) -> float:
-    """As many integers and floats as this rank gets from the other one, in tuples of `tokens`."""
+    """Times as many integers and floats as this rank gets from the other one, in tuples of `tokens`."""
     data = [np.arange(tokens).tobytes(), np.random.default_rng(0).random(tokens).tobytes()]
     seconds, _ = timed(
         lambda: [
@@ -123,7 +123,7 @@ def unpack_seconds(rollouts: int, tokens: int) -> float:
 
 
 def worker(rollouts: int, tokens: int, rounds: int, out: str) -> None:
-    """One rank: the seconds of every round."""
+    """Runs one rank and writes the seconds of every round."""
     torch.distributed.init_process_group("gloo")
     rank, world = torch.distributed.get_rank(), torch.distributed.group.WORLD
     groups = make_groups(rollouts // 2, tokens, rank)
@@ -158,7 +158,7 @@ def measure(rollouts: int, tokens: int, rounds: int) -> dict:
 
 
 def summarise(ranks: list[dict]) -> dict:
-    """Of the slower rank of each round; roofs over the codec's seconds of the same round."""
+    """Summarises the slower rank of each round; roofs are divided by the codec's seconds of the same round."""
     rounds = range(len(ranks[0]["copy"]))
     sides = {
         side: {part: [max(r[side][i][part] for r in ranks) for i in rounds] for part in Parts.__dataclass_fields__}

@@ -112,7 +112,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _meet(self, storage: torch.UntypedStorage) -> None:
-        """It was there before; but when it is gone, another may be born at its address."""
+        """Notes a storage that was there before; when it is gone, another may be made at its address."""
         if storage._cdata not in self.seen:
             self.seen.add(storage._cdata)
             weakref.finalize(storage, self.seen.discard, storage._cdata)
@@ -190,7 +190,7 @@ def config_tree(case: Case, folder: Path) -> dict:
 
 
 def measure(case: Case, folder: Path) -> dict:
-    """Bytes on this rank. Runs under torchrun, or alone for one rank."""
+    """Measures bytes on this rank. Runs under torchrun, or alone for one rank."""
     from megatron.core import parallel_state
 
     from lens_megatron.algorithms.objectives import OBJECTIVES
@@ -325,7 +325,7 @@ def run_case(case: Case) -> dict:
 
 
 def worst_rank(rows: list[dict]) -> dict:
-    """The rank that needs most in the update, and the error there in percent of what was measured."""
+    """Returns the rank that needs most in the update, and the error there in percent of what was measured."""
     row = max(rows, key=lambda r: sum(r["measured"][k] for k in ("weights", "gradients", "optimizer", "update_peak")))
     errors = {
         key: round(100 * (row["predicted"][key] / value - 1), 2) if value else None

@@ -2,10 +2,9 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.rollout_schedule --out benchmarks/results/rollout_schedule_cpu_202611.json
 
-What is measured are the real scheduler and the local engine with random weights. The runs of a seed have the same
-model, prompts and verdicts, as far as they sample the same. The cost of the engine's steps is fitted on the first seeds
-and tried on the others. What is simulated is the setting of LENS (arXiv 2601.21244), with the assumptions of
-benchmarks/sampling/work.py.
+It measures the real scheduler and the local engine with random weights. The runs of a seed have the same model, prompts
+and verdicts, as far as they sample the same. The cost of the engine's steps is fitted on the first seeds and tried on
+the others. It simulates the setting of LENS (arXiv 2601.21244), with the assumptions of benchmarks/sampling/work.py.
 """
 
 import argparse
@@ -45,14 +44,14 @@ def spread(values: list[float]) -> dict:
 
 
 def measure(size: measured.Size, seeds: int, calibration: int) -> dict:
-    """Seconds of every schedule, and those that the fit and the simulator give for the same lengths."""
+    """Measures seconds of every schedule, and those that the fit and the simulator give for the same lengths."""
     with tempfile.TemporaryDirectory() as name:
         return measure_on(measured.make_engine(size, Path(name)), size, seeds, calibration)
 
 
 def measure_on(engine: RolloutEngine, size: measured.Size, seeds: int, calibration: int) -> dict:
-    """The same on an engine that writes its steps down in `log`, as `measured.Timed` does."""
-    measured.run(engine, size, 10_000, "sequential")  # the first run pays for everyone's warm-up
+    """Measures the same on an engine that writes its steps down in `log`, as `measured.Timed` does."""
+    measured.run(engine, size, 10_000, "sequential")  # the first run includes the warm-up of all
     runs = []
     for seed in tqdm(range(seeds), desc=size.name):
         runs.append({policy: measured.run(engine, size, seed, policy) for policy in measured.POLICIES})
@@ -82,7 +81,7 @@ def drawn_tokens(result: dict) -> list[list[tuple[int, ...]]]:
 
 
 def summary(rows: list[dict], calibration: int) -> dict:
-    """Ratios to GRPO of the same seed; the simulator's errors, on seeds that the cost was not fitted on."""
+    """Returns ratios to GRPO of the same seed, and the simulator's errors on seeds that the cost was not fitted on."""
     ratios = {
         key: {p: spread([r[p][key] / r["grpo"][key] for r in rows]) for p in list(measured.POLICIES)[1:]}
         for key in ("steps", "work_s", "cpu_s", "wall_s", "tokens")

@@ -1,4 +1,4 @@
-"""Does the precision of logits and log-probabilities change which prompt tokens are deleted?
+"""Measures whether the precision of logits and log-probabilities changes which prompt tokens are deleted.
 
     python -m benchmarks.score_precision
 
@@ -23,11 +23,11 @@ from torch import Tensor
 from benchmarks.operators import results
 
 TOKENS, PROMPT, VOCAB, HIDDEN = 1024, 128, 32000, 512
-OPERANDS = torch.bfloat16  # of hidden states and LM head: what the policy computes in
+OPERANDS = torch.bfloat16  # the type of hidden states and LM head, in which the policy computes
 TARGET_LOGITS = (4.0, 26.0)
 RATIO = 0.05
 DISTANCES = (0.0, 0.005, 0.015, 0.05, 0.15)
-"""Standard deviation of the change of a logit, in nats; 0: step 0, where nothing must be deleted."""
+"""Standard deviation of the change of a logit, in nats; 0 stands for step 0, where nothing must be deleted."""
 
 Logprobs = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -41,7 +41,7 @@ class Models:
 
 
 def make_models(distance: float, seed: int, vocab: int = VOCAB, tokens: int = TOKENS) -> Models:
-    """Tokens whose own logit is spread over TARGET_LOGITS, among logits of standard deviation 3."""
+    """Makes tokens whose own logit is spread over TARGET_LOGITS, among logits of standard deviation 3."""
     draw = torch.Generator().manual_seed(seed)
     reference = torch.randn(vocab, HIDDEN, generator=draw) * (3 / HIDDEN**0.5)
     token_ids = torch.randint(vocab, (tokens,), generator=draw)
@@ -63,7 +63,7 @@ def exact(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
 
 
 def rounded_logits(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
-    """Logits of a head that computes in float32 and returns bfloat16."""
+    """Returns logits of a head that computes in float32 and returns bfloat16."""
     return token_logprobs((hidden.float() @ weight.float().T).bfloat16(), token_ids)
 
 
@@ -89,7 +89,7 @@ def scores(models: Models, logprobs: Logprobs) -> Tensor:
 
 
 def deleted(score: Tensor) -> Tensor:
-    """[T] bool, by the same selection for every precision; ties go by position."""
+    """Returns [T] bool, by the same selection for every precision; ties go by position."""
     cu_seqlens = torch.arange(0, len(score) + 1, PROMPT, dtype=torch.int32)
     return ~select_interference_tokens(score, cu_seqlens, ratio=RATIO)[0]
 

@@ -1,4 +1,4 @@
-"""`pytest benchmarks --benchmark-only`: every operator of lens_kernels beside its peers; -k chooses among them.
+"""Measures with `pytest benchmarks --benchmark-only` every operator of lens_kernels beside its peers; -k chooses some.
 
 The peers of a case are measured together, in turn, when the first is asked for; the others only report. So the clock
 that pytest-benchmark reads is one that replays those seconds.
@@ -11,7 +11,7 @@ from benchmarks.operators.peers import OURS
 from benchmarks.operators.timing import replay, replayed_time
 
 
-@pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")  # by a peer that is skipped
+@pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")  # a peer that is skipped does not use it
 @pytest.mark.benchmark(timer=replayed_time)
 def test_operator(case, peer, campaign, benchmark):
     row = campaign.row(case, peer)

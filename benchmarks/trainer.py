@@ -79,8 +79,8 @@ def spread(values: Iterable[float], digits: int = 4) -> dict[str, float]:
 def summarise(measured: Sequence[dict]) -> dict:
     """Summarises one case over all ranks: the seconds of each round are those of the slowest rank.
 
-    Utilisation is of the best roof of all rounds on the wall clock, of the round's own in CPU seconds: other programs
-    take wall time from a roof's milliseconds in one round and not in another.
+    Utilisation refers to the best roof of all rounds on the wall clock, and to the round's own in CPU seconds: other
+    programs take wall time from a roof's milliseconds in one round and not in another.
     """
     main = measured[0]
     ranks, forward = len(measured), main["forward_flops"]
@@ -168,7 +168,8 @@ def on_cpu(models: Path, rounds: int) -> dict:
 
 
 def on_gpu(models: Path, shape: str, rounds: int) -> dict:
-    """Ours, then the peer, each in a process of its own: both at once would not fit. Losses are compared afterwards."""
+    """Measures ours, then the peer, each in its own process: both at once would not fit. Losses are compared
+    afterwards."""
     from benchmarks.training.worker import TOLERANCE
 
     base = {"model": str(load.save_models(models, shape, torch.bfloat16)), "shape": shape, "dtype": "bfloat16"}

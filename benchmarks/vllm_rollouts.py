@@ -42,7 +42,7 @@ PROMPTS, SAMPLES, TOKENS, PROMPT_TOKENS = 32, 8, 64, 32
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """Tokens per second of each round, and of the sync before it."""
+    """Holds tokens per second of each round, and of the sync before it."""
 
     tokens_per_second: list[float]
     sync_seconds: list[float]
@@ -103,7 +103,7 @@ def finish(engine: RolloutEngine, asked: Sequence[Request]) -> list[Completion]:
 
 
 def throughput(engines: dict[str, tuple[RolloutEngine, float]], model: PreTrainedModel, rounds: int) -> dict:
-    """Engines take turns, so that whatever else the machine does meets them alike."""
+    """Measures engines in turn, so that other work of the machine affects them alike."""
     found = {name: Timed([], [], build) for name, (_, build) in engines.items()}
     for number in tqdm(range(rounds + 1), desc="tokens per second"):
         for name, (engine, _) in engines.items():
@@ -113,7 +113,7 @@ def throughput(engines: dict[str, tuple[RolloutEngine, float]], model: PreTraine
             synced = time.perf_counter()
             done = finish(engine, requests(model.config.vocab_size, number))
             seconds = time.perf_counter() - synced
-            if number:  # the first round pays for everyone's warm-up
+            if number:  # the first round includes the warm-up of all
                 found[name].tokens_per_second.append(sum(len(c.token_ids) for c in done) / seconds)
                 found[name].sync_seconds.append(synced - start)
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

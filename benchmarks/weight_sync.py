@@ -39,7 +39,7 @@ SHAPE = {
     "tie_word_embeddings": True,
 }
 BUCKETS = (16, 256)
-"""MiB."""
+"""Sizes of buckets in MiB."""
 
 
 def save_model(folder: Path) -> Path:
@@ -111,7 +111,7 @@ def load(stream: Iterator[tuple[str, Tensor]], engine: dict[str, Tensor]) -> Non
 
 
 def measure(model: Path, ranks: int, options: dict, rounds: int) -> dict:
-    """Seconds of the slowest rank in each round."""
+    """Returns the seconds of the slowest rank in each round."""
     with tempfile.TemporaryDirectory() as folder:
         program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])

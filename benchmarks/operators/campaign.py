@@ -1,4 +1,4 @@
-"""Measures one operator at one shape: every peer checked, then all of them and the roof in turn."""
+"""Measures one operator at one shape: checks every peer, then times all of them and the roof in turn."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from benchmarks.operators.timing import Runner, measure, peak_extra_bytes, relea
 from benchmarks.operators.verify import Answer, answer, bound, check_ours, difference
 
 MEASURED = "measured"
-ROUNDS = (7, 30)  # at least, at most
-ROUNDS_SECONDS = {"cuda": 5.0, "cpu": 15.0}  # how long the rounds of one case should take together
+ROUNDS = (7, 30)  # at least and at most
+ROUNDS_SECONDS = {"cuda": 5.0, "cpu": 15.0}  # seconds that the rounds of one case should take together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +33,7 @@ class Case:
 
 
 def blank(peer: Peer, status: str, reason: str) -> dict:
-    """The row of a peer that was not timed: skipped, wrong or failed, and why."""
+    """Makes the row of a peer that was not timed: skipped, wrong or failed, and why."""
     return {"peer": peer.name, "version": peer.version(), "note": peer.note, "status": status, "reason": reason}
 
 
@@ -79,7 +79,7 @@ def _runner(operator: Operator, peer: Peer, pristine: Inputs, working: Inputs) -
 
 
 def _check(case: Case, peer: Peer, runner: Runner, inputs: Inputs, ours: Answer | None) -> tuple[dict, Answer | None]:
-    """(the peer's row so far, its answer): runs it three times, for its answer, its memory and its rough time."""
+    """(The peer's row so far, its answer): runs it three times, for its answer, its memory and its rough time."""
     obstacle = peer.obstacle(case.device)
     if obstacle:
         return blank(peer, "skipped", obstacle), None

@@ -1,4 +1,4 @@
-"""The operators that are measured: their peers, their truth in float64, and the least work they could take."""
+"""Lists the operators that are measured: their peers, their truth in float64, and the least work they could take."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Operator:
     """The least number of times the logits cross the memory bus, or of GEMMs over them."""
     backward: bool = False
     pair: bool = False
-    """Takes the logits of two models."""
+    """True if it takes the logits of two models."""
     linear: bool = False
-    """Starts from hidden states."""
+    """True if it starts from hidden states."""
 
     def shapes(self, which: str) -> list[Shape]:
         return (shapes.LINEAR if self.linear else shapes.LOGITS)[which]
@@ -42,7 +42,7 @@ class Operator:
         return self.passes * elements * (2 * shape.hidden if self.linear else dtype.itemsize)
 
     def call(self, peer: Peer, inputs: Inputs) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """(value, gradients of the inputs' leaves): what is timed."""
+        """Returns (value, gradients of the inputs' leaves); this call is timed."""
         return evaluate(peer.forward, inputs, self.backward)
 
 

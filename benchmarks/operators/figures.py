@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 from benchmarks.operators.campaign import MEASURED
 from benchmarks.operators.peers import OURS
 
-COLOURS = {True: "tab:blue", False: "tab:grey"}  # ours or not
+COLOURS = {True: "tab:blue", False: "tab:grey"}  # ours or a peer
 
 
 def draw(results: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The tensors that all peers of an operator get: the same values, in the layout of RL trainers (batch of sequences)."""
+"""Makes the tensors that all peers of an operator get: equal values in RL trainers' layout (batch of sequences)."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def _near(logits_of: Callable[[slice], Tensor], ids: Tensor, vocab: int, normal:
 
 
 def with_working_copy(inputs: LogitsInputs) -> LogitsInputs:
-    """The same inputs on a second copy of the logits, for peers that overwrite them."""
+    """Returns the same inputs on a second copy of the logits, for peers that overwrite them."""
     copy = inputs.logits.detach().clone()
     return replace(inputs, logits=copy.requires_grad_(inputs.logits.requires_grad))
 

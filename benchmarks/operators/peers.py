@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks.operators.inputs import KL_WEIGHT, Inputs
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Triton's kernels then run on CPU tensors: a way to check calls of peers without a GPU, never to time them."""
+"""True if Triton's kernels run on CPU tensors: a way to check calls of peers without a GPU, never to time them."""
 
 torch._dynamo.config.recompile_limit = 64  # one graph per shape: none may fall back to a dynamic or an eager one
 
@@ -40,16 +40,16 @@ class Peer:
     distribution: str = "torch"
     """The distribution whose version the results name."""
     inplace: bool = False
-    """Overwrites the logits: it gets fresh ones before every call, outside the timed region."""
+    """True if it overwrites the logits: it then gets fresh ones before every call, outside the timed region."""
     needs_cuda: str = ""
-    """Why it does not run on a CPU; empty where it does."""
+    """The reason why it does not run on a CPU; empty where it does."""
     note: str = ""
     """Says in what its work differs from that of the others."""
     missing: str = ""
-    """Why it cannot run at all; empty where it can."""
+    """The reason why it cannot run at all; empty where it can."""
 
     def obstacle(self, device: torch.device) -> str:
-        """Why it cannot run here, or an empty string."""
+        """Returns why it cannot run here, or an empty string."""
         if self.missing:
             return self.missing
         if importlib.util.find_spec(self.module.split(".")[0]) is None:
@@ -87,7 +87,7 @@ def import_alone(name: str) -> ModuleType:
 
 
 def ours(function: str, call: Callable[[Callable, Inputs], Tensor], inplace: bool = False) -> Peer:
-    """The public function; `call` hands it the inputs."""
+    """Makes the peer of the public function; `call` hands it the inputs."""
     public = getattr(lens_kernels, function)
     return Peer(
         name=OURS,
@@ -105,7 +105,7 @@ def compiled(function: Callable) -> Callable:
 
 
 def loss_of_logprobs(logprobs: Tensor, reference_logprobs: Tensor, advantages: Tensor) -> Tensor:
-    """The on-policy GRPO loss with k3, mean over tokens: [B, S] logprobs and references, [B] advantages.
+    """Computes the on-policy GRPO loss with k3, mean over tokens: [B, S] logprobs and references, [B] advantages.
 
     On-policy (ratio 1, with its gradient) is LENS's own case and the only one that all peers can do. The work is that
     of the general case: a few operations per row.

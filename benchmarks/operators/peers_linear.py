@@ -1,4 +1,4 @@
-"""The operators that start from hidden states, and their peers. All N = B * S rows take part."""
+"""Defines the operators that start from hidden states, and their peers. All N = B * S rows take part."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCALAR_ONLY = "unsupported: only the mean cross entropy, no weight per token"
 
 
 def logprobs_of(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-    """[B, S, H], [V, H], [B, S] -> [B, S] float32: what trainers write in plain PyTorch."""
+    """[B, S, H], [V, H], [B, S] -> [B, S] float32: as trainers write it in plain PyTorch."""
     return torch.log_softmax((hidden @ weight.T).float(), -1).gather(-1, ids[..., None])[..., 0]
 
 

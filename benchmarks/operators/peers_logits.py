@@ -1,4 +1,4 @@
-"""The operators that start from logits, and their peers. B sequences of S rows; a sequence's last row has no target."""
+"""Defines operators that start from logits, and their peers. A sequence's last of S rows has no target."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FLA_GRPO, FLA_CE = "fla.modules.grpo", "fla.modules.fused_cross_entropy"
 
 
 def logprobs_of(logits: Tensor, targets: Tensor) -> Tensor:
-    """[B, S, V], [B, S - 1] -> [B, S - 1] float32: what trainers write in plain PyTorch."""
+    """[B, S, V], [B, S - 1] -> [B, S - 1] float32: as trainers write it in plain PyTorch."""
     return torch.log_softmax(logits[:, :-1].float(), -1).gather(-1, targets[..., None])[..., 0]
 
 

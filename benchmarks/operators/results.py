@@ -1,4 +1,4 @@
-"""Writes the results file: what ran where, then one entry per case.
+"""Writes the results file: a description of the run, then one entry per case.
 
 It is rewritten after each case, so that a run that is stopped keeps what it measured.
 """
@@ -72,7 +72,7 @@ def describe(device: torch.device) -> dict:
 
 
 def processor() -> str:
-    """The CPU's name."""
+    """Returns the CPU's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -85,7 +85,7 @@ def _git(*arguments: str) -> str | None:
     try:
         done = subprocess.run(["git", *arguments], cwd=FOLDER, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return None  # a copy of the files without their history
+        return None  # this is a copy of the files without their history
     return done.stdout.strip()
 
 

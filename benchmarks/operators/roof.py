@@ -21,7 +21,7 @@ class Roof:
 
 
 def bandwidth(device: torch.device) -> dict[str, Roof]:
-    """`copy` counts bytes read and written; `read` only sums, so it writes nothing."""
+    """Measures the memory: `copy` counts bytes read and written; `read` only sums, so it writes nothing."""
     size = COPY_BYTES[device.type]
     source = torch.ones(size // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)

@@ -1,6 +1,6 @@
 """Names the shapes that are measured, in sets from the shortest to the longest run.
 
-V is that of one rank: under tensor parallelism of 8 an eighth, without the collectives.
+V is that of one rank: with tensor parallelism of 8 it is an eighth, and the collectives are left out.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Results as text: what pytest-benchmark's own table leaves out."""
+"""Prints the results that pytest-benchmark's own table leaves out, as text."""
 
 from __future__ import annotations
 

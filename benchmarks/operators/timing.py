@@ -1,8 +1,8 @@
-"""Times and memory of callables that share a process: round-robin, so that drift of the machine hits all alike.
+"""Measures time and memory of callables in one process, in turn, so that drift of the machine affects all alike.
 
-CUDA: events around the call, seconds on the device. The host's launches count where they leave the device idle.
-CPU: time.perf_counter, or on a machine that others use time.process_time, which does not count the time they take.
-Before every call a buffer larger than the caches is overwritten.
+On CUDA, events around the call give seconds on the device. The host's launches count where they leave the device idle.
+On a CPU it reads time.perf_counter, or on a machine that others use time.process_time, which does not count the time
+they take. Before every call a buffer larger than the caches is overwritten.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class Runner:
     run: Callable[[], object]
     """The call that is timed. Its result is dropped outside the timed region."""
     prepare: Callable[[], None] = lambda: None
-    """Runs before every call, untimed: fresh logits for a peer that overwrites them."""
+    """Runs before every call, untimed: it makes fresh logits for a peer that overwrites them."""
 
 
 def measure(runners: dict[str, Runner], rounds: int, device: torch.device, clock: str) -> dict[str, list[float]]:
-    """Seconds of every round, by runner; each round calls every runner once. `clock` only matters on a CPU."""
+    """Returns seconds of every round by runner; each round calls every runner once. `clock` only matters on a CPU."""
     flush = torch.empty(CACHE_BYTES[device.type], dtype=torch.int8, device=device)
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     for _ in range(rounds):
@@ -58,7 +58,7 @@ def _seconds(run: Callable[[], object], device: torch.device, clock: Callable[[]
 
 
 def peak_extra_bytes(runner: Runner, device: torch.device) -> int:
-    """The most that one call holds beyond what was there before it, results included.
+    """Returns the most that one call holds beyond what was there before it, results included.
 
     CUDA: the caching allocator's peak; workspaces that a library allocates itself are not in it. CPU: the running sum
     of PyTorch's own allocations as torch.profiler records them, exact to the byte; scratch memory inside MKL is not in.

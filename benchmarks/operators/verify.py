@@ -1,9 +1,9 @@
-"""No wrong answer is timed: ours must agree with float64, and every peer with ours on the very tensors that are timed.
+"""Lets no wrong answer be timed: ours must agree with float64, and peers with ours on the tensors that are timed.
 
-Compared are the value (whole) and the gradients (rows spread over each, the last included: an overflowing index shows
-there). Bounds follow from the dtype. Peers that round logits to bfloat16 are off by up to half a unit in the last place
-of a logit, 0.06 at 16, and by 3 % of a probability; that is their known behaviour, which the results state as
-`difference`, and not an error.
+It compares the whole value and rows spread over each gradient, the last included: an overflowing index shows there.
+Bounds follow from the dtype. Peers that round logits to bfloat16 are off by up to half a unit in the last place of a
+logit, 0.06 at 16, and by 3 % of a probability; that is their known behaviour, which the results state as `difference`,
+and not an error.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SAMPLED_ROWS = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """How far a peer is from ours, or ours from float64."""
+    """The distance of a peer from ours, or of ours from float64."""
 
     value: float
     """The largest difference, divided by the larger of 1 and the largest value."""
@@ -31,7 +31,7 @@ class Difference:
     """The norm of the difference divided by the norm, for the worst of the gradients; 0 without a backward pass."""
 
     def exceeds(self, bound: Difference) -> bool:
-        # Written so that NaN exceeds.
+        # This form makes NaN exceed.
         return not (self.value <= bound.value and self.gradient <= bound.gradient)
 
     def __str__(self) -> str:
@@ -80,7 +80,7 @@ def difference(got: Answer, want: Answer) -> Difference:
 
 
 def check_ours(operator: Operator, dtype: torch.dtype, device: torch.device) -> Difference:
-    """Ours from float64, on a small irregular shape; AssertionError where it is off."""
+    """Compares ours with float64 on a small irregular shape. Raises AssertionError where it is off."""
     inputs = operator.inputs(CHECKED["linear" if operator.linear else "logits"], dtype, device)
     want = _sampled(*evaluate(operator.truth, inputs, operator.backward))
     off = difference(answer(operator, operator.peers[0], _copy(inputs)), want)

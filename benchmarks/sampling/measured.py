@@ -1,4 +1,4 @@
-"""Both schedules and GRPO on the local engine, with the cost of its steps fitted to what they took."""
+"""Measures the schedules and GRPO on the local engine, and fits the cost of its steps to what they took."""
 
 import hashlib
 import time
@@ -51,7 +51,7 @@ class Timed(LocalEngine):
 
 
 class Coins:
-    """Pays a completion by its hash, with the prompt's rate, which stands as its answer; a cut one never."""
+    """Rewards a completion by its hash, at the rate that the prompt has as its answer; a cut one never."""
 
     def __init__(self):
         self.grades: list[Grade] = []
@@ -77,7 +77,7 @@ class Nothing:
 
 
 def make_engine(size: Size, folder: Path) -> Timed:
-    """Random weights; lengths are geometric with mean V / ENDS, cut at LIMIT."""
+    """Makes an engine with random weights; lengths are geometric with mean V / ENDS, cut at LIMIT."""
     tokenizer = train_tokenizer(p.problem for p, _ in zip(stream("train", 0, {0: 1}), range(200), strict=False))
     config = Qwen3Config(
         vocab_size=512, hidden_size=size.hidden, intermediate_size=4 * size.hidden, num_hidden_layers=size.layers,
@@ -140,7 +140,7 @@ def work_seconds(log: list[list[float]], cost: Cost) -> float:
 
 
 def predict(groups: list[Group], cost: Cost, policy: str) -> float:
-    """Simulated seconds for the lengths and verdicts that were sampled."""
+    """Simulates the seconds for the lengths and verdicts that were sampled."""
     waves = [
         [tuple((len(r.token_ids), r.correct) for r in w) for w in (g.native, g.rescue or g.native)] for g in groups
     ]

@@ -1,4 +1,4 @@
-"""Simulates continuous batching by discrete events: engines, a queue, graders, two waves.
+"""Simulates continuous batching by discrete events: engines, a queue, graders and two waves.
 
 It is pure: it uses neither a clock nor random numbers.
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Policy = Literal["grpo", "sequential", "streamed", "early", "speculative", "fill"]
-"""When the second wave of a group begins.
+"""Says when the second wave of a group begins.
 
 grpo: there is none. sequential: after all first waves. streamed: when the group's first wave is graded. early: when the
 rollouts still missing cannot lift the group to tau. speculative: when `guess` rollouts have failed; it is taken back if
@@ -36,12 +36,12 @@ class Cost:
     """The KV cache is a rectangle: n x the longest sequence, as in the local engine."""
 
     def seconds(self, steps: int, sequences: int, kv_tokens: int) -> float:
-        """Seconds of `steps` steps, of which the first sees `kv_tokens` and each later one `sequences` more."""
+        """The seconds of `steps` steps, of which the first sees `kv_tokens` and each later one `sequences` more."""
         constant = self.fixed + max(self.weights, self.per_sequence * sequences)
         return steps * constant + self.per_kv_token * (steps * kv_tokens + sequences * steps * (steps - 1) / 2)
 
     def steps_within(self, seconds: float, sequences: int, kv_tokens: int) -> int:
-        """The fewest steps that take at least `seconds`."""
+        """Returns the fewest steps that take at least `seconds`."""
         constant = self.fixed + max(self.weights, self.per_sequence * sequences)
         a = self.per_kv_token * sequences / 2
         b = constant + self.per_kv_token * (kv_tokens - sequences / 2)
@@ -90,10 +90,10 @@ class Outcome:
     early: int
     """Second waves queued before their first wave was graded to the end."""
     wasted_tokens: int
-    """Generated for second waves that were taken back."""
+    """Tokens generated for second waves that were taken back."""
     generated_tokens: int
     peak_kv_tokens: int
-    """The highest number that any engine reached."""
+    """The highest number of tokens in the KV cache that any engine reached."""
 
     @property
     def idle_share(self) -> float:
@@ -113,14 +113,14 @@ class _Sequence:
 class _Engine:
     cost: Cost
     clock: float = 0.0
-    """A boundary between two steps."""
+    """The time, at a boundary between two steps."""
     busy: float = 0.0
     running: list[_Sequence] = field(default_factory=list)
     prefilled: set[tuple[int, int]] = field(default_factory=set)
     generated: int = 0
     peak: int = 0
     end: float | None = None
-    """`next_end`, until something changes."""
+    """The value of `next_end`, until something changes."""
 
     @property
     def kv_tokens(self) -> int:
@@ -292,7 +292,7 @@ class Simulation:
             self.held = []
 
     def _saved(self, index: int) -> bool:
-        """It can no longer be hard."""
+        """Returns whether the group can no longer be hard."""
         return not self._hard(len(self.groups[index].native) - self.passed[index], index)
 
     def _take_back(self, index: int) -> None:

@@ -10,7 +10,7 @@ from lens_megatron.tools.planning.hardware import GPUS
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Lengths: median x a log-normal factor of prompt and rollout each, x `wrong_factor` for wrong ones, capped."""
+    """Lengths are median x a log-normal factor of prompt and rollout each, x `wrong_factor` for wrong ones, capped."""
 
     name: str
     alpha: float = 0.8
@@ -87,7 +87,7 @@ def a800(model: Model) -> Cost:
 def training_seconds(model: Model, groups: list[SimulatedGroup], gpus: int) -> float:
     """Seconds of forward, backward and reference passes (8 operations per parameter and token) over the first waves.
 
-    The same for LENS: its merged groups have about as many tokens; scoring prompts costs under 1 % of it.
+    They are the same for LENS: its merged groups have about as many tokens; scoring prompts costs under 1 % of it.
     """
     tokens = sum(n + g.prompt_tokens for g in groups for n, _ in g.native)
     return 8 * model.parameters * tokens / (gpus * GPUS["A800-80GB"].bfloat16_tflops * 1e12 * TRAINING_SHARE)

@@ -1,1 +1,1 @@
-"""Parts of benchmarks/trainer.py."""
+"""Holds the parts of benchmarks/trainer.py."""

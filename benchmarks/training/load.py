@@ -44,10 +44,10 @@ def save_models(folder: Path, shape: str, dtype: torch.dtype) -> Path:
 
 
 def lengths(kind: str, samples: int, limit: int, seed: int = 0) -> Lengths:
-    """`limit` bounds the whole sample when constant, the response in a long tail.
+    """Draws lengths; `limit` bounds the whole sample when constant, the response in a long tail.
 
     constant: 1/8 prompt, 7/8 response. tail: responses are lognormal with median limit/5 and sigma 0.9, cut at the
-    limit (about 4 % of them), prompts uniform in limit/64 to limit/16. An assumption about reasoning models, no data.
+    limit (about 4 % of them), prompts uniform in limit/64 to limit/16. These are assumptions, not data.
     """
     if kind == "constant":
         return [(limit // 8, limit - limit // 8)] * samples

@@ -1,4 +1,4 @@
-"""The same update by transformers and PyTorch alone, and with Liger-Kernel: padded batches, AdamW, no Megatron."""
+"""Does the same update by transformers and PyTorch alone, and with Liger-Kernel: padded batches, AdamW, no Megatron."""
 
 import time
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ Batch = list[Sample]
 
 
 def batches_in_order(samples: Sequence[Sample], budget: int) -> list[Batch]:
-    """A fixed number of neighbours, as many as fit into `budget` tokens when all are as long as the longest."""
+    """Batches a fixed number of neighbours, as many as fit into `budget` tokens when all are as long as the longest."""
     count = max(1, budget // max(map(_length, samples)))
     return [list(samples[i : i + count]) for i in range(0, len(samples), count)]
 
 
 def batches_by_length(samples: Sequence[Sample], budget: int) -> list[Batch]:
-    """Longest first, as many as fit into `budget` tokens with their padding: the best that padding can do."""
+    """Batches, longest first, as many as fit into `budget` tokens with their padding: the best that padding can do."""
     made: list[Batch] = []
     for sample in sorted(samples, key=_length, reverse=True):
         if not made or (len(made[-1]) + 1) * _length(made[-1][0]) > budget:
@@ -87,14 +87,14 @@ class Peer:
             torch.cuda.synchronize()
 
     def _hidden(self, model: torch.nn.Module, batch: Batch) -> Tensor:
-        """[B, S, D]. No mask: padding follows the tokens, where causal attention does not look."""
+        """Returns [B, S, D]. No mask is needed: padding follows the tokens, where causal attention does not look."""
         longest = max(map(_length, batch))
         rows = [torch.tensor(s.prompt + s.rollout.token_ids) for s in batch]
         ids = torch.stack([pad(row, (0, longest - len(row))) for row in rows]).to(self.device)
         return model.model(input_ids=ids, use_cache=False).last_hidden_state
 
     def _log_probs(self, model: torch.nn.Module, batch: Batch) -> Tensor:
-        """[T] float32 of the batch's response tokens; logits of those rows alone."""
+        """Returns [T] float32 of the batch's response tokens, from logits of those rows alone."""
         hidden = self._hidden(model, batch)
         rows = torch.cat([hidden[i, len(s.prompt) - 1 : _length(s) - 1] for i, s in enumerate(batch)])
         targets = torch.tensor([t for s in batch for t in s.rollout.token_ids], device=self.device)
@@ -102,7 +102,7 @@ class Peer:
         return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
     def _loss(self, batch: Batch, reference: Tensor, tokens: int) -> Tensor:
-        """GRPO with k3, on-policy, token-mean over the whole step."""
+        """Computes GRPO's loss with k3, on-policy, token-mean over the whole step."""
         log_probs = self._log_probs(self.model, batch)
         algorithm = self.config.algorithm
         advantages = torch.cat([torch.full((len(s.rollout.token_ids),), s.advantage) for s in batch]).to(self.device)
@@ -113,7 +113,7 @@ class Peer:
         return (surrogate + algorithm.kl_coef * (shift.exp() - shift - 1)).sum() / tokens
 
     def _liger_loss(self, batch: Batch, reference: Tensor, tokens: int) -> Tensor:
-        """The same by Liger's fused loss, whose `bnpo` divides by the batch's own response tokens."""
+        """Computes the same by Liger's fused loss, whose `bnpo` divides by the batch's own response tokens."""
         from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
         algorithm = self.config.algorithm

@@ -32,10 +32,10 @@ class PhaseClock(Clock):
 
 
 class StageProbe:
-    """Seconds that this rank's stage spends in its own forward and backward steps, and in whole pipelined runs.
+    """Times this rank's stage in its own forward and backward steps, and in whole pipelined runs.
 
-    Wraps functions of Megatron-Core's schedules by name, in this process. On a GPU each step is waited for, which takes
-    away overlap: rounds with the probe are not those whose seconds are reported.
+    It wraps functions of Megatron-Core's schedules by name, in this process. On a GPU each step is waited for, which
+    takes away overlap: rounds with the probe are not those whose seconds are reported.
     """
 
     def __init__(self):
@@ -59,7 +59,7 @@ class StageProbe:
             forward.get_forward_backward_func = optimizer_step.get_forward_backward_func = kept[2]
 
     def idle_share(self) -> dict[str, float]:
-        """For each phase, the share of the pipelined run in which this stage computed nothing."""
+        """Returns for each phase the share of the pipelined run in which this stage computed nothing."""
         return {phase: 1 - self.busy.get(phase, 0.0) / whole for phase, whole in self.whole.items()}
 
     def _counted(self, function: Callable) -> Callable:

@@ -1,4 +1,4 @@
-"""Model FLOPs of a batch, and what the machine can do."""
+"""Computes model FLOPs of a batch, and measures what the machine can do."""
 
 import time
 
@@ -14,7 +14,7 @@ NOMINAL_BF16 = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, 
 def forward_flops(shape: str, sizes: Lengths) -> float:
     """FLOPs of a forward pass over real tokens: matrices, causal attention (half the square), head on response tokens.
 
-    A multiply-add counts 2. Norms, rotary embedding and softmax are not counted, nor is anything recomputed.
+    A multiply-add counts as 2. Norms, rotary embedding and softmax are not counted, nor is anything recomputed.
     """
     model = SHAPES[shape]
     hidden, heads = model["hidden_size"], model["num_attention_heads"]
@@ -28,7 +28,7 @@ def forward_flops(shape: str, sizes: Lengths) -> float:
 
 
 def gemm_rate(device: torch.device) -> tuple[float, float]:
-    """(FLOP per second, FLOP per CPU second) of float32 GEMMs of 768 x 768 x 768 here and now; nominal on a GPU.
+    """Gets (FLOP per second, FLOP per CPU second) of float32 GEMMs of 768 x 768 x 768 here and now; nominal on a GPU.
 
     Raises KeyError with the device's name if its nominal rate is not in the table.
     """

@@ -43,7 +43,7 @@ def configuration(spec: dict, budget: int) -> Config:
 
 
 def one_group(samples: list[Sample]) -> TrainingGroup:
-    """All samples as rollouts of one prompt: where groups end matters to several optimizer steps, and there is one."""
+    """Takes all samples as rollouts of one prompt: with one optimizer step the ends of groups do not matter."""
     tokens, rollouts = samples[0].prompt, tuple(sample.rollout for sample in samples)
     prompt = Prompt(0, tokens, (False,) * len(tokens), answer="", problem="", source="synthetic")
     return TrainingGroup(Group(prompt, rollouts), rollouts, gate=False)
@@ -89,9 +89,10 @@ class Ours:
 
 
 class Theirs:
-    """A peer, whose steps run outside the mode that makes CUDA calls mean CPU: it would pay for that without need.
+    """Runs a peer's steps outside the mode that makes CUDA calls mean CPU, which would cost it time without need.
 
-    Not its construction: transformers loads weights by a mode of its own, and without it some stay uninitialised.
+    It is built with all modes on: transformers loads weights by a mode of its own, and without it some stay
+    uninitialised.
     """
 
     imbalance = 1.0

@@ -1,4 +1,4 @@
-"""How per-token losses add up: the weight of one response token, with global denominators (algorithms as in verl)."""
+"""Weighs the loss of each response token, with global denominators (algorithms as in verl)."""
 
 from collections.abc import Callable
 

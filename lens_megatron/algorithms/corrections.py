@@ -1,4 +1,4 @@
-"""Weights that make up for the engine's and the trainer's disagreement on log pi; `algorithm.correction` chooses one.
+"""Weighs tokens to correct the engine's and trainer's disagreement on log pi; `algorithm.correction` chooses how.
 
 Rollouts come from pi_engine; the trainer's pi_old is another distribution, although the parameters are the same. Each
 function takes w_t = pi_old(y_t) / pi_engine(y_t), both under the prompt that generated the response, and returns what
@@ -15,10 +15,10 @@ from torch import Tensor
 
 
 class Correction(NamedTuple):
-    """What a correction does to the L tokens of one response."""
+    """The effect of a correction on the L tokens of one response."""
 
     weights: Tensor
-    """[L] floating point. A number that is not finite stays one, so that its update is skipped and not quietly bent."""
+    """[L] floating point. A number that is not finite is kept, so that its update is skipped, not altered."""
     limited: Tensor
     """[L] bool, True where the weight was truncated or the token dropped."""
 
@@ -59,7 +59,7 @@ def sequence_mask(log_ratio: Tensor, low: float, high: float) -> Correction:
 
 
 def sequence_geometric_mask(log_ratio: Tensor, low: float, high: float) -> Correction:
-    """Drops responses whose geometric mean of w_t is out of bounds, leaves the others as they are (verl's geometric
+    """Drops responses whose geometric mean of w_t is out of bounds, and leaves the others as they are (verl's geometric
     rejection). Unlike the product it does not grow with length: bounds near 1, such as 0.99 and 1.01, mean something.
     """
     mean = log_ratio.mean() if len(log_ratio) else log_ratio.sum()

@@ -1,4 +1,4 @@
-"""How far the engine's probabilities of the sampled tokens are from the trainer's: sums that add up, and statistics.
+"""Measures how far the engine's probabilities of sampled tokens are from the trainer's: additive sums and statistics.
 
 p = exp(trainer's log-probability), q = exp(engine's), of one token under the prompt that generated it. Every statistic
 comes from sums over tokens, so no layout and no cut into micro-batches changes it.

@@ -1,1 +1,1 @@
-"""Samples on their way to the update: balanced, redistributed among ranks, cut into micro-batches, packed."""
+"""Prepares samples for the update: balances them, redistributes them among ranks, cuts micro-batches, packs them."""

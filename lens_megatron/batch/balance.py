@@ -1,4 +1,4 @@
-"""Decides which samples go to which rank and micro-batch: balanced by cost, within a budget of tokens. Pure."""
+"""Decides which samples go to which rank and micro-batch, balanced by cost within a token budget, by pure functions."""
 
 import heapq
 from collections.abc import Sequence

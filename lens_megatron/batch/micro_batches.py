@@ -1,4 +1,4 @@
-"""Cuts this rank's sequences into micro-batches within a budget of tokens, as many on every data-parallel rank."""
+"""Cuts this rank's sequences into micro-batches within a budget of tokens, equally many on every data-parallel rank."""
 
 from collections.abc import Sequence
 
@@ -17,12 +17,12 @@ def plan_micro_batches(
     group: ProcessGroup,
     device: torch.device,
 ) -> list[list[int]]:
-    """Returns the indices of the sequences of each micro-batch; there is none if no rank has a sequence.
+    """Returns the indices of the sequences of each micro-batch; there are none if no rank has a sequence.
 
-    Every rank gets as many micro-batches, because expert-parallel ranks run them together. A collective of `group`.
+    All ranks get equally many micro-batches, because expert-parallel ranks run them together. A collective of `group`.
 
     Args:
-        multiple_of: the number of micro-batches is one of its multiples; interleaved pipelines need their stages.
+        multiple_of: the number of micro-batches is a multiple of it; interleaved pipelines need that of their stages.
     """
     count = torch.tensor([balance.fewest(lengths, max_tokens)], device=device)
     torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX, group=group)

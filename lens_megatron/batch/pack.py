@@ -1,4 +1,4 @@
-"""Packs samples with their log-probabilities into micro-batches, with every weight and denominator filled in. Pure."""
+"""Packs samples and their log-probabilities into micro-batches with all weights and denominators, by pure functions."""
 
 import math
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,4 @@
-"""Moves samples to the data-parallel ranks that train on them: every rank learns lengths, one gets the sample."""
+"""Moves samples to the data-parallel ranks that train on them: every rank learns all lengths, one gets the sample."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from lens_megatron.types import Sample
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one rank trains on in one optimizer step."""
+    """The samples that one rank trains on in one optimizer step."""
 
     samples: list[Sample]
     """The samples stand in the order of the ranks that sampled them, and then in the order of those ranks' lists."""
@@ -23,14 +23,14 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class _Lengths:
-    """What every rank must know of one rank's samples to agree on who trains on them."""
+    """The lengths of one rank's samples, which all ranks need to agree on who trains on them."""
 
     tokens: tuple[int, ...]
     """Tokens of prompt and response of every sample."""
 
 
 def redistribute(samples: Sequence[Sample], group: ProcessGroup, hidden_size: int) -> Share:
-    """This rank's share of the samples of all ranks of `group`, each to the bit what it was. A collective.
+    """Returns this rank's share of the samples of all ranks of `group`, each to the bit what it was. A collective.
 
     Every rank learns the length of every sample; all else goes from the rank that sampled it to its new rank.
     """

@@ -1,4 +1,4 @@
-"""A YAML file and overrides become one validated, frozen `Config`. Every option stands in options.py, once."""
+"""A YAML file and overrides become one validated, frozen `Config`. Every option is declared in options.py, once."""
 
 from lens_megatron.config.files import ConfigError
 from lens_megatron.config.loading import all_options, from_tree, load, sections

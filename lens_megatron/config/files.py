@@ -1,4 +1,4 @@
-"""YAML files -> one tree of sections and options: `base:` files first, then the file itself, then overrides.
+"""Reads YAML files into one tree of sections and options: `base:` files first, then the file itself, then overrides.
 
 # configs/mine.yaml
 base: [base/paper.yaml, base/a800.yaml]     # relative to this file; a later one wins over an earlier one
@@ -32,13 +32,13 @@ def read_tree(path: Path) -> dict[str, Any]:
     """Reads `path` over the files that it names as `base`, which may have bases of their own.
 
     Raises:
-        ConfigError: missing file, bad YAML, not a mapping, `base` that is no file name, files that name each other.
+        ConfigError: the file is missing or no YAML mapping, `base` is no file name, or files name each other.
     """
     return _read_over_bases(path, (), {})
 
 
 def _read_over_bases(path: Path, inside: tuple[Path, ...], done: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """`inside`: the files that led here, outermost first. `done`: trees read so far, so that each is read once."""
+    """Reads `path`, named by the files `inside`, outermost first. `done` holds the trees read so far, each once."""
     place = os.path.abspath(path)  # not the resolved path: resolving fails where links go in a circle
     if place in map(os.path.abspath, inside):
         chain = " -> ".join(map(str, (*inside, path)))
@@ -75,7 +75,7 @@ def _read_one(path: Path, inside: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`above` over `below`, mapping by mapping. A section left empty (`lens:` with all options commented out) is none.
+    """Merges `above` over `below`, by mapping. An empty section (`lens:`, all options commented out) changes nothing.
 
     Example: merge({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}) == {"a": {"b": 3, "c": 2}}.
     """
@@ -101,7 +101,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         child = {} if node.get(section) is None else node[section]
         if not isinstance(child, dict):
             raise ConfigError(f"override {override!r}: {section!r} is an option, not a section")
-        node[section] = dict(child)  # a copy: YAML aliases make one mapping stand in several places
+        node[section] = dict(child)  # a copy is made because YAML aliases put one mapping in several places
         node = node[section]
     node[option] = value
 
@@ -135,7 +135,7 @@ def parse_yaml(text: str, mistake: str) -> Any:
 
 
 def _too_large(tree: Any) -> str:
-    """Why the tree is too large to be used; empty if it is not. Aliases let ten lines stand for endless values."""
+    """Returns why the tree is too large to be used; empty if it is not. With aliases ten lines can be endless."""
     level, values = [tree], 0
     for _ in range(LARGEST_DEPTH):
         values += len(level)
@@ -152,7 +152,7 @@ _MISSING = object()
 
 
 def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of options whose values differ, sorted. Missing on one side counts as different."""
+    """Returns dotted names of options whose values differ, sorted. One that a side lacks counts as different."""
     names = []
     for key in sorted(set(old) | set(new)):
         a, b, name = old.get(key, _MISSING), new.get(key, _MISSING), f"{prefix}{key}"

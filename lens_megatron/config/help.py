@@ -1,4 +1,4 @@
-"""Text about the options, made from their classes: name, type with bounds, default and meaning."""
+"""Makes the text about the options from their classes: name, type with bounds, default and meaning."""
 
 import difflib
 import json
@@ -23,7 +23,7 @@ _NAMES: dict[Any, str] = {bool: "true or false", int: "whole number", float: "nu
 
 @dataclass(frozen=True, slots=True)
 class OptionHelp:
-    """What there is to say about one option.
+    """Describes one option.
 
     Example: OptionHelp("lens.tau", "number from 0 to 1", "0.5", "A prompt with a success rate strictly below ...").
     """
@@ -31,13 +31,13 @@ class OptionHelp:
     name: str
     type: str
     default: str
-    """As YAML would have it; `required` where there is none."""
+    """The default as written in YAML; `required` where there is none."""
     meaning: str
 
 
 @dataclass(frozen=True, slots=True)
 class SectionHelp:
-    """One section of the configuration with its options, in the order in which they are declared."""
+    """Describes one section of the configuration and its options, in the order in which they are declared."""
 
     name: str
     meaning: str
@@ -45,7 +45,7 @@ class SectionHelp:
 
 
 def sections() -> Iterator[SectionHelp]:
-    """Every section of the configuration, whole."""
+    """Returns every section of the configuration, whole."""
     for name, field in Config.model_fields.items():
         section = field.annotation
         assert isinstance(section, type) and issubclass(section, Section)
@@ -54,7 +54,7 @@ def sections() -> Iterator[SectionHelp]:
 
 
 def find(word: str) -> list[SectionHelp]:
-    """The section called `word`, or the options whose name or meaning contains it; all sections for an empty word.
+    """Returns the section `word`, or the options whose name or meaning contains it; all sections for an empty word.
 
     Upper and lower case are not told apart. Sections without such an option are left out.
     """
@@ -70,7 +70,7 @@ def find(word: str) -> list[SectionHelp]:
 
 
 def nearest(word: str) -> str:
-    """The section or option whose name is most like `word`; empty if none is."""
+    """Returns the section or option whose name is most like `word`; empty if none is."""
     names = {section.name: section.name for section in sections()}
     names |= {option.name.rpartition(".")[2]: option.name for section in sections() for option in section.options}
     near = difflib.get_close_matches(word.rpartition(".")[2].lower(), names, n=1)
@@ -78,7 +78,7 @@ def nearest(word: str) -> str:
 
 
 def render(found: Sequence[SectionHelp]) -> str:
-    """Text for a terminal, at most 110 columns wide."""
+    """Returns text for a terminal, at most 110 columns wide."""
     return "\n\n".join("\n".join(_section_lines(section)) for section in found)
 
 
@@ -112,7 +112,7 @@ def _as_yaml(value: object) -> str:
 
 
 def _type_text(annotation: Any, metadata: Sequence[Any] = ()) -> str:
-    """How a user would call the type. Bounds and validators that pydantic keeps apart from it are in `metadata`."""
+    """Returns the type in a user's words. Bounds and validators that pydantic keeps apart from it are in `metadata`."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _type_text(arguments[0], arguments[1:])

@@ -1,4 +1,4 @@
-"""What of a model a layout cannot cut. The trainer asks before it builds one, and the plan before that."""
+"""Finds what a layout cannot cut of a model. The trainer asks before it builds one, and the plan before that."""
 
 from collections.abc import Iterator
 from typing import Protocol
@@ -10,7 +10,7 @@ _DIMENSIONS = ("num_attention_heads", "num_key_value_heads", "num_hidden_layers"
 
 
 class Dimensions(Protocol):
-    """What the rules read of a model: a Hugging Face config has it, and planning's ModelShape.
+    """Fields of a model that the rules read; a Hugging Face config and planning's ModelShape have them.
 
     Models with experts have num_experts and moe_intermediate_size besides.
     """
@@ -36,7 +36,7 @@ class Dimensions(Protocol):
 
 
 def model_mistakes(config: Config, shape: Dimensions) -> Iterator[str]:
-    """Why a model of these dimensions cannot be cut as asked, one message for each reason."""
+    """Returns why a model of these dimensions cannot be cut as asked, one message for each reason."""
     broken = list(_shape_mistakes(shape))
     yield from broken
     if broken:
@@ -82,7 +82,7 @@ def model_mistakes(config: Config, shape: Dimensions) -> Iterator[str]:
 
 
 def _shape_mistakes(shape: Dimensions) -> Iterator[str]:
-    """Dimensions that no model has. Of a user's config.json any of them may be missing or of any type."""
+    """Finds dimensions that no model has. In a user's config.json any of them may be missing or of any type."""
     for name in _DIMENSIONS:
         size = getattr(shape, name, None)
         if type(size) is not int or not 1 <= size < 2**31:

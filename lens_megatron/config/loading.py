@@ -1,4 +1,4 @@
-"""One YAML file and dotted overrides -> a validated, frozen `Config`."""
+"""Makes a validated, frozen `Config` of one YAML file and dotted overrides."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,11 +43,11 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
 
 
 def sections() -> dict[str, type[Section]]:
-    """The class of every section by its name, in the order of `Config`."""
+    """Returns the class of every section by its name, in the order of `Config`."""
     found = {name: field.annotation for name, field in Config.model_fields.items()}
     return {name: kind for name, kind in found.items() if isinstance(kind, type) and issubclass(kind, Section)}
 
 
 def all_options() -> list[str]:
-    """Dotted names of every option."""
+    """Returns dotted names of every option."""
     return [f"{name}.{option}" for name, section in sections().items() for option in section.model_fields]

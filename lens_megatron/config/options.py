@@ -1,8 +1,8 @@
-"""Every option of a run: its type, its bound and its meaning, once.
+"""Declares every option of a run once: its type, its bound and its meaning.
 
 Sections are frozen pydantic models. The dictionaries under `megatron` pass through to Megatron-Core under Megatron's
 own names, other options under `vllm` to vLLM. Rules over more than one option are in rules.py, YAML files in files.py;
-loading.py makes a `Config` of both.
+loading.py makes a `Config` from both.
 """
 
 import re
@@ -17,13 +17,13 @@ BOXED_INSTRUCTION = "Please reason step by step, and put your final answer withi
 
 
 class RunConfig(Section):
-    """Where a run keeps its files, and how it is watched."""
+    """Says where a run keeps its files, and how it is watched."""
 
     directory: UserPath
     """The run's folder: configuration, metrics, rollouts, checkpoints and pictures are written there."""
     if_exists: Literal["resume", "restart", "fail"] = "resume"
-    """What to do when the folder holds a run already. resume: go on from its last checkpoint. restart: move it aside,
-    to NAME.old-1, and start over. fail: end with an error."""
+    """Says what to do when the folder holds a run already. resume: go on from its last checkpoint. restart: move it
+    aside, to NAME.old-1, and start over. fail: end with an error."""
     seed: int = Field(0, ge=0, lt=2**31)
     """All random choices of a run are functions of this number."""
     phase_timeout_minutes: float = Field(60.0, ge=0, le=10_080)
@@ -71,11 +71,11 @@ class DataConfig(Section):
 
 
 class RolloutConfig(Section):
-    """What is sampled in a step, by which engine, and when."""
+    """Says what is sampled in a step, by which engine, and when."""
 
     engine: Literal["local", "vllm", "vllm_server"] = "local"
-    """local: transformers, a whole model in every process. vllm: vLLM in the trainer's processes. vllm_server: vLLM in
-    processes of their own, here or on other machines."""
+    """Says what samples. local: transformers, a whole model in every process. vllm: vLLM in the trainer's processes.
+    vllm_server: vLLM in processes of their own, here or on other machines."""
     servers: int | tuple[str, ...] = 1
     """With vllm_server: how many servers to start, each beside the rank that drives it; or the addresses of running
     ones, http://host:port. Server i is driven by rank i modulo the number of ranks."""
@@ -93,11 +93,11 @@ class RolloutConfig(Section):
     """Keep the trainer's weights, gradients and optimizer state in host memory while the engine samples. When empty:
     only on a GPU with engine=vllm."""
     schedule: Literal["speculative", "streamed", "sequential"] = "speculative"
-    """When the second wave of a group starts. speculative: as soon as the engine has room, for the group that looks
-    hardest; it is taken back if the group turns out not to be hard. streamed: as soon as the group is certainly hard.
-    sequential: after all first waves; this is the benchmark's yardstick. All three sample the same groups. Simulated
-    for 8 A800, a whole step takes 1.12 to 1.16, 1.42 and 1.42 times as long as one of GRPO; on a CPU, where a step of
-    the engine costs the same whatever runs, sampling alone was measured at 1.14, 1.43 and 1.83 times
+    """Says when the second wave of a group starts. speculative: as soon as the engine has room, for the group that
+    looks hardest; it is taken back if the group turns out not to be hard. streamed: as soon as the group is certainly
+    hard. sequential: after all first waves; this is the benchmark's yardstick. All three sample the same groups.
+    Simulated for 8 A800, a whole step takes 1.12 to 1.16, 1.42 and 1.42 times as long as one of GRPO; on a CPU, where a
+    step of the engine costs the same whatever runs, sampling alone was measured at 1.14, 1.43 and 1.83 times
     (benchmarks/ROLLOUT_NOTES.md)."""
     off_policy_steps: Literal[0, 1] = 0
     """With 1 the next step is sampled while this one trains, by the policy before its updates. The engine must have
@@ -132,7 +132,7 @@ def _is_address(text: str) -> bool:
 
 
 class RewardConfig(Section):
-    """How completions are graded."""
+    """Says how completions are graded."""
 
     grader: str = "math_verify"
     """A registered grader, or your own as `module:function`, with verl's or TRL's signature."""
@@ -157,15 +157,16 @@ class LensConfig(Section):
     protect_whitespace: bool = True
     """Never delete a token that is nothing but white space."""
     ratio_base: Literal["eligible", "full"] = "eligible"
-    """What the deletion ratio is a share of: the tokens that may be deleted, or all tokens of the prompt."""
+    """Says what the deletion ratio is a share of: the tokens that may be deleted, or all tokens of the prompt."""
     deletion: Literal["ids", "text"] = "ids"
-    """ids: delete token ids. text: delete their text, and tokenize what remains again."""
+    """Says how tokens are deleted. ids: delete token ids. text: delete their text, and tokenize what remains again."""
     min_score: float = Field(1e-4, ge=0)
     """The noise floor in nats: a prompt whose highest score is below it is not purified."""
     tie_break: Literal["position", "random"] = "position"
-    """Which of several tokens with the same score is deleted: the first one, or a random one."""
+    """Says which of several tokens with the same score is deleted: the first one, or a random one."""
     gate: Literal["strict", "always"] = "strict"
-    """strict: the second wave counts only if its success rate is higher than the first's. always: it counts anyway."""
+    """Says when the second wave counts. strict: only with a higher success rate than the first's. always: in any
+    case."""
     cap_rescued: bool = False
     """Add at most as many successes as failures were removed, so that the group keeps its size."""
     min_keep_failures: int = Field(0, ge=0)
@@ -176,17 +177,18 @@ class AlgorithmConfig(Section):
     """Advantages, the loss, and the correction for samples of another policy."""
 
     advantage: Literal["crpo", "grpo"] = "crpo"
-    """crpo: weighted statistics of the group, and weights (LENS, eq. 4-6). grpo: (r - mean) / std, all weights 1."""
+    """Names the method. crpo: weighted statistics of the group, and weights (LENS, eq. 4-6). grpo: (r - mean) / std,
+    all weights 1."""
     weights_scope: Literal["all", "purified_only"] = "all"
-    """Whether every group gets crpo's weights, or only those in which the second wave counts."""
+    """Says whether every group gets crpo's weights, or only those in which the second wave counts."""
     loss_weight: Literal["raw", "normalised"] = "raw"
-    """raw: w~ multiplies the loss. normalised: group size * w~ / sum of w~ does."""
+    """Says what multiplies the loss. raw: w~ does. normalised: group size * w~ / sum of w~ does."""
     advantage_eps: float = Field(1e-6, gt=0)
     """This number is added to the standard deviation that advantages are divided by."""
     ratio: Literal["token", "sequence_geometric", "sequence"] = "token"
     """The importance ratio: one per token (PPO), the geometric mean of a response (GSPO), or the response's product."""
     ratio_form: Literal["v1", "acl"] = "v1"
-    """v1: w~ multiplies the loss. acl: w~ divides the old probability instead."""
+    """Says what w~ changes. v1: it multiplies the loss. acl: it divides the old probability instead."""
     clip_low: float = Field(0.2, ge=0, lt=1)
     """Ratios are clipped at 1 - clip_low."""
     clip_high: float = Field(0.2, ge=0)
@@ -196,8 +198,8 @@ class AlgorithmConfig(Section):
     aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = (
         "token-mean"
     )
-    """How the tokens' losses become one number: the mean of all tokens, or the mean over responses of each response's
-    mean, of its sum, or of its sum divided by rollout.max_response_length."""
+    """Says how the tokens' losses become one number: the mean of all tokens, or the mean over responses of each
+    response's mean, of its sum, or of its sum divided by rollout.max_response_length."""
     kl_coef: float = Field(0.001, ge=0)
     """Weight of the k3 estimate against the reference, on the original prompt. 0: no reference pass for it."""
     kl_limit: float | None = Field(None, gt=0)
@@ -212,9 +214,9 @@ class AlgorithmConfig(Section):
     """Weights for w = pi_trainer / pi_engine: TIS by token, IcePop, TIS by response, masks of responses. Any of them
     costs a forward pass over all samples; see algorithms/corrections.py."""
     correction_low: float = Field(0.5, ge=0, le=1)
-    """Masks drop what has w below it. Truncation has no lower bound."""
+    """Masks drop tokens or responses with w below it. Truncation has no lower bound."""
     correction_high: float = Field(2.0, ge=1)
-    """Truncation cuts w off here. Masks drop what is above."""
+    """Truncation cuts w off here. Masks drop what has w above it."""
 
 
 class OptimizerConfig(Section):
@@ -225,7 +227,7 @@ class OptimizerConfig(Section):
     min_lr: float = Field(0.0, ge=0)
     """The learning rate at which a decay ends."""
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate falls from lr to min_lr until the last step. constant: it does not."""
+    """Says how the learning rate falls from lr to min_lr until the last step. constant: it does not."""
     lr_warmup_steps: int = Field(0, ge=0)
     """Optimizer steps over which the learning rate rises from 0 to lr."""
     weight_decay: float = Field(0.01, ge=0)
@@ -260,14 +262,14 @@ class TrainConfig(Section):
     async_save: bool = True
     """Write checkpoints in the background, from a copy in host memory."""
     save_total_limit: int = Field(2, ge=1)
-    """How many of the newest checkpoints are kept."""
+    """The number of newest checkpoints that are kept."""
     save_best_limit: int = Field(0, ge=0)
-    """How many of the best checkpoints are kept besides. Only steps with both a save and an evaluation take part."""
+    """The number of best checkpoints that are kept besides. Only steps with both a save and an evaluation take part."""
     metric_for_best_model: str | None = None
     """E.g. `val-core/math500/acc/mean@1`. When empty: the mean of all `val-core/` accuracies. Higher is better."""
     max_skipped_updates: int = Field(3, ge=0)
-    """Training stops after so many updates in a row that are skipped because loss or gradient is not finite. 0: it
-    never does."""
+    """Training stops after this number of updates in a row that are skipped because loss or gradient is not finite. 0:
+    it never does."""
 
 
 class MegatronConfig(Section):
@@ -309,8 +311,8 @@ class VllmConfig(Section):
     """The share of the GPU that weights, KV cache and workspace of the engine may take, as vLLM counts it."""
 
     def narrowed(self) -> str | None:
-        """The option with which the engine's log-probabilities are not those of the whole distribution sampled from,
-        with its value; None if there is none."""
+        """Returns the option with which the engine's log-probabilities are not those of the whole distribution sampled
+        from, with its value; None if there is none."""
         extra = self.model_extra or {}
         if extra.get("logprobs_mode", "processed_logprobs") != "processed_logprobs":
             return f"vllm.logprobs_mode={extra['logprobs_mode']}"
@@ -329,7 +331,7 @@ class ClusterConfig(Section):
     gpus_per_node: int = Field(8, ge=1, le=1024)
     """GPUs of one machine, with one training process each."""
     gpu_memory_gib: float | None = Field(None, gt=0)
-    """What torch reports as the GPU's total memory. When empty: the table's number."""
+    """The GPU's total memory, as torch reports it. When empty: the table's number."""
     host_memory_gib: float = Field(1024, gt=0)
     """Host memory of one node, where the reference policy and, while the engine samples, the trainer's state are."""
     network_gb_s: float = Field(100, gt=0)
@@ -337,7 +339,7 @@ class ClusterConfig(Section):
 
 
 class DebugConfig(Section):
-    """Sampling and training apart from each other."""
+    """Runs sampling and training apart from each other."""
 
     save_rollouts: UserPath | None = None
     """A folder to write each step's graded groups to, for `load_rollouts`."""
@@ -348,7 +350,7 @@ class DebugConfig(Section):
 
 
 class Config(Section):
-    """All sections. `loading.load` and `loading.from_tree` make one, and refuse what rules.py refuses."""
+    """Holds all sections. `loading.load` and `loading.from_tree` make one, and refuse what rules.py refuses."""
 
     run: RunConfig
     model: ModelConfig

@@ -1,4 +1,4 @@
-"""Rules over more than one option. Every message names both values and the remedy."""
+"""Checks rules over more than one option. Every message names both values and the remedy."""
 
 import math
 import os.path
@@ -13,7 +13,7 @@ COLDEST = 1e-3
 
 
 def mistakes(config: Config) -> Iterator[str]:
-    """What in a configuration goes wrong on any machine."""
+    """Returns what is wrong with a configuration on any machine."""
     rollouts, keep = config.rollout.rollouts_per_prompt, config.lens.min_keep_failures
     if keep > rollouts:
         yield (f"lens.min_keep_failures ({keep}) exceeds rollout.rollouts_per_prompt ({rollouts}); lower it")
@@ -95,7 +95,7 @@ def check_world(config: Config, world_size: int, ranks_per_node: int | None = No
 
 
 def world_mistakes(config: Config, world_size: int, ranks_per_node: int) -> Iterator[str]:
-    """Why `world_size` processes cannot carry layout and batch. Read the first: later ones may follow from it."""
+    """Returns why `world_size` processes cannot carry layout and batch. Later reasons may follow from the first."""
     size = config.ranks_per_engine
     for count, where in ((world_size, "world size"), (ranks_per_node, "the ranks of a node")):
         if count % size:
@@ -135,7 +135,7 @@ def world_mistakes(config: Config, world_size: int, ranks_per_node: int) -> Iter
 
 
 def machine_mistakes(config: Config, ranks_here: int, cores: int) -> Iterator[str]:
-    """What this machine, with `ranks_here` training processes on `cores` cores, cannot carry."""
+    """Returns what this machine, with `ranks_here` training processes on `cores` cores, cannot carry."""
     per_rank, most = config.reward.workers_per_rank, most_processes(cores, ranks_here)
     if per_rank * ranks_here > most:
         yield (

@@ -1,4 +1,4 @@
-"""What all sections of the configuration have in common, and the messages about mistakes in them."""
+"""Defines what all sections of the configuration have in common, and explains mistakes in them."""
 
 import difflib
 import os.path
@@ -17,7 +17,7 @@ _LONGEST_PATH, _LONGEST_NAME = 4095, 255
 
 
 def user_path(text: str) -> str:
-    """`text` with `~` as the home folder. Raises ValueError for what no file can be called."""
+    """Returns `text` with `~` as the home folder. Raises ValueError for what no file can be called."""
     if not text.strip():
         raise ValueError("expected a path, got an empty text")
     if "\0" in text:
@@ -56,7 +56,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def refuse_booleans_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        """Without this, `lr: yes` is a learning rate of 1."""
+        """Refuses booleans as numbers, since `lr: yes` would be a learning rate of 1."""
         field = cls.model_fields.get(info.field_name or "")
         if isinstance(value, bool) and field is not None and field.annotation in _NUMBERS:
             raise ValueError("expected a number")
@@ -77,10 +77,10 @@ NOT_OFFERED = {
     "probabilities are of the whole, so every ratio would be wrong; use rollout.temperature"
     for name in ("top_p", "top_k", "min_p")
 }
-"""Options that users of other trainers look for, and why there is none."""
+"""Options that users of other trainers look for, with the reason why each is not offered."""
 
 _SHORT = reprlib.Repr()
-"""Aliases let ten lines of YAML stand for a billion values; an error message must not spell them out."""
+"""Shortens values: aliases let ten lines of YAML stand for a billion, which no error message must spell out."""
 _SHORT.maxstring = _SHORT.maxother = 200
 _SHORT.maxlevel = 2
 

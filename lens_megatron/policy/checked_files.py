@@ -1,6 +1,6 @@
-"""Files whose size and checksum are known: computed from memory while they are written, compared when they are read.
+"""Writes files with size and checksum, which are computed from memory, and compares both when the files are read.
 
-The checksum is XXH3-128, at some 10 GB/s per core: it finds damage, not a forger.
+The checksum is XXH3-128, at some 10 GB/s per core: it detects damage, not forgery.
 """
 
 import json
@@ -32,10 +32,10 @@ class DamageError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """What a file held when it was written."""
+    """Describes a file as it was written."""
 
     size: Annotated[int, Field(ge=0)]
-    """In bytes."""
+    """The size in bytes."""
     checksum: str | None
     """XXH3-128 in hexadecimal digits; None for a file of a checkpoint from before there were checksums."""
 
@@ -56,10 +56,10 @@ def write_file(path: Path, data: bytes) -> FileRecord:
 def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> FileRecord:
     """Writes a safetensors file of tensors in host memory and waits until it is on the disk.
 
-    The safetensors package writes such files too, but gives no look at the bytes on their way.
+    The safetensors package writes such files too, but does not show the bytes that it writes.
 
     Raises:
-        OSError: the file could not be written. KeyError: a type that this file format does not have here.
+        OSError: the file could not be written. KeyError: a tensor's type is not in `_TYPES`.
     """
     # Larger elements first, so that every tensor is aligned to its elements.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, exact to the bit on the same layout, readable under any other.
+"""Saves and loads checkpoints: whole or not there, exact to the bit on the same layout, readable under any other.
 
     checkpoints/iter_0000020/rank_00000.safetensors   this rank's pieces of weights and optimizer; its generators
                              index.json               size and checksum of each file, place of each piece in its tensor
@@ -60,14 +60,14 @@ logger = logging.getLogger(__name__)
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _PATIENCE = timedelta(hours=6)
-"""How long one rank's writer waits for the slowest; a rank that dies ends the wait at once."""
+"""The time that one rank's writer waits for the slowest; a rank that dies ends the wait at once."""
 _FAILURES = (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError, SafetensorError)
 _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """Copies in host memory: the next optimizer step must not reach what is being written."""
+    """Holds copies in host memory, so that the next optimizer step does not change what is being written."""
 
     state: TrainingState
     pieces: list[tuple[Piece, Tensor]]
@@ -80,10 +80,10 @@ class CheckpointWriter:
     """Saves into `folder`; at most one save is being written at a time. Building one is a collective.
 
     Args:
-        model_path: whose configuration and tokenizer go into every export; read once, now.
-        keep_last, keep_best: newest checkpoints to keep, and best ones by their metric besides.
+        model_path: configuration and tokenizer of every export are copied from there; they are read once, now.
+        keep_last, keep_best: the numbers of checkpoints to keep: the newest, and the best by their metric.
         background: write in a thread while training goes on.
-        before_publishing: called on rank 0 when all is written; raises to prevent that it takes its place.
+        before_publishing: called on rank 0 when all is written; an error raised there prevents the publication.
 
     Raises:
         CheckpointError: an optimizer or a module whose state cannot be saved; the model's small files cannot be read.
@@ -115,7 +115,7 @@ class CheckpointWriter:
             raise CheckpointError(f"nothing could be saved to {folder}: {problem}")
 
     def _prepare(self, model_path: str) -> None:
-        """Rank 0's part: tidies up after a process that was killed, and reads what every export needs."""
+        """Does rank 0's part: it tidies up after a process that was killed, and reads what every export needs."""
         _tidy(self.folder)
         self._small_files = small_files(model_path)
 
@@ -168,7 +168,7 @@ class CheckpointWriter:
         return Staged(state, pieces, generator_states(policy), export)
 
     def _write(self, staged: Staged) -> None:
-        """The thread. It raises nothing: every rank must reach the agreements, or the others would wait."""
+        """Runs in the thread. It raises nothing: every rank must reach the agreements, or the others would wait."""
         step, main = staged.state.step, self.policy.mesh.rank == 0
         temporary = self.folder / f".writing_iter_{step:07d}"
         try:
@@ -179,7 +179,7 @@ class CheckpointWriter:
                 self._failure = self._agree(
                     _attempt(lambda: self._publish(temporary, staged.state), (Exception,)) if main else None
                 )
-        except RuntimeError as error:  # gloo's, when a rank dies
+        except RuntimeError as error:  # gloo raises it when a rank dies
             self._failure = f"another rank was lost: {error}"
         if self._failure is None:
             self.saved_step = step
@@ -218,7 +218,7 @@ class CheckpointWriter:
             self.before_publishing()
         _replace(self.folder / folder_name(state.step), temporary)
         write_atomically(self.folder / TRACKER, f"{state.step}\n")
-        # Later steps are damaged ones that were passed over: counted, they would crowd out the one just written.
+        # Later steps are damaged and were passed over: if they counted, they would crowd out the one just written.
         past = [(c.path, c.state) for c in checkpoint_files.whole(self.folder) if c.state.step <= state.step]
         for path in superfluous(past, self.keep_last, self.keep_best):
             _delete(path)
@@ -255,7 +255,7 @@ def resume(policy: Policy, folder: Path) -> TrainingState | None:
 
 
 def _together(policy: Policy, path: Path, action: Callable[[], _Result]) -> _Result | None:
-    """Its result, or None on every rank when it failed on any, with a line by those where it did. A collective."""
+    """Returns the result, or None on every rank if `action` failed on any; those log why. A collective."""
     results: list[_Result] = []
     failure = _attempt(lambda: results.append(action()))
     if failure is not None:
@@ -272,7 +272,7 @@ def _verified(policy: Policy, path: Path) -> Checkpoint:
 
 
 def layout_change(state: TrainingState) -> str:
-    """Returns what differs, such as "world_size 1 -> 2"; an empty text when `state` was saved on the layout of now."""
+    """Returns what differs, such as "world_size 1 -> 2"; an empty text when `state` was saved on the present layout."""
     old = state.layout
     return ", ".join(f"{name} {old.get(name)} -> {size}" for name, size in layout().items() if old.get(name) != size)
 
@@ -335,7 +335,7 @@ def _delete(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Removes what can be removed; of a link only the link, not the folder that a user keeps elsewhere."""
+    """Removes what can be removed; it removes a link itself, not the folder that a user keeps elsewhere."""
     if path.is_symlink():
         path.unlink(missing_ok=True)
     else:

@@ -34,7 +34,7 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class TrainingState:
-    """state.json: what resuming needs besides tensors. Data cursor and seeds are functions of `step`."""
+    """Describes state.json: what resuming needs besides tensors. Data cursor and seeds are functions of `step`."""
 
     step: _Count
     """The number of steps that have been done."""
@@ -48,7 +48,7 @@ class TrainingState:
 
 @dataclass(frozen=True, slots=True)
 class WrittenFiles:
-    """What one rank wrote, which it tells rank 0 by a file."""
+    """Lists what one rank wrote, which it tells rank 0 by a file."""
 
     files: dict[str, FileRecord]
     export: dict[str, FileRecord]
@@ -57,13 +57,13 @@ class WrittenFiles:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """index.json: every file, and where each piece of a tensor stands."""
+    """Describes index.json, which lists every file and the place of each piece of a tensor."""
 
     files: dict[Annotated[str, Field(pattern=r"^(rank_\d{5,}\.safetensors|state\.json)$")], FileRecord]
     """Files without which the checkpoint cannot be loaded, by name."""
     pieces: tuple[StoredPiece, ...]
     export: dict[Annotated[str, Field(pattern=r"^[^/\\.][^/\\]*$")], FileRecord] = field(default_factory=dict)
-    """Files below `hf/`, which others load; a run goes on without them."""
+    """Files below `hf/`, which other programs load; a run resumes without them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ _STATE, _INDEX, _WRITTEN = TypeAdapter(TrainingState), TypeAdapter(Index), TypeA
 def published(folder: Path) -> list[Path]:
     """Returns the folders of checkpoints, oldest first, damaged ones among them.
 
-    Raises CheckpointError when `folder` is there and cannot be listed: a run must not start over for that.
+    Raises CheckpointError when `folder` is there and cannot be listed: a run must not start over because of that.
     """
     try:
         with os.scandir(folder) as entries:
@@ -154,7 +154,7 @@ def whole(folder: Path) -> list[Checkpoint]:
         try:
             found.append(inspect(path))
         except DamageError:
-            continue  # not ours to delete: the user may want to mend it
+            continue  # it must not be deleted: the user may want to repair it
     return found
 
 
@@ -185,10 +185,10 @@ def write_receipt(folder: Path, rank: int, written: WrittenFiles) -> None:
 
 
 def write_index(folder: Path, state: TrainingState) -> None:
-    """Writes state.json and index.json of the files that all ranks have written. Rank 0's work.
+    """Writes state.json and index.json of the files that all ranks have written. Only rank 0 calls it.
 
     Raises:
-        ShardError: a rank's file is missing, or the pieces of a tensor do not add up to it. OSError.
+        ShardError: a rank's file is missing, or the pieces of a tensor do not add up to it. OSError: writing failed.
     """
     ranks = range(state.layout["world_size"])
     pieces = read_pieces(folder, [rank_file(rank) for rank in ranks])
@@ -207,7 +207,7 @@ def write_index(folder: Path, state: TrainingState) -> None:
 
 
 def read_index(folder: Path) -> Index:
-    """Raises DamageError when it is not what `write_index` wrote."""
+    """Reads index.json. Raises DamageError when it is not what `write_index` wrote."""
     tree = _tree(_read(folder / INDEX), INDEX)
     if tree.keys() == {"files", "pieces"}:
         return _first_format(tree)
@@ -220,7 +220,7 @@ def read_index(folder: Path) -> Index:
 
 
 def _first_format(tree: dict[str, Any]) -> Index:
-    """Sizes in place of records, and pieces beside the names of their files."""
+    """Reads format 1, which had sizes in place of records, and pieces beside the names of their files."""
     try:
         files = {name: {"size": size, "checksum": None} for name, size in tree["files"].items()}
         pieces = [{"file": p["file"], "piece": {k: p[k] for k in p if k != "file"}} for p in tree["pieces"]]

@@ -1,9 +1,9 @@
-"""Megatron shards -> a stream of whole tensors under their Hugging Face names, on every rank that shares the model.
+"""Streams Megatron shards as whole tensors with Hugging Face names, on every rank that shares the model.
 
 Shards travel in buckets: packed end to end on the stage that has them (cast on the way, so that a narrower type halves
 the bytes), broadcast along the pipeline among equal tensor-parallel ranks, then gathered within the stage, and that
-only where a tensor is cut. The next bucket is on its way while the last one's tensors are consumed. What a rank has
-whole it yields from where it is. Names, and the splits of qkv and of gate and up projections, are mbridge's.
+only where a tensor is cut. The next bucket is on its way while the last one's tensors are consumed. A tensor that a
+rank has whole stays where it is. Names, and the splits of qkv and of gate and up projections, come from mbridge.
 """
 
 from collections.abc import Iterator
@@ -26,11 +26,11 @@ larger blocks back at once, and the kernel then zeroes the next bucket's pages, 
 
 @dataclass(frozen=True, slots=True)
 class _Flight:
-    """A bucket on its way. The buffer is its own: an engine may keep a tensor until it has the layer's others."""
+    """Holds a bucket on its way in a buffer of its own: an engine may keep a tensor until it has the layer's others."""
 
     bucket: ExportBucket
     buffer: Tensor | None
-    """[ranks that divide the tensors, elements of a shard]; None where all of it is here already."""
+    """[ranks that divide the tensors, elements of a shard]; None where this rank has all of it already."""
     work: tuple[Work, ...]
 
 
@@ -53,8 +53,8 @@ def export_weights(
     or of a bucket, which is kept as long as one of them.
 
     Args:
-        dtype: of the tensors that are sent and yielded. None: the parameters'.
-        bucket_bytes: of a bucket when gathered; a larger tensor has one of its own. None: BUCKET_BYTES.
+        dtype: the type of the tensors that are sent and yielded. None: the parameters' type.
+        bucket_bytes: the size of a gathered bucket; a larger tensor has one of its own. None: BUCKET_BYTES.
     """
     plan = policy.export_plan
     side = torch.cuda.Stream()  # so that consuming a bucket does not wait for the next one
@@ -65,7 +65,7 @@ def export_weights(
         _finish(plan, current, side)
         tensors = _unpack(plan, current)
         yield next(tensors)
-        # Not before: until it asked for the second, the consumer held the last tensor of a bucket that should be gone.
+        # Not before this: until it asked for the second, the consumer held the last tensor of a bucket that is freed.
         ahead = _start_next(plan, buckets, side)
         yield from tensors
 
@@ -157,7 +157,7 @@ def _unpack(plan: ExportPlan, flight: _Flight) -> Iterator[tuple[str, Tensor]]:
 
 
 def _is_gated(shard: TensorShard) -> bool:
-    """Each rank has a part of the gate projection, then one of the up projection."""
+    """Returns whether each rank has a part of the gate projection, then one of the up projection."""
     return ".linear_fc1." in shard.name
 
 
@@ -168,7 +168,7 @@ def _converted(plan: ExportPlan, name: str, parts: list[Tensor], dim: int) -> li
 
 
 def _whole_tensors(plan: ExportPlan, shard: TensorShard, parts: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yields what the ranks' shards of a tensor make together. Each expert-parallel rank has other experts."""
+    """Yields the whole tensors that the ranks' shards make together. Each expert-parallel rank has other experts."""
     if shard.cut is not Cut.EXPERTS:
         yield from _converted(plan, shard.name, parts, shard.dim)
         return

@@ -1,4 +1,4 @@
-"""Which rank holds what of every exported tensor: agreed once among the stages of a pipeline, when a policy is built.
+"""Plans which rank holds what of every exported tensor; a pipeline's stages agree on it once, when a policy is built.
 
 Only names, shapes and types are exchanged. From then on every rank knows what comes next, from whom, and how large it
 is, so that `policy.export` need not ask.
@@ -24,7 +24,7 @@ _EXPERTS = ".mlp.experts."
 
 
 class Cut(StrEnum):
-    """This says among which ranks of a pipeline stage a tensor is divided."""
+    """Says among which ranks of a pipeline stage a tensor is divided."""
 
     WHOLE = "whole"
     TENSOR = "tensor"
@@ -35,7 +35,8 @@ class Cut(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TensorShard:
-    """What a rank of the owning stage holds of a tensor, or, under `Cut.EXPERTS`, of one per expert-parallel rank."""
+    """Says what a rank of the owning stage holds of a tensor, or, with `Cut.EXPERTS`, of one per expert-parallel
+    rank."""
 
     stage: int
     name: str
@@ -53,12 +54,12 @@ class TensorShard:
 
 @dataclass(frozen=True, slots=True)
 class _Description:
-    """What the other stages must know of one parameter of a stage; the fields are those of `TensorShard`."""
+    """Describes what the other stages must know of one parameter of a stage; the fields are those of `TensorShard`."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
-    """torch's name of it, such as "bfloat16"."""
+    """torch's name of the type, such as "bfloat16"."""
     cut: Cut
     dim: int
 
@@ -68,10 +69,10 @@ class Gathering:
     """The ranks of a stage among which a tensor is divided."""
 
     group: ProcessGroup | None
-    """None where there is one such rank."""
+    """The group of these ranks; None where there is one such rank."""
     rank: int
     experts: tuple[int, ...]
-    """Per rank of the group, the number of the expert-parallel rank it is; all 0 where no experts are divided."""
+    """The expert-parallel rank of each rank of the group; all are 0 where no experts are divided."""
 
     @property
     def size(self) -> int:
@@ -80,7 +81,7 @@ class Gathering:
 
 @dataclass(frozen=True, slots=True)
 class ExportPlan:
-    """What every rank that shares a copy of the model knows; `shards` is the same on all of them."""
+    """Holds what every rank that shares a copy of the model knows; `shards` is the same on all of them."""
 
     mesh: Mesh
     bridge: Bridge
@@ -89,7 +90,7 @@ class ExportPlan:
     """The parameters of this rank's stage, by the names of `shards`."""
     gatherings: Mapping[Cut, Gathering]
     local_experts: int
-    """Experts of one expert-parallel rank."""
+    """Number of experts of one expert-parallel rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,10 +142,10 @@ def plan_export(bridge: Bridge, models: Sequence[torch.nn.Module], mesh: Mesh) -
 
 
 def cut_into_buckets(plan: ExportPlan, dtype: torch.dtype | None, bucket_bytes: int) -> list[ExportBucket]:
-    """Buckets of at most `bucket_bytes` once gathered, a larger tensor alone; the stages take turns, so that all send.
+    """Cuts buckets of at most `bucket_bytes` once gathered, a larger tensor alone; stages take turns, so that all send.
 
     Args:
-        dtype: in which the tensors travel. None: the parameters' own.
+        dtype: the type in which the tensors travel. None: the parameters' own.
     """
     stages: list[list[ExportBucket]] = []
     for stage in range(plan.mesh.pp_size):

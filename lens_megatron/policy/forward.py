@@ -1,4 +1,4 @@
-"""Forward passes without gradients: log-probabilities of given tokens, over all micro-batches in one pipelined run."""
+"""Runs passes without gradients: log-probabilities of given tokens, over all micro-batches in one pipelined run."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -67,7 +67,7 @@ class _Packed(NamedTuple):
 
 
 def _pack(policy: Policy, pairs: Sequence[Pair], max_tokens: int) -> _Packed:
-    """A collective over data-parallel ranks."""
+    """Packs the pairs into micro-batches. A collective over data-parallel ranks."""
     parts = micro_batches(policy, [len(prompt) + len(response) for prompt, response in pairs], max_tokens)
     device, nothing = policy.mesh.device, [((0, 0), ())]
     return _Packed(
@@ -76,7 +76,7 @@ def _pack(policy: Policy, pairs: Sequence[Pair], max_tokens: int) -> _Packed:
 
 
 def _run(policy: Policy, pairs: Sequence[Pair], packed: _Packed, temperature: float) -> list[Tensor]:
-    """Log-probabilities of every pair's targets, on the CPU of every rank of the model-parallel group."""
+    """Returns log-probabilities of every pair's targets, on the CPU of every rank of the model-parallel group."""
     parts, batches = packed
     if not parts:
         return []
@@ -114,7 +114,7 @@ def _lengths(parts: Sequence[Sequence[int]], pairs: Sequence[Pair]) -> list[int]
 
 
 def _on_every_rank(policy: Policy, results: list[Tensor], batches: Sequence[SequenceBatch]) -> Tensor:
-    """The last stage's results, of all context-parallel ranks, in one [T of all micro-batches] float32 tensor."""
+    """Gets the last stage's results, of all context-parallel ranks, in one [T of all micro-batches] float32 tensor."""
     mesh = policy.mesh
     totals = [sum(batch.lengths) for batch in batches]
     flat = torch.zeros(sum(totals), dtype=torch.float32, device=mesh.device)

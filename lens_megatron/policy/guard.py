@@ -1,4 +1,4 @@
-"""A lock on the state of the last finished step, which another thread can copy while the main one goes on.
+"""Locks the state of the last finished step, which another thread can copy while the main one goes on.
 
 Between two optimizer steps nothing changes weights or optimizer state, but two things move them: the optimizer's step
 itself, and the way to host memory and back. They hold the lock. The reference policy's weights come in other storages,
@@ -18,7 +18,7 @@ from lens_megatron.policy.shards import Piece
 
 @dataclass(frozen=True, slots=True)
 class FinishedStep:
-    """All that a checkpoint after `step` needs of this rank."""
+    """Holds all that a checkpoint after `step` needs of this rank."""
 
     step: int
     version: int
@@ -31,7 +31,7 @@ class FinishedStep:
 
 
 class StateGuard:
-    """`finished` is None while weights and optimizer belong to no finished step. To be read with the lock held."""
+    """`finished` is None while weights and optimizer belong to no finished step. It must be read with the lock held."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()

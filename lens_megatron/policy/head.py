@@ -26,7 +26,7 @@ class MicroBatchLoss:
     loss: Tensor
     """A float32 scalar, the only one that carries a gradient."""
     log_probs: Tensor
-    """[t] float32, as are the following."""
+    """Log-probabilities, [t] float32, as are the following fields."""
     entropy: Tensor
     ratio: Tensor
     clipped: Tensor
@@ -35,7 +35,7 @@ class MicroBatchLoss:
 
 
 class _HeadArguments(TypedDict):
-    """What both operators of lens_kernels take by name."""
+    """Arguments that both operators of lens_kernels take by name."""
 
     rows: Tensor
     temperature: float
@@ -102,7 +102,7 @@ def _whole_sequences_loss(
     """Computes an objective whose tokens depend on each other.
 
     Under context parallelism every rank computes the loss of all T tokens, of which its own t carry a gradient: the
-    ranks' gradients add up to the whole. The loss's value counts the own tokens alone.
+    ranks' gradients add up to the whole. The loss's value counts only the rank's own tokens.
     """
     own = batch.sequences.own
     if own is None:

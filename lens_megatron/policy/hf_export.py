@@ -1,4 +1,4 @@
-"""The policy as a Hugging Face directory: staged to host memory by all ranks together, written by each on its own."""
+"""Exports the policy as a Hugging Face directory: all ranks stage it to host memory, each writes its share alone."""
 
 import json
 from collections.abc import Mapping

@@ -37,7 +37,7 @@ def read_hf_config(path: str, option: str = "model.path") -> PretrainedConfig:
     """Reads and checks config.json of the model directory that `option` names.
 
     Raises:
-        ModelError: no such directory, unreadable, a family or rope type that is not supported, weights missing.
+        ModelError: no such directory, unreadable, unsupported family or rope type, or missing weights.
     """
     folder = Path(path)
     if not (folder / "config.json").is_file():
@@ -105,7 +105,7 @@ def _expert_options(hf_config: PretrainedConfig, local: bool) -> dict[str, Any]:
         i not in hf_config.mlp_only_layers and (i + 1) % hf_config.decoder_sparse_step == 0
         for i in range(hf_config.num_hidden_layers)
     ]
-    balanced = hf_config.output_router_logits  # where transformers adds the loss too; off in published models
+    balanced = hf_config.output_router_logits  # transformers adds the loss there too; it is off in published models
     return {
         "moe_layer_freq": [int(layer) for layer in sparse],
         "moe_grouped_gemm": not local,
@@ -122,7 +122,7 @@ def transformer_engine_available() -> bool:
 
 
 class _LensBridge:
-    """This class is mixed in before an mbridge class, whose hooks it overrides."""
+    """Is mixed in before an mbridge class, whose hooks it overrides."""
 
     local_spec: bool
     has_vp_stage: bool
@@ -162,7 +162,7 @@ class _LensBridge:
 
 
 class GroupedNames:
-    """A model, for mbridge to read, whose experts are called as Transformer Engine calls those of one grouped product:
+    """Shows mbridge a model whose experts are named as Transformer Engine names those of one grouped product:
     `experts.linear_fc1.weight3`, not `experts.local_experts.3.linear_fc1.weight`."""
 
     def __init__(self, model: torch.nn.Module):

@@ -1,4 +1,4 @@
-"""The last finished step, kept ready to be saved by another thread while the main one is anywhere in the next step.
+"""Keeps the last finished step ready for another thread to save while the main one is anywhere in the next step.
 
 Such a checkpoint lacks hf/, which takes a collective of the main threads; the next save has it again.
 """
@@ -25,7 +25,7 @@ from lens_megatron.policy.sharded_state import (
 )
 
 SAVE_PATIENCE_S = 10.0
-"""How long a stop waits for a save in flight."""
+"""Seconds that a stop waits for a save in flight."""
 
 
 class PolicyLastStep:
@@ -81,7 +81,7 @@ class PolicyLastStep:
         staged: Staged | None = None
         try:
             staged = self._stage(self._held())
-        except Exception as error:  # the other ranks wait: they must hear of it, whatever it is
+        except Exception as error:  # the other ranks wait, so they must hear of any error
             failure = f"{type(error).__name__}: {error}"
         failure = agree(failure)
         if failure is not None or staged is None:
@@ -111,10 +111,10 @@ def _kept(policy: Policy, local: LocalPiece) -> Tensor:
 
 
 def _own_stream(device: torch.device) -> AbstractContextManager:
-    """The main thread's stream may wait for other ranks for minutes."""
+    """Leaves the main thread's stream, which may wait for other ranks for minutes."""
     if device.type != "cuda":
         return nullcontext()
-    torch.cuda.set_device(device)  # of this thread
+    torch.cuda.set_device(device)  # this sets the device of this thread
     return torch.cuda.stream(torch.cuda.Stream(device))
 
 

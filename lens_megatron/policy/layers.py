@@ -1,5 +1,5 @@
-"""Layers where Transformer Engine is absent: an RMSNorm for sequence parallelism, attention over packed sequences, and
-a router to experts.
+"""Provides layers where Transformer Engine is absent: an RMSNorm for sequence parallelism, attention over packed
+sequences, and a router to experts.
 
 Megatron-Core's own local layers refuse the first two, and context parallelism with them; its router calls Transformer
 Engine whether it is there or not.
@@ -28,7 +28,7 @@ from lens_megatron.types import SequenceBatch
 
 @dataclass(kw_only=True)
 class PackedSequences(PackedSeqParams):
-    """Sequences laid end to end, as Megatron's layers and Transformer Engine understand them, and as ours do."""
+    """Sequences laid end to end, in the forms that Megatron's layers, Transformer Engine and our layers take."""
 
     segments: tuple[tuple[int, int, int, int], ...]
     """(first query row, last + 1, first key row, last + 1): runs of this rank's queries, and the keys before and under
@@ -89,7 +89,7 @@ def _key_order(runs: Sequence[tuple[int, int]], cp_size: int) -> Iterator[Tensor
 
 
 def _starts_and_end(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """[runs + 1] int32: where each run begins that follows the one before it, and where the last one ends."""
+    """Returns [runs + 1] int32: where each run begins that follows the one before it, and where the last one ends."""
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device)
 
 
@@ -152,7 +152,7 @@ class PackedAttention(MegatronModule):
     def _flash(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
-        if packed.key_rows is not None:  # flash attention wants each run's keys for itself
+        if packed.key_rows is not None:  # flash attention needs each run's keys separately
             key, value = key[packed.key_rows], value[packed.key_rows]
         longest = max(b - a for a, b, _, _ in packed.segments), max(d - c for _, _, c, d in packed.segments)
         out = varlen_attn(
@@ -168,7 +168,7 @@ class Router(TopKRouter):
     """Megatron's router, whose logits come from a plain matrix product in float32 or, if configured, float64."""
 
     def gating(self, input: Tensor) -> Tensor:
-        """[S, B, D] -> [S, B, experts]"""
+        """Computes the logits: [S, B, D] -> [S, B, experts]."""
         dtype = torch.float64 if self.config.moe_router_dtype == "fp64" else torch.float32
         return linear(input.to(dtype), self.weight.to(dtype))
 

@@ -31,11 +31,11 @@ class HiddenStatesModel(GPTModel):
     """A GPTModel whose last stage returns hidden states, after the final norm; `policy.head` does what follows."""
 
     def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
-        """[S, B, D]; under sequence parallelism [S/tp, B, D], this rank's part."""
+        """Returns hidden states [S, B, D]; under sequence parallelism this rank's part, [S/tp, B, D]."""
         return hidden_states
 
     def head_weight(self) -> torch.nn.Parameter:
-        """[V/tp, D] on the last stage: the embedding's weight if they are tied, else the head's own."""
+        """Returns [V/tp, D] on the last stage: the embedding's weight if they are tied, else the head's own."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
@@ -43,7 +43,7 @@ class HiddenStatesModel(GPTModel):
 
 @dataclass(slots=True)
 class Policy:
-    """The trained model on this rank, and what it takes to train it."""
+    """Holds the trained model on this rank, and what is needed to train it."""
 
     mesh: Mesh
     bridge: Bridge
@@ -52,7 +52,7 @@ class Policy:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     export_plan: ExportPlan
-    """Which rank holds what of every tensor that `policy.export` streams."""
+    """Says which rank holds what of every tensor that `policy.export` streams."""
     reference: dict[str, Tensor] | None
     """The frozen reference policy's parameters of this rank, by Megatron name; None when nothing needs them."""
     version: int = 0
@@ -66,7 +66,7 @@ class Policy:
 
     @property
     def layout(self) -> SequenceLayout:
-        """How this rank's part of a packed batch is cut out of it."""
+        """Says how this rank's part is cut out of a packed batch."""
         shared = self.mesh.tp_size if self.bridge.config.sequence_parallel else 1
         return SequenceLayout(self.mesh.cp_rank, self.mesh.cp_size, shared)
 
@@ -144,7 +144,7 @@ def _set_passthrough(bridge: Bridge, options: dict[str, Any]) -> None:
         )
     try:
         bridge.set_extra_args(**options)
-    except Exception as error:  # its checks raise anything: a ZeroDivisionError for no heads
+    except Exception as error:  # its checks raise any error, such as ZeroDivisionError for no heads
         raise ConfigError(f"megatron.transformer: Megatron-Core refuses {options}: {error}") from error
 
 
@@ -198,7 +198,7 @@ def _build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> M
     }
     try:
         return get_megatron_optimizer(MegatronOptimizerConfig(**options), chunks)
-    except Exception as error:  # an optimizer that it does not know is an Exception, and no more than that
+    except Exception as error:  # Megatron raises a plain Exception for an optimizer that it does not know
         raise ConfigError(f"megatron.optimizer: {error}") from error
 
 

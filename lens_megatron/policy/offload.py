@@ -34,7 +34,7 @@ class TrainerMemory:
         return bool(self._away)
 
     def to_host(self) -> int:
-        """Empties the device of the policy; returns the bytes this has freed there, 0 if it is away already."""
+        """Moves the policy off the device; returns the bytes that this has freed there, 0 if it is away already."""
         if not self.enabled or self._away:
             return 0
         with self.policy.guard.lock:
@@ -50,7 +50,7 @@ class TrainerMemory:
             self._away.append((storage, storage.nbytes()))
             storage.resize_(0)
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # else torch would keep what the engine is to have
+            torch.cuda.empty_cache()  # else torch would keep the memory that the engine needs
         return sum(size for _, size in self._away)
 
     def _copy(self, key: int, storage: UntypedStorage) -> Tensor:
@@ -61,7 +61,7 @@ class TrainerMemory:
         return host.copy_(_bytes(storage), non_blocking=True)
 
     def to_device(self) -> None:
-        """Brings everything back, bit for bit; gradients as zeros. Does nothing when nothing is away."""
+        """Brings everything back, bit for bit, but gradients as zeros. Does nothing when nothing is away."""
         with self.policy.guard.lock:
             self._to_device()
 

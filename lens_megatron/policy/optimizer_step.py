@@ -1,4 +1,4 @@
-"""Micro-batches -> gradients -> one optimizer step."""
+"""Computes the gradients of micro-batches and takes one optimizer step."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -93,7 +93,7 @@ def _router_losses_averaged(policy: Policy, batches: Sequence[MicroBatch]) -> It
     """Within the block, routers' own losses (load balance, size of logits) are means over the rows of the update.
 
     Megatron multiplies them by the rows a rank's router sees, and expects all gradients to be divided by the number of
-    tokens in the end; here the policy's loss comes divided, so theirs must. Rows of padding count: routers see them.
+    tokens in the end; here the policy's loss comes divided, so theirs must too. Padding counts: routers see it.
     """
     config, mesh = policy.bridge.config, policy.mesh
     names = [name for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff") if getattr(config, name)]
@@ -105,7 +105,7 @@ def _router_losses_averaged(policy: Policy, batches: Sequence[MicroBatch]) -> It
     kept = {name: getattr(config, name) for name in names}
     try:
         for name, coefficient in kept.items():
-            # A micro-batch's loss comes in as many parts, each multiplied by so much fewer rows.
+            # A micro-batch's loss comes in tp * cp parts, each multiplied by that many times fewer rows.
             setattr(config, name, coefficient * mesh.tp_size * mesh.cp_size / int(rows))
         yield
     finally:
@@ -114,8 +114,8 @@ def _router_losses_averaged(policy: Policy, batches: Sequence[MicroBatch]) -> It
 
 
 def _sums(result: MicroBatchLoss, terms: TokenTerms) -> Tensor:
-    """[SUMS + EXTREMES] float64: sums over the micro-batch's response tokens, those of MismatchSums for native and for
-    rescued ones last; then max of -ratio and of ratio (native), and of |p - q| for either."""
+    """Returns [SUMS + EXTREMES] float64: sums over the micro-batch's response tokens, those of MismatchSums for native
+    and for rescued ones last; then max of -ratio and of ratio (native), and of |p - q| for either."""
     rescued, native = terms.rescued, ~terms.rescued
     log_ratio = result.ratio.log()
     sums = [
@@ -130,7 +130,7 @@ def _sums(result: MicroBatchLoss, terms: TokenTerms) -> Tensor:
         native.sum(),
     ]
     extremes = [torch.full_like(result.loss, -math.inf)] * 2
-    if native.numel():  # of a tensor without elements there is no maximum
+    if native.numel():  # a tensor without elements has no maximum
         extremes = [torch.where(native, ratio, -math.inf).max() for ratio in (-result.ratio, result.ratio)]
     (*compared_native, largest_native), (*compared_rescued, largest_rescued) = (
         _compared(result, terms, chosen) for chosen in (native, rescued)

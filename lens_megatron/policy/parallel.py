@@ -1,4 +1,4 @@
-"""The mesh of ranks: sizes, coordinates and groups, read once from Megatron's parallel state."""
+"""Reads the mesh of ranks once from Megatron's parallel state: sizes, coordinates and groups."""
 
 import math
 import random
@@ -65,7 +65,7 @@ def build_mesh(layout: MegatronConfig, seed: int, device: torch.device, timeout_
         expert_model_parallel_size=layout.expert_model_parallel_size,
         expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
     )
-    random.seed(seed)  # nothing of ours draws from it; a user's grader may
+    random.seed(seed)  # this project draws nothing from it, but a user's grader may
     np.random.seed(seed)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
@@ -99,7 +99,7 @@ def _group_of_equal(number: int, device: torch.device, timeout_minutes: float) -
     numbers = torch.empty(torch.distributed.get_world_size(), dtype=torch.int64, device=device)
     torch.distributed.all_gather_into_tensor(numbers, torch.tensor([number], device=device))
     groups = [(numbers == value).nonzero()[:, 0].tolist() for value in numbers.unique().tolist()]
-    timeout = timedelta(minutes=timeout_minutes)  # of its own, not the world's: NCCL's default is ten minutes
+    timeout = timedelta(minutes=timeout_minutes)  # the group's own timeout, since NCCL's default is ten minutes
     return torch.distributed.new_subgroups_by_enumeration(groups, timeout=timeout)[0]
 
 

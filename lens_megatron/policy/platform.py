@@ -25,7 +25,7 @@ _installed: list[TorchFunctionMode] = []
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Turns a device that says cuda into cpu; `Tensor.type()` answers as on a GPU, because clip_grads asserts on it."""
+    """Replaces the device cuda by cpu; `Tensor.type()` answers as on a GPU, because clip_grads asserts on it."""
 
     def __torch_function__(
         self,
@@ -65,7 +65,7 @@ def _is_cuda(device: object) -> bool:
 
 
 def install() -> torch.device:
-    """Call once per process, before megatron.core is imported. Returns the device to compute on."""
+    """Must be called once per process, before megatron.core is imported. Returns the device to compute on."""
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
@@ -129,7 +129,7 @@ def _gather_unequal(gather: Callable) -> Callable:
 
 
 def _scatter_unequal(reduce_scatter: Callable) -> Callable:
-    """Makes `reduce_scatter` do so too: it sums everything on every rank and keeps this rank's rows."""
+    """Makes `reduce_scatter` take them too: it sums everything on every rank and keeps this rank's rows."""
 
     def replacement(
         rows: torch.Tensor,

@@ -47,7 +47,7 @@ class _Box:
     begin: int
     """Its first element in the flattened parameter."""
     replica: tuple[int, ...]
-    """Which copy this is, along pipeline, tensor and data parallelism; all 0: the one that counts."""
+    """The copy's numbers along pipeline, tensor and data parallelism; all are 0 for the copy that counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ def restore(policy: Policy, reader: ShardReader, optimizer_steps: int) -> None:
 
 
 def optimizer_steps(policy: Policy) -> int:
-    """Adam's step count. Raises ShardError should parameters disagree: one number is stored for all."""
+    """Returns Adam's step count. Raises ShardError should parameters disagree: one number is stored for all."""
     counts = {int(s.tensors["step"]) for s in _optimizer_states(policy) if "step" in s.tensors}
     counts |= {int(g["step"]) for o in optimizers(policy) for g in o.optimizer.param_groups if "step" in g}
     if len(counts) > 1:
@@ -127,7 +127,7 @@ def optimizer_steps(policy: Policy) -> int:
 
 
 def materialise(policy: Policy) -> None:
-    """Adam makes its state at the first step; saving and loading need the tensors before it."""
+    """Makes Adam's state, which Adam makes at its first step: saving and loading need it before."""
     for optimizer in optimizers(policy):
         if optimizer.init_state_fn is None:
             raise ShardError("megatron.optimizer.optimizer: only adam can be saved; unset it")
@@ -139,7 +139,8 @@ def materialise(policy: Policy) -> None:
 
 
 def generator_states(policy: Policy) -> dict[str, Tensor]:
-    """Every generator of this process, as tensors: torch, the device's, Megatron's trackers, Python, numpy."""
+    """Returns the states of this process's generators as tensors: torch, the device's, Megatron's trackers, Python,
+    numpy."""
     _, python, gauss = random.getstate()
     numpy = np.random.get_state(legacy=False)
     states = {
@@ -171,7 +172,7 @@ def restore_generators(states: dict[str, Tensor]) -> None:
 
 
 def _boxes(policy: Policy) -> Iterator[tuple[Tensor, list[_Box]]]:
-    """Per parameter or buffer: its boxes.
+    """Yields each parameter or buffer with its boxes.
 
     Sharded objects are left out: they are Transformer Engine's FP8 scales, pickled, and nothing here trains in FP8.
     """
@@ -200,9 +201,9 @@ def _box(part: ShardedTensor, whole: Tensor) -> _Box:
 
 
 def _cut(boxes: list[_Box], kind: str, flat: Tensor, start: int, instance: int | None = None) -> Iterator[LocalPiece]:
-    """`flat` holds elements from `start` on of a parameter that consists of `boxes`.
+    """Cuts `flat`, which holds the elements from `start` on of a parameter that consists of `boxes`, into pieces.
 
-    `instance`: copy of the distributed optimizer, whose runs are not copied among its data-parallel ranks.
+    `instance`: the copy of the distributed optimizer, whose runs are not copied among its data-parallel ranks.
     """
     for box in boxes:
         low, high = max(start, box.begin), min(start + len(flat), box.begin + box.piece.stop)

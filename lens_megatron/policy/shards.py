@@ -22,7 +22,7 @@ from lens_megatron.policy.checked_files import FileRecord, save_file
 
 
 class ShardError(ValueError):
-    """Files of pieces that do not fit together, or not the tensors asked for."""
+    """Files of pieces do not fit together, or are not the tensors asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Piece:
         return (self.start, self.stop) == (0, math.prod(self.shape))
 
     def problem(self) -> str | None:
-        """Why there is no such piece, None when there can be."""
+        """Returns why there can be no such piece, or None when there can be one."""
         if not len(self.global_shape) == len(self.offset) == len(self.shape):
             return f"offset {list(self.offset)} and shape {list(self.shape)} in {list(self.global_shape)}"
         ends = [offset + size for offset, size in zip(self.offset, self.shape, strict=True)]
@@ -118,7 +118,7 @@ class ShardReader:
     def __init__(self, folder: Path, pieces: Iterable[StoredPiece]):
         self.folder, self._files = folder, ExitStack()
         self._open: dict[str, Any] = {}
-        """safetensors' handles of the files that have been read from."""
+        """Handles of safetensors for the files that were opened so far."""
         self._by_key: dict[str, list[StoredPiece]] = {}
         for stored in pieces:
             self._by_key.setdefault(stored.piece.key, []).append(stored)
@@ -134,7 +134,7 @@ class ShardReader:
         return iter(self._by_key)
 
     def other(self, file: str, name: str) -> Tensor:
-        """A copy of a tensor that is no piece, by its name in `file`.
+        """Returns a copy of a tensor that is no piece, by its name in `file`.
 
         A copy, because what safetensors gives is the mapped file: a bus error once somebody truncates it.
         """
@@ -146,7 +146,7 @@ class ShardReader:
         return sorted(set(handle.keys()) - pieces)
 
     def read(self, wanted: Piece) -> Tensor:
-        """[stop - start] elements of `wanted`, in the stored type, to be copied before the reader is closed.
+        """Returns [stop - start] elements of `wanted`, in the stored type, to be copied before the reader is closed.
 
         Raises ShardError when they are not there.
         """
@@ -162,7 +162,7 @@ class ShardReader:
         return self._cut_from_boxes(stored, wanted)
 
     def _join(self, stored: Iterable[StoredPiece], start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of one box from its runs."""
+        """Returns elements [start, stop) of one box from its runs."""
         parts, position = [], start
         for s in sorted(stored, key=lambda s: s.piece.start):
             first, last = max(s.piece.start, position), min(s.piece.stop, stop)
@@ -175,7 +175,7 @@ class ShardReader:
         return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0)
 
     def _cut_from_boxes(self, stored: list[StoredPiece], wanted: Piece) -> Tensor:
-        """The wanted box, filled from every stored box that overlaps it, then its run."""
+        """Returns the wanted box, filled from every stored box that overlaps it, then its run."""
         boxes: dict[tuple, list[StoredPiece]] = {}
         for s in stored:
             boxes.setdefault(s.piece.box, []).append(s)

@@ -1,1 +1,1 @@
-"""How records become bytes (`codec`), and how they get from rank to rank (`between_ranks`)."""
+"""Turns records into bytes (`codec`), and sends them from rank to rank (`between_ranks`)."""

@@ -1,6 +1,6 @@
-"""Records from rank to rank of a process group, as bytes in tensors of uint8 (see `codec`).
+"""Sends records from rank to rank of a process group, as bytes in tensors of uint8 (see `codec`).
 
-All of these are collectives. What a rank sends to itself is not encoded: it gets the very objects back.
+All of these are collectives. What a rank sends to itself is not encoded: it gets the same objects back.
 """
 
 import struct
@@ -18,11 +18,11 @@ R = TypeVar("R")
 
 _SIZE = struct.Struct("<q")
 _HEAD_BYTES = 256
-"""What a broadcast sends at once: the size, and as much of the record as fits."""
+"""The bytes that a broadcast sends at once: the size, and as much of the record as fits."""
 
 
 def all_gather(record_type: type[R], records: Sequence[R], group: ProcessGroup) -> list[list[R]]:
-    """The records of every rank of `group`, in the order of ranks, on every rank."""
+    """Returns the records of every rank of `group`, in the order of ranks, on every rank."""
     world, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
     if world == 1:
         return [list(records)]
@@ -57,7 +57,7 @@ def all_to_all(record_type: type[R], parts: Sequence[Sequence[R]], group: Proces
 
 
 def broadcast(record_type: type[R], record: R | None, group: ProcessGroup) -> R:
-    """The record of the first rank of `group`, on every rank. The others give None.
+    """Returns the record of the first rank of `group`, on every rank. The others give None.
 
     A record of up to 248 bytes takes one message, a larger one two.
     """
@@ -83,7 +83,7 @@ def interleave(parts: Sequence[Sequence[R]]) -> list[R]:
 
 
 def _as_tensor(data: bytearray, group: ProcessGroup) -> Tensor:
-    """[len(data)] uint8, on the device that the group's backend sends from; on a CPU it shares the memory of `data`."""
+    """Makes [len(data)] uint8 on the device that the group's backend sends from; on a CPU it shares `data`'s memory."""
     device = "cuda" if torch.distributed.get_backend(group) == "nccl" else "cpu"
     return torch.from_numpy(np.frombuffer(data, np.uint8)).to(device)
 

@@ -1,4 +1,4 @@
-"""Records <-> bytes: the one form in which records travel between ranks and through the control store.
+"""Turns records into bytes and back: the one form in which records travel between ranks and through the control store.
 
     8 bytes   hash of the record's layout: its name, and the names and types of its fields, of nested records too
     8 bytes   number of records
@@ -8,7 +8,7 @@
     StrEnum  its place among the members      X | None  1 byte, then X if that is 1
     tuple[X, ...]  length, then the items      a frozen dataclass  its fields
 
-Tuples of numbers are written and read by one call of `struct` each: what is left is the time in which Python makes the
+Tuples of numbers are written and read by one call of `struct` each: the rest is the time in which Python makes the
 numbers. Nothing in the bytes is executed, and no count in them is believed further than the bytes reach.
 """
 
@@ -30,13 +30,13 @@ _CODES: dict[object, str] = {int: "q", float: "d", bool: "?"}
 
 
 class _Reader:
-    """Bytes, and how far they have been read."""
+    """Holds bytes, and how far they have been read."""
 
     def __init__(self, data: bytes | bytearray | memoryview):
         self.data, self.place = memoryview(data), 0
 
     def take(self, length: int) -> memoryview:
-        """The next `length` bytes. Raises ValueError where there are fewer."""
+        """Returns the next `length` bytes. Raises ValueError where there are fewer."""
         left = len(self.data) - self.place
         if length > left:
             raise ValueError(f"{length} bytes were to follow byte {self.place}, and {left} do; the end is missing")
@@ -48,13 +48,13 @@ class _Reader:
         return int(count)
 
     def values(self, code: str, count: int) -> tuple[Any, ...]:
-        """`count` numbers of the type that `struct` calls `code`."""
+        """Returns `count` numbers of the type that `struct` calls `code`."""
         return struct.unpack(f"<{count}{code}", self.take(count * struct.calcsize(f"<{code}")))
 
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """How the values of one type stand in the bytes."""
+    """Says how the values of one type stand in the bytes."""
 
     layout: str
     """The type's name, and those of all its parts; types with equal layouts read each other's bytes."""
@@ -63,7 +63,7 @@ class _Form:
 
 
 def encode(record_type: type[R], records: Sequence[R]) -> bytearray:
-    """The bytes from which `decode` makes equal records.
+    """Returns the bytes from which `decode` makes equal records.
 
     Raises:
         TypeError: `record_type` has a field of a type that is not in the module's table.
@@ -80,7 +80,7 @@ def encode(record_type: type[R], records: Sequence[R]) -> bytearray:
 
 
 def decode(record_type: type[R], data: bytes | bytearray | memoryview) -> list[R]:
-    """The records from which `encode` made `data`.
+    """Returns the records from which `encode` made `data`.
 
     Raises ValueError where `data` was made of another type of record, or of one with other fields, is cut off, goes on
     after the last record, or holds what the type does not.
@@ -99,7 +99,7 @@ def decode(record_type: type[R], data: bytes | bytearray | memoryview) -> list[R
 
 
 def _form(hint: Any) -> _Form:
-    """How values of the type `hint` are written and read. Raises TypeError for a type that the module's table lacks."""
+    """Returns how values of type `hint` are written and read. Raises TypeError for a type not in the module's table."""
     arguments = get_args(hint)
     if hint in _CODES:
         return _number_form(hint)

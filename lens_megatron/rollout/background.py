@@ -1,4 +1,4 @@
-"""Sampling on a thread, while the process trains."""
+"""Samples on a thread while the process trains."""
 
 import threading
 from collections.abc import Callable

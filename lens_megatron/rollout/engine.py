@@ -1,4 +1,4 @@
-"""The protocol every rollout engine speaks: submit requests, step, poll what finished, load weights.
+"""Defines the protocol of every rollout engine: submit requests, step, poll what finished, load weights.
 
 An engine samples token ids from token ids. It knows nothing of prompts, groups, rewards or purification.
 """
@@ -15,7 +15,7 @@ from lens_megatron.errors import ExitCode, UserError
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One completion to sample."""
+    """A request for one completion."""
 
     request_id: int
     prompt: tuple[int, ...]
@@ -29,7 +29,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What an engine made of a request."""
+    """The completion that an engine sampled for a request."""
 
     request_id: int
     token_ids: tuple[int, ...]
@@ -43,12 +43,12 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class EngineProgress:
-    """How many requests an engine has, and what it has done."""
+    """Counts an engine's requests and the tokens that it has generated."""
 
     waiting: int
     running: int
     generated_tokens: int
-    """All tokens since the engine was made; an engine may count a completion's tokens only when it has ended."""
+    """Tokens since the engine was made; an engine may count a completion's tokens only when it has ended."""
 
 
 class WeightManifestError(RuntimeError):
@@ -65,7 +65,7 @@ class EnginesLostError(UserError):
 
 
 class WeightManifest:
-    """What a stream of weights must hold, and what was wrong with the part of it that has come.
+    """Knows what a stream of weights must hold, and what was wrong with the part that has come.
 
     `shapes` are those of the engine's tensors, by their Hugging Face names.
     """
@@ -75,7 +75,7 @@ class WeightManifest:
         self.problems: list[str] = []
 
     def accepts(self, name: str, tensor: Tensor) -> bool:
-        """False where `tensor` must not be loaded; `check` will say why."""
+        """Returns False where `tensor` must not be loaded; `check` will say why."""
         shape = self.shapes.get(name)
         if shape is None:
             self.problems.append(f"unknown {name}")
@@ -123,7 +123,7 @@ def check_request(request: Request, in_flight: Container[int], *, context: tuple
 
 
 class RolloutEngine(Protocol):
-    """What the rest of the program sees of an engine, whichever it is: `local`, `vllm` or `servers`."""
+    """The interface of all engines, `local`, `vllm` and `servers`, to the rest of the program."""
 
     @property
     def version(self) -> int | None:
@@ -157,7 +157,7 @@ class RolloutEngine(Protocol):
         """The number of sequences it can decode at once now; at 0 it serves none until weights are loaded again."""
 
     def hopeless(self) -> bool:
-        """Whether it serves no request now and will serve none before weights are loaded again."""
+        """Returns whether it serves no request now and will serve none before weights are loaded again."""
 
     def progress(self) -> EngineProgress:
         """The number of its requests, and the number of tokens generated so far."""

@@ -1,4 +1,4 @@
-"""The embedded engine: transformers in this process, with a KV cache, continuous batching and a seed per request.
+"""Samples with transformers in this process, with a KV cache, continuous batching and a seed per request.
 
 A completion is a function of weights, prompt, temperature and seed, up to the rounding of batched matrix products; and
 nothing here reads a clock, so equal calls give equal bits.
@@ -105,14 +105,14 @@ class LocalEngine:
         return self._retire()
 
     def _decode(self) -> Tensor:
-        """[B, V] logits of the next token of the sequences that were running."""
+        """Returns [B, V] logits of the next token of the sequences that were running."""
         tokens = torch.tensor([[s.token_ids[-1]] for s in self.running], device=self.device)
         positions = self.mask.sum(1, keepdim=True)
         self.mask = torch.cat([self.mask, torch.ones_like(tokens)], 1)
         return self._forward(tokens, positions, self.mask, self.cache)
 
     def _prefill(self, admitted: list[_Sequence]) -> Tensor:
-        """[admitted, V] logits after the prompts; equal prompts are computed once. Joins the running cache."""
+        """Returns [admitted, V] logits after the prompts; equal prompts are computed once. Joins the running cache."""
         prompts = list(dict.fromkeys(s.request.prompt for s in admitted))
         rows = torch.tensor([prompts.index(s.request.prompt) for s in admitted], device=self.device)
         length = max(map(len, prompts))
@@ -181,7 +181,7 @@ class LocalEngine:
             return
         rows = torch.tensor(staying, device=self.device)
         self.mask = self.mask[rows]
-        padding = int(self.mask.any(0).int().argmax())  # columns that only the ones who left had used
+        padding = int(self.mask.any(0).int().argmax())  # only retired sequences had used these columns
         self.mask = self.mask[:, padding:]
         self.cache = [(keys[rows, :, padding:], values[rows, :, padding:]) for keys, values in self.cache]
 
@@ -222,7 +222,7 @@ class LocalEngine:
 
 
 def checkpoint_weights(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The model's weights, to be written to, by the names that they have in checkpoints.
+    """Returns the model's weights, to be written to, by the names that they have in checkpoints.
 
     In checkpoints every expert has its own matrices; transformers keeps those of a layer together: `gate_up_proj`
     [experts, 2 I, D] and `down_proj` [experts, D, I], where I is the intermediate size.
@@ -258,6 +258,6 @@ def _completion(sequence: _Sequence, finished: bool, version: int) -> Completion
 
 
 def end_tokens(model_path: str) -> set[int]:
-    """The ids that end a completion, by the generation configuration and the tokenizer. Raises ModelError."""
+    """Returns the ids that end a completion, by the generation configuration and the tokenizer. Raises ModelError."""
     tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
     return configured_end_tokens(model_path) | ({tokenizer.eos_token_id} - {None})

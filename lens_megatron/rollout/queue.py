@@ -1,10 +1,10 @@
-"""Requests on their way through engines: this rank's own, or all engines of the job with one queue between them.
+"""Queues requests for engines: for this rank's engine alone, or for all engines of the job through one queue.
 
 `OwnQueue` keeps the requests that wait and gives its engine no more than it can run at once, so that urgent requests
 overtake the others. `SharedQueue` puts every batch into the request store. Engines take from it while they have room
 and run less than their share of all that is unfinished: engines with little left take over from those with much, and a
-second wave starts wherever there is room. Which engine serves a request is then a matter of timing. What it draws is
-not, up to rounding: that is a function of weights, prompt and seed.
+second wave starts wherever there is room. Which engine serves a request depends on timing; what it draws, up to
+rounding, on weights, prompt and seed only.
 """
 
 import heapq
@@ -23,7 +23,7 @@ Timed = Callable[[], AbstractContextManager]
 
 
 class RequestQueue(Protocol):
-    """What the scheduler and evaluations see of a queue.
+    """The interface of a queue to the scheduler and evaluations.
 
     Request ids are unique among all queues of the job: this one's are `first_id`, `first_id + id_step`, and so on.
     """
@@ -88,7 +88,7 @@ class OwnQueue:
 
     def step(self) -> list[Completion]:
         if not self.running and not self.engine.capacity():
-            self._feed(len(self.heap))  # an engine that serves nothing can say why
+            self._feed(len(self.heap))  # the engine, which serves nothing, can say why
         completions = self.serve()
         if not self.running and not self.engine.capacity() and self.heap:
             raise EnginesLostError(f"no engine is left for {len(self.heap)} requests")
@@ -220,7 +220,7 @@ class SharedQueue:
             self.request_store.finished(len(claimed))
 
     def _hand_back(self) -> None:
-        """If this engine serves nothing now, offers the requests that it has claimed to the other engines."""
+        """Offers the requests that it has claimed to the other engines if this engine serves nothing now."""
         if self.engine.capacity():
             return
         for late, length, _, request in self.claimed.heap:
@@ -241,7 +241,7 @@ class SharedQueue:
 
 
 def open_queue(engine: RolloutEngine, request_store: RequestStore | None, timed: Timed = nullcontext) -> RequestQueue:
-    """The queue of a phase of sampling: for this rank's engine alone, or, given a store, for those of all ranks.
+    """Opens the queue of a phase of sampling: for this rank's engine alone, or, given a store, for those of all ranks.
 
     With a store every rank must open one. `timed` is entered around every step of the engine.
     """

@@ -1,4 +1,4 @@
-"""Groups <-> JSON lines, for people and for `debug.save_rollouts` and `debug.load_rollouts`."""
+"""Turns groups into JSON lines and back, for people and for `debug.save_rollouts` and `debug.load_rollouts`."""
 
 import json
 import reprlib
@@ -22,7 +22,7 @@ class ReplayError(UserError):
 
 
 def to_json(group: Group) -> str:
-    """The group as one line of JSON. `from_json` reads every float to the bit."""
+    """Returns the group as one line of JSON. `from_json` reads every float to the bit."""
     return json.dumps(group, default=_fields)
 
 
@@ -31,7 +31,7 @@ def _fields(record: Prompt | PurifiedPrompt | Rollout | Group) -> dict[str, obje
 
 
 def from_json(line: str | bytes) -> Group:
-    """The group that `to_json` made `line` of. Raises ValueError where the line is no graded group."""
+    """Returns the group that `to_json` made `line` of. Raises ValueError where the line is no graded group."""
     try:
         group = _parse(line)
         mistake = next(_mistakes(group), "")
@@ -56,7 +56,7 @@ def _parse(line: str | bytes) -> Group:
 
 
 def _mistakes(group: Group) -> Iterator[str]:
-    """What is wrong with the values of a group; the types of its fields are not trusted."""
+    """Returns what is wrong with the values of a group; the types of its fields are not trusted."""
     prompt, purified = group.prompt, group.purified
     yield from _token_mistakes("prompt", prompt.token_ids)
     if not all(isinstance(text, str) for text in (prompt.answer, prompt.problem, prompt.source)):
@@ -111,12 +111,12 @@ def _tuples(row: dict, *names: str) -> dict:
 
 
 def replay_path(folder: str, step: int) -> Path:
-    """The file in `folder` that holds the groups of `step`, one per line."""
+    """Returns the file in `folder` that holds the groups of `step`, one per line."""
     return Path(folder) / f"step_{step:06d}.jsonl"
 
 
 def read_groups(folder: str, step: int, *, count: int, vocab_size: int) -> list[Group]:
-    """The `count` groups of `step`, in the order of the file.
+    """Returns the `count` groups of `step`, in the order of the file.
 
     Raises ReplayError where the file cannot be read, has fewer or more groups, or tokens beyond `vocab_size`.
     """

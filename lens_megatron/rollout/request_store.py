@@ -1,4 +1,4 @@
-"""What the ranks of a job tell each other while they sample: batches of requests, and their completions.
+"""Carries what the ranks of a job tell each other while they sample: batches of requests, and their completions.
 
 Every rank reads and writes the job's control store. The rank that owns a batch posts it, the rank that claims it first
 serves it, and its completions go back to the owner. Only bytes travel, and no rank waits for another:
@@ -66,7 +66,7 @@ class RequestStore:
         self.counts: dict[str, int] = {}
         """The counters of this phase as last read, by name: lengths of what is appended to, and the totals."""
         self.read: dict[str, int] = {}
-        """How many of the appended entries this rank has read, by name."""
+        """The number of appended entries that this rank has read, by name."""
 
     def begin(self, capacity: int, engines: int) -> None:
         """Begins the next phase with an engine of this capacity. `engines` is 0 if it is hopeless, else 1."""
@@ -115,7 +115,7 @@ class RequestStore:
         return self._add(f"claims/{number}", 1) == 1
 
     def finished(self, requests: int) -> None:
-        """Notes that so many requests are completed, or will never be."""
+        """Notes that this number of requests are completed, or will never be."""
         self._add("unfinished", -requests)
 
     def send(self, owner: int, completion: Completion) -> None:
@@ -167,7 +167,7 @@ class RequestStore:
 
 
 def _batch_bytes(batch: RequestBatch) -> bytes:
-    """The prompt that the requests share is written once, with the first of them."""
+    """Writes the prompt only once, with the first of the requests, since they share it."""
     first, *others = batch.requests
     if any(request.prompt != first.prompt for request in others):
         raise ValueError("the requests of a batch share a prompt")

@@ -1,4 +1,4 @@
-"""Two waves through one engine: wave 1 of every prompt, and wave 2 of a purified prompt as soon as its group is hard.
+"""Samples two waves on one engine: wave 1 of every prompt, wave 2 of a purified prompt as soon as its group is hard.
 
     queue wave 1 -> engine.step ... -> rollouts graded -> below tau for certain? -> queue wave 2 -> ... -> Group
 
@@ -35,17 +35,17 @@ GRADING_STEPS = 8
 
 
 class GroupStore(Protocol):
-    """What the scheduler needs of `unfinished.UnfinishedGroups`."""
+    """The part of `unfinished.UnfinishedGroups` that the scheduler needs."""
 
     def read(self, step: int, prompts: Sequence[StepPrompt], version: int) -> dict[int, Group]:
-        """The groups of `prompts` that an interrupted attempt at `step` has kept, by their places in the step."""
+        """Returns the groups of `prompts` that an interrupted attempt at `step` has kept, by place in the step."""
 
     def append(self, step: int, place: int, group: Group) -> None:
         """Keeps the group of the prompt at `place`."""
 
 
 class Grader(Protocol):
-    """What the scheduler needs of `reward.GraderPool`."""
+    """The part of `reward.GraderPool` that the scheduler needs."""
 
     def submit(self, completion: str, answer: str, *, meta: dict | None = None) -> int: ...
 
@@ -72,7 +72,7 @@ class _Wave:
     grades: dict[int, Grade] = field(default_factory=dict)
     """Verdicts that were read, by sample number."""
     hard: bool = False
-    """The group is known to be hard, so that its second wave is queued or postponed."""
+    """True when the group is known to be hard, so that its second wave is queued or postponed."""
 
     @property
     def place(self) -> int:
@@ -105,14 +105,14 @@ class RolloutScheduler:
     store: GroupStore
     """The place where graded groups are kept until their step is done."""
     request_store: RequestStore | None = None
-    """If it is given, the engines of all ranks share their work, and `sample` must be called on all of them."""
+    """If a store is given, the engines of all ranks share their work, and `sample` must be called on all of them."""
     display: ProgressDisplay = NoDisplay()
     expected_length: Callable[[Prompt], float] = prompt_length
     """The expected length of first-wave rollouts, in any unit: the longest are started first. It must be the same in a
     resumed run."""
 
     def sample(self, prompts: Sequence[StepPrompt], step: int, version: int) -> CollectedGroups:
-        """Both waves of every prompt, graded, in the order of `prompts`, whose places must differ.
+        """Returns both waves of every prompt, graded, in the order of `prompts`, whose places must differ.
 
         The engine has the weights of `version`. What an interrupted attempt at this step has kept is not sampled again.
         Raises EnginesLostError when no engine is left that could sample.
@@ -184,7 +184,7 @@ class _Sampling:
             self.scheduler.grader.wait(self.abandoned_tickets)  # the pool would keep what nobody takes
 
     def _start_speculative_wave(self) -> bool:
-        """Queues the second wave of the undecided group with most failures, fewest successes. False: none is left."""
+        """Queues the second wave of the undecided group with most failures, fewest successes; False if none is left."""
         if self.scheduler.rollout.schedule != "speculative":
             return False
         undecided = [w for w in self.waves if self._is_undecided(w) and w.place not in self.speculative]
@@ -195,7 +195,7 @@ class _Sampling:
         return True
 
     def _is_undecided(self, wave: _Wave) -> bool:
-        """Whether it is a first wave whose second wave is neither certain nor out of the question."""
+        """Returns whether it is a first wave whose second wave is neither certain nor out of the question."""
         first = wave.origin is Origin.NATIVE and wave.prompt.purified is not None
         return first and not wave.hard and self._is_hard(self.scheduler.rollout.rollouts_per_prompt - wave.successes)
 
@@ -241,14 +241,14 @@ class _Sampling:
             self.postponed = []
 
     def _may_decide(self, wave: _Wave, due: int) -> bool:
-        """Whether `due` verdicts could change what is sampled. If not, there is no need to wait for the grader."""
+        """Returns whether `due` verdicts could change what is sampled. If not, nobody need wait for the grader."""
         schedule = self.scheduler.rollout.schedule
         if schedule == "sequential" or due == 0 or not self._is_undecided(wave):
             return False
         return schedule == "speculative" or self._is_hard(wave.failures + due)
 
     def _is_hard(self, failures: int) -> bool:
-        """Whether a group with so many failures is hard, were all its other rollouts correct."""
+        """Returns whether a group with so many failures is hard, were all its other rollouts correct."""
         size = self.scheduler.rollout.rollouts_per_prompt
         return is_hard((size - failures) / size, self.scheduler.lens)
 
@@ -269,7 +269,7 @@ class _Sampling:
             self.queue_wave(first.prompt, Origin.PURIFIED, first.mean_length, urgent=True)
 
     def _finish_wave(self, wave: _Wave) -> None:
-        """The last rollout of a wave is graded: its group may now be hard for certain, or done."""
+        """Notes that the last rollout of a wave is graded: its group may now be hard for certain, or done."""
         self.waves.remove(wave)
         place, native = wave.place, wave.origin is Origin.NATIVE
         self.rollouts[place, wave.origin] = tuple(
@@ -287,7 +287,7 @@ class _Sampling:
 
 
 def _generation_prompt(prompt: StepPrompt, origin: Origin) -> tuple[int, ...]:
-    """Token ids of the prompt that a wave is sampled from."""
+    """Returns token ids of the prompt that a wave is sampled from."""
     if origin is Origin.NATIVE:
         return prompt.prompt.token_ids
     if prompt.purified is None:

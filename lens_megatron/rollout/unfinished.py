@@ -30,17 +30,17 @@ class UnfinishedGroups:
     shares: int
     """The number of shares of a step."""
     staleness: int = 0
-    """How many updates the policy may be ahead of the one that sampled a group."""
+    """The number of updates that the policy may be ahead of the one that sampled a group."""
     found: tuple[Path, ...] = field(init=False)
     """The files of the attempt before. They are listed once, since no rank writes into another's share later."""
     writable: bool = field(default=True, init=False)
-    """Whether the last group could be written."""
+    """True if the last group could be written."""
 
     def __post_init__(self) -> None:
         self.found = tuple(sorted(self.folder.glob("step_*_of_*.jsonl")))
 
     def read(self, step: int, prompts: Sequence[StepPrompt], version: int) -> dict[int, Group]:
-        """By place in the step, the groups of `prompts` that weights of `version`, or little older ones, sampled."""
+        """Returns the groups of `prompts`, by place, that weights of `version`, or little older ones, sampled."""
         paths = self._files_of_other_shares(step) + [path for path in self.found if path == self._path(step)]
         found = {place: group for path in paths for place, group in _read(path) if self._is_fresh(group, version)}
         asked = {prompt.place: prompt.prompt for prompt in prompts}
@@ -53,11 +53,11 @@ class UnfinishedGroups:
         return kept
 
     def append(self, step: int, place: int, group: Group) -> None:
-        """Writes the group of the prompt at `place` in `step`. Without room on the disk the run goes on, unkept.
+        """Writes the group of the prompt at `place` in `step`. Without room on the disk the run goes on without it.
 
         The line is handed to the operating system before this returns.
         """
-        line = f"\n{place} {to_json(group)}"  # the line break first: the file may end in half a line
+        line = f"\n{place} {to_json(group)}"  # the line break comes first, because the file may end in half a line
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             append_whole(self._path(step), line.encode("utf-8", errors="backslashreplace"))
@@ -77,12 +77,12 @@ class UnfinishedGroups:
                 path.unlink()
 
     def _is_fresh(self, group: Group, version: int) -> bool:
-        """Whether weights of `version`, or of at most `staleness` updates before, sampled all rollouts of the group."""
+        """Returns whether weights of `version`, or of at most `staleness` updates before, sampled the whole group."""
         versions = {rollout.weight_version for rollout in (*group.native, *group.rescue)}
         return version - self.staleness <= min(versions) <= max(versions) <= version
 
     def _files_of_other_shares(self, step: int) -> list[Path]:
-        """Files that a run with another number of shares wrote: any of them may hold a prompt of this share."""
+        """Returns files that a run with another number of shares wrote: any of them may hold a prompt of this share."""
         files = [path for path in self.found if path.name.startswith(f"step_{step:06d}_")]
         return [path for path in files if not path.stem.endswith(_suffix(self.shares))]
 
@@ -95,7 +95,7 @@ def _suffix(shares: int) -> str:
 
 
 def _read(path: Path) -> list[tuple[int, Group]]:
-    """The groups of a file with their places."""
+    """Returns the groups of a file with their places."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError:

@@ -1,1 +1,1 @@
-"""Programs beside training: plan, doctor and the demo. Nothing in the trainer imports them."""
+"""Holds the programs beside training: plan, doctor and the demo. Nothing in the trainer imports them."""

@@ -1,8 +1,9 @@
-r"""Is this machine ready for this run? `python -m lens_megatron.doctor CONFIG [section.option=value ...]`.
+r"""Checks whether a machine is ready for a run: `python -m lens_megatron.doctor CONFIG [section.option=value ...]`.
 
-Versions, devices, links, shared memory, disk, model, tokenizer, template, and grading of real rows, each with a remedy.
-`--checkpoint PATH` (a run folder or one iter_* folder) reads every file of its checkpoints instead, without CONFIG.
-Changes nothing. Exit status: 0 ready (perhaps with warnings), 1 a check failed, 2 CONFIG or PATH cannot be used.
+It checks versions, devices, links, shared memory, disk, model, tokenizer, template, and grading of real rows, each with
+a remedy. `--checkpoint PATH` (a run folder or one iter_* folder) reads every file of its checkpoints instead, without
+CONFIG. It changes nothing. Exit status: 0 ready (perhaps with warnings), 1 a check failed, 2 CONFIG or PATH cannot be
+used.
 """
 
 import logging
@@ -60,7 +61,7 @@ def line(check: Check) -> str:
 
 
 def examine(config: Config) -> Iterator[Check]:
-    """All checks, the quick ones first. What a failed one makes pointless is left out."""
+    """Makes all checks, the quick ones first. What a failed one makes pointless is left out."""
     cluster, gpus = cluster_of(config.cluster), machine.gpu_totals()
     yield from machine.versions(config, len(gpus))
     yield machine.devices(cluster, gpus)

@@ -1,7 +1,7 @@
-"""What a run will take, before it takes any GPU: `python -m lens_megatron.plan CONFIG [section.option=value ...]`.
+"""Says what a run will take, before it takes any GPU: `python -m lens_megatron.plan CONFIG [section.option=value ...]`.
 
-Memory per GPU by phase and component, seconds per phase, bytes of weight sync, on the configuration's `cluster`.
-Exit status: 0 it fits, 2 it cannot run as it stands, with the reasons.
+It prints memory per GPU by phase and component, seconds per phase, and bytes of weight sync, on the configuration's
+`cluster`. Exit status: 0 it fits, 2 it cannot run as it stands, with the reasons.
 """
 
 import sys

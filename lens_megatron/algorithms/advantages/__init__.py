@@ -1,4 +1,4 @@
-"""How each rollout of a group is judged: one file per method, which `algorithm.advantage` chooses by its name here.
+"""Judges each rollout of a group: one file per method, which `algorithm.advantage` chooses by its name here.
 
 A new method is a file with a function of the type `Estimator`, a line below, and its name in the option.
 """

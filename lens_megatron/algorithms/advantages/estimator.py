@@ -1,4 +1,4 @@
-"""What every method of advantages takes and returns."""
+"""Defines what every method of advantages takes and returns."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from lens_megatron.types import TrainingGroup
 
 @dataclass(frozen=True, slots=True)
 class WeightedAdvantages:
-    """Both have one number per rollout of the group, in the order of `TrainingGroup.rollouts`."""
+    """Advantages and weights: one number of each per rollout, in the order of `TrainingGroup.rollouts`."""
 
     advantages: tuple[float, ...]
     weights: tuple[float, ...]
-    """These multiply the loss of the rollout's tokens."""
+    """Factors of the loss of the rollout's tokens."""
 
 
 Estimator = Callable[[TrainingGroup, AlgorithmConfig], WeightedAdvantages]
-"""It is a pure function of one group."""
+"""A pure function of one group."""

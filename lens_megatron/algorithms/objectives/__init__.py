@@ -1,8 +1,8 @@
-"""Losses of response tokens: one file per method, which `algorithm.ratio` chooses by its name here.
+"""Defines the losses of response tokens: one file per method, which `algorithm.ratio` chooses by its name here.
 
-An objective sees one log-probability and one entropy per token. The LM head and everything else of vocabulary size is
-`lens_kernels`', which differentiates whatever stands here. A new method is a file with a function of the type
-`LossFunction`, a line below, and its name in the option.
+An objective sees one log-probability and one entropy per token. `lens_kernels` computes all that has vocabulary size,
+such as the LM head, and differentiates these losses. A new method is a file with a function of the type `LossFunction`,
+a line below, and its name in the option.
 """
 
 from lens_megatron.algorithms.objectives.objective import (

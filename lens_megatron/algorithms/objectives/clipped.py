@@ -1,4 +1,4 @@
-"""PPO's clipped loss with KL, entropy and imitation terms, which the objectives share: they differ in their ratio."""
+"""Computes PPO's clipped loss with KL, entropy and imitation terms for all objectives, which differ in their ratio."""
 
 import torch
 from lens_kernels import k3

@@ -1,4 +1,4 @@
-"""What every objective takes and returns."""
+"""Defines what every objective takes and returns."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,4 +49,4 @@ class Objective:
     whole_sequences: bool = False
     """True: a token's loss depends on other tokens of its response, so the T tokens cannot be cut into chunks."""
     fused: Callable[[TokenTerms, AlgorithmConfig], FusedLossArguments | None] | None = None
-    """It returns the arguments with which lens_kernels' own loss equals `losses`, or None where it cannot."""
+    """Returns the arguments with which lens_kernels' own loss equals `losses`, or None where it cannot."""

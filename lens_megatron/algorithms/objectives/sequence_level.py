@@ -24,5 +24,5 @@ def sequence_ratio(
 
 
 def _sum_per_response(values: Tensor, terms: TokenTerms) -> Tensor:
-    """[T] -> [T]: every token gets the sum over the tokens of its response."""
+    """Sums per response, [T] -> [T]: every token gets the sum over the tokens of its response."""
     return torch.zeros_like(values).index_add(0, terms.first, values)[terms.first]

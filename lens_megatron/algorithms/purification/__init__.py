@@ -1,1 +1,1 @@
-"""Purifiers: they decide which tokens of a prompt are deleted before it is sampled a second time."""
+"""Purifies prompts: decides which tokens of a prompt are deleted before it is sampled a second time."""

@@ -1,4 +1,4 @@
-"""Interference scores of prompt tokens -> purified prompts (LENS, Algorithm 1, lines 10-12)."""
+"""Purifies prompts by the interference scores of their tokens (LENS, Algorithm 1, lines 10-12)."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from lens_megatron.config import LensConfig
 from lens_megatron.types import Prompt, PurifiedPrompt
 
 Retokenize = Callable[[tuple[int, ...]], tuple[int, ...]]
-"""It turns token ids into text and back into token ids, for `lens.deletion=text`."""
+"""Turns token ids into text and back into token ids, for `lens.deletion=text`."""
 
 
 def purify_prompts(
@@ -50,7 +50,7 @@ def _purify(
 
 
 def select(scores: Tensor, eligible: Tensor, lens: LensConfig, seed: int) -> Tensor:
-    """[L] bool, False at the tokens to delete."""
+    """Returns [L] bool, False at the tokens to delete."""
     count, length = int(eligible.sum()), len(scores)
     if count == 0:
         return torch.ones(length, dtype=torch.bool)

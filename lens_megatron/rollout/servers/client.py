@@ -1,4 +1,4 @@
-"""One vLLM server over HTTP, and what its answers mean. Tokens in, tokens out: no text, no tokenizer.
+"""Talks to one vLLM server over HTTP and checks its answers. Only tokens travel, so no tokenizer is needed.
 
 Completions come from /inference/v1/generate, which says with which weights each token was sampled. The control
 endpoints exist only in vLLM's development mode.
@@ -35,7 +35,7 @@ class OtherVersionError(ServerError):
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """One server's endpoints as methods; each raises ServerError where the server does not answer as it should."""
+    """Calls one server's endpoints; each method raises ServerError where the server does not answer as it should."""
 
     address: str
     """http://host:port. The host has no meaning where the session's connections go to a Unix socket."""
@@ -77,11 +77,11 @@ class Client:
         return reply
 
     async def post(self, path: str, timeout_s: float | None, body: Mapping | None = None) -> Any:
-        """The answer, of any type that JSON has. With `timeout_s` None it waits as long as the connection holds."""
+        """Returns the answer, any JSON. With `timeout_s` None it waits as long as the connection holds."""
         return await self._json("POST", path, timeout_s, body or {})
 
     async def tokens(self, timeout_s: float) -> float:
-        """How many tokens it has read and generated since it was started."""
+        """Returns the number of tokens that it has read and generated since it was started."""
         text = (await self._call("GET", "/metrics", timeout_s)).decode(errors="replace")
         values = re.findall(r"^vllm:(?:generation|prompt)_tokens_total(?:\{[^}]*\})? (\S+)$", text, re.MULTILINE)
         try:
@@ -90,7 +90,7 @@ class Client:
             raise ServerError(f"{self.address}/metrics: {values} are not numbers") from None
 
     async def version(self, timeout_s: float) -> str:
-        """The label of the weights that it has, as it was given them."""
+        """Returns the label of the weights that it has, as it was given them."""
         return str((await self.get("/weight_info", timeout_s)).get("weight_version"))
 
     async def reset_prefix_cache(self, timeout_s: float) -> None:
@@ -99,16 +99,16 @@ class Client:
 
 
 def generate_body(request: Request, end_tokens: Collection[int]) -> dict[str, Any]:
-    """The body of a call of /inference/v1/generate for `request`."""
+    """Returns the body of a call of /inference/v1/generate for `request`."""
     return {
         "token_ids": list(request.prompt),
         "sampling_params": {
             "temperature": request.temperature,
             "seed": request.seed,
             "max_tokens": request.max_new_tokens,
-            "logprobs": 0,  # of the sampled token alone
+            "logprobs": 0,  # the sampled token's alone
             "stop_token_ids": sorted(end_tokens),
-            "ignore_eos": True,  # the server knows config.json's alone; the project's are in stop_token_ids
+            "ignore_eos": True,  # the server knows only those of config.json; the project's are in stop_token_ids
             "detokenize": False,
         },
     }
@@ -116,7 +116,7 @@ def generate_body(request: Request, end_tokens: Collection[int]) -> dict[str, An
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What every completion must agree with."""
+    """Holds what every completion must agree with."""
 
     vocabulary: int
     end_tokens: frozenset[int]
@@ -126,7 +126,7 @@ class Expected:
 
 
 def completion_of(reply: Any, request: Request, expected: Expected) -> Completion:
-    """The completion in an answer of /inference/v1/generate, after everything in it was checked.
+    """Returns the completion in an answer of /inference/v1/generate, after everything in it was checked.
 
     Raises:
         OtherVersionError: some token was sampled with other weights than `expected.label`.
@@ -160,7 +160,7 @@ def _what_is_wrong(
         return f"{len(tokens)} tokens, and log-probabilities of {len(entries)} others"
     for _, log_prob in entries:
         if type(log_prob) not in (int, float) or not math.isfinite(log_prob) or not -9999 < log_prob <= 0:
-            return f"a log-probability of {log_prob}"  # -9999 is vLLM's word for NaN
+            return f"a log-probability of {log_prob}"  # vLLM writes NaN as -9999
     ends = [place for place, token in enumerate(tokens) if token in expected.end_tokens]
     if reason == "stop" and ends == [len(tokens) - 1] and len(tokens) <= request.max_new_tokens:
         return None

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
 
     asked: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's, which ends its step first
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer handles Ctrl-C and ends its step first
     child = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_the_guardian
     )
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         os.killpg(child.pid, signal.SIGKILL)
     except ProcessLookupError:
-        pass  # it left nothing behind
+        pass  # it left no process behind
     status = child.wait()
     if folder:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The servers of this rank as one engine: those that it has started, and those whose addresses it was given.
+"""Drives the servers of this rank as one engine: those that it has started, and those whose addresses it was given.
 
 HTTP runs in a thread of its own. Weights are sent from the trainer's thread, since getting them is a collective.
 """
@@ -76,7 +76,7 @@ class ServerEngine:
         self.ends, self.vocabulary = frozenset(end_tokens(config.model.path)), hf_config.vocab_size
         self.version: int | None = None
         self.offered_lost = False
-        """Whether there were lost requests after the last step, which `returned` offers to other engines."""
+        """True if there were lost requests after the last step, which `returned` offers to other engines."""
         self.loop = asyncio.new_event_loop()
         self.loop.set_default_executor(ThreadPoolExecutor(4 * (len(processes) + len(addresses)) + 4))
         self.thread = threading.Thread(target=self.loop.run_forever, name="servers", daemon=True)
@@ -259,7 +259,7 @@ class ServerEngine:
 
 
 def connect(config: Config, hf_config: PretrainedConfig, processes: Sequence[ServerProcess]) -> ServerEngine:
-    """This rank's engine. torch.distributed must be up, and the run's folder must exist. Raises ConfigError."""
+    """Returns this rank's engine. torch.distributed must be up, and the run's folder must exist. Raises ConfigError."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     for process in processes:
         process.move_log(Path(config.run.directory) / "servers")
@@ -269,7 +269,7 @@ def connect(config: Config, hf_config: PretrainedConfig, processes: Sequence[Ser
 
 
 def _context_of(address: str, info: Mapping[str, Any], config: Config) -> int:
-    """The most tokens of a sequence, from the /server_info of a server.
+    """Returns the largest number of tokens of a sequence, from the /server_info of a server.
 
     Raises ConfigError where the server was not started with this run's configuration.
     """
@@ -303,7 +303,7 @@ def _context_of(address: str, info: Mapping[str, Any], config: Config) -> int:
 
 
 def _at(tree: Mapping[str, Any], path: str) -> Any:
-    """The value at `path`, whose names are joined by dots; None where there is none."""
+    """Returns the value at `path`, whose names are joined by dots; None where there is none."""
     value: Any = tree
     for name in path.split("."):
         value = value.get(name) if isinstance(value, Mapping) else None

@@ -1,10 +1,10 @@
-"""Which servers may sample: a state machine without I/O, clocks or threads. `pool.py` tells it what has happened.
+"""Decides which servers may sample: a state machine without I/O, clocks or threads, which `pool.py` tells of events.
 
     restarting --started--> stale --loaded, or loaded again--> healthy <--answers, is silent--> suspect
         ^                     ^                  |                                |
         '------- dead         '--- loading, another version ---------'   too often silent, or bad, or stuck: dead
 
-Only a load of the current weights leads to `healthy`; whatever puts the weights of a server in doubt leads away.
+Only a load of the current weights leads to `healthy`; every event that puts a server's weights in doubt leads away.
 """
 
 from dataclasses import dataclass, replace
@@ -50,16 +50,16 @@ class Event(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long servers are waited for, and how often they are tried again. Times are in seconds."""
+    """Limits on waiting for servers and on trying them again. Times are in seconds."""
 
     silent_probes: int = 3
-    """A server is dead when it has not answered so many probes in a row."""
+    """A server is dead when it has not answered this number of probes in a row."""
     failures: int = 3
-    """A server is dead when so many requests in a row have failed. Those that were under way together count once."""
+    """A server is dead after this number of failed requests in a row. Those that were under way together count once."""
     stuck_s: float = 120.0
-    """A server is dead when it has requests and has generated no token for so long."""
+    """A server is dead when it has requests and has generated no token for this time."""
     restarts: int = 3
-    """How often in a row a server is started again without a completion, and how often its weights are sent again."""
+    """The number of times in a row that a server is restarted without a completion, or its weights are sent again."""
     backoff_s: float = 1.0
     """The wait before the first restart in a row; it doubles with each further one."""
     probe_interval_s: float = 1.0
@@ -73,7 +73,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class ServerHealth:
-    """What is known of one server."""
+    """What is known about one server's state."""
 
     state: ServerState = ServerState.RESTARTING
     version: int | None = None
@@ -83,30 +83,30 @@ class ServerHealth:
     failures: int = 0
     """The number of failures since its last completion."""
     failed_at: float = 0.0
-    """When the last failure was counted, on the clock of `progressed`."""
+    """The time at which the last failure was counted, on the clock of `progressed`."""
     starts: int = 0
-    """How often it was started again since its last completion."""
+    """The number of times that it was started again since its last completion."""
     reloads: int = 0
-    """How often its weights were sent again since its last completion, start, or new weights."""
+    """The number of times that its weights were sent again since its last completion, start, or new weights."""
     loading: bool = False
-    """Whether weights are being sent to it."""
+    """True while weights are being sent to it."""
     mixed: bool = False
-    """Whether a load broke off, so that only a new process can be loaded again."""
+    """True if a load broke off, so that only a new process can be loaded again."""
     tokens: float = 0.0
     """The number of tokens that it had generated when it was last asked."""
     progress_at: float | None = None
-    """When that number last grew, or it had nothing to do. None until it was asked."""
+    """The time when that number last grew, or it had nothing to do. None until it was asked."""
     reason: str = ""
-    """Why it is not healthy."""
+    """The reason why it is not healthy."""
 
 
 def eligible(server: ServerHealth, current: int | None) -> bool:
-    """Whether it may be given requests to sample from weights of version `current`."""
+    """Returns whether it may be given requests to sample from weights of version `current`."""
     return server.state is ServerState.HEALTHY and current is not None and server.version == current
 
 
 def loadable(server: ServerHealth) -> bool:
-    """Whether weights may be sent to it."""
+    """Returns whether weights may be sent to it."""
     return server.state in (ServerState.STALE, ServerState.HEALTHY, ServerState.SUSPECT) and not server.mixed
 
 
@@ -115,18 +115,18 @@ def restartable(server: ServerHealth, limits: Limits) -> bool:
 
 
 def backoff_s(server: ServerHealth, limits: Limits) -> float:
-    """How long it must have been dead before it is started again."""
+    """Returns the seconds that it must have been dead before it is started again."""
     return limits.backoff_s * 2**server.starts
 
 
 def reloadable(server: ServerHealth, limits: Limits) -> bool:
-    """Whether the current weights may be sent to it again."""
+    """Returns whether the current weights may be sent to it again."""
     stale = server.state is ServerState.STALE and not server.mixed and not server.loading
     return stale and server.reloads < limits.restarts
 
 
 def progressed(server: ServerHealth, tokens: float, busy: bool, now: float, limits: Limits) -> ServerHealth:
-    """The server after it has answered that it has generated `tokens` in all.
+    """Returns the server after it has answered that it has generated `tokens` in all.
 
     Args:
         busy: whether it has had requests since its last such answer.
@@ -140,13 +140,13 @@ def progressed(server: ServerHealth, tokens: float, busy: bool, now: float, limi
 
 
 def serving(server: ServerHealth, current: int | None) -> bool:
-    """Whether it has the weights of version `current` and is not dead, so that it is eligible now or after a probe."""
+    """Returns whether it has weights `current` and is not dead, so that it is eligible now or after a probe."""
     alive = server.state in (ServerState.HEALTHY, ServerState.SUSPECT)
     return alive and current is not None and server.version == current
 
 
 def failed(server: ServerHealth, sent_at: float, now: float, limits: Limits, reason: str) -> ServerHealth:
-    """The server after a request, sent at `sent_at`, was not answered, or with what cannot be a completion."""
+    """Returns the server after a request, sent at `sent_at`, was not answered, or with what cannot be a completion."""
     if server.state not in (ServerState.HEALTHY, ServerState.SUSPECT):
         return server
     if server.failures and sent_at <= server.failed_at:
@@ -160,7 +160,7 @@ def failed(server: ServerHealth, sent_at: float, now: float, limits: Limits, rea
 def after(
     server: ServerHealth, event: Event, limits: Limits, *, version: int | None = None, reason: str = ""
 ) -> ServerHealth:
-    """The server after `event`. An event that cannot happen in its state changes nothing.
+    """Returns the server after `event`. An event that cannot happen in its state changes nothing.
 
     Args:
         version: the version of the weights, with LOADED.

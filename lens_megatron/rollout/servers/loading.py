@@ -30,7 +30,7 @@ async def begin(pool: ServerPool) -> None:
     """Makes the servers ready to receive weights. Where all are being restarted, it waits for one of them."""
     pool.version, pool.kept_buckets = None, ()
     deadline = time.monotonic() + pool.limits.start_s
-    while loading(pool):  # one is being given the weights before these
+    while loading(pool):  # a server is still being given the weights before these
         await asyncio.sleep(pool.limits.probe_interval_s / 4)
     while not any(health.loadable(member.health) for member in pool.members):
         if not any(pool.may_serve_again(member) for member in pool.members) or time.monotonic() > deadline:
@@ -84,7 +84,7 @@ async def _send(pool: ServerPool, members: Sequence[Member], update_info: dict[s
         except RuntimeError:
             done, _ = await asyncio.wait([told], timeout=pool.limits.answer_s)
             if done and (reason := told.exception()):
-                raise reason from None  # the server knows why it hung up
+                raise reason from None  # the server knows why it closed the connection
             raise
         finally:
             if not told.done():

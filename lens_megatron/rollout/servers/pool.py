@@ -1,4 +1,4 @@
-"""The servers of one rank: it gives them requests, checks their answers, watches them, and restarts the dead ones.
+"""Manages the servers of one rank: gives them requests, checks their answers, watches them, restarts the dead ones.
 
 Everything here runs in one asyncio loop; other threads use `engine.py`. `health.py` decides which server may do what;
 this module finds out what happens to the servers, reports it there, and carries out what follows.
@@ -42,7 +42,7 @@ class Member:
     name: str
     session: aiohttp.ClientSession
     process: ServerProcess | None = None
-    """None if somebody else started it."""
+    """The server's process; None if somebody else started it."""
     address: str = "http://localhost"
     """http://host:port of a server that somebody else started."""
     health: ServerHealth = ServerHealth()
@@ -59,7 +59,7 @@ class Member:
         return Client(self.address, self.session)
 
     def link_address(self) -> Address:
-        """Where the trainer may listen so that this server reaches it, and as few others as possible."""
+        """Returns where the trainer may listen so that this server reaches it, and as few others as possible."""
         if self.process is not None:
             return self.process.path_in_folder(f"weights_{secrets.token_hex(4)}")
         return [address_towards(*self.client.host_and_port), 0]
@@ -103,11 +103,11 @@ class ServerPool:
         self.lost: list[Request] = []
         """Requests that no server of this pool can serve."""
         self.generated = 0
-        """Tokens of all completions."""
+        """The number of tokens of all completions."""
         self.changed = asyncio.Event()
         """Set when a request is finished or lost, or a task has failed."""
         self.restarts_dead = False
-        """Whether dead servers are started again; not before all have started for the first time."""
+        """True if dead servers are started again; it is False until all have started for the first time."""
         self.failure: BaseException | None = None
         """An exception that a task of this pool did not expect."""
         self.tasks: set[asyncio.Task[None]] = set()
@@ -168,14 +168,14 @@ class ServerPool:
         return self.per_server * sum(health.serving(member.health, self.version) for member in self.members)
 
     def may_serve_again(self, member: Member) -> bool:
-        """Whether it may serve later without other weights, though it does not now."""
+        """Returns whether it may serve later without other weights, though it does not now."""
         now, limits = member.health, self.limits
         if now.state is ServerState.RESTARTING or now.loading or health.reloadable(now, limits):
             return True
         return member.process is not None and self.restarts_dead and health.restartable(now, limits)
 
     def hopeless(self) -> bool:
-        """Whether no server serves, and none may before other weights are loaded."""
+        """Returns whether no server serves, and none may before other weights are loaded."""
         return not any(health.serving(m.health, self.version) or self.may_serve_again(m) for m in self.members)
 
     def running(self) -> int:
@@ -283,7 +283,7 @@ class ServerPool:
                     self.report(member, Event.EXITED, reason=member.health.reason)  # another process than before
                 self.report(member, Event.STARTED)
         elif health.restartable(member.health, self.limits):
-            await asyncio.to_thread(member.process.stop)  # it may be there still, and hang
+            await asyncio.to_thread(member.process.stop)  # the process may still be there and hang
             if time.monotonic() < member.died_at + health.backoff_s(member.health, self.limits):
                 return
             member.started_at = time.monotonic()

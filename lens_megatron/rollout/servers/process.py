@@ -54,7 +54,7 @@ def check_plugin() -> None:
 
 
 def devices(config: Config, place: int, servers: int) -> str | None:
-    """CUDA_VISIBLE_DEVICES for one of this machine's `servers`: GPUs after those of the trainer's processes.
+    """Returns CUDA_VISIBLE_DEVICES for one of this machine's `servers`: GPUs after those of the trainer's processes.
 
     None without CUDA. Raises ConfigError where there are not enough.
     """
@@ -75,18 +75,18 @@ def devices(config: Config, place: int, servers: int) -> str | None:
 def server_options(config: Config, hf_config: PretrainedConfig) -> dict[str, Any]:
     """Options of vLLM's engine for a server: those of the colocated engine, less what a server decides itself."""
     options = vllm_options.engine_options(config, hf_config)
-    del options["distributed_executor_backend"]  # nobody but the server starts its workers
-    del options["disable_log_stats"]  # they show that it makes progress
+    del options["distributed_executor_backend"]  # only the server starts its workers
+    del options["disable_log_stats"]  # the statistics show that it makes progress
     given = config.vllm.model_dump()
     return options | {
-        "enable_sleep_mode": given.get("enable_sleep_mode", False),  # nobody else wants its memory
+        "enable_sleep_mode": given.get("enable_sleep_mode", False),  # nothing else needs its memory
         "generation_config": "vllm",
         "weight_transfer_config": {"backend": weight_transfer.backend()},
     }
 
 
 def command(options: Mapping[str, Any], listen: Sequence[str]) -> list[str]:
-    """The server's command line. It holds no key, since others can read command lines.
+    """Returns the server's command line. It holds no key, since others can read command lines.
 
     Args:
         options: options of vLLM's engine.
@@ -126,7 +126,7 @@ def environment(key: str, visible_devices: str | None) -> dict[str, str]:
 
 
 def private_folder() -> Path:
-    """A new folder that only this user may enter, with a path short enough for sockets in it. Raises OSError."""
+    """Makes a folder that only this user may enter, with a path short enough for sockets in it. Raises OSError."""
     example = f"/lens_server_{'x' * 8}/{'x' * 36}"  # vLLM names its own sockets by UUIDs
     base = tempfile.gettempdir()
     if len(os.fsencode(base + example)) > _LONGEST_SOCKET_PATH:
@@ -163,7 +163,7 @@ class ServerProcess:
         return str(self.folder / name)
 
     def start(self) -> None:
-        """Ends it if it runs, starts it, and does not wait until it answers. Raises OSError."""
+        """Ends it if it runs, then starts it without waiting for its answer. Raises OSError."""
         self.stop()
         self.key, self.folder = secrets.token_urlsafe(32), private_folder()
         guardian = [
@@ -229,7 +229,7 @@ class ServerProcess:
             self.process.wait()
             self.process = None
         if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)  # its guardian may have been killed
+            shutil.rmtree(self.folder, ignore_errors=True)  # the process that removes it may have been killed
             self.folder = None
 
 

@@ -1,4 +1,4 @@
-"""The server's end of `weight_transfer.SocketLink`, inside vLLM's workers. Nothing of the trainer imports this."""
+"""Receives weights of `weight_transfer.SocketLink` inside vLLM's workers. The trainer never imports this module."""
 
 import socket
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from lens_megatron.supervision import channel
 
 @dataclass
 class SocketInitInfo(WeightTransferInitInfo):
-    """Where the trainer listens, and the secret by which both ends know each other."""
+    """Says where the trainer listens, and holds the secret by which both ends recognise each other."""
 
     address: str | list
     secret: str
@@ -28,7 +28,7 @@ class SocketInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class SocketUpdateInfo(WeightTransferUpdateInfo):
-    """What one bucket holds: the names, types and shapes of its tensors, in order."""
+    """Says what one bucket holds: the names, types and shapes of its tensors, in order."""
 
     names: list[str]
     dtype_names: list[str]

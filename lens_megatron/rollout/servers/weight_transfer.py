@@ -55,7 +55,7 @@ class TransferBucket:
     tensors: tuple[Tensor, ...]
 
     def update_info(self) -> dict[str, Any]:
-        """What the receiver must know beforehand, as vLLM's own "nccl" engine wants it."""
+        """Returns what the receiver must know beforehand, as vLLM's own "nccl" engine wants it."""
         return {
             "names": list(self.names),
             "dtype_names": [str(tensor.dtype).removeprefix("torch.") for tensor in self.tensors],
@@ -80,7 +80,7 @@ def cut_into_buckets(weights: Iterable[tuple[str, Tensor]], limit: int = BUCKET_
 
 
 def pack(tensors: Sequence[Tensor]) -> Tensor:
-    """[bytes] uint8 on the CPU: the tensors one after the other, each from a multiple of _ALIGNMENT on."""
+    """Returns [bytes] uint8 on the CPU: the tensors one after the other, each from a multiple of _ALIGNMENT on."""
     places, total = _places([tensor.nbytes for tensor in tensors])
     packed = torch.empty(total, dtype=torch.uint8)
     for place, tensor in zip(places, tensors, strict=True):
@@ -89,7 +89,7 @@ def pack(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def packed_bytes(shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]) -> int:
-    """The number of bytes that `pack` makes of such tensors."""
+    """Returns the number of bytes that `pack` makes of such tensors."""
     return _places(_sizes(shapes, dtypes))[1]
 
 
@@ -107,7 +107,7 @@ def _sizes(shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]) -> li
 
 
 def _places(sizes: Sequence[int]) -> tuple[list[int], int]:
-    """The first byte of each tensor, and the number of bytes of all."""
+    """Returns the first byte of each tensor, and the number of bytes of all."""
     places, end = [], 0
     for size in sizes:
         places.append(end)
@@ -116,7 +116,7 @@ def _places(sizes: Sequence[int]) -> tuple[list[int], int]:
 
 
 def payload(bucket: TransferBucket) -> Any:
-    """What the links of this machine send of a bucket: tensors on a GPU, else the packed bytes. Made once for all."""
+    """Makes, once for all links, what they send of a bucket: tensors on a GPU, else the packed bytes."""
     return [tensor.contiguous() for tensor in bucket.tensors] if torch.cuda.is_available() else pack(bucket.tensors)
 
 
@@ -136,7 +136,7 @@ def keep(bucket: TransferBucket, payload: Any) -> KeptBucket:
 
 
 def restore(bucket: KeptBucket) -> Any:
-    """The payload, as `payload` made it of the bucket."""
+    """Returns the payload, as `payload` made it of the bucket."""
     return [tensor.to(bucket.device) for tensor in bucket.payload] if torch.cuda.is_available() else bucket.payload
 
 
@@ -217,7 +217,7 @@ class SocketLink:
 
 
 class NcclLink:
-    """Implements `Link` for servers with vLLM's "nccl" engine, unpacked. Tensors must be on this process's GPU.
+    """Implements `Link` for servers with vLLM's "nccl" engine, without packing. Tensors must be on this process's GPU.
 
     NCCL's own identifier of the group, which holds a random number that every connection must show, travels over the
     server's authenticated HTTP. There is no store that others could reach, and no port that they could take.
@@ -238,7 +238,7 @@ class NcclLink:
         from vllm.distributed.weight_transfer.nccl_common import uid_init_process_group
 
         # NCCL has no timeout: a server that hangs here is found by the deadline of its HTTP request.
-        device = int(os.environ.get("LOCAL_RANK", 0))  # this thread's current one may be another
+        device = int(os.environ.get("LOCAL_RANK", 0))  # this thread's current device may be another
         self.communicator = uid_init_process_group(self.identifier, 0, self.size, device)
 
     def send(self, payload: list[Tensor]) -> None:
@@ -255,7 +255,7 @@ class NcclLink:
 
 
 def make_link(address: Address, workers: int, timeout_s: float) -> Link:
-    """The link that this machine's servers can use.
+    """Makes the link that this machine's servers can use.
 
     Args:
         address: where the trainer may listen for the server's workers.

@@ -1,8 +1,8 @@
-"""vLLM inside the trainer's processes: an engine of this rank alone, or this rank's part of an engine that consecutive
+"""Runs vLLM in the trainer's processes: an engine of this rank alone, or this rank's part of an engine that consecutive
 ranks share (see `tensor_parallel`). It is stepped token by token, and its weights come from the trainer.
 
-vllm is imported only when a run asks for it. `VllmEngine.load_weights` renews what vLLM keeps over an update and must
-not: cached keys and values, and on a CPU the packed copy of a tied head.
+vllm is imported only when a run asks for it. `VllmEngine.load_weights` renews what vLLM wrongly keeps over an update:
+cached keys and values, and on a CPU the packed copy of a tied head.
 """
 
 from collections.abc import Collection, Iterable
@@ -53,7 +53,7 @@ class VllmEngine:
             free = self._free_memory()
             try:
                 self.llm = LLMEngine.from_engine_args(EngineArgs(**options))
-            except ValueError as error:  # pydantic's too
+            except ValueError as error:  # pydantic's errors too
                 raise ConfigError(f"vLLM cannot be built from the options under `vllm:`: {error}") from error
         if get_tp_group().ranks != (ranks := _consecutive_ranks(config.ranks_per_engine)):
             raise RuntimeError(f"vLLM has put ranks {get_tp_group().ranks} together, not {ranks}, as the trainer does")
@@ -88,7 +88,7 @@ class VllmEngine:
             self.requests[request.request_id] = request
 
     def _check_weights(self) -> int:
-        """The version of the weights. Raises RuntimeError while there are none."""
+        """Returns the version of the weights. Raises RuntimeError while there are none."""
         if self.version is None:
             raise RuntimeError("the engine has no whole set of weights; load_weights first")
         return self.version
@@ -98,10 +98,10 @@ class VllmEngine:
             temperature=request.temperature,
             seed=request.seed,
             max_tokens=request.max_new_tokens,
-            logprobs=0,  # of the sampled token alone
+            logprobs=0,  # the sampled token's alone
             flat_logprobs=True,
             stop_token_ids=self.eos,
-            ignore_eos=True,  # vLLM knows config.json's alone; the project's are in stop_token_ids
+            ignore_eos=True,  # vLLM knows only those of config.json; the project's are in stop_token_ids
             detokenize=False,
             output_kind=self.only_final,
         )

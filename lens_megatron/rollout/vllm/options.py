@@ -1,5 +1,4 @@
-"""Makes vLLM's own options of the configuration's section `vllm:` and checks them before anything is built. Keeps vLLM
-from changing this process for the trainer."""
+"""Makes and checks vLLM's options from the section `vllm:`, and keeps vLLM from changing the trainer's process."""
 
 import dataclasses
 import difflib
@@ -128,7 +127,7 @@ def _check_installed(package: str, install: str, options: Mapping[str, Any], hea
 
 
 def _type_of(owner: type, name: str) -> Any:
-    """The type of a field. Any where the type has a name that vLLM imports for type checkers only."""
+    """Returns the type of a field, or Any where the type has a name that vLLM imports for type checkers only."""
     alone = SimpleNamespace(__annotations__={name: owner.__annotations__[name]})
     try:
         return get_type_hints(alone, vars(sys.modules[owner.__module__]), include_extras=True)[name]

@@ -1,4 +1,4 @@
-"""Consecutive ranks that hold one engine together: the first rank leads, and the others follow its commands.
+"""Lets consecutive ranks hold one engine together: the first rank leads, and the others follow its commands.
 
     leader     submit, cancel, step, step, ...   dismiss        (the scheduler drives it like any engine)
     followers  follow() ------------------------ returns
@@ -51,7 +51,7 @@ class EngineGroup:
 
 
 def build_engine_group(size: int, timeout_minutes: float = 30) -> EngineGroup:
-    """This rank's group where every `size` consecutive ranks hold an engine together. A collective of all ranks.
+    """Builds this rank's group where every `size` consecutive ranks hold one engine. A collective of all ranks.
 
     Args:
         size: a divisor of the number of ranks.
@@ -68,11 +68,11 @@ def build_engine_group(size: int, timeout_minutes: float = 30) -> EngineGroup:
 
 @dataclass(frozen=True, slots=True)
 class EnginePrompts:
-    """What one engine is to sample: on the leader the prompts of all ranks of its group, on followers none."""
+    """What one engine must sample: on the leader the prompts of all ranks of its group, on followers none."""
 
     prompts: tuple[StepPrompt, ...]
     counts: tuple[int, ...]
-    """How many of the prompts are each rank's; the leader's come first. Empty on followers."""
+    """The number of prompts of each rank, the leader's first; empty on followers."""
 
 
 def gather_to_leader(engine_group: EngineGroup, prompts: Sequence[StepPrompt]) -> EnginePrompts:
@@ -92,7 +92,7 @@ def gather_to_leader(engine_group: EngineGroup, prompts: Sequence[StepPrompt]) -
 def scatter_from_leader(
     engine_group: EngineGroup, groups: Sequence[Group], engine_prompts: EnginePrompts
 ) -> list[Group]:
-    """The groups of the prompts that this rank gave to `gather_to_leader`. A collective of the group.
+    """Returns the groups of the prompts that this rank gave to `gather_to_leader`. A collective of the group.
 
     Args:
         groups: on the leader one per prompt of `engine_prompts`, in its order; on followers none.
@@ -107,7 +107,7 @@ def scatter_from_leader(
 
 
 class Verb(StrEnum):
-    """What a leader can tell its followers to do."""
+    """The actions that a leader can tell its followers to do."""
 
     SUBMIT = "submit"
     CANCEL = "cancel"

@@ -1,4 +1,4 @@
-"""Renews what vLLM derives of an output head that is tied to the embedding, and does not renew with new weights."""
+"""Renews what vLLM derives from an output head that is tied to the embedding, and does not renew with new weights."""
 
 import torch
 

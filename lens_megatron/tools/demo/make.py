@@ -64,7 +64,7 @@ def _fill(folder: Path, options: WarmUp) -> None:
 
 
 def chat_text(problem: Problem) -> str:
-    """Everything around a problem too, so that the roles of the chat template are single tokens."""
+    """Returns the problem and all around it, so that the roles of the chat template are single tokens."""
     return f"user\n{problem.problem}\n{DEMO_INSTRUCTION}\nassistant\n"
 
 

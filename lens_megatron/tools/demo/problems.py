@@ -1,4 +1,4 @@
-"""Generate arithmetic word problems with distractors: (seed, split, noise shares) -> a stream of `Problem`.
+"""Generates arithmetic word problems with distractors: (seed, split, noise shares) -> a stream of `Problem`.
 
 Every problem is decided by a random generator alone, so a seed gives the same problems everywhere. The two splits never
 share a core (template and numbers): a checksum of the core says which split it belongs to.
@@ -17,7 +17,7 @@ from lens_megatron.tools.demo.templates import CLAUSES, NAMES, OBJECTS, SHORTS, 
 KIND_SHARES = {"add": 8, "sub": 8, "mul": 6, "add_sub": 2, "sub_add": 1, "mul_add": 1, "mul_sub": 1}
 SYMBOLS = {"add": "+", "sub": "-", "mul": "*"}
 EVAL_ONE_IN = 6
-"""One core in so many belongs to the evaluation split."""
+"""One core in this many belongs to the evaluation split."""
 SPOT = "\0"
 """Marks a place inside a sentence where a short distractor may go; never left in a problem."""
 
@@ -43,14 +43,14 @@ class Problem:
     noise: int
     """Number of distractors."""
     solution: str
-    """What a good completion looks like; the warm-up trains on it."""
+    """An example of a good completion; the warm-up trains on it."""
     answer: str
     stray_numbers: tuple[int, ...]
     """Numbers that only distractors brought in."""
 
 
 def stream(split: str, seed: int, noise_shares: dict[int, float]) -> Iterator[Problem]:
-    """Endless distinct problems of `split` ("train" or "eval"); `noise_shares`: number of distractors -> weight."""
+    """Yields endless distinct problems of `split` (train or eval); `noise_shares`: number of distractors -> weight."""
     if split not in ("train", "eval"):
         raise ValueError(f"split must be 'train' or 'eval', not {split!r}")
     rng = random.Random(f"{split}-{seed}")
@@ -69,12 +69,12 @@ def stream(split: str, seed: int, noise_shares: dict[int, float]) -> Iterator[Pr
 
 
 def split_of(kind: str, template: int, numbers: tuple[int, ...]) -> str:
-    """The split that owns this core."""
+    """Returns the split that owns this core."""
     return "eval" if zlib.crc32(f"{kind}/{template}/{numbers}".encode()) % EVAL_ONE_IN == 0 else "train"
 
 
 def write_jsonl(path: Path, problems: Iterator[Problem], count: int) -> None:
-    """Write the first `count` problems as JSON lines `{"id", "problem", "answer", "noise", "kind", "core"}`."""
+    """Writes the first `count` problems as JSON lines `{"id", "problem", "answer", "noise", "kind", "core"}`."""
     with path.open("w", encoding="utf-8") as file:
         for i, p in enumerate(islice(problems, count)):
             row = {"id": f"{path.stem}-{i}", "problem": p.problem, "answer": p.answer,
@@ -156,7 +156,7 @@ def distracted_solution(problem: Problem, rng: random.Random) -> str:
 
 
 def _insert_short(sentences: list[str], text: str, rng: random.Random) -> None:
-    """Put `text` at one of the marked spots, which is thereby used up."""
+    """Puts `text` at one of the marked spots, which cannot be used again."""
     spots = [(i, j) for i, s in enumerate(sentences) for j, char in enumerate(s) if char == SPOT]
     i, j = rng.choice(spots)
     sentences[i] = sentences[i][:j] + text + sentences[i][j + 1 :]

@@ -1,4 +1,4 @@
-"""The words of the demo task: problem templates, distractors and the names that fill them. Data only.
+"""Lists the words of the demo task: problem templates, distractors and the names that fill them. It holds only data.
 
 A template is a tuple of sentences, the last of which is the question; `{a} {b} {c}` are its numbers in the order of
 its operations, `{name} {other}` two people and `{obj}` a plural noun. A distractor never changes the answer: it speaks

@@ -1,4 +1,4 @@
-"""Train the demo's tokenizer: lines of text -> a byte-level BPE in Hugging Face layout with a ChatML template.
+"""Trains the demo's tokenizer: lines of text -> a byte-level BPE in Hugging Face layout with a ChatML template.
 
 Any text round-trips, because every byte has a token. A number of one or two digits is one token, without its space, so
 that the number the model reads is the number it writes.
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT, IM_START, IM_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
 VOCAB_SIZE = 1024
-"""The most tokens. The demo's language is small and runs out of merges before."""
+"""The largest number of tokens. The demo's small language runs out of merges before."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -21,11 +21,11 @@ CHAT_TEMPLATE = (
 )
 
 WORDS = r" ?\\[a-z]+\{?| ?[A-Za-z]+|[0-9]{1,2}|\s| ?[^\sA-Za-z0-9]"
-"""Pieces of text that no token reaches across: a LaTeX command, a word, a number, one space, one other sign."""
+"""Pieces of text that no token crosses: a LaTeX command, a word, a number, one space, one other sign."""
 
 
 def train_tokenizer(lines: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Train on `lines`; all numbers 0..99 are single tokens whatever the lines hold."""
+    """Trains on `lines`; all numbers 0..99 are single tokens whatever the lines hold."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -1,7 +1,7 @@
-"""Make the demo model: a small Qwen3 with a short supervised warm-up, so that it solves some problems and fails many.
+"""Makes the demo model: a small Qwen3 with a short supervised warm-up, so that it solves some problems and fails many.
 
-Like much text in the world, the warm-up's solutions are sometimes wrong where a distractor tempts: they take its number
-for one of the problem's. The model learns both ways, and reinforcement has something to choose from.
+Where a problem has a distracting number, some of the warm-up's solutions are wrong: they take it for one of the
+problem's. The model learns both ways, so that reinforcement learning can choose between them.
 """
 
 import random
@@ -24,7 +24,7 @@ Row = tuple[list[int], list[int]]
 
 @dataclass(frozen=True, slots=True)
 class WarmUp:
-    """How long the model is trained, and on what."""
+    """Says how long the model is trained, and on what."""
 
     steps: int = 850
     batch: int = 32
@@ -32,7 +32,7 @@ class WarmUp:
     noise_shares: tuple[tuple[int, float], ...] = ((0, 0.5), (1, 0.3), (2, 0.2))
     """Number of distractors -> share of the warm-up's problems."""
     distracted: float = 0.5
-    """Share of solutions, among problems with a distracting number, that fall for it."""
+    """Share of solutions, among problems with a distracting number, that wrongly use it."""
     problems: int = 20_000
     seed: int = 0
 
@@ -100,7 +100,7 @@ def warm_up(tokenizer: PreTrainedTokenizerFast, options: WarmUp) -> tuple[Qwen3F
 
 
 def _batches(data: list[Row], size: int, rng: random.Random) -> Iterator[list[Row]]:
-    """Endless batches of rows of like length: random order, sorted within a window, which halves the padding."""
+    """Yields endless batches of rows of like length: random order, sorted within a window, which halves the padding."""
     window = 16 * size
     while True:
         order = rng.sample(data, len(data))
@@ -126,7 +126,7 @@ def _batch(rows: Sequence[Row], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
 def sampled_accuracy(
     model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], seed: int = 0
 ) -> float:
-    """Share of `problems` solved by one sample at temperature 1, compared as text (the solutions are plain numbers)."""
+    """The share of `problems` solved by one sample at temperature 1, compared as text (solutions are plain numbers)."""
     torch.manual_seed(seed)
     correct = 0
     for start in range(0, len(problems), 128):

@@ -1,1 +1,1 @@
-"""Checks that `lens_megatron.doctor` makes, one function each; none of them changes anything."""
+"""Makes the checks of `lens_megatron.doctor`, one function each; none of them changes anything."""

@@ -1,11 +1,11 @@
-"""What one check has found."""
+"""Defines the result of a check."""
 
 from dataclasses import dataclass
 from enum import StrEnum
 
 
 class CheckStatus(StrEnum):
-    """Whether training would start, and run well."""
+    """Says whether training would start, and run well."""
 
     OK = "ok"
     WARN = "warn"
@@ -17,7 +17,7 @@ class CheckStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What was looked at, what was found, and what to do.
+    """Says what was looked at, what was found, and what to do.
 
     Example: Check("disk", CheckStatus.WARN, "40.0 GB free, 3 checkpoints take 120.0", "set run.directory").
     """

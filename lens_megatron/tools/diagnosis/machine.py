@@ -1,4 +1,4 @@
-"""Checks of the machine: versions, devices, links, shared memory, disk."""
+"""Checks the machine: versions, devices, links, shared memory, disk."""
 
 import json
 import os
@@ -90,7 +90,7 @@ def devices(cluster: Cluster, totals: list[tuple[str, int, int]]) -> Check:
 
 
 def gpu_totals() -> list[tuple[str, int, int]]:
-    """Name, total and free bytes of every GPU of this node."""
+    """Returns name, total and free bytes of every GPU of this node."""
     if not torch.cuda.is_available():
         return []
     found = []
@@ -139,7 +139,7 @@ def measure_bandwidth(ranks: int) -> float:
 
 
 def shared_memory(gpus: int, folder: Path = SHARED_MEMORY) -> Check:
-    """Whether shared memory has room for NCCL and the processes' queues. A container's 64 MB are too little."""
+    """Checks whether shared memory has room for NCCL and the processes' queues. A container's 64 MB are too little."""
     if not folder.is_dir():
         return Check("shared memory", CheckStatus.SKIPPED, f"no {folder} on this system")
     free, wanted = shutil.disk_usage(folder).free, SHARED_MEMORY_PER_RANK * max(1, gpus)
@@ -151,7 +151,7 @@ def shared_memory(gpus: int, folder: Path = SHARED_MEMORY) -> Check:
 
 
 def disk(config: Config, plan: Plan) -> Check:
-    """Whether there is room for the checkpoints that are kept and for the one being written."""
+    """Checks whether there is room for the checkpoints that are kept and for the one being written."""
     folder = existing_parent(Path(config.run.directory).expanduser())
     wanted = (plan.keep + 1) * plan.checkpoint_bytes
     free = shutil.disk_usage(folder).free
@@ -166,6 +166,6 @@ def disk(config: Config, plan: Plan) -> Check:
 
 
 def existing_parent(path: Path) -> Path:
-    """The folder at `path`, or the nearest one above it that is there."""
+    """Returns the folder at `path`, or the nearest one above it that is there."""
     path = path.absolute()
     return next(folder for folder in (path, *path.parents) if folder.is_dir())

@@ -1,4 +1,4 @@
-r"""Checks of model, tokenizer and data: what training would meet in its first minute, through its own code."""
+r"""Checks model, tokenizer and data for what training would meet in its first minute, by training's own code."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ TOO_LONG_SHARE = 0.1
 
 
 def layout(plan: Plan) -> Check:
-    """Whether the plan fits the cluster."""
+    """Checks whether the plan fits the cluster."""
     if plan.mistakes:
         return Check("layout", CheckStatus.FAIL, "; ".join(plan.mistakes), "see python -m lens_megatron.plan")
     tightest = max(plan.phases, key=lambda phase: phase.total)
@@ -39,7 +39,7 @@ def model(config: Config, shape: ModelShape) -> Check:
     except ModelError as error:
         return Check("model", CheckStatus.FAIL, str(error), "download the model there, or set model.path")
     found = f"{shape.model_type}, {stored:,} parameters in {config.model.path}"
-    tied = shape.vocab_size * shape.hidden_size  # some save a tied head as a second tensor
+    tied = shape.vocab_size * shape.hidden_size  # some folders save a tied head as a second tensor
     if stored not in (shape.parameters, shape.parameters + tied * shape.tie_word_embeddings):
         remedy = "a weight file is missing or belongs to another model; download it again"
         return Check("model", CheckStatus.FAIL, f"{found}; config.json asks for {shape.parameters:,}", remedy)
@@ -90,7 +90,7 @@ def _rows(config: Config, loaded: LoadedPrompts, *, is_training: bool) -> Check:
 
 
 def template(config: Config, loaded: Tokenizer, prompts: Sequence[Prompt]) -> Check:
-    r"""Whether the rendered prompt of real rows asks for `\boxed` and has tokens that may be purified."""
+    r"""Checks whether the rendered prompt of real rows asks for `\boxed` and has tokens that may be purified."""
     for prompt in prompts[:GRADED_ROWS]:
         text = loaded.decode_all(prompt.token_ids)
         row = f"row {prompt.index}"

@@ -1,4 +1,4 @@
-"""Bytes that a micro-batch's forward and backward pass need, layer by layer, from what each operator keeps.
+"""Computes bytes that a micro-batch's forward and backward pass need, layer by layer, from what each operator keeps.
 
 R: rows, the packed tokens of this rank (those of a micro-batch / cp); L: length of its sequences. H: hidden size;
 q, k: sizes of queries and keys of this rank; F: intermediate size of this rank; n: attention heads of this rank;
@@ -30,15 +30,15 @@ class Packed:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatchBytes:
-    """What one micro-batch needs on one rank."""
+    """Bytes that one micro-batch needs on one rank."""
 
     kept: int
-    """What the layers of one model chunk keep from the forward to the backward pass."""
+    """Bytes that the layers of one model chunk keep from the forward to the backward pass."""
     layer: int
     """The bytes that recomputation brings back, one layer at a time."""
     kept_above: int
-    """How far recomputation raises what is kept above `kept`. When attention alone is recomputed, what the layer's MLP
-    kept is free already."""
+    """The bytes by which recomputation raises what is kept above `kept`. When attention alone is recomputed, what the
+    layer's MLP kept is free already."""
     forward_peak: int
     """Highest sum of temporaries inside a layer in a pass without gradients, its input included."""
     backward_peak: int
@@ -52,7 +52,7 @@ class MicroBatchBytes:
 
 
 def micro_batch_bytes(shape: ModelShape, layout: ParallelLayout, micro_batch: Packed) -> MicroBatchBytes:
-    """Bytes of one micro-batch, padding not included, on one rank of a stage."""
+    """Returns the bytes of one micro-batch, padding not included, on one rank of a stage."""
     sizes = _Sizes.of(shape, layout, micro_batch)
     layers = shape.num_hidden_layers // (layout.pp * layout.vp)
     layer = sizes.attention_input() + sizes.core_attention() + sizes.mlp()

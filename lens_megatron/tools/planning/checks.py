@@ -1,4 +1,4 @@
-"""Layouts that cannot be: every message names the two values that do not go together, and what to change."""
+"""Finds layouts that are impossible: every message names the two values that do not go together, and what to change."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ from lens_megatron.tools.planning.model_shape import ModelShape
 
 
 def layout_mistakes(config: Config, shape: ModelShape, cluster: Cluster) -> list[str]:
-    """Why the model or the batch cannot be cut so; empty if it can."""
+    """Returns why the model or the batch cannot be cut so; empty if it can."""
     try:
         check_world(config, cluster.gpus, cluster.gpus_per_node)
     except ConfigError as error:
@@ -39,7 +39,7 @@ def memory_mistakes(
     work: Workload,
     cluster: Cluster,
 ) -> list[str]:
-    """Phases that need more than a GPU has, an engine whose KV cache is too small, too little host memory."""
+    """Returns phases that need more than a GPU has, an engine whose KV cache is too small, too little host memory."""
     mistakes = [
         _too_much(phase, shape, layout, work, cluster) for phase in phases if phase.total > cluster.memory_bytes
     ]

@@ -1,4 +1,4 @@
-"""Bytes of an engine that samples in the trainer's processes, on each of its GPUs: weights, KV cache and workspace."""
+"""Computes bytes of an engine in the trainer's processes, on each of its GPUs: weights, KV cache and workspace."""
 
 from dataclasses import dataclass
 
@@ -16,16 +16,16 @@ FLOAT32, FLOAT64 = 4, 8
 
 @dataclass(frozen=True, slots=True)
 class EngineBytes:
-    """What an engine holds on one GPU while it samples."""
+    """Bytes that an engine holds on one GPU while it samples."""
 
     weights: int
     kv_cache: int
-    """Negative where vLLM's share of the GPU is smaller than weights and workspace."""
+    """Bytes of the KV cache; negative where vLLM's share of the GPU is smaller than weights and workspace."""
     workspace: int
 
 
 def engine_bytes(shape: ModelShape, layout: ParallelLayout, work: Workload, cluster: Cluster) -> EngineBytes:
-    """vLLM makes a KV cache of all that its share leaves; the local engine's grows with the sequences that run."""
+    """Computes bytes: vLLM's KV cache has all that its share leaves; the local engine's grows with its sequences."""
     weights = weight_bytes(shape, layout)
     if layout.engine == "vllm_server":
         return EngineBytes(0, 0, 0)  # servers have GPUs of their own
@@ -74,7 +74,7 @@ def sequences_in_cache(cache: int, shape: ModelShape, layout: ParallelLayout, wo
 
 
 def cache_suffices(shape: ModelShape, layout: ParallelLayout, work: Workload, cluster: Cluster) -> bool:
-    """Whether vLLM starts, and never has to take a running sequence back because its cache is full."""
+    """Returns whether vLLM starts, and never has to take a running sequence back because its cache is full."""
     if layout.engine != "vllm":
         return True
     cache = engine_bytes(shape, layout, work, cluster).kv_cache

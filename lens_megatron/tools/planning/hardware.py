@@ -1,4 +1,4 @@
-"""Published figures of GPUs: what one has and how fast it is."""
+"""Holds published figures of GPUs: memory, arithmetic and bandwidths."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ GIB = 1 << 30
 
 
 def gib(size: float) -> str:
-    """`size` bytes in GiB with one decimal, as the plan prints them."""
+    """Returns `size` bytes in GiB with one decimal, as the plan prints them."""
     return f"{size / GIB:.1f}"
 
 
@@ -18,10 +18,10 @@ class Gpu:
 
     memory_gib: float
     bfloat16_tflops: float
-    """Dense tensor-core arithmetic."""
+    """TFLOP/s of dense tensor-core arithmetic."""
     memory_gb_s: float
     link_gb_s: float
-    """NVLink: all links together, in one direction."""
+    """Gigabytes per second of all NVLink links together, in one direction."""
 
 
 GPUS = {
@@ -54,7 +54,7 @@ class Cluster:
 
     @property
     def slowest_link_gb_s(self) -> float:
-        """Between two GPUs of a group that spans the cluster: NVLink in one node, else a GPU's share of the network."""
+        """The rate between two GPUs of a group that spans the cluster: NVLink in a node, else a GPU's network share."""
         return self.gpu.link_gb_s if self.nodes == 1 else self.network_gb_s / self.gpus_per_node
 
 

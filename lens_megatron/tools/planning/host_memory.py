@@ -1,4 +1,4 @@
-"""Bytes of host memory that the training processes of one node hold beside their GPUs."""
+"""Computes bytes of host memory that the training processes of one node hold beside their GPUs."""
 
 from dataclasses import dataclass, fields
 
@@ -8,7 +8,7 @@ from lens_megatron.tools.planning.layout import ParallelLayout, Workload
 from lens_megatron.tools.planning.model_shape import ModelShape
 
 EXPORT_SHARD_BYTES = 2 << 30
-"""Of one file of the exported policy, as policy.hf_export cuts it: the files go around the ranks."""
+"""Bytes of one file of the exported policy, as policy.hf_export cuts it: the files go around the ranks."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Configuration -> `ParallelLayout`, who holds what, and `Workload`, how much of it a step makes."""
+"""Derives `ParallelLayout`, who holds what, and `Workload`, the size of a step, from a configuration."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -12,10 +12,10 @@ CHUNK_ROWS_CPU = 256
 
 
 class LayerSpec(StrEnum):
-    """Which implementation of a layer Megatron-Core runs; they keep different tensors for the backward pass."""
+    """Says which implementation of a layer Megatron-Core runs; they keep different tensors for the backward pass."""
 
     TRANSFORMER_ENGINE = "transformer_engine"
-    """Where Transformer Engine and a GPU are: flash attention, norms fused into the linear layers."""
+    """Used where Transformer Engine and a GPU are: flash attention, norms fused into the linear layers."""
     LOCAL = "local"
     """A GPU without it, in bfloat16: lens_megatron.policy.layers, flash attention too; CP gathers keys."""
     LOCAL_CPU = "local_cpu"
@@ -24,7 +24,7 @@ class LayerSpec(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ParallelLayout:
-    """How model, optimizer and engine are cut, and how a layer computes."""
+    """Says how model, optimizer and engine are cut, and how a layer computes."""
 
     world: int
     tp: int
@@ -40,12 +40,12 @@ class ParallelLayout:
     """Bytes of an element of Megatron's gradient buffer."""
     spec: LayerSpec
     recompute: str
-    """none, selective (core attention) or full (whole layers)."""
+    """What is computed again: none, selective (core attention) or full (whole layers)."""
     recompute_layers: int
-    """full: layers per checkpoint."""
+    """Layers per checkpoint with recompute=full."""
     fused_swiglu: bool
     fused_head_gradient: bool
-    """The head adds its weight's gradient to Megatron's buffer; else a second tensor of it is made."""
+    """True if the head adds its weight's gradient to Megatron's buffer; else a second tensor of it is made."""
     engine: str
     engines: int
     """Engines of the whole job."""
@@ -55,9 +55,9 @@ class ParallelLayout:
     engine_cache_bytes: int | None
     """vLLM's kv_cache_memory_bytes, which replaces what the share leaves for the KV cache; None: not set."""
     reference: bool
-    """A frozen reference policy, kept on the host and swapped in for a pass."""
+    """True if there is a frozen reference policy, kept on the host and swapped in for a pass."""
     offload: bool
-    """The trainer's state is on the host while the engine samples."""
+    """True if the trainer's state is on the host while the engine samples."""
 
     @property
     def dp(self) -> int:
@@ -86,7 +86,7 @@ class ParallelLayout:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """One step. Lengths are the configured limits, which memory must hold."""
+    """The work of one step. Lengths are the configured limits, which memory must hold."""
 
     prompts: int
     rollouts_per_prompt: int
@@ -100,11 +100,11 @@ class Workload:
     engine_context: int | None
     """vLLM's max_model_len: tokens of the longest sequence that the engine must have room for; None: the model's."""
     speculative: bool
-    """Second waves start before it is certain that their groups are hard."""
+    """True if second waves start before it is certain that their groups are hard."""
     lens: bool
     kl: bool
     old_log_probs: bool
-    """Old log-probabilities are computed for all samples, not only for those from purified prompts."""
+    """True if old log-probabilities are computed for all samples, not only for those from purified prompts."""
 
     @property
     def sequence_tokens(self) -> int:

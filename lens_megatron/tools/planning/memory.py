@@ -1,4 +1,4 @@
-"""Bytes per GPU, by phase of a step and by component."""
+"""Computes bytes per GPU, by phase of a step and by component."""
 
 from dataclasses import dataclass, fields
 
@@ -20,7 +20,7 @@ STATISTICS_ELEMENTS = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class StateBytes:
-    """What a rank holds on its GPU in every phase in which the trainer's state is there."""
+    """Bytes that a rank holds on its GPU in every phase in which the trainer's state is there."""
 
     weights: int
     gradients: int
@@ -34,12 +34,12 @@ class Peaks:
     saved: int
     activations: int
     head: int
-    """What the LM head holds at the moment when activations + head is highest."""
+    """The bytes that the LM head holds at the moment when activations + head is highest."""
 
 
 @dataclass(frozen=True, slots=True)
 class PhaseBytes:
-    """What one GPU holds in a phase of the step, by component."""
+    """Bytes that one GPU holds in a phase of the step, by component."""
 
     phase: str
     stage: int
@@ -224,7 +224,7 @@ def _head_update(shape: ModelShape, layout: ParallelLayout, rows: int, responses
 
 
 def _gathered(shape: ModelShape, layout: ParallelLayout, rows: int) -> int:
-    """Under sequence parallelism the head gathers the hidden states of the whole group."""
+    """Bytes of the whole group's hidden states, which the head gathers under sequence parallelism."""
     return rows * shape.hidden_size * layout.element_bytes if layout.sequence_parallel else 0
 
 

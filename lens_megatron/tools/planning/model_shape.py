@@ -1,6 +1,7 @@
-"""The dimensions of a dense transformer, and what follows from them by arithmetic: parameters, KV cache, FLOPs.
+"""Computes what follows from a dense transformer's dimensions: parameters, KV cache, FLOPs.
 
-Pure. Fields bear the names of Hugging Face's config.json, so that a shape can stand where such a config is read.
+Its functions are pure. Fields are named as in Hugging Face's config.json, so that a shape can stand where a config is
+read.
 """
 
 import difflib
@@ -11,7 +12,7 @@ from pathlib import Path
 from lens_megatron.config import ConfigError
 
 FAMILIES = {"llama": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
-"""What the layers of a family have beyond those of Llama."""
+"""The parts that the layers of a family have beyond those of Llama."""
 _NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _SUFFIXES = ("-instruct", "-base", "-it")
 
@@ -44,7 +45,7 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        """Published count: a tied head counts once. Example: 7,615,616,512 for Qwen2.5-7B."""
+        """The published number of parameters: a tied head counts once. Example: 7,615,616,512 for Qwen2.5-7B."""
         return self.stage_parameters(tp=1, pp=1, stage=0)
 
     def stage_parameters(self, tp: int, pp: int, stage: int) -> int:

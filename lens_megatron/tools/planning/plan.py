@@ -1,4 +1,4 @@
-"""Configuration -> `Plan`: everything that can be said before a GPU is taken."""
+"""Makes a `Plan` of a configuration: everything that can be said before a GPU is taken."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ class LayoutError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a configuration will take on its cluster."""
+    """Says what a configuration will take on its cluster."""
 
     shape: ModelShape
     layout: ParallelLayout
@@ -39,7 +39,7 @@ class Plan:
     keep: int
     """Checkpoints kept."""
     mistakes: tuple[str, ...]
-    """Why it does not fit; empty if it does."""
+    """The reasons why it does not fit; empty if it does."""
 
 
 def make_plan(

@@ -1,4 +1,4 @@
-"""Changes with which a configuration fits: each is tried by reckoning again, and the first that fits is named."""
+"""Finds a change with which a configuration fits: computes the plan with each, and names the first that fits."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -10,12 +10,12 @@ from lens_megatron.tools.planning.layout import ParallelLayout, Workload
 from lens_megatron.tools.planning.model_shape import ModelShape
 
 LARGEST_SHARE = 0.95
-"""Of vllm.gpu_memory_utilization, as a remedy."""
+"""The largest vllm.gpu_memory_utilization that a remedy names."""
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Options to set, as one writes them, and what layout and workload are then."""
+    """Options to set, as one writes them, with the layout and workload that follow."""
 
     options: str
     layout: ParallelLayout
@@ -23,7 +23,7 @@ class Change:
 
 
 def for_gpu(phase: str, shape: ModelShape, layout: ParallelLayout, work: Workload, cluster: Cluster) -> str:
-    """What to do about a phase that needs more memory than a GPU has."""
+    """Says what to do about a phase that needs more memory than a GPU has."""
     changes: list[Change] = []
     if layout.dp * layout.cp > 1 and not layout.distributed_optimizer:
         distributed = replace(layout, distributed_optimizer=True)
@@ -40,7 +40,7 @@ def for_gpu(phase: str, shape: ModelShape, layout: ParallelLayout, work: Workloa
 
 
 def for_cache(shape: ModelShape, layout: ParallelLayout, work: Workload, cluster: Cluster) -> str:
-    """What to do about a KV cache that holds fewer sequences than may run, or not one of the longest."""
+    """Says what to do about a KV cache that holds fewer sequences than may run, or not one of the longest."""
     changes: list[Change] = []
     share = layout.engine_share
     if layout.engine_cache_bytes:
@@ -66,7 +66,7 @@ def for_cache(shape: ModelShape, layout: ParallelLayout, work: Workload, cluster
 
 
 def for_host(shape: ModelShape, layout: ParallelLayout, work: Workload, cluster: Cluster) -> str:
-    """What to do about a node with too little host memory."""
+    """Says what to do about a node with too little host memory."""
     changes: list[Change] = []
     if layout.dp * layout.cp > 1 and not layout.distributed_optimizer:
         distributed = replace(layout, distributed_optimizer=True)
@@ -89,7 +89,7 @@ def _first_that_fits(changes: Iterable[Change], shape: ModelShape, cluster: Clus
 
 
 def _fits(shape: ModelShape, layout: ParallelLayout, work: Workload, cluster: Cluster) -> bool:
-    """On GPUs, in the engine's cache, and in host memory."""
+    """Returns whether all fits on GPUs, in the engine's cache, and in host memory."""
     phases = memory.phases(shape, layout, work, cluster)
     return (
         all(phase.total <= cluster.memory_bytes for phase in phases)
@@ -99,7 +99,7 @@ def _fits(shape: ModelShape, layout: ParallelLayout, work: Workload, cluster: Cl
 
 
 def _smaller_engines(layout: ParallelLayout, work: Workload) -> Iterator[Change]:
-    """Engines of the same GPUs that need less memory while they sample."""
+    """Yields engines of the same GPUs that need less memory while they sample."""
     running = engine_memory.sequences_at_once(layout, work)
     while layout.engine == "local" and running > 8:
         running //= 2
@@ -115,7 +115,7 @@ def _smaller_engines(layout: ParallelLayout, work: Workload) -> Iterator[Change]
 def _engines_of_more_gpus(
     shape: ModelShape, layout: ParallelLayout, work: Workload, cluster: Cluster
 ) -> Iterator[Change]:
-    """Engines over more GPUs of a node, where the model's dimensions allow it."""
+    """Yields engines over more GPUs of a node, where the model's dimensions allow it."""
     size = 2 * layout.engine_tp
     while layout.engine == "vllm" and size <= cluster.gpus_per_node and cluster.gpus_per_node % size == 0:
         heads = shape.num_key_value_heads
@@ -127,7 +127,7 @@ def _engines_of_more_gpus(
 
 
 def _smaller_updates(shape: ModelShape, layout: ParallelLayout, work: Workload, cluster: Cluster) -> Iterator[Change]:
-    """Micro-batches of one sequence, layers computed again, finer cuts of the model with all that is cheap."""
+    """Yields micro-batches of one sequence, layers computed again, finer cuts of the model with all that is cheap."""
     budget = f"train.max_tokens_per_micro_batch={work.sequence_tokens}"
     small = replace(work, max_tokens=work.sequence_tokens)
     if work.max_tokens > work.sequence_tokens:
@@ -145,7 +145,7 @@ def _smaller_updates(shape: ModelShape, layout: ParallelLayout, work: Workload, 
 def _finer_cuts(
     shape: ModelShape, layout: ParallelLayout, work: Workload, cluster: Cluster
 ) -> Iterator[tuple[str, ParallelLayout]]:
-    """Layouts of at least as many cuts, fewest first; of as many, the fewest pipeline stages, then context ranks."""
+    """Layouts of at least as many cuts, fewest first; of equal ones, the fewest pipeline stages, then context ranks."""
     sizes = (1, 2, 4, 8, 16)
     triples = [(tp, pp, cp) for tp in sizes for pp in sizes for cp in sizes]
     for tp, pp, cp in sorted(triples, key=lambda t: (t[0] * t[1] * t[2], t[1], t[2])):

@@ -1,4 +1,4 @@
-"""Seconds per phase of a step, from arithmetic, bytes and stated assumptions; none of it is measured on a GPU yet."""
+"""Estimates seconds per phase of a step from arithmetic, bytes and assumptions; none is measured on a GPU yet."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ GIGA, TERA = 1e9, 1e12
 
 @dataclass(frozen=True, slots=True)
 class Assumptions:
-    """What no configuration says. Lengths are taken as uniform from 0 to the limit unless a mean is given."""
+    """Numbers that no configuration says. Lengths are taken as uniform from 0 to the limit unless a mean is given."""
 
     update_mfu: float = 0.40
     """Model FLOPs of forward and backward / peak, recomputation not counted as work done."""
@@ -32,12 +32,12 @@ class Assumptions:
     rescued_share: float = 0.1
     """LENS: share of rollouts whose old log-probabilities must be computed."""
     local_layer_s: float = 1e-3
-    """The local engine launches a layer's operators one by one from Python."""
+    """Seconds of a layer in the local engine, which launches its operators one by one from Python."""
 
 
 @dataclass(frozen=True, slots=True)
 class PhaseTime:
-    """How long a phase takes, and how that comes about, in words."""
+    """Says how long a phase takes, and how that time arises, in words."""
 
     phase: str
     seconds: float
@@ -46,10 +46,10 @@ class PhaseTime:
 
 @dataclass(frozen=True, slots=True)
 class WeightSync:
-    """How the weights reach an engine after every step."""
+    """Says how the weights reach an engine after every step."""
 
     bytes_per_engine: int
-    """What `perf/weight_sync_bytes` will say: every weight once, whole."""
+    """The value that `perf/weight_sync_bytes` will have: every weight once, whole."""
     bytes_received: int
     """Bytes of these that a GPU gets from others: all but its own shard."""
     seconds: float
@@ -63,7 +63,7 @@ def bubble(stages: int, micro_batches: int, chunks: int = 1) -> float:
 def step_times(
     shape: ModelShape, layout: ParallelLayout, work: Workload, cluster: Cluster, assumed: Assumptions, running: int
 ) -> list[PhaseTime]:
-    """The phases in the order of the step. `running`: sequences that one engine decodes at once."""
+    """Returns the phases in the order of the step. `running`: sequences that one engine decodes at once."""
     times = []
     if work.lens:
         times.append(_scores(shape, layout, work, cluster, assumed))
@@ -79,7 +79,7 @@ def step_times(
 
 
 def weight_sync(shape: ModelShape, layout: ParallelLayout, cluster: Cluster, assumed: Assumptions) -> WeightSync:
-    """Every weight is gathered whole on every rank of a model-parallel group, which then loads its engine."""
+    """Times the sync: every rank of a model-parallel group gathers every weight whole, and then loads its engine."""
     size = shape.parameters * layout.element_bytes
     received = size - size // (layout.tp * layout.pp)
     # Megatron numbers ranks tp, cp, dp, pp: the stages of one pipeline are the farthest apart.

@@ -1,4 +1,4 @@
-"""A plan as text."""
+"""Renders a plan as text."""
 
 from lens_megatron.tools.planning import memory
 from lens_megatron.tools.planning.hardware import gib
