@@ -80,7 +80,7 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
     display = ProgressBar() if mesh.rank == 0 and os.isatty(2) else NoDisplay()
     request_store = _build_request_store(config, engine_group, control)
     options = config.rollout, config.lens, config.run.seed
-    sampler = RolloutScheduler(engine, graders, tokenizer.decode, *options, unfinished, request_store, display)
+    scheduler = RolloutScheduler(engine, graders, tokenizer.decode, *options, unfinished, request_store, display)
     run = Run(
         config=config,
         mesh=mesh,
@@ -92,7 +92,7 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
         engine=engine,
         engine_group=engine_group,
         graders=graders,
-        sampler=sampler,
+        scheduler=scheduler,
         unfinished=unfinished,
         background=BackgroundSampling() if config.rollout.off_policy_steps else None,
         trainer_memory=memory,

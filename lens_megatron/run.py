@@ -36,9 +36,9 @@ class Run:
     engine_group: EngineGroup
     """The ranks that hold the engine together with this one."""
     graders: GraderPool
-    sampler: RolloutScheduler
+    scheduler: RolloutScheduler
     unfinished: UnfinishedGroups
-    """The graded groups of the steps in progress, on disk; `sampler` reads and writes them."""
+    """The graded groups of the steps in progress, on disk; `scheduler` reads and writes them."""
     background: BackgroundSampling | None
     """The sampling of the next step while this one trains; None if each step is sampled before it trains."""
     trainer_memory: TrainerMemory

@@ -81,7 +81,7 @@ def prepare(run: Run, step: int) -> EnginePrompts:
 def sample(run: Run, work: EnginePrompts, step: int, version: int) -> CollectedGroups:
     """Samples and grades with the weights of `version`, which the engine has. The trainer may train meanwhile."""
     with run.engine.phase():
-        return run.sampler.sample(work.prompts, step, version)
+        return run.scheduler.sample(work.prompts, step, version)
 
 
 def purify(run: Run, prompts: Sequence[Prompt], step: int) -> list[StepPrompt]:

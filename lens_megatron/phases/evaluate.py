@@ -74,7 +74,7 @@ def _success_shares(run: Run, prompts: Sequence[Prompt]) -> list[float]:
 def _sample_and_submit(run: Run, prompts: Sequence[Prompt]) -> dict[int, int]:
     """Samples every prompt and submits the completions to the graders; returns each ticket's place in `prompts`."""
     config, samples = run.config, run.config.train.eval_samples
-    queue = open_queue(run.engine, run.sampler.request_store)
+    queue = open_queue(run.engine, run.scheduler.request_store)
     places: dict[int, int] = {}
     for place, prompt in enumerate(prompts):
         seeds = [derive(config.run.seed, "evaluate", prompt.source, prompt.index, sample) for sample in range(samples)]

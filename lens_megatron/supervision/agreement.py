@@ -1,4 +1,4 @@
-"""Tells all ranks what one of them has found out. Sends only tensors; every function is a collective of the world."""
+"""Tells all ranks what one of them has found out. Sends only tensors; functions that take no group use the world."""
 
 import logging
 from collections.abc import Callable

@@ -153,7 +153,7 @@ def test_the_device_changes_hands_in_the_one_right_order(mesh: Mesh, tmp_path: P
         engine=engine,
         engine_group=build_engine_group(1),
         graders=None,
-        sampler=None,
+        scheduler=None,
         unfinished=None,
         background=None,
         trainer_memory=engine.memory,

@@ -134,10 +134,10 @@ def sample(
 @pytest.fixture(scope="module")
 def alone(engines: list[Mortal]) -> dict[int, Group]:
     """What one engine draws for all prompts."""
-    sampler = RolloutScheduler(
+    scheduler = RolloutScheduler(
         engines[0], Verdicts(odd), lambda ids: str(list(ids)), ROLLOUT, LensConfig(), 11, Nothing()
     )
-    return {group.prompt.index: group for group in sampler.sample(ASKED, step=2, version=3).groups}
+    return {group.prompt.index: group for group in scheduler.sample(ASKED, step=2, version=3).groups}
 
 
 def same(found: dict[int, Group], expected: dict[int, Group]) -> None:

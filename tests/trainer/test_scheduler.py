@@ -67,10 +67,10 @@ def sample(
 ) -> list[Group]:
     store = store or Nothing()
     rollout = RolloutConfig(prompts_per_step=3, rollouts_per_prompt=4, max_response_length=6, schedule=schedule)
-    sampler = RolloutScheduler(
+    scheduler = RolloutScheduler(
         engine, Verdicts(rule), lambda ids: str(list(ids)), rollout, LensConfig(**lens), 11, store
     )
-    return sampler.sample(asked, step=2, version=3).groups
+    return scheduler.sample(asked, step=2, version=3).groups
 
 
 def test_hard_groups_with_a_purified_prompt_get_a_second_wave(engine: LocalEngine):

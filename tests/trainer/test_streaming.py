@@ -67,11 +67,11 @@ def sample(
     )
     lens = LensConfig(tau=tau)
     display = display or NoDisplay()
-    sampler = RolloutScheduler(
+    scheduler = RolloutScheduler(
         engine, Verdicts(rule), lambda ids: str(list(ids)), rollout, lens, 11, Nothing(), display=display
     )
     engine.log, engine.max_running_sequences = [], running
-    collected = sampler.sample(step_prompts(PROMPTS, PURIFIED), step=2, version=3)
+    collected = scheduler.sample(step_prompts(PROMPTS, PURIFIED), step=2, version=3)
     return collected.groups, collected.stats
 
 
@@ -210,6 +210,6 @@ def test_without_purified_prompts_nothing_is_decided(engine: Watched):
     verdicts, asked = Verdicts(lambda text: False), []
     verdicts.wait = lambda tickets: asked.append(len(tickets)) or {t: verdicts.grades[t] for t in tickets}
     engine.log = []
-    sampler = RolloutScheduler(engine, verdicts, str, rollout, LensConfig(), 11, Nothing())
-    groups = sampler.sample(step_prompts(PROMPTS), step=2, version=3).groups
+    scheduler = RolloutScheduler(engine, verdicts, str, rollout, LensConfig(), 11, Nothing())
+    groups = scheduler.sample(step_prompts(PROMPTS), step=2, version=3).groups
     assert asked == [GROUP] * 6 and not any(g.rescue for g in groups)
