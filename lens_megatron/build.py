@@ -38,7 +38,7 @@ from lens_megatron.rollout.vllm import options as vllm_options
 from lens_megatron.rollout.vllm.engine import VllmEngine
 from lens_megatron.rollout.vllm.tensor_parallel import EngineGroup, TensorParallelEngine, build_engine_group
 from lens_megatron.run import Run
-from lens_megatron.supervision.agreement import raise_together, told_by_main
+from lens_megatron.supervision.agreement import together, told_by_main
 from lens_megatron.supervision.clock import Clock
 from lens_megatron.supervision.control_store import ControlStore
 from lens_megatron.types import Prompt
@@ -144,14 +144,8 @@ def _connect(
     config: Config, hf_config: PretrainedConfig, device: torch.device, servers: Sequence[ServerProcess]
 ) -> RolloutEngine:
     """Returns the engine over this rank's servers. A collective; raises ConfigError on all ranks if any has none."""
-    engines: list[RolloutEngine] = []
-    failure: ConfigError | None = None
-    try:
-        engines.append(connect(config, hf_config, servers))
-    except ConfigError as error:
-        failure = error
-    raise_together(failure, ConfigError("the servers of another rank cannot be used"), device)
-    return engines[0]
+    elsewhere = ConfigError("the servers of another rank cannot be used")
+    return together(lambda: connect(config, hf_config, servers), ConfigError, elsewhere, device)
 
 
 def _build_unfinished(config: Config, mesh: Mesh) -> UnfinishedGroups:
@@ -189,12 +183,8 @@ def _await_graders(graders: GraderPool, device: torch.device) -> None:
 
     Raises GraderStartError where they cannot be loaded, ConfigError on other ranks.
     """
-    failure = None
-    try:
-        graders.wait_ready()
-    except GraderStartError as error:
-        failure = error
-    raise_together(failure, ConfigError("the graders of another rank cannot be loaded, see its message"), device)
+    elsewhere = ConfigError("the graders of another rank cannot be loaded, see its message")
+    together(graders.wait_ready, GraderStartError, elsewhere, device)
 
 
 def _load_data(config: Config, tokenizer: Tokenizer) -> tuple[PromptStream, tuple[Prompt, ...]]:
@@ -237,12 +227,8 @@ def _take_folder(config: Config, mesh: Mesh, on_failure: ExitStack) -> tuple[boo
         return f"{taken[0].token} {'resume' if taken[0].resuming else 'begin'}"
 
     token, what = told_by_main(take, mesh.device).split()
-    failure = None
-    try:
-        run_folder.check_shared(config, token)
-    except RunFolderError as error:
-        failure = error
-    raise_together(failure, ConfigError("another rank has another run.directory, see its message"), mesh.device)
+    elsewhere = ConfigError("another rank has another run.directory, see its message")
+    together(lambda: run_folder.check_shared(config, token), RunFolderError, elsewhere, mesh.device)
     return what == "resume", taken[0].lease if taken else None
 
 

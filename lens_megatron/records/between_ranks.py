@@ -46,12 +46,12 @@ def all_to_all(record_type: type[R], parts: Sequence[Sequence[R]], group: Proces
     travel = [part if other != rank else [] for other, part in enumerate(parts)]
     encoded = [codec.encode(record_type, part) if part else bytearray() for part in travel]
     sent = _as_tensor(bytearray().join(encoded), group)
-    sending = sent.new_tensor([len(part) for part in encoded], dtype=torch.int64)
-    coming = torch.empty_like(sending)
-    torch.distributed.all_to_all_single(coming, sending, group=group)
+    sending = [len(part) for part in encoded]
+    coming = sent.new_empty(world, dtype=torch.int64)
+    torch.distributed.all_to_all_single(coming, sent.new_tensor(sending, dtype=torch.int64), group=group)
     sizes = coming.tolist()
     received = sent.new_empty(sum(sizes))
-    torch.distributed.all_to_all_single(received, sent, sizes, sending.tolist(), group=group)
+    torch.distributed.all_to_all_single(received, sent, sizes, sending, group=group)
     found = [codec.decode(record_type, _as_bytes(part)) if len(part) else [] for part in received.cpu().split(sizes)]
     return [list(parts[rank]) if other == rank else found[other] for other in range(world)]
 

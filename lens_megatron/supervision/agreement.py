@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch.distributed import ProcessGroup
@@ -9,6 +10,7 @@ from torch.distributed import ProcessGroup
 from lens_megatron.errors import UserError
 
 logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 
 def told_by_main(tell: Callable[[], str], device: torch.device) -> str:
@@ -36,6 +38,24 @@ def raise_together(failure: Exception | None, otherwise: Exception, device: torc
     torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX)
     if failed.item():
         raise failure or otherwise
+
+
+def together(
+    attempt: Callable[[], Result], expected: type[Exception], otherwise: Exception, device: torch.device
+) -> Result:
+    """Returns what `attempt` returns here, once it has succeeded on every rank. A collective.
+
+    Raises the `expected` error of this rank's attempt, or `otherwise` where only another rank's has failed. An error of
+    another type is raised at once, without the other ranks.
+    """
+    results: list[Result] = []
+    failure: Exception | None = None
+    try:
+        results.append(attempt())
+    except expected as error:
+        failure = error
+    raise_together(failure, otherwise, device)
+    return results[0]
 
 
 def first_to_fail(failed: bool, device: torch.device) -> int | None:
