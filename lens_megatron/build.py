@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
+from lens_megatron.algorithms.methods import load_methods
 from lens_megatron.config import Config, ConfigError
 from lens_megatron.config.rules import machine_mistakes
 from lens_megatron.data.prompts import DataError, PromptStream, load_prompts
@@ -52,6 +53,7 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
     Checks model, tokenizer and data, then takes the device's memory, and only then creates the run folder.
     """
     _check_machine(config)
+    methods = load_methods(config)
     hf_config = check_model(config)
     check_layout(config, hf_config)
     if config.rollout.engine in ("vllm", "vllm_server"):
@@ -83,11 +85,13 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
     scheduler = RolloutScheduler(engine, graders, tokenizer.decode, *options, unfinished, request_store, display)
     run = Run(
         config=config,
+        methods=methods,
         mesh=mesh,
         control=control,
         policy=policy,
         tokenizer=tokenizer,
         prompts=prompts,
+        selection=methods.selection.call(prompts, config.run.seed, methods.selection.options),
         eval_prompts=eval_prompts,
         engine=engine,
         engine_group=engine_group,
@@ -173,7 +177,7 @@ def _check_replay(config: Config, vocab_size: int) -> None:
 
 def _start_graders(config: Config) -> GraderPool:
     try:
-        return GraderPool(config.reward.workers_per_rank, config.reward.timeout_s, config.reward.grader)
+        return GraderPool(config.reward.workers_per_rank, config.reward.timeout_s, str(config.reward.grader))
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -198,7 +202,7 @@ def _load_data(config: Config, tokenizer: Tokenizer) -> tuple[PromptStream, tupl
             f"data.train has {len(training.prompts)} usable prompts, rollout.prompts_per_step asks for "
             f"{config.rollout.prompts_per_step}; lower it or give more data"
         )
-    stream = PromptStream(training.prompts, config.rollout.prompts_per_step, config.run.seed, config.data.shuffle)
+    stream = PromptStream(training.prompts, config.run.seed, config.data.shuffle)
     eval_prompts = tuple(prompt for loaded in held_out for prompt in loaded.prompts)
     names = sorted({metrics.accuracy_name(p.source, config.train.eval_samples) for p in eval_prompts})
     wanted = config.train.metric_for_best_model

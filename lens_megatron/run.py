@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from lens_megatron.algorithms.methods import Methods
+from lens_megatron.algorithms.selection import Selection
 from lens_megatron.config import Config
 from lens_megatron.data.prompts import PromptStream
 from lens_megatron.data.tokenizer import Tokenizer
@@ -25,12 +27,16 @@ class Run:
     """Holds everything that one rank of a run needs from its beginning to its end."""
 
     config: Config
+    methods: Methods
+    """The methods that the configuration names, loaded."""
     mesh: Mesh
     control: ControlStore
     """The store through which ranks exchange what no collective carries."""
     policy: Policy
     tokenizer: Tokenizer
     prompts: PromptStream
+    selection: Selection
+    """Decides which prompts a step samples; its state is equal on every rank."""
     eval_prompts: tuple[Prompt, ...]
     engine: RolloutEngine
     engine_group: EngineGroup

@@ -21,6 +21,7 @@ from lens_megatron.policy import checkpoint, checkpoint_files, platform
 from lens_megatron.policy.checkpoint import CheckpointWriter
 from lens_megatron.policy.last_step import PolicyLastStep, is_exported
 from lens_megatron.policy.parallel import shut_down
+from lens_megatron.results import StepResult
 from lens_megatron.rollout import replay
 from lens_megatron.run import Run
 from lens_megatron.step import run_step
@@ -29,7 +30,6 @@ from lens_megatron.supervision.agreement import told_by_main
 from lens_megatron.supervision.parent import end_with_launcher
 from lens_megatron.supervision.stop import Stop
 from lens_megatron.supervision.watchdog import watch
-from lens_megatron.types import StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -240,7 +240,7 @@ def _step_metrics(run: Run, result: StepResult) -> metrics.Metrics:
     found |= metrics.sync_metrics(result.sync)
     return found | {
         "training/global_step": result.step,
-        "training/epoch": run.prompts.epoch(result.step - 1),
+        "training/epoch": run.selection.epoch(),
         "training/weight_version": run.policy.version,
     }
 

@@ -46,6 +46,10 @@ class Prompt:
     """The user's text, without template and instruction."""
     source: str
     """Name of the data source; metric names contain it."""
+    noise: tuple[bool, ...] = ()
+    """[L] True where the data marks the token as noise (`data.noise_key`); empty without such marks."""
+    record: str = ""
+    """The row of the dataset as JSON, {"messages": ..., "columns": ...}; empty unless a grader or a rule needs it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +57,12 @@ class PurifiedPrompt:
     """A prompt with its most interfering tokens deleted, and the scores that decided it."""
 
     token_ids: tuple[int, ...]
-    """[L - k] token ids that are left, in their order."""
+    """[L - k] token ids that are left, in their order; those of the prompt itself where k is 0."""
     deleted: tuple[int, ...]
     """[k] positions of the deleted tokens in the original prompt, ascending."""
     scores: tuple[float, ...]
-    """[L] the interference score of every token of the original prompt, in nats; it is 0 at position 0."""
+    """[L] the number of every token of the original prompt by which the purifier decided: for `interference` its
+    score in nats, which is 0 at position 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +70,9 @@ class StepPrompt:
     """A prompt of a step, ready to be sampled."""
 
     place: int
-    """The place among the prompts of the step, counted from 0 in data order over all ranks. Seeds are functions of the
-    place: a prompt that occurs twice in a step, as can happen where two epochs meet, has two places and draws twice."""
+    """The place among the candidates of the step, counted from 0 in data order over all ranks. Seeds are functions of
+    the place: a prompt that occurs twice in a step, as can happen where two epochs meet, has two places and draws
+    twice."""
     prompt: Prompt
     purified: PurifiedPrompt | None
     """The prompt that the second wave is sampled from; None, without a second wave, where nothing is to be deleted."""
@@ -106,6 +112,8 @@ class Group:
     """The purified prompt, whether or not a second wave was needed; None where nothing was to be deleted."""
     rescue: tuple[Rollout, ...] = ()
     """[G] rollouts of the second wave, sampled from the purified prompt; empty when the prompt was not hard."""
+    place: int = 0
+    """The place of its prompt among the candidates of the step; see `StepPrompt.place`."""
 
     @property
     def success_rate(self) -> float:
@@ -125,6 +133,27 @@ class TrainingGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupNumbers:
+    """The numbers of a training group that methods which look at the whole step may see, one per rollout."""
+
+    place: int
+    rewards: tuple[float, ...]
+    lengths: tuple[int, ...]
+    """Response tokens."""
+    correct: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, group: TrainingGroup) -> "GroupNumbers":
+        rollouts = group.rollouts
+        return cls(
+            group.group.place,
+            tuple(r.reward for r in rollouts),
+            tuple(len(r.token_ids) for r in rollouts),
+            tuple(r.correct for r in rollouts),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """A sequence to train on. `rollout` was sampled from `generation_prompt`, and is trained under `prompt`."""
 
@@ -135,7 +164,9 @@ class Sample:
     rollout: Rollout
     advantage: float
     weight: float
-    """The w~ of the LENS paper, eq. 4, which multiplies the loss; 1 for GRPO."""
+    """What multiplies the loss: w~ of the LENS paper, eq. 4; 1 for GRPO."""
+    keep: bool = True
+    """False: it takes no part in the loss, nor in the denominators of the loss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,147 +277,3 @@ class MicroBatch:
     def own_terms(self) -> TokenTerms:
         """Returns the terms of the t tokens that this context-parallel rank computes."""
         return self.terms if self.sequences.own is None else self.terms.at(self.sequences.own)
-
-
-@dataclass(frozen=True, slots=True)
-class MismatchSums:
-    """Sums over tokens, in which p is the trainer's probability of a sampled token and q the engine's."""
-
-    tokens: float = 0.0
-    """The number of tokens."""
-    engine: float = 0.0
-    """The sum of q."""
-    trainer: float = 0.0
-    """The sum of p."""
-    engine_squared: float = 0.0
-    """The sum of q squared."""
-    trainer_squared: float = 0.0
-    """The sum of p squared."""
-    product: float = 0.0
-    """The sum of p q."""
-    difference: float = 0.0
-    """The sum of |p - q|."""
-    difference_squared: float = 0.0
-    """The sum of (p - q) squared."""
-    log_ratio: float = 0.0
-    """The sum of log q - log p, in nats."""
-    k3: float = 0.0
-    """The sum of p/q - 1 - log(p/q), in nats."""
-    weights: float = 0.0
-    """The sum of the weights that the correction gave."""
-    limited: float = 0.0
-    """The number of tokens whose weight was truncated or which were dropped."""
-    largest: float = 0.0
-    """The maximum of |p - q|, which is no sum."""
-
-
-@dataclass(frozen=True, slots=True)
-class UpdateStats:
-    """Statistics of the response tokens of one optimizer step over all ranks, and the values the optimizer reported."""
-
-    loss: float
-    policy_loss: float
-    kl: float
-    """The mean over tokens of the k3 estimate of the divergence from the reference, in nats."""
-    entropy: float
-    """The mean entropy of the policy at a token, in nats."""
-    ppo_kl: float
-    """The mean of the old less the new log-probability over native tokens, in nats."""
-    clip_fraction: float
-    """The share of tokens at which a clip is active."""
-    clip_fraction_rescued: float
-    """The share of rescued tokens at which a clip is active."""
-    abs_log_ratio_rescued: float
-    """The mean of |log ratio| over rescued tokens, in nats."""
-    ratio_min: float
-    ratio_max: float
-    """The maximum of the ratio over native tokens, of which `ratio_min` is the minimum."""
-    grad_norm: float
-    learning_rate: float
-    skipped: bool
-    """True when loss or gradient were not finite, so that no update was made."""
-    mismatch_native: MismatchSums = MismatchSums()
-    mismatch_rescued: MismatchSums = MismatchSums()
-    """The sums over rescued tokens. The trainer's probabilities are under the purified prompt, as are the engine's."""
-
-
-@dataclass(frozen=True, slots=True)
-class Packing:
-    """Describes how the samples of one optimizer step were divided among ranks and packed."""
-
-    rows: int
-    """The number of rows of this data-parallel rank's micro-batches, padding included."""
-    padding: int
-    """The number of these rows that hold no token of a sample."""
-    imbalance: float
-    """The cost of the costliest data-parallel rank divided by the mean cost; it is the same on every rank."""
-
-
-@dataclass(frozen=True, slots=True)
-class SyncStats:
-    """The cost of one transfer of the policy's weights to this rank's engine."""
-
-    tensors: int
-    bytes: int
-    """The size of the engine's tensors, each counted once and whole."""
-    seconds: float
-    received_bytes: int = 0
-    """The number of bytes that this rank received from other ranks."""
-    sync_difference: float = 0.0
-    """The difference in nats between engines and trainer afterwards, see `phases.sync_check`; equal on every rank."""
-
-    @property
-    def gb_per_s(self) -> float:
-        """10^9 bytes of weights loaded per second."""
-        return self.bytes / self.seconds / 1e9 if self.seconds else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingStats:
-    """The cost of one call of `RolloutScheduler.sample` on one engine."""
-
-    seconds: float = 0.0
-    """The time from the call to its return."""
-    engine_seconds: float = 0.0
-    """Seconds of these that were spent inside the engine's steps."""
-    second_wave_seconds: float = 0.0
-    """The time from the end of the last first-wave rollout to the end of the last second-wave rollout; 0 when the
-    second wave ended before the first."""
-    early_decisions: int = 0
-    """The number of groups that were found hard before the end of their first wave."""
-    discarded_tokens: int = 0
-    """The number of tokens that were generated for second waves that were then cancelled."""
-    regraded: int = 0
-    """The number of answers that were graded a second time because their grading process was lost."""
-
-
-@dataclass(frozen=True, slots=True)
-class CollectedGroups:
-    """The groups of a step on one rank, and the cost of collecting them."""
-
-    groups: list[Group]
-    """The groups in the order of their prompts."""
-    stats: SamplingStats = SamplingStats()
-    sync: SyncStats | None = None
-    """The last transfer of weights while they were collected; None if the engine had the weights already."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """The results of a step on this data-parallel rank; the statistics of updates are those of all ranks."""
-
-    step: int
-    groups: tuple[TrainingGroup, ...]
-    samples: tuple[Sample, ...]
-    """The rollouts of `groups` in their order, with advantage and weight."""
-    updates: tuple[UpdateStats, ...]
-    """The statistics of each optimizer step; empty with `debug.rollout_only`."""
-    packings: tuple[Packing, ...]
-    """The packing of each optimizer step. It describes the samples that this rank trained on, which may be others than
-    those of `groups`, which it sampled."""
-    sync: SyncStats | None
-    """The last transfer of weights to the engine within this step. None if the step needed none, because rollouts were
-    loaded, an evaluation had transferred these weights before, or no update was made since the last transfer."""
-    sampling: SamplingStats
-    weight_version: int
-    """The version of the policy before the updates."""

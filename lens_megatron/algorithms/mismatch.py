@@ -12,7 +12,7 @@ import torch
 from lens_kernels import k3
 from torch import Tensor
 
-from lens_megatron.types import MismatchSums
+from lens_megatron.results import MismatchSums
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,18 @@ This is LENS, Algorithm 1, lines 9 and 13-18, as pure functions.
 import random
 
 from lens_megatron.config import LensConfig
+from lens_megatron.seeds import derive
 from lens_megatron.types import Group, TrainingGroup
 
 
 def is_hard(success_rate: float, lens: LensConfig) -> bool:
     """Returns whether the first wave's success rate is strictly below tau (LENS, Algorithm 1, line 9)."""
     return lens.enabled and success_rate < lens.tau
+
+
+def merge(group: Group, lens: LensConfig, *, run_seed: int, step: int) -> TrainingGroup:
+    """Returns the group as `step` trains on it: `replace_failures` with the seed of the group's place."""
+    return replace_failures(group, lens, seed=derive(run_seed, "merge", step, group.place))
 
 
 def replace_failures(group: Group, lens: LensConfig, *, seed: int) -> TrainingGroup:

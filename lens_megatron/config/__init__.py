@@ -2,23 +2,22 @@
 
 from lens_megatron.config.files import ConfigError
 from lens_megatron.config.loading import all_options, from_tree, load, sections
+from lens_megatron.config.method_options import AlgorithmConfig, LensConfig, RewardConfig, SelectionConfig
 from lens_megatron.config.options import (
-    AlgorithmConfig,
     ClusterConfig,
     Config,
     DataConfig,
     DebugConfig,
-    LensConfig,
     MegatronConfig,
     ModelConfig,
     OptimizerConfig,
-    RewardConfig,
     RolloutConfig,
     RunConfig,
     TrainConfig,
     VllmConfig,
 )
 from lens_megatron.config.rules import check_world
+from lens_megatron.config.section import Section
 
 __all__ = [
     "AlgorithmConfig",
@@ -34,6 +33,8 @@ __all__ = [
     "RewardConfig",
     "RolloutConfig",
     "RunConfig",
+    "Section",
+    "SelectionConfig",
     "TrainConfig",
     "VllmConfig",
     "all_options",

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 
+from lens_megatron.config.method_options import AlgorithmConfig, LensConfig, RewardConfig, SelectionConfig
 from lens_megatron.config.section import Section, UserPath
-from lens_megatron.reward.limits import MAX_TIMEOUT_S
 
 BOXED_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
@@ -60,6 +60,9 @@ class DataConfig(Section):
     """The column of the problem. When empty: the first of problem, question and prompt that is there."""
     answer_key: str | None = None
     """The column of the answer. When empty: the first of answer, solution, label and ground_truth that is there."""
+    noise_key: str | None = None
+    """The column of noise that the data's author knows of: a list of [start, end) characters of the problem, for
+    lens.purifier=oracle."""
     instruction: str = BOXED_INSTRUCTION
     """This text is appended to the problem after a newline. It is never purified."""
     system_prompt: str | None = None
@@ -131,94 +134,6 @@ def _is_address(text: str) -> bool:
     return found is not None and 0 < int(found[1]) < 2**16
 
 
-class RewardConfig(Section):
-    """Says how completions are graded."""
-
-    grader: str = "math_verify"
-    """A registered grader, or your own as `module:function`, with verl's or TRL's signature."""
-    timeout_s: float = Field(5.0, ge=1e-3, le=MAX_TIMEOUT_S)
-    """Seconds that the grading of one answer may take, from its start; the process is killed then. At most a day."""
-    workers_per_rank: int = Field(1, ge=1, le=256)
-    """Grading processes of every rank. A machine runs at most 16 for each of its cores, all ranks together."""
-
-
-class LensConfig(Section):
-    """Instruction purification. Defaults are the readings of the paper that this project takes."""
-
-    enabled: bool = True
-    """With false nothing is purified and each prompt is sampled once: the program is then a plain GRPO trainer."""
-    tau: float = Field(0.5, ge=0, le=1)
-    """A prompt whose success rate is strictly below tau is hard. It is sampled again, purified."""
-    deletion_ratio: float = Field(0.03, gt=0, lt=1)
-    """The paper's gamma: the share of tokens to delete, rounded up to whole tokens."""
-    eligible: Literal["problem", "user", "all_nonspecial", "all"] = "problem"
-    """Tokens that may be deleted. problem: those of the problem's text. user: those of the user's turn, the instruction
-    included. all_nonspecial: all but special tokens. all: every token."""
-    protect_whitespace: bool = True
-    """Never delete a token that is nothing but white space."""
-    ratio_base: Literal["eligible", "full"] = "eligible"
-    """Says what the deletion ratio is a share of: the tokens that may be deleted, or all tokens of the prompt."""
-    deletion: Literal["ids", "text"] = "ids"
-    """Says how tokens are deleted. ids: delete token ids. text: delete their text, and tokenize what remains again."""
-    min_score: float = Field(1e-4, ge=0)
-    """The noise floor in nats: a prompt whose highest score is below it is not purified."""
-    tie_break: Literal["position", "random"] = "position"
-    """Says which of several tokens with the same score is deleted: the first one, or a random one."""
-    gate: Literal["strict", "always"] = "strict"
-    """Says when the second wave counts. strict: only with a higher success rate than the first's. always: in any
-    case."""
-    cap_rescued: bool = False
-    """Add at most as many successes as failures were removed, so that the group keeps its size."""
-    min_keep_failures: int = Field(0, ge=0)
-    """Failures of the first wave that always stay in the group."""
-
-
-class AlgorithmConfig(Section):
-    """Advantages, the loss, and the correction for samples of another policy."""
-
-    advantage: Literal["crpo", "grpo"] = "crpo"
-    """Names the method. crpo: weighted statistics of the group, and weights (LENS, eq. 4-6). grpo: (r - mean) / std,
-    all weights 1."""
-    weights_scope: Literal["all", "purified_only"] = "all"
-    """Says whether every group gets crpo's weights, or only those in which the second wave counts."""
-    loss_weight: Literal["raw", "normalised"] = "raw"
-    """Says what multiplies the loss. raw: w~ does. normalised: group size * w~ / sum of w~ does."""
-    advantage_eps: float = Field(1e-6, gt=0)
-    """This number is added to the standard deviation that advantages are divided by."""
-    ratio: Literal["token", "sequence_geometric", "sequence"] = "token"
-    """The importance ratio: one per token (PPO), the geometric mean of a response (GSPO), or the response's product."""
-    ratio_form: Literal["v1", "acl"] = "v1"
-    """Says what w~ changes. v1: it multiplies the loss. acl: it divides the old probability instead."""
-    clip_low: float = Field(0.2, ge=0, lt=1)
-    """Ratios are clipped at 1 - clip_low."""
-    clip_high: float = Field(0.2, ge=0)
-    """Ratios are clipped at 1 + clip_high."""
-    dual_clip: float | None = Field(3.0, gt=1)
-    """The loss of a token with a negative advantage is at most this many times the advantage. Empty: no such bound."""
-    aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = (
-        "token-mean"
-    )
-    """Says how the tokens' losses become one number: the mean of all tokens, or the mean over responses of each
-    response's mean, of its sum, or of its sum divided by rollout.max_response_length."""
-    kl_coef: float = Field(0.001, ge=0)
-    """Weight of the k3 estimate against the reference, on the original prompt. 0: no reference pass for it."""
-    kl_limit: float | None = Field(None, gt=0)
-    """Largest k3 estimate of a token, in nats; a token beyond it has no KL gradient. verl's is 10. None: no limit."""
-    entropy_coef: float = Field(0.0, ge=0)
-    """The weight of the policy's entropy, which is subtracted from the loss."""
-    imitation_coef: float = Field(0.0, ge=0)
-    """The weight of an extra negative log-likelihood of successes that came from purified prompts."""
-    correction: Literal[
-        "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "sequence_geometric_mask"
-    ] = "none"
-    """Weights for w = pi_trainer / pi_engine: TIS by token, IcePop, TIS by response, masks of responses. Any of them
-    costs a forward pass over all samples; see algorithms/corrections.py."""
-    correction_low: float = Field(0.5, ge=0, le=1)
-    """Masks drop tokens or responses with w below it. Truncation has no lower bound."""
-    correction_high: float = Field(2.0, ge=1)
-    """Truncation cuts w off here. Masks drop what has w above it."""
-
-
 class OptimizerConfig(Section):
     """Adam with decoupled weight decay, and its learning rate."""
 
@@ -247,6 +162,8 @@ class TrainConfig(Section):
 
     steps: int = Field(300, ge=0)
     """Steps of training: batches of rollouts that are sampled and trained on."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the data after which training ends, if `steps` does not end it first. Empty: only `steps` counts."""
     max_tokens_per_micro_batch: int = Field(16384, ge=1)
     """Prompt and response tokens that one forward-backward pass packs together. A longer sample goes alone."""
     updates_per_batch: int = Field(1, ge=1)
@@ -355,6 +272,7 @@ class Config(Section):
     run: RunConfig
     model: ModelConfig
     data: DataConfig
+    selection: SelectionConfig = SelectionConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     lens: LensConfig = LensConfig()

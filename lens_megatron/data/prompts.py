@@ -1,7 +1,7 @@
 """Makes `Prompt`s of a dataset in the order of training: renders, masks eligible tokens, and streams over epochs.
 
     source --datasets.read_records--> Record --_Renderer--> text, eligible spans --tokenizer--> Prompt
-    PromptStream.take(step) -> the prompts of a step
+    PromptStream.at(position) -> the prompts in the order of training
 
 A prompt is the chat template around the row's messages, with the answer-format instruction after the problem. A
 tokenizer without a chat template gets the messages as lines of plain text. The characters of the rendered text that
@@ -105,46 +105,40 @@ def _batches(records: Sequence[Record]) -> Iterator[list[Record]]:
 
 @dataclass(frozen=True)
 class PromptStream:
-    """Passes endlessly over `prompts`, each time in another order. Its only state is the step number."""
+    """Passes endlessly over `prompts`, each time in another order. It has no state: a selection holds the position."""
 
     prompts: Sequence[Prompt]
-    prompts_per_step: int
     seed: int
     shuffle: bool = True
     _last_order: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """A cache {epoch: permutation} of the last one used: computing it takes time in proportion to the dataset."""
+    """A cache {epoch: permutation} of the last two used: computing one takes time in proportion to the dataset."""
 
     def __post_init__(self) -> None:
         if not self.prompts:
             raise ValueError("a stream needs at least one prompt")
-        if self.prompts_per_step < 1:
-            raise ValueError(f"prompts_per_step must be at least 1, got {self.prompts_per_step}")
 
-    def take(self, step: int) -> list[Prompt]:
-        """Returns the `prompts_per_step` prompts of `step` (from 0), which are a pure function of the step.
+    @property
+    def epoch_length(self) -> int:
+        """The number of prompts of one pass over the data."""
+        return len(self.prompts)
 
-        A step may take the last prompts of one epoch and the first of the next, and thus a prompt twice. Within one
-        epoch every prompt comes exactly once.
+    def at(self, position: int) -> Prompt:
+        """Returns the prompt at `position`, counted from 0 over all epochs: a pure function of the position.
+
+        Within one epoch every prompt comes exactly once.
         """
-        if step < 0:
-            raise ValueError(f"step must not be negative, got {step}")
-        first = step * self.prompts_per_step
-        taken = []
-        for position in range(first, first + self.prompts_per_step):
-            epoch, cursor = divmod(position, len(self.prompts))
-            taken.append(self.prompts[self._order(epoch)[cursor]])
-        return taken
-
-    def epoch(self, step: int) -> float:
-        """Returns the number of passes over the dataset when `step` begins: 1.5 is the middle of the second."""
-        return step * self.prompts_per_step / len(self.prompts)
+        if position < 0:
+            raise ValueError(f"position must not be negative, got {position}")
+        epoch, cursor = divmod(position, len(self.prompts))
+        return self.prompts[self._order(epoch)[cursor]]
 
     def _order(self, epoch: int) -> range | np.ndarray:
         if not self.shuffle:
             return range(len(self.prompts))
         if epoch not in self._last_order:
             order = np.random.default_rng((self.seed, epoch)).permutation(len(self.prompts))
-            self._last_order.clear()
+            while len(self._last_order) > 1:
+                del self._last_order[next(iter(self._last_order))]
             self._last_order[epoch] = order
         return self._last_order[epoch]
 

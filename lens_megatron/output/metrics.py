@@ -17,19 +17,9 @@ from torch.distributed import ProcessGroup
 from lens_megatron.algorithms.mismatch import mismatch, pooled
 from lens_megatron.output import tensorboard_events
 from lens_megatron.output.side_log import SideLog
+from lens_megatron.results import MismatchSums, SamplingStats, StepResult, SyncStats, UpdateStats
 from lens_megatron.reward.types import GradeStatus
-from lens_megatron.types import (
-    MismatchSums,
-    Origin,
-    Prompt,
-    PurifiedPrompt,
-    Rollout,
-    SamplingStats,
-    StepResult,
-    SyncStats,
-    TrainingGroup,
-    UpdateStats,
-)
+from lens_megatron.types import Origin, Prompt, PurifiedPrompt, Rollout, TrainingGroup
 
 Metrics = dict[str, float]
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from lens_megatron.data.tokenizer import Tokenizer
 from lens_megatron.errors import UserError
 from lens_megatron.policy.parallel import Mesh
+from lens_megatron.results import StepResult
 from lens_megatron.supervision.agreement import first_to_fail, raise_together
-from lens_megatron.types import Sample, StepResult, TrainingGroup
+from lens_megatron.types import Sample, TrainingGroup
 
 logger = logging.getLogger(__name__)
 

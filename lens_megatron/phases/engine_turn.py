@@ -12,9 +12,9 @@ from typing import TypeVar
 
 from lens_megatron.phases import sync_check, weight_sync
 from lens_megatron.policy.export import bytes_received, export_weights
+from lens_megatron.results import SyncStats
 from lens_megatron.rollout.engine import Completion
 from lens_megatron.run import Run
-from lens_megatron.types import SyncStats
 
 Sampled = TypeVar("Sampled")
 

@@ -8,11 +8,12 @@ from functools import partial
 import torch
 
 from lens_megatron.phases import engine_turn
+from lens_megatron.results import SyncStats
 from lens_megatron.rollout.engine import Request
 from lens_megatron.rollout.queue import open_queue
 from lens_megatron.run import Run
 from lens_megatron.seeds import derive
-from lens_megatron.types import Prompt, SyncStats
+from lens_megatron.types import Prompt
 
 
 @dataclass(frozen=True, slots=True)

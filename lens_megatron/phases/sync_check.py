@@ -61,7 +61,7 @@ def ask(run: Run) -> Completion | None:
 
 def question(run: Run) -> Prompt:
     """Returns the prompt that engines complete; every version of the weights has another one."""
-    return run.prompts.take(run.policy.version)[0]
+    return run.prompts.at(run.policy.version)
 
 
 def check(run: Run, own: Completion | None) -> float:

@@ -7,15 +7,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lens_megatron.algorithms.objectives import OBJECTIVES
+from lens_megatron.algorithms.policy_objective import policy_objective
 from lens_megatron.batch import pack, redistribute
 from lens_megatron.config import Config
 from lens_megatron.policy.forward import micro_batches, response_log_probs
 from lens_megatron.policy.model import reference_weights
 from lens_megatron.policy.optimizer_step import optimizer_step
+from lens_megatron.results import Packing, UpdateStats
 from lens_megatron.run import Run
 from lens_megatron.supervision import non_finite
-from lens_megatron.types import LossScale, Origin, Packing, Sample, TrainingGroup, TrainingRow, UpdateStats
+from lens_megatron.types import LossScale, Sample, TrainingGroup, TrainingRow
 
 
 def train_on(
@@ -87,7 +88,7 @@ def is_on_policy(config: Config, sample: Sample, version: int) -> bool:
     for the weights that sampled them. Loaded rollouts are on-policy if they were saved with this version.
     """
     several_updates = config.train.updates_per_batch > 1 or config.algorithm.ratio_form == "acl"
-    sampled_alike = sample.rollout.origin is Origin.NATIVE and sample.rollout.weight_version == version
+    sampled_alike = sample.generation_prompt == sample.prompt and sample.rollout.weight_version == version
     return sampled_alike and not several_updates
 
 
@@ -123,7 +124,7 @@ def _update_on(run: Run, rows: Sequence[TrainingRow], imbalance: float) -> tuple
         device=run.mesh.device,
         layout=run.policy.layout,
     )
-    objective = OBJECTIVES[config.algorithm.ratio]
+    objective = policy_objective(config.algorithm, run.methods.objective)
     stats = optimizer_step(run.policy, batches, scale, objective, config.algorithm, config.rollout.temperature)
     packed = sum(batch.sequences.bounds[-1] for batch in batches)
     return stats, Packing(rows=packed, padding=packed - sum(lengths), imbalance=imbalance)

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lens_megatron.errors import UserError
+from lens_megatron.results import SyncStats
 from lens_megatron.rollout.engine import RolloutEngine
-from lens_megatron.types import SyncStats
 
 CHECKSUM_EVERY = 10
 """Number of versions from one comparison of checksums to the next: on a CPU they cost a large part of a transfer, see

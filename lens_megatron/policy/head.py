@@ -13,7 +13,7 @@ from lens_kernels import PolicyLoss, linear_policy_loss, linear_token_logprobs
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from lens_megatron.algorithms.objectives import Objective, ObjectiveResult
+from lens_megatron.algorithms.policy_objective import Objective, ObjectiveResult
 from lens_megatron.config import AlgorithmConfig
 from lens_megatron.policy.model import Policy
 from lens_megatron.types import MicroBatch, SequenceBatch

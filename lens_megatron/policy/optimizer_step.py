@@ -11,12 +11,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from lens_megatron.algorithms.mismatch import mismatch_sums, sums_record
-from lens_megatron.algorithms.objectives import Objective
+from lens_megatron.algorithms.policy_objective import Objective
 from lens_megatron.config import AlgorithmConfig
 from lens_megatron.policy.forward import model_output
 from lens_megatron.policy.head import MicroBatchLoss, micro_batch_loss
 from lens_megatron.policy.model import Policy
-from lens_megatron.types import LossScale, MicroBatch, MismatchSums, TokenTerms, UpdateStats
+from lens_megatron.results import MismatchSums, UpdateStats
+from lens_megatron.types import LossScale, MicroBatch, TokenTerms
 
 COMPARED = len(fields(MismatchSums)) - 1
 SUMS, EXTREMES = 9 + 2 * COMPARED, 4

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from lens_megatron.types import CollectedGroups
+from lens_megatron.results import CollectedGroups
 
 
 class BackgroundSampling:

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+from lens_megatron.results import SamplingStats
 from lens_megatron.rollout.engine import EngineProgress
-from lens_megatron.types import Origin, SamplingStats
+from lens_megatron.types import Origin
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ import json
 import reprlib
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from lens_megatron.errors import UserError
@@ -48,10 +48,11 @@ def _parse(line: str | bytes) -> Group:
     row = json.loads(line)
     purified = row["purified"]
     return Group(
-        prompt=Prompt(**{**row["prompt"], **_tuples(row["prompt"], "token_ids", "eligible")}),
+        prompt=_read_prompt(row["prompt"]),
         native=tuple(map(_read_rollout, row["native"])),
         purified=purified and PurifiedPrompt(**_tuples(purified, "token_ids", "deleted", "scores")),
         rescue=tuple(map(_read_rollout, row["rescue"])),
+        place=row.get("place", 0),
     )
 
 
@@ -71,6 +72,10 @@ def _mistakes(group: Group) -> Iterator[str]:
             yield f"purified: {len(purified.scores)} scores for {len(prompt.token_ids)} tokens, or not finite"
         if not set(purified.deleted) <= set(range(len(prompt.token_ids))):
             yield f"purified: deleted {reprlib.repr(purified.deleted)} are no positions of the prompt"
+    if type(group.place) is not int or group.place < 0:
+        yield f"place {reprlib.repr(group.place)} is no place"
+    if prompt.noise and len(prompt.noise) != len(prompt.token_ids):
+        yield f"prompt: noise has {len(prompt.noise)} entries for {len(prompt.token_ids)} tokens"
     if not group.native:
         yield "native: no rollouts"
     if group.rescue and not purified:
@@ -99,6 +104,10 @@ def _token_mistakes(name: str, token_ids: Sequence[int]) -> Iterator[str]:
 
 def _are_finite(values: Sequence[float]) -> bool:
     return set(map(type, values)) <= {int, float} and all(abs(value) <= sys.float_info.max for value in values)
+
+
+def _read_prompt(row: dict) -> Prompt:
+    return Prompt(**{**row, **_tuples(row, "token_ids", "eligible"), "noise": tuple(row.get("noise", ()))})
 
 
 def _read_rollout(row: dict) -> Rollout:
@@ -137,7 +146,7 @@ def read_groups(folder: str, step: int, *, count: int, vocab_size: int) -> list[
             f"debug.load_rollouts: {path} holds {len(groups)} groups, rollout.prompts_per_step asks for {count}; "
             f"{remedy}"
         )
-    return groups
+    return [replace(group, place=place) for place, group in enumerate(groups)]
 
 
 def _read_line(line: bytes, where: str, vocab_size: int) -> Group:

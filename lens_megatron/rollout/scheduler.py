@@ -22,13 +22,14 @@ from typing import Protocol
 
 from lens_megatron.algorithms.rescue import is_hard
 from lens_megatron.config import LensConfig, RolloutConfig
+from lens_megatron.results import CollectedGroups
 from lens_megatron.reward import Grade, GradeStatus
 from lens_megatron.rollout.engine import Completion, Request, RolloutEngine
 from lens_megatron.rollout.progress import NoDisplay, ProgressDisplay, SamplingRecorder
 from lens_megatron.rollout.queue import open_queue
 from lens_megatron.rollout.request_store import RequestStore
 from lens_megatron.seeds import derive
-from lens_megatron.types import CollectedGroups, Group, Origin, Prompt, Rollout, StepPrompt
+from lens_megatron.types import Group, Origin, Prompt, Rollout, StepPrompt
 
 GRADING_STEPS = 8
 """The number of the engine's steps between the end of a rollout and the reading of its verdict."""
@@ -281,7 +282,7 @@ class _Sampling:
             self._cancel_speculative_wave(place)
         first, second = (self.rollouts.get((place, origin)) for origin in (Origin.NATIVE, Origin.PURIFIED))
         if first and (second or (native and not wave.hard)):
-            group = Group(wave.prompt.prompt, first, wave.prompt.purified, second or ())
+            group = Group(wave.prompt.prompt, first, wave.prompt.purified, second or (), place)
             self.groups[place] = group
             self.scheduler.store.append(self.step, place, group)
 

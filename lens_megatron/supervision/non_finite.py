@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lens_megatron.errors import ExitCode, UserError
 from lens_megatron.files import write_atomically
-from lens_megatron.types import TrainingRow, UpdateStats
+from lens_megatron.results import UpdateStats
+from lens_megatron.types import TrainingRow
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 
 import torch
+from chosen import objective
 from records import rollout, training_rows
 from safetensors.torch import save_file
 
-from lens_megatron.algorithms.objectives import OBJECTIVES
 from lens_megatron.batch import pack
 from lens_megatron.config import from_tree
 from lens_megatron.policy import checkpoint, platform, shards
@@ -82,7 +82,7 @@ def train_step(policy: Policy, algorithm) -> float:
         device=mesh.device,
         layout=policy.layout,
     )
-    return optimizer_step(policy, batches, scale, OBJECTIVES["token"], algorithm, temperature=1.0).loss
+    return optimizer_step(policy, batches, scale, objective(algorithm), algorithm, temperature=1.0).loss
 
 
 def writer(policy: Policy, folder: Path, root: Path, **options) -> CheckpointWriter:

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from itertools import pairwise, product
 
 import torch
+from chosen import objective
 from records import rollout, training_rows
 from transformers import AutoModelForCausalLM
 
-from lens_megatron.algorithms.objectives import OBJECTIVES
 from lens_megatron.batch import pack
 from lens_megatron.batch.pack import Pair
 from lens_megatron.config import Config, from_tree
@@ -121,7 +121,7 @@ def megatron_gradients(policy: Policy, batches: Sequence[MicroBatch], config: Co
     for chunk in policy.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
-    _forward_backward(policy, batches, OBJECTIVES[config.algorithm.ratio], config.algorithm, TEMPERATURE)
+    _forward_backward(policy, batches, objective(config.algorithm), config.algorithm, TEMPERATURE)
     for model in policy.models():
         for parameter in model.parameters():
             parameter.data = parameter.main_grad.clone()
@@ -137,8 +137,8 @@ def plain_loss(model: torch.nn.Module, batch: MicroBatch, config: Config) -> tor
     all_log_probs = (logits / TEMPERATURE).log_softmax(-1)
     log_probs = all_log_probs.gather(1, batch.sequences.target_ids[:, None])[:, 0]
     entropy = -(all_log_probs.exp() * all_log_probs).sum(-1)
-    objective = OBJECTIVES[config.algorithm.ratio]
-    return objective.losses(log_probs, entropy, batch.terms, config.algorithm).losses.sum()
+    loss = objective(config.algorithm)
+    return loss.losses(log_probs, entropy, batch.terms, config.algorithm).losses.sum()
 
 
 @torch.no_grad()

@@ -13,11 +13,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from chosen import objective
 from export_check import check_export
 from megatron.core import parallel_state
 from records import rollout, training_rows
 
-from lens_megatron.algorithms.objectives import OBJECTIVES
 from lens_megatron.batch import pack, redistribute
 from lens_megatron.config import Config, from_tree
 from lens_megatron.policy import platform
@@ -26,7 +26,8 @@ from lens_megatron.policy.forward import micro_batches, prompt_scores, response_
 from lens_megatron.policy.model import Policy, build_policy, reference_weights
 from lens_megatron.policy.optimizer_step import optimizer_step
 from lens_megatron.policy.parallel import build_mesh, shut_down
-from lens_megatron.types import Origin, Sample, UpdateStats
+from lens_megatron.results import UpdateStats
+from lens_megatron.types import Origin, Sample
 
 TEMPERATURE = 0.9
 LENGTHS = [(5, 9), (3, 30), (12, 4), (7, 7), (2, 1), (20, 17), (6, 12), (9, 25)]
@@ -115,8 +116,8 @@ def train(
         device=policy.mesh.device,
         layout=policy.layout,
     )
-    objective = OBJECTIVES[config.algorithm.ratio]
-    return optimizer_step(policy, batches, scale, objective, config.algorithm, TEMPERATURE)
+    loss = objective(config.algorithm)
+    return optimizer_step(policy, batches, scale, loss, config.algorithm, TEMPERATURE)
 
 
 def main(model: str, out: Path, cases: dict) -> None:

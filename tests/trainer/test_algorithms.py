@@ -9,24 +9,23 @@ from dataclasses import replace
 
 import pytest
 import torch
+from chosen import judge, method, objective, purify
 from lens_kernels import linear_policy_loss, linear_token_logprobs
 from records import PROMPT, group, rollout, sample, training_rows
 
 from lens_megatron.algorithms import samples
-from lens_megatron.algorithms.advantages.crpo import crpo, weighted_advantages
-from lens_megatron.algorithms.advantages.grpo import grpo
+from lens_megatron.algorithms.advantages.crpo import weighted_advantages
 from lens_megatron.algorithms.aggregation import AGGREGATIONS
-from lens_megatron.algorithms.objectives import OBJECTIVES
-from lens_megatron.algorithms.objectives.clipped import clipped_surrogate
-from lens_megatron.algorithms.objectives.sequence_level import sequence_ratio
-from lens_megatron.algorithms.objectives.token_level import token_ratio
-from lens_megatron.algorithms.purification.interference import purify_prompts, select
+from lens_megatron.algorithms.objectives.clip import clipped_surrogate
+from lens_megatron.algorithms.purification.interference import select
+from lens_megatron.algorithms.registry import Kind
 from lens_megatron.algorithms.rescue import is_hard, replace_failures
 from lens_megatron.batch import pack
 from lens_megatron.config import AlgorithmConfig, LensConfig
-from lens_megatron.types import LossScale, Origin, TokenTerms, TrainingGroup
+from lens_megatron.types import GroupNumbers, LossScale, Origin, TokenTerms, TrainingGroup
 
 ALGORITHM = AlgorithmConfig()
+GRPO = AlgorithmConfig(advantage="grpo")
 LENS = LensConfig()
 
 
@@ -35,7 +34,7 @@ def test_crpo_on_a_rescued_group_of_eight():
     merged = replace_failures(group("11000000", "11100000"), LENS, seed=0)
     assert [r.origin for r in merged.rollouts].count(Origin.PURIFIED) == 3
     assert len(merged.rollouts) == 8 and merged.gate
-    result = crpo(merged, ALGORITHM)
+    result = judge(merged, ALGORITHM)
     by_kind = {
         (r.origin, r.correct): (w, a)
         for r, w, a in zip(merged.rollouts, result.weights, result.advantages, strict=True)
@@ -53,28 +52,28 @@ def test_crpo_on_a_rescued_group_of_eight():
 
 
 def test_crpo_when_no_original_rollout_succeeded():
-    result = crpo(replace_failures(group("00000000", "11000000"), LENS, seed=0), ALGORITHM)
+    result = judge(replace_failures(group("00000000", "11000000"), LENS, seed=0), ALGORITHM)
     assert set(result.weights) == {1.0}
     assert sorted(set(result.advantages)) == pytest.approx([-0.577350, 1.732051], abs=1e-5)
 
 
 def test_crpo_reweights_an_untouched_group():
-    result = crpo(replace_failures(group("11111100"), LENS, seed=0), ALGORITHM)
+    result = judge(replace_failures(group("11111100"), LENS, seed=0), ALGORITHM)
     assert result.weights == (0.75,) * 6 + (0.25,) * 2
     assert result.advantages == pytest.approx((1 / 3,) * 6 + (-3.0,) * 2, abs=2e-5)
 
 
 @pytest.mark.parametrize("native", ["1111", "0000"])
 def test_a_group_without_contrast_has_no_advantage(native):
-    assert set(crpo(replace_failures(group(native), LENS, seed=0), ALGORITHM).advantages) == {0.0}
-    assert set(grpo(replace_failures(group(native), LENS, seed=0), ALGORITHM).advantages) == {0.0}
+    assert set(judge(replace_failures(group(native), LENS, seed=0), ALGORITHM).advantages) == {0.0}
+    assert set(judge(replace_failures(group(native), LENS, seed=0), GRPO).advantages) == {0.0}
 
 
 def test_weights_scope_and_normalised_weights():
     untouched = replace_failures(group("1000"), LENS, seed=0)
-    assert crpo(untouched, replace_algorithm(weights_scope="purified_only")).weights == (1.0,) * 4
+    assert judge(untouched, replace_algorithm(weights_scope="purified_only")).weights == (1.0,) * 4
     # w~ = .25 and three of .75: sum 2.5, four samples -> 4 w~ / 2.5
-    assert crpo(untouched, replace_algorithm(loss_weight="normalised")).weights == pytest.approx((0.4, 1.2, 1.2, 1.2))
+    assert judge(untouched, replace_algorithm(loss_weight="normalised")).weights == pytest.approx((0.4, 1.2, 1.2, 1.2))
 
 
 def replace_algorithm(**options) -> AlgorithmConfig:
@@ -82,10 +81,10 @@ def replace_algorithm(**options) -> AlgorithmConfig:
 
 
 def test_grpo_uses_the_unbiased_deviation():
-    assert grpo(TrainingGroup(group("1000"), group("1000").native, False), ALGORITHM).advantages == pytest.approx(
+    assert judge(TrainingGroup(group("1000"), group("1000").native, False), GRPO).advantages == pytest.approx(
         (1.5, -0.5, -0.5, -0.5), abs=1e-5
     )
-    assert grpo(TrainingGroup(group("1100"), group("1100").native, False), ALGORITHM).advantages == pytest.approx(
+    assert judge(TrainingGroup(group("1100"), group("1100").native, False), GRPO).advantages == pytest.approx(
         (0.866025,) * 2 + (-0.866025,) * 2, abs=1e-5
     )
 
@@ -142,27 +141,27 @@ def test_selection_of_the_worked_example():
 
 def test_purified_prompts_keep_order_and_never_touch_ineligible_tokens():
     scores = torch.tensor([9.0, 0.1, 0.3, 0.3, 0.2, 9.0])
-    (purified,) = purify_prompts([PROMPT], [scores], LensConfig(deletion_ratio=0.25), seeds=[0])
+    (purified,) = purify([PROMPT], [scores], LensConfig(deletion_ratio=0.25), seeds=[0])
     assert purified.deleted == (2,) and purified.token_ids == (1, 10, 12, 13, 2)  # the tie goes to the earlier
-    (full,) = purify_prompts([PROMPT], [scores], LensConfig(deletion_ratio=0.25, ratio_base="full"), seeds=[0])
+    (full,) = purify([PROMPT], [scores], LensConfig(deletion_ratio=0.25, ratio_base="full"), seeds=[0])
     assert full.deleted == (2, 3)  # ceil(.25 * 6) instead of ceil(.25 * 4)
 
 
 def test_below_the_noise_floor_nothing_is_purified():
-    assert purify_prompts([PROMPT], [torch.full((6,), 9e-5)], LENS, seeds=[0]) == [None]
-    assert purify_prompts([PROMPT], [torch.zeros(6)], LensConfig(min_score=0.0), seeds=[0]) != [None]
+    assert purify([PROMPT], [torch.full((6,), 9e-5)], LENS, seeds=[0]) == [None]
+    assert purify([PROMPT], [torch.zeros(6)], LensConfig(min_score=0.0), seeds=[0]) != [None]
 
 
 def test_random_ties_are_seeded():
     lens = LensConfig(tie_break="random", deletion_ratio=0.25)
-    choices = [purify_prompts([PROMPT], [torch.ones(6)], lens, seeds=[s])[0].deleted for s in range(40)]
+    choices = [purify([PROMPT], [torch.ones(6)], lens, seeds=[s])[0].deleted for s in range(40)]
     assert set(choices) == {(1,), (2,), (3,), (4,)}
-    assert purify_prompts([PROMPT], [torch.ones(6)], lens, seeds=[7])[0].deleted == choices[7]
+    assert purify([PROMPT], [torch.ones(6)], lens, seeds=[7])[0].deleted == choices[7]
 
 
 def test_samples_carry_the_prompt_that_generated_them():
     merged = replace_failures(group("1000", "1100"), LENS, seed=0)
-    rows = samples.to_samples([merged], ALGORITHM)
+    rows = samples.to_samples([merged], [GroupNumbers.of(merged)], method(Kind.ADVANTAGES, "crpo"), ALGORITHM)
     assert [r.prompt for r in rows] == [PROMPT.token_ids] * len(rows)
     for row in rows:
         rescued = row.rollout.origin is Origin.PURIFIED
@@ -212,7 +211,7 @@ def test_the_rescued_row_of_the_worked_example():
     # rho = [1.105171, .449329, 1], A = .904534, w~ = .75 -> loss -.577658
     algorithm = AlgorithmConfig(aggregation="seq-mean-token-mean", kl_coef=0.0)
     terms = rescued_terms([-0.6, -1.2, -0.1], 0.904534, 0.75, algorithm)
-    result = token_ratio(NEW, torch.zeros(3), terms, algorithm)
+    result = objective(algorithm).losses(NEW, torch.zeros(3), terms, algorithm)
     assert float(result.losses.sum()) == pytest.approx(-0.577658, abs=1e-6)
     assert result.ratio.tolist() == pytest.approx([1.105171, 0.449329, 1.0], abs=1e-6)
 
@@ -222,7 +221,7 @@ def test_sequence_ratios_of_the_worked_example(form, ratio):
     algorithm = AlgorithmConfig(aggregation="seq-mean-token-mean", kl_coef=0.0, ratio=form)
     terms = rescued_terms([-0.6, -1.2, -0.1], 0.904534, 0.75, algorithm)
     log_probs = NEW.clone().requires_grad_()
-    result = sequence_ratio(log_probs, torch.zeros(3), terms, algorithm)
+    result = objective(algorithm).losses(log_probs, torch.zeros(3), terms, algorithm)
     assert result.ratio.tolist() == pytest.approx([ratio] * 3, abs=1e-6)
     assert result.losses.sum().item() == pytest.approx(-0.75 * 0.904534 * ratio, abs=1e-6)
     result.losses.sum().backward()
@@ -236,7 +235,7 @@ def test_a_sequence_ratio_keeps_responses_apart():
     rows = [sample(rollout(True, Origin.PURIFIED, tokens=(5,) * n)) for n in (2, 1, 3)]
     (batch,) = packed(rows, [torch.full((n,), -1.0) for n in (2, 1, 3)], algorithm)
     log_probs = torch.tensor([-1.1, -1.2, -0.9, -1.0, -1.1, -0.8])
-    result = sequence_ratio(log_probs, torch.zeros(6), batch.terms, algorithm)
+    result = objective(algorithm).losses(log_probs, torch.zeros(6), batch.terms, algorithm)
     expected = [math.exp(x) for x in (-0.3, -0.3, 0.1, 0.1, 0.1, 0.1)]
     assert result.ratio.tolist() == pytest.approx(expected, abs=1e-6)
 
@@ -257,7 +256,7 @@ def test_sequence_objectives_are_gspos_formula_written_out(form):
     reference = [part + 0.3 for part in new.split(lengths)]
     (batch,) = packed(rows, old, algorithm, reference)
     log_probs, entropy = new.clone().requires_grad_(), torch.linspace(0.1, 1.0, 10).requires_grad_()
-    found = sequence_ratio(log_probs, entropy, batch.terms, algorithm)
+    found = objective(algorithm).losses(log_probs, entropy, batch.terms, algorithm)
     gradients = torch.autograd.grad(found.losses.sum(), (log_probs, entropy))
 
     total = torch.zeros(())
@@ -282,16 +281,16 @@ def test_sequence_objectives_are_gspos_formula_written_out(form):
 def test_acl_form_divides_the_old_probability_by_the_weight():
     algorithm = AlgorithmConfig(aggregation="seq-mean-token-mean", kl_coef=0.0, ratio_form="acl")
     terms = rescued_terms([-0.6, -1.2, -0.1], 1.0, 0.75, algorithm)
-    result = token_ratio(NEW, torch.zeros(3), terms, algorithm)
+    result = objective(algorithm).losses(NEW, torch.zeros(3), terms, algorithm)
     assert result.ratio.tolist() == pytest.approx([1.105171 / 0.75, 0.449329 / 0.75, 1 / 0.75], abs=1e-5)
 
 
 def test_imitation_adds_the_mean_negative_log_likelihood_of_rescued_rows():
     algorithm = AlgorithmConfig(aggregation="seq-mean-token-mean", kl_coef=0.0, imitation_coef=0.1)
     terms = rescued_terms([-0.6, -1.2, -0.1], 0.904534, 0.75, algorithm)
-    result = token_ratio(NEW, torch.zeros(3), terms, algorithm)
+    result = objective(algorithm).losses(NEW, torch.zeros(3), terms, algorithm)
     assert float(result.losses.sum()) == pytest.approx(-0.577658 + 0.1 * 2.6 / 3, abs=1e-6)
-    assert OBJECTIVES["token"].fused(terms, algorithm) is None
+    assert objective(algorithm).fused(terms, algorithm) is None
 
 
 @pytest.mark.parametrize(
@@ -311,12 +310,12 @@ def test_the_fused_loss_is_the_objective_that_names_it(coefficients):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         if fused:
             result = linear_policy_loss(
-                h, w, batch.sequences.target_ids, **OBJECTIVES["token"].fused(batch.terms, algorithm)
+                h, w, batch.sequences.target_ids, **objective(algorithm).fused(batch.terms, algorithm)
             )
             loss, tokens = result.loss, (result.ratio, result.clipped, result.kl)
         else:
             log_probs, entropy = linear_token_logprobs(h, w, batch.sequences.target_ids, return_entropy=True)
-            losses, *tokens = token_ratio(log_probs, entropy, batch.terms, algorithm)
+            losses, *tokens = objective(algorithm).losses(log_probs, entropy, batch.terms, algorithm)
             loss = losses.sum()
         loss.backward()
         results.append([loss, *tokens, h.grad, w.grad])
@@ -336,7 +335,7 @@ def test_kl_limit_bounds_the_value_and_takes_the_gradient_away(form, kl_limit):
     rows = [sample(rollout(True, tokens=(1,) * count), advantage=0.0)]
     (batch,) = packed(rows, [None], algorithm, [new + shifts])
     log_probs = new.clone().requires_grad_()
-    result = OBJECTIVES[form].losses(log_probs, torch.zeros(count), batch.terms, algorithm)
+    result = objective(algorithm).losses(log_probs, torch.zeros(count), batch.terms, algorithm)
     result.losses.sum().backward()
 
     exact = new.double().requires_grad_()

@@ -8,8 +8,8 @@ import pytest
 from toy_runs import Toy, launch, rollout_rows
 
 from lens_megatron.config import ConfigError, from_tree
+from lens_megatron.results import CollectedGroups, SamplingStats
 from lens_megatron.rollout.background import BackgroundSampling
-from lens_megatron.types import CollectedGroups, SamplingStats
 
 
 def completions(folder: Path, step: int) -> list[tuple]:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from chosen import objective
 from records import rollout, training_rows
 from torch import Tensor
 from toy_runs import Toy, launch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from lens_megatron.algorithms.objectives import OBJECTIVES
 from lens_megatron.batch import pack
 from lens_megatron.config import Config, ConfigError, check_world, from_tree
 from lens_megatron.policy import platform
@@ -122,7 +122,7 @@ def test_gradient_of_the_routers_own_loss_is_its_mean_over_rows(tmp_path: Path):
             parts=PARTS,
             device=device,
         )
-        stats = optimizer_step(policy, batches, scale, OBJECTIVES["token"], algorithm, temperature=1.0)
+        stats = optimizer_step(policy, batches, scale, objective(algorithm), algorithm, temperature=1.0)
         assert policy.bridge.config.moe_aux_loss_coeff == coefficient
     finally:
         shut_down()

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from chosen import objective
 from records import rollout, training_rows
 from test_layouts import SIZES, saved
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from lens_megatron.algorithms.objectives import OBJECTIVES
 from lens_megatron.batch import pack
 from lens_megatron.config import Config, from_tree
 from lens_megatron.policy import hf_weights
@@ -62,7 +62,9 @@ def gradient_norm(policy: Policy, config: Config) -> float:
         device=policy.mesh.device,
         layout=policy.layout,
     )
-    return optimizer_step(policy, batches, pack.count(rows), OBJECTIVES["token"], config.algorithm, 1.0).grad_norm
+    return optimizer_step(
+        policy, batches, pack.count(rows), objective(config.algorithm), config.algorithm, 1.0
+    ).grad_norm
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -7,7 +7,8 @@ from records import rollout, sample, training_rows
 from lens_megatron.batch import pack
 from lens_megatron.config import AlgorithmConfig
 from lens_megatron.output.metrics import tally_step, time_metrics
-from lens_megatron.types import Packing, SamplingStats, SequenceLayout, StepResult, SyncStats
+from lens_megatron.results import Packing, SamplingStats, StepResult, SyncStats
+from lens_megatron.types import SequenceLayout
 
 
 def result(packings: tuple[Packing, ...]) -> StepResult:

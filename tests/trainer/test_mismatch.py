@@ -20,7 +20,8 @@ from lens_megatron.batch import pack
 from lens_megatron.config import AlgorithmConfig, ConfigError, from_tree
 from lens_megatron.output.metrics import mismatch_metrics, mismatch_warning, read_metrics
 from lens_megatron.phases.update import is_on_policy
-from lens_megatron.types import MismatchSums, Origin, Rollout, TokenTerms, UpdateStats
+from lens_megatron.results import MismatchSums, UpdateStats
+from lens_megatron.types import Origin, Rollout, TokenTerms
 
 WORKED = torch.tensor([-0.5, -2.0, -0.1]) - torch.tensor([-0.6, -1.2, -0.1])
 """The reference's rescued row, read as trainer and engine: w = 1.105171, .449329, 1; product .496585, mean .791890."""

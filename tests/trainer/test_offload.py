@@ -148,7 +148,7 @@ def test_the_device_changes_hands_in_the_one_right_order(mesh: Mesh, tmp_path: P
         control=None,
         policy=policy,
         tokenizer=None,
-        prompts=PromptStream((prompt,), 1, seed=0, shuffle=False),
+        prompts=PromptStream((prompt,), seed=0, shuffle=False),
         eval_prompts=(),
         engine=engine,
         engine_group=build_engine_group(1),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_policy import SIZES
+from chosen import objective
 from records import rollout, training_rows
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,7 +24,6 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from lens_megatron.algorithms.objectives import OBJECTIVES
 from lens_megatron.batch import pack
 from lens_megatron.batch.pack import make_sequences
 from lens_megatron.config import AlgorithmConfig, ConfigError, from_tree
@@ -143,7 +143,7 @@ def test_gradient_of_an_update_is_autograds_on_transformers(mesh: Mesh, tmp_path
         device=mesh.device,
     )
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    stats = optimizer_step(policy, batches, scale, OBJECTIVES["token"], algorithm, temperature=1.0)
+    stats = optimizer_step(policy, batches, scale, objective(algorithm), algorithm, temperature=1.0)
     loss = torch.zeros(())
     for (prompt, response), (advantage, weight) in zip(PAIRS, weighted, strict=True):
         log_probs = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
@@ -198,9 +198,7 @@ def test_no_pass_holds_all_logits_and_unmoved_weights_give_ratio_1(options: dict
         device=mesh.device,
     )
     with LargestTensor() as backward:
-        stats = optimizer_step(
-            policy, batches, pack.count(rows), OBJECTIVES[algorithm.ratio], algorithm, temperature=0.7
-        )
+        stats = optimizer_step(policy, batches, pack.count(rows), objective(algorithm), algorithm, temperature=0.7)
     assert stats.ratio_min == stats.ratio_max == 1.0 and stats.kl == 0.0 and stats.grad_norm > 0
     assert forward.elements < logits / 2 and backward.elements < logits / 2
     with LargestTensor() as plain:

@@ -15,6 +15,7 @@ from toy_runs import Toy
 from transformers import AutoModelForCausalLM
 
 from lens_megatron.config import LensConfig, RolloutConfig
+from lens_megatron.results import CollectedGroups, SamplingStats
 from lens_megatron.rollout import request_store as messages
 from lens_megatron.rollout.engine import Completion, EnginesLostError, Request
 from lens_megatron.rollout.local import LocalEngine
@@ -23,7 +24,7 @@ from lens_megatron.rollout.request_store import RequestBatch, RequestStore
 from lens_megatron.rollout.scheduler import RolloutScheduler
 from lens_megatron.supervision import channel, control_store
 from lens_megatron.supervision.control_store import ControlStore, Storage
-from lens_megatron.types import CollectedGroups, Group, SamplingStats
+from lens_megatron.types import Group
 
 ASKED = step_prompts(PROMPTS, PURIFIED)
 WORLD = 3

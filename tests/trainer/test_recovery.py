@@ -13,13 +13,15 @@ from records import PROMPT, group, rollout, sample, step_prompts, training_rows
 from safetensors.torch import load_file
 from toy_runs import ROOT, Toy, command, environment, run_program
 
+from lens_megatron.algorithms.selection.every_prompt import EveryPrompt
 from lens_megatron.data.prompts import PromptStream
 from lens_megatron.errors import ExitCode
 from lens_megatron.output.metrics import read_metrics
+from lens_megatron.results import UpdateStats
 from lens_megatron.rollout import replay, unfinished
 from lens_megatron.rollout.unfinished import UnfinishedGroups
 from lens_megatron.supervision import non_finite
-from lens_megatron.types import Group, Prompt, UpdateStats
+from lens_megatron.types import Group, Prompt
 
 
 def exported(run: Path, step: int) -> dict[str, torch.Tensor]:
@@ -132,9 +134,13 @@ def prompts(count: int) -> list[Prompt]:
 
 
 def test_a_step_has_the_same_prompts_whoever_asks_and_however_many_ranks_share_them():
-    before, after = (PromptStream(prompts(10), prompts_per_step=4, seed=3) for _ in range(2))
-    order = [before.take(step) for step in range(6)]
-    assert [after.take(step) for step in (4, 5)] == order[4:], "a restart at step 4 sees other prompts"
+    before, after = (EveryPrompt(PromptStream(prompts(10), seed=3)) for _ in range(2))
+    order = []
+    for step in range(6):
+        order.append(before.candidates(step, 4))
+        before.position += 4
+    after.restore({"position": 16})
+    assert after.candidates(4, 4) == order[4], "a restart at step 4 sees other prompts"
     for dp_size, model_size in ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2)):
         shares = {}
         for dp_rank in range(dp_size):

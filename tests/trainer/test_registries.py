@@ -1,24 +1,50 @@
-"""Every entry of a registry can be chosen by its option, and every choice of the option has an entry."""
+"""Every entry of a closed table can be chosen by its option, and every method of a registry can be found."""
 
 from typing import get_args
 
 import pytest
 
-from lens_megatron.algorithms.advantages import ADVANTAGES
+from lens_megatron.algorithms import registry
 from lens_megatron.algorithms.aggregation import AGGREGATIONS
 from lens_megatron.algorithms.corrections import CORRECTIONS
-from lens_megatron.algorithms.objectives import OBJECTIVES
-from lens_megatron.config import AlgorithmConfig
+from lens_megatron.algorithms.registry import Kind
+from lens_megatron.config import AlgorithmConfig, ConfigError
 
-REGISTRIES = {
-    "advantage": ADVANTAGES,
-    "ratio": OBJECTIVES,
-    "aggregation": AGGREGATIONS,
-    "correction": CORRECTIONS,
-}
+TABLES = {"aggregation": AGGREGATIONS, "correction": CORRECTIONS}
+EVERY = [(kind, name) for kind in Kind for name in registry.names(kind)]
 
 
-@pytest.mark.parametrize("option", REGISTRIES)
-def test_the_option_offers_what_the_registry_holds(option: str):
+@pytest.mark.parametrize("option", TABLES)
+def test_the_option_offers_what_the_table_holds(option: str):
     offered = get_args(AlgorithmConfig.model_fields[option].annotation)
-    assert set(offered) == set(REGISTRIES[option])
+    assert set(offered) == set(TABLES[option])
+
+
+@pytest.mark.parametrize(("kind", "name"), EVERY, ids=lambda part: str(part))
+def test_every_method_says_what_it_is(kind: Kind, name: str):
+    entry = registry.find(kind, name, "option")
+    assert callable(entry.call) and entry.call.__doc__ and entry.paper
+    assert all(field.description for field in entry.options.model_fields.values()), "an option without its meaning"
+    entry.options()  # every option has a default
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("grop", r"option: unknown method 'grop'; did you mean grpo\? \(your own: module:attribute\)"),
+        ("xyz", "option: unknown method 'xyz'; known: crpo, .*grpo"),
+        ("_hidden", "unknown method"),
+        ("../grpo", "unknown method"),
+        ("no_such_module:ENTRY", "cannot be loaded: ModuleNotFoundError: .*PYTHONPATH"),
+        ("math:nothing", "math:nothing cannot be loaded: AttributeError"),
+        ("math:pi", "math:pi is a float; expected an Entry"),
+    ],
+)
+def test_a_name_without_a_method_is_refused(name: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        registry.find(Kind.ADVANTAGES, name, "option")
+
+
+def test_options_that_a_method_does_not_have_are_refused():
+    with pytest.raises(ConfigError, match="the options of grpo are: none"):
+        registry.choose(Kind.ADVANTAGES, "grpo", {"tau": 1}, "algorithm.advantage", "algorithm.advantage_options")

@@ -12,11 +12,12 @@ from toy_runs import Toy
 from transformers import AutoModelForCausalLM
 
 from lens_megatron.config import LensConfig, RolloutConfig
+from lens_megatron.results import SamplingStats
 from lens_megatron.rollout.engine import Request
 from lens_megatron.rollout.local import LocalEngine
 from lens_megatron.rollout.progress import NoDisplay, ProgressDisplay, SamplingProgress
 from lens_megatron.rollout.scheduler import RolloutScheduler
-from lens_megatron.types import Group, Prompt, PurifiedPrompt, SamplingStats
+from lens_megatron.types import Group, Prompt, PurifiedPrompt
 
 PROMPTS = [Prompt(i, tuple(range(5, 8 + i)), (False, *[True] * (2 + i)), "1", "p", "toy") for i in range(6)]
 PURIFIED = [PurifiedPrompt(p.token_ids[1:], (0,), (0.0,) * len(p.token_ids)) if p.index % 3 else None for p in PROMPTS]

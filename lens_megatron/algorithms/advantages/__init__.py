@@ -1,12 +1,31 @@
-"""Judges each rollout of a group: one file per method, which `algorithm.advantage` chooses by its name here.
+"""Judges the rollouts of groups: one file per method, which `algorithm.advantage` chooses by its name.
 
-A new method is a file with a function of the type `Estimator`, a line below, and its name in the option.
+What multiplies the loss besides is in algorithms/weights.py.
 """
 
-from lens_megatron.algorithms.advantages.crpo import crpo
-from lens_megatron.algorithms.advantages.estimator import Estimator, WeightedAdvantages
-from lens_megatron.algorithms.advantages.grpo import grpo
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["ADVANTAGES", "Estimator", "WeightedAdvantages"]
+from lens_megatron.config import AlgorithmConfig
+from lens_megatron.types import GroupNumbers, TrainingGroup
 
-ADVANTAGES: dict[str, Estimator] = {"crpo": crpo, "grpo": grpo}
+__all__ = ["Advantage", "Credit"]
+
+
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """The judgement on one rollout."""
+
+    advantage: float
+    weight: float = 1.0
+    """A factor of the loss of the rollout's tokens, beside that of `algorithm.weights`."""
+    keep: bool = True
+    """False leaves the rollout out of the loss and of its denominators."""
+
+
+Advantage = Callable[[Sequence[TrainingGroup], Sequence[GroupNumbers], AlgorithmConfig, Any], list[list[Credit]]]
+"""A pure function of (this rank's groups, the numbers of the step's groups of all ranks, shared options, own options).
+
+It returns one credit per rollout, in the order of each group's `rollouts`.
+"""

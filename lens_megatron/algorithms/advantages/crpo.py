@@ -1,29 +1,28 @@
-"""CRPO: rewards of a group are weighted by how well its original prompt does (LENS, eq. 4-6)."""
+"""CRPO: rewards of a group are weighted by how well its original prompt does (LENS, eq. 6)."""
 
 import math
 from collections.abc import Sequence
 
-from lens_megatron.algorithms.advantages.estimator import WeightedAdvantages
+from lens_megatron.algorithms.advantages import Credit
+from lens_megatron.algorithms.entry import Entry, NoOptions
+from lens_megatron.algorithms.weights import scoped_weights
 from lens_megatron.config import AlgorithmConfig
-from lens_megatron.types import TrainingGroup
+from lens_megatron.types import GroupNumbers, TrainingGroup
 
 
-def crpo(group: TrainingGroup, algorithm: AlgorithmConfig) -> WeightedAdvantages:
-    """Returns advantages by weighted group statistics, and the weights w~ themselves.
+def crpo(
+    groups: Sequence[TrainingGroup], batch: Sequence[GroupNumbers], algorithm: AlgorithmConfig, options: NoOptions
+) -> list[list[Credit]]:
+    """Returns advantages by weighted group statistics.
 
-    With the success rate a of the first wave, w~ is a for its successes and 1 - a for all other rollouts. Statistics
-    use w = w~ / sum w~ and the population deviation, so that the sum of w~ A over the group is 0.
+    With the weights w~ of eq. 4, statistics use w = w~ / sum w~ and the population deviation, so that the sum of w~ A
+    over a group is 0.
     """
-    a = group.group.success_rate
-    natives = set(map(id, group.group.native))
-    weights = [a if r.correct and id(r) in natives else 1 - a for r in group.rollouts]
-    if algorithm.weights_scope == "purified_only" and not group.gate:
-        weights = [1.0] * len(group.rollouts)
-    advantages = weighted_advantages([r.reward for r in group.rollouts], weights, algorithm.advantage_eps)
-    if algorithm.loss_weight == "normalised":
-        total = sum(weights)
-        weights = [len(weights) * w / total for w in weights]
-    return WeightedAdvantages(tuple(advantages), tuple(weights))
+    return [
+        [Credit(a) for a in weighted_advantages(rewards, scoped_weights(group, algorithm), algorithm.advantage_eps)]
+        for group in groups
+        for rewards in [[r.reward for r in group.rollouts]]
+    ]
 
 
 def weighted_advantages(rewards: Sequence[float], weights: Sequence[float], eps: float) -> list[float]:
@@ -35,3 +34,6 @@ def weighted_advantages(rewards: Sequence[float], weights: Sequence[float], eps:
     mean = sum(w * r for w, r in zip(weights, rewards, strict=True)) / total
     sigma = math.sqrt(sum(w * (r - mean) ** 2 for w, r in zip(weights, rewards, strict=True)) / total)
     return [(r - mean) / (sigma + eps) if sigma > 1e-12 else 0.0 for r in rewards]
+
+
+ENTRY = Entry(crpo, paper="LENS, arXiv 2601.21244")

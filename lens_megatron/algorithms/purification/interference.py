@@ -1,52 +1,30 @@
-"""Purifies prompts by the interference scores of their tokens (LENS, Algorithm 1, lines 10-12)."""
+"""LENS: deletes the tokens with the highest interference scores (Algorithm 1, lines 10-12)."""
 
 import random
-from collections.abc import Callable, Sequence
 
 import torch
 from lens_kernels import select_interference_tokens
 from torch import Tensor
 
+from lens_megatron.algorithms.entry import Entry, Evidence, NoOptions
+from lens_megatron.algorithms.purification import Deletion, PromptEvidence
 from lens_megatron.config import LensConfig
-from lens_megatron.types import Prompt, PurifiedPrompt
-
-Retokenize = Callable[[tuple[int, ...]], tuple[int, ...]]
-"""Turns token ids into text and back into token ids, for `lens.deletion=text`."""
+from lens_megatron.types import Prompt
 
 
-def purify_prompts(
-    prompts: Sequence[Prompt],
-    scores: Sequence[Tensor],
-    lens: LensConfig,
-    *,
-    seeds: Sequence[int],
-    retokenize: Retokenize | None = None,
-) -> list[PurifiedPrompt | None]:
-    """Deletes from every prompt the ceil(gamma * n) eligible tokens with the highest scores, all at once.
+def interference(
+    prompt: Prompt, evidence: PromptEvidence, lens: LensConfig, seed: int, options: NoOptions
+) -> Deletion | None:
+    """Deletes the ceil(gamma * n) eligible tokens with the highest scores, all at once.
 
-    Args:
-        scores: [L] float32 per prompt. seeds: per prompt, for `tie_break=random`.
-
-    Returns:
-        One purified prompt per prompt; None where no score reaches the noise floor or nothing may be deleted.
+    Returns None where no score reaches the noise floor. `seed` is for `lens.tie_break=random`.
     """
-    return [
-        _purify(prompt, score, lens, seed, retokenize)
-        for prompt, score, seed in zip(prompts, scores, seeds, strict=True)
-    ]
-
-
-def _purify(
-    prompt: Prompt, scores: Tensor, lens: LensConfig, seed: int, retokenize: Retokenize | None
-) -> PurifiedPrompt | None:
-    keep = select(scores, torch.tensor(prompt.eligible), lens, seed)
-    if bool(keep.all()) or not bool(keep.any()):
+    if evidence.scores is None:
+        raise ValueError("the purifier interference needs the prompt's scores, got None")
+    keep = select(evidence.scores, torch.tensor(prompt.eligible), lens, seed)
+    if bool(keep.all()):
         return None
-    kept = tuple(token for token, stays in zip(prompt.token_ids, keep.tolist(), strict=True) if stays)
-    if lens.deletion == "text" and retokenize is not None:
-        kept = retokenize(kept)
-    deleted = tuple((~keep).nonzero().flatten().tolist())
-    return PurifiedPrompt(kept, deleted, tuple(scores.tolist()))
+    return Deletion(tuple((~keep).nonzero().flatten().tolist()), tuple(evidence.scores.tolist()))
 
 
 def select(scores: Tensor, eligible: Tensor, lens: LensConfig, seed: int) -> Tensor:
@@ -71,3 +49,6 @@ def select(scores: Tensor, eligible: Tensor, lens: LensConfig, seed: int) -> Ten
     result = torch.empty_like(keep)
     result[permutation] = keep
     return result
+
+
+ENTRY = Entry(interference, paper="LENS, arXiv 2601.21244", needs=frozenset({Evidence.PROMPT_SCORES}))

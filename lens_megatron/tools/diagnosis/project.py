@@ -122,7 +122,7 @@ def grading(config: Config, prompts: Sequence[Prompt]) -> Check:
     try:
         grades = grade(
             right + wrong + ["I do not know."] * len(rows), answers * 3, config.reward.timeout_s, workers=1,
-            grader=config.reward.grader,
+            grader=str(config.reward.grader),
         )  # fmt: skip
     except (ValueError, GraderStartError) as error:
         return Check("grading", CheckStatus.FAIL, str(error), "correct reward.grader")

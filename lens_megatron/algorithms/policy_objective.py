@@ -1,0 +1,125 @@
+"""Puts the chosen surrogate into the whole loss of a token: ratio, weights, KL, entropy and imitation.
+
+loss = policy_weight * surrogate(ratio) + kl_weight * k3 - entropy_weight * H - imitation_weight * log p
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, TypedDict
+
+import torch
+from lens_kernels import k3
+from lens_kernels.kl import LOG_RATIO_LIMIT
+from torch import Tensor
+
+from lens_megatron.algorithms.entry import Evidence, Method
+from lens_megatron.algorithms.objectives import Surrogate
+from lens_megatron.algorithms.objectives.clip import clip
+from lens_megatron.config import AlgorithmConfig
+from lens_megatron.types import TokenTerms
+
+
+class ObjectiveResult(NamedTuple):
+    """Losses of T tokens and what the metrics need; all are [T] float32."""
+
+    losses: Tensor
+    """Their sum is the micro-batch's loss; they carry a gradient."""
+    ratio: Tensor
+    clipped: Tensor
+    """1.0 where a clip holds, else 0."""
+    kl: Tensor
+    """The k3 estimate in nats, at most `algorithm.kl_limit`; 0 without a KL term."""
+
+
+class FusedLossArguments(TypedDict):
+    """Arguments of `lens_kernels.linear_policy_loss`, under their names there; the tensors are [T] float32."""
+
+    old_logprobs: Tensor
+    advantages: Tensor
+    reference_logprobs: Tensor | None
+    policy_weights: Tensor
+    kl_weights: Tensor | None
+    entropy_weights: Tensor | None
+    clip_low: float
+    clip_high: float
+    dual_clip: float | None
+    kl_limit: float | None
+
+
+LossFunction = Callable[[Tensor, Tensor, TokenTerms, AlgorithmConfig], ObjectiveResult]
+"""It takes (log-probabilities [T], entropies [T], terms of the T tokens, algorithm); all tensors are float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """A loss and how the LM head computes it: by `fused` if that gives arguments, else by `losses`."""
+
+    losses: LossFunction
+    whole_sequences: bool = False
+    """True: a token's loss depends on other tokens of its response, so the T tokens cannot be cut into chunks."""
+    fused: Callable[[TokenTerms, AlgorithmConfig], FusedLossArguments | None] | None = None
+    """Returns the arguments with which lens_kernels' own loss equals `losses`, or None where it cannot."""
+
+
+def policy_objective(algorithm: AlgorithmConfig, surrogate: Method[Surrogate]) -> Objective:
+    """Returns the loss of a run with this surrogate and `algorithm.ratio`."""
+
+    def losses(log_probs: Tensor, entropy: Tensor, terms: TokenTerms, algorithm: AlgorithmConfig) -> ObjectiveResult:
+        log_ratio = _log_ratio(log_probs, terms, algorithm)
+        found = surrogate.call(log_ratio, log_probs, terms, algorithm, surrogate.options)
+        kl = torch.zeros_like(log_probs)
+        if algorithm.kl_coef:
+            kl = k3(terms.reference_log_probs - log_probs, algorithm.kl_limit)
+        total = (
+            terms.policy_weights * found.losses
+            + terms.kl_weights * kl
+            - terms.entropy_weights * entropy
+            - terms.imitation_weights * log_probs
+        )
+        ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+        return ObjectiveResult(total, ratio, found.clipped, kl)
+
+    whole = algorithm.ratio != "token" or Evidence.WHOLE_RESPONSES in surrogate.needs
+    can_fuse = surrogate.call is clip and not whole
+    return Objective(losses, whole_sequences=whole, fused=fused_arguments if can_fuse else None)
+
+
+def fused_arguments(terms: TokenTerms, algorithm: AlgorithmConfig) -> FusedLossArguments | None:
+    """Returns the clipped loss per token as arguments of lens_kernels' own; None with an imitation term."""
+    if algorithm.imitation_coef:
+        return None
+    return FusedLossArguments(
+        old_logprobs=terms.old_log_probs,
+        advantages=terms.advantages,
+        reference_logprobs=terms.reference_log_probs if algorithm.kl_coef else None,
+        policy_weights=terms.policy_weights,
+        kl_weights=terms.kl_weights if algorithm.kl_coef else None,
+        entropy_weights=terms.entropy_weights if algorithm.entropy_coef else None,
+        clip_low=algorithm.clip_low,
+        clip_high=algorithm.clip_high,
+        dual_clip=algorithm.dual_clip,
+        kl_limit=algorithm.kl_limit,
+    )
+
+
+def log_ratio_to_old(log_probs: Tensor, terms: TokenTerms) -> Tensor:
+    """Returns log pi - log pi_old [T]; it is exactly 0, with the gradient of log pi, where the token is on-policy."""
+    return log_probs - torch.where(terms.old_log_probs.isnan(), log_probs.detach(), terms.old_log_probs)
+
+
+def _log_ratio(log_probs: Tensor, terms: TokenTerms, algorithm: AlgorithmConfig) -> Tensor:
+    """Returns the log-ratio of each token, or of its response: then every token of a response has the same one.
+
+    A response's ratio is the product over its tokens, or with `sequence_geometric` (GSPO, arXiv 2507.18071) their
+    geometric mean. Its gradient is that of the response.
+    """
+    log_ratio = log_ratio_to_old(log_probs, terms)
+    if algorithm.ratio == "token":
+        return log_ratio
+    total = _sum_per_response(log_ratio, terms)
+    return total if algorithm.ratio == "sequence" else total / _sum_per_response(torch.ones_like(log_ratio), terms)
+
+
+def _sum_per_response(values: Tensor, terms: TokenTerms) -> Tensor:
+    """Sums per response, [T] -> [T]: every token gets the sum over the tokens of its response."""
+    return torch.zeros_like(values).index_add(0, terms.first, values)[terms.first]
