@@ -11,22 +11,41 @@ import lens_megatron
 from lens_megatron.config import help as option_help
 
 USAGE = """\
-torchrun --nproc-per-node N pretrain_lens.py --config FILE [section.option=value ...]
+torchrun --nproc-per-node N pretrain_lens.py --config FILE [FILE ...] [section.option=value ...]
        pretrain_lens.py --help [WORD] | --version
 """
 INTRODUCTION = """\
-Trains a reasoning model with LENS or GRPO. Every option below may stand in the YAML file, as in configs/, and on the
-command line, which is stronger: lens.tau=0.4. A value there is YAML; an empty one leaves an option empty.
---help WORD shows the section WORD, or every option whose name or meaning contains it.
+Trains a reasoning model by reinforcement learning, with LENS or another method. Every option below may stand in a YAML
+file, as in configs/, and on the command line, which is stronger: lens.tau=0.4. A value there is YAML; an empty one
+leaves an option empty. Of several files a later one is stronger: --config configs/demo.yaml configs/methods/dapo.yaml.
+--help WORD shows the section WORD, or every option whose name or meaning contains it, and the methods of that name or
+kind. python -m lens_megatron.algorithms lists all methods with the options of their own.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class CommandLine:
-    """The arguments of a training run. Example: CommandLine("configs/demo.yaml", ("train.steps=100",))."""
+    """The arguments of a training run.
 
-    config: str
+    Example: CommandLine(("configs/demo.yaml", "configs/methods/dapo.yaml"), ("train.steps=100",)).
+    """
+
+    files: tuple[str, ...]
     overrides: tuple[str, ...]
+
+
+def split(words: Sequence[str]) -> CommandLine:
+    """Divides words into the files, which come first, and the overrides, which have an `=` in their first part.
+
+    A file whose name is like an override is written as a path: `./a=b.yaml`.
+    """
+    first = next((place for place, word in enumerate(words) if _is_override(word)), len(words))
+    return CommandLine(tuple(words[:first]), tuple(words[first:]))
+
+
+def _is_override(word: str) -> bool:
+    name, separator, _ = word.partition("=")
+    return bool(separator) and "/" not in name
 
 
 def parse(arguments: Sequence[str] | None = None) -> CommandLine:
@@ -38,10 +57,13 @@ def parse(arguments: Sequence[str] | None = None) -> CommandLine:
     parser = ArgumentParser(prog="pretrain_lens.py", usage=USAGE, add_help=False)
     parser.add_argument("-h", "--help", nargs="?", const="", metavar="WORD", action=_Help)
     parser.add_argument("--version", action="version", version=f"lens_megatron {lens_megatron.__version__}")
-    parser.add_argument("--config", required=True, help="YAML file; see configs/")
+    parser.add_argument("--config", required=True, nargs="+", action="extend", help="YAML files; see configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.option=value")
     parsed = parser.parse_args(arguments)
-    return CommandLine(parsed.config, tuple(parsed.overrides))
+    found = split(parsed.config)
+    if not found.files:
+        parser.error(f"--config needs a file before {found.overrides[0]}")
+    return CommandLine(found.files, (*parsed.overrides, *found.overrides))
 
 
 class _Help(Action):

@@ -10,6 +10,7 @@ import torch
 
 from lens_megatron import command_line
 from lens_megatron import config as configuration
+from lens_megatron.algorithms.methods import load_methods
 from lens_megatron.build import build_run, collective_patience
 from lens_megatron.command_line import CommandLine
 from lens_megatron.config import Config
@@ -44,7 +45,7 @@ def run(command: CommandLine) -> int:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     with console.messages_on_console():
         try:
-            config = configuration.load(command.config, command.overrides)
+            config = configuration.load(command.files, command.overrides)
             console.set_level(config.run.log_level)
             train(config)
         except UserError as error:
@@ -66,6 +67,7 @@ def train(config: Config) -> None:
 def _train(config: Config, stop: Stop) -> None:
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     configuration.check_world(config, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+    load_methods(config)  # what a user has misspelt is said before any device is taken
     device = platform.install()
     platform.init_process_group(device, collective_patience(config))
     stop.meet()

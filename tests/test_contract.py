@@ -20,8 +20,8 @@ OWNERS = {
     "yaml": ("lens_megatron/config/files.py", "lens_megatron/output/run_folder.py"),
     "matplotlib": "lens_megatron/output/report.py",
 }
-ROOMS = ["errors", "seeds", "files", "records", "reward", "types", "results", "config", "command_line", "supervision",
-         "data", "algorithms", "batch", "rollout", "policy", "output", "run", "phases", "step", "build", "train",
+ROOMS = ["errors", "seeds", "files", "records", "reward", "types", "results", "config", "supervision", "data",
+         "algorithms", "command_line", "batch", "rollout", "policy", "output", "run", "phases", "step", "build", "train",
          "tools"]  # fmt: skip
 """Lowest first: a module imports from its own room and from rooms before it."""
 COMMANDS = {"__main__", "plan", "doctor", "report", "demo"}

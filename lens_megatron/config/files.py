@@ -3,6 +3,9 @@
 # configs/mine.yaml
 base: [base/paper.yaml, base/a800.yaml]     # relative to this file; a later one wins over an earlier one
 model: {path: models/Qwen2.5-7B}            # mappings merge, everything else replaces
+reward: {rules: {}}                         # but an empty mapping, written so, empties the one below it
+
+Several files are one tree, too: a later one wins over an earlier one.
 """
 
 import os.path
@@ -28,17 +31,26 @@ class ConfigError(UserError):
     """A mistake in the user's configuration; the message names the option, the value and the remedy."""
 
 
-def read_tree(path: Path) -> dict[str, Any]:
-    """Reads `path` over the files that it names as `base`, which may have bases of their own.
+def read_tree(*paths: Path) -> dict[str, Any]:
+    """Reads `paths`, each over the files that it names as `base`, which may have bases of their own.
 
     Raises:
-        ConfigError: the file is missing or no YAML mapping, `base` is no file name, or files name each other.
+        ConfigError: a file is missing or no YAML mapping, `base` is no file name, or files name each other.
     """
-    return _read_over_bases(path, (), {})
+    tree: dict[str, Any] = {}
+    for path in paths:
+        for layer in _layers(path, (), {}).values():
+            tree = merge(tree, layer)
+    return tree
 
 
-def _read_over_bases(path: Path, inside: tuple[Path, ...], done: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Reads `path`, named by the files `inside`, outermost first. `done` holds the trees read so far, each once."""
+Layers = dict[str, dict[str, Any]]
+"""The trees of files by the files' absolute paths, lowest first. A file that is named twice stands at its last place:
+what stood at an earlier one would be set again there."""
+
+
+def _layers(path: Path, inside: tuple[Path, ...], done: dict[str, Layers]) -> Layers:
+    """Reads `path`, named by the files `inside`, outermost first. `done` holds what was read so far, each file once."""
     place = os.path.abspath(path)  # not the resolved path: resolving fails where links go in a circle
     if place in map(os.path.abspath, inside):
         chain = " -> ".join(map(str, (*inside, path)))
@@ -51,10 +63,12 @@ def _read_over_bases(path: Path, inside: tuple[Path, ...], done: dict[str, dict[
         bases = [bases] if isinstance(bases, str) else bases
         if not (isinstance(bases, list) and all(isinstance(base, str) and base for base in bases)):
             raise ConfigError(f"{path}: base: expected a file name or a list of file names relative to this file")
-        merged: dict[str, Any] = {}
+        layers: Layers = {}
         for base in bases:
-            merged = merge(merged, _read_over_bases(path.parent / base, (*inside, path), done))
-        done[place] = merge(merged, tree)
+            for name, layer in _layers(path.parent / base, (*inside, path), done).items():
+                layers.pop(name, None)
+                layers[name] = layer
+        done[place] = layers | {place: tree}
     return done[place]
 
 
@@ -75,14 +89,15 @@ def _read_one(path: Path, inside: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Merges `above` over `below`, by mapping. An empty section (`lens:`, all options commented out) changes nothing.
+    """Merges `above` over `below`, by mapping. An empty section (`lens:`, all options commented out) changes nothing;
+    an empty mapping (`lens: {}`) empties the section, so that all its options have their defaults.
 
     Example: merge({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}) == {"a": {"b": 3, "c": 2}}.
     """
     result = dict(below)
     for key, value in above.items():
         old = result.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping):
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and value:
             result[key] = merge(old, value)
         elif not (isinstance(old, Mapping) and value is None):
             result[key] = value

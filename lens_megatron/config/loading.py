@@ -1,4 +1,4 @@
-"""Makes a validated, frozen `Config` of one YAML file and dotted overrides."""
+"""Makes a validated, frozen `Config` of YAML files and dotted overrides."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,14 +12,18 @@ from lens_megatron.config.options import Config
 from lens_megatron.config.section import Section, explain
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads `path` (YAML) over the files it names as `base`, applies `a.b=value` overrides and validates.
+def load(paths: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
+    """Reads YAML files, each over those that it names as `base`, applies `a.b=value` overrides and validates.
+
+    Args:
+        paths: one file, or several, of which a later one wins over an earlier one.
 
     Raises:
         ConfigError: missing file, bad YAML, unknown option (with the nearest valid one), wrong type or bound, options
             that do not go together.
     """
-    tree = read_tree(Path(path))
+    several = [paths] if isinstance(paths, str | Path) else paths
+    tree = read_tree(*map(Path, several))
     for override in overrides:
         apply_override(tree, override)
     return from_tree(tree)

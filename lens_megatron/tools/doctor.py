@@ -1,9 +1,8 @@
-r"""Checks whether a machine is ready for a run: `python -m lens_megatron.doctor CONFIG [section.option=value ...]`.
+r"""Checks whether a machine is ready for a run: `python -m lens_megatron.doctor FILE [FILE ...] [a.b=value ...]`.
 
 It checks versions, devices, links, shared memory, disk, model, tokenizer, template, and grading of real rows, each with
 a remedy. `--checkpoint PATH` (a run folder or one iter_* folder) reads every file of its checkpoints instead, without
-CONFIG. It changes nothing. Exit status: 0 ready (perhaps with warnings), 1 a check failed, 2 CONFIG or PATH cannot be
-used.
+FILE. It changes nothing. Exit status: 0 ready (perhaps with warnings), 1 a check failed, 2 FILE or PATH cannot be used.
 """
 
 import logging
@@ -12,7 +11,9 @@ from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from lens_megatron import command_line
 from lens_megatron import config as configuration
+from lens_megatron.algorithms.methods import load_methods
 from lens_megatron.config import Config, ConfigError
 from lens_megatron.errors import UserError
 from lens_megatron.tools.diagnosis import checkpoints, machine, project
@@ -26,18 +27,21 @@ from lens_megatron.tools.planning.plan import LayoutError, make_plan
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints one line per check as it is done, then how many failed; returns the exit status."""
     parser = ArgumentParser(prog="python -m lens_megatron.doctor", description=__doc__.splitlines()[0])
-    parser.add_argument("config", nargs="?", help="YAML file; see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="section.option=value")
+    what = "YAML files, see configs/, then section.option=value ..."
+    parser.add_argument("words", nargs="*", metavar="FILE", help=what)
     parser.add_argument("--checkpoint", metavar="PATH", help="a run folder or one checkpoint: is all of it whole?")
     parsed = parser.parse_intermixed_args(arguments)
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    if (parsed.checkpoint is None) == (parsed.config is None):
+    command = command_line.split(parsed.words)
+    if bool(parsed.words) == (parsed.checkpoint is not None) or (parsed.words and not command.files):
         parser.error("give either a configuration or --checkpoint PATH")
     try:
         if parsed.checkpoint is not None:
             found = checkpoints.examine(Path(parsed.checkpoint))
         else:
-            found = examine(configuration.load(parsed.config, parsed.overrides))
+            config = configuration.load(command.files, command.overrides)
+            load_methods(config)
+            found = examine(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -61,7 +61,20 @@ def test_version_and_mistakes(capsys):
     assert answer(capsys, "--version") == (0, f"lens_megatron {__version__}\n")
     status, text = answer(capsys, "lens.tau=0.4")
     assert status == 2 and "required: --config" in text
-    assert command_line.parse(["--config", "a.yaml", "b.c=1"]) == CommandLine("a.yaml", ("b.c=1",))
+    status, text = answer(capsys, "--config", "lens.tau=0.4")
+    assert status == 2 and "--config needs a file before lens.tau=0.4" in text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--config", "a.yaml", "./b=1.yaml", "c.d=1", "e.f=g/h"),
+        ("c.d=1", "--config", "a.yaml", "./b=1.yaml", "e.f=g/h"),
+        ("c.d=1", "e.f=g/h", "--config", "a.yaml", "--config", "./b=1.yaml"),
+    ],
+)
+def test_files_stand_after_config_and_overrides_anywhere(words):
+    assert command_line.parse(words) == CommandLine(("a.yaml", "./b=1.yaml"), ("c.d=1", "e.f=g/h"))
 
 
 def test_help_imports_no_torch():

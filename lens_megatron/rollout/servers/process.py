@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
+from lens_megatron import command_line
 from lens_megatron import config as configuration
 from lens_megatron.config import Config, ConfigError
 from lens_megatron.errors import ExitCode
@@ -275,13 +276,14 @@ def stop_all(servers: Sequence[ServerProcess]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Becomes the server, or returns an exit code."""
     parser = ArgumentParser(prog="python -m lens_megatron.rollout.servers.process", description="Start one server.")
-    parser.add_argument("--config", required=True)
+    parser.add_argument("--config", required=True, nargs="+", action="extend", metavar="FILE")
     parser.add_argument("--host", default="127.0.0.1", help="the cluster's private interface; never a public one")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("overrides", nargs="*", metavar="section.option=value")
     parsed = parser.parse_args(arguments)
+    command = command_line.split(parsed.config)
     try:
-        config = configuration.load(parsed.config, parsed.overrides)
+        config = configuration.load(command.files, [*parsed.overrides, *command.overrides])
         hf_config = AutoConfig.from_pretrained(config.model.path, trust_remote_code=False)
         vllm_options.check(config, hf_config)
         check_plugin()
