@@ -1,4 +1,7 @@
-"""Reads the command line of a training run. Imports neither torch nor Megatron, so that `--help` is fast."""
+"""Reads the command line of a training run. Imports neither torch nor Megatron, so that `--help` is fast.
+
+`--help WORD` imports torch where the word is about methods, which are described by their own files.
+"""
 
 import os
 import sys
@@ -8,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import lens_megatron
+from lens_megatron.algorithms import listing
 from lens_megatron.config import help as option_help
 
 USAGE = """\
@@ -78,13 +82,16 @@ class _Help(Action):
     ) -> None:
         word = values if isinstance(values, str) else ""
         found = option_help.find(word)
-        if not found:
-            near = option_help.nearest(word)
-            hint = f"; did you mean {near}?" if near else "; --help lists all of them"
-            parser.error(f"no section or option has {word!r} in its name or meaning{hint}")
+        parts = [option_help.render(found)] * bool(found)
+        if word and (not found or word.lower() in listing.names()) and (text := listing.find(word)):
+            parts.append(text)
+        if not parts:
+            near = option_help.nearest(word) or listing.nearest(word)
+            hint = f"did you mean {near}?" if near else "--help lists all of them"
+            parser.error(f"no section, option or method has {word!r} in its name or meaning; {hint}")
         introduction = "" if word else f"usage: {USAGE}\n{INTRODUCTION}\n"
         try:
-            print(introduction + option_help.render(found), flush=True)
+            print(introduction + "\n\n".join(parts), flush=True)
         except BrokenPipeError:  # the user left a pager early; Python would report it again when it exits
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         parser.exit()

@@ -49,7 +49,7 @@ def sections() -> Iterator[SectionHelp]:
     for name, field in Config.model_fields.items():
         section = field.annotation
         assert isinstance(section, type) and issubclass(section, Section)
-        options = tuple(_option(f"{name}.{key}", option) for key, option in section.model_fields.items())
+        options = tuple(describe(f"{name}.{key}", option) for key, option in section.model_fields.items())
         yield SectionHelp(name, cleandoc(section.__dict__.get("__doc__") or ""), options)
 
 
@@ -100,7 +100,8 @@ def _wrapped(text: str, indent: int) -> list[str]:
     return textwrap.wrap(" ".join(text.split()), _WIDTH, initial_indent=space, subsequent_indent=space)
 
 
-def _option(name: str, field: FieldInfo) -> OptionHelp:
+def describe(name: str, field: FieldInfo) -> OptionHelp:
+    """Describes the option `name`, which `field` declares."""
     default = "required" if field.is_required() else _as_yaml(field.get_default(call_default_factory=False))
     return OptionHelp(name, _type_text(field.annotation, field.metadata), default, field.description or "")
 

@@ -31,7 +31,15 @@ MAY_CHANGE = ("run.", "debug.", "cluster", "reward.workers_per_rank", "train.ste
               "megatron.pipeline_model_parallel_size", "megatron.virtual_pipeline_model_parallel_size",
               "megatron.context_parallel_size", "megatron.use_distributed_optimizer", "rollout.servers")  # fmt: skip
 """Options that a resumed run may set differently: none of them changes what a step computes, except for rounding."""
-BEFORE_THE_OPTION = {"algorithm": {"kl_limit": 10.0}}
+BEFORE_THE_OPTION: dict[str, dict[str, Any]] = {
+    "selection": {"method": "every_prompt", "options": {}, "candidate_batches": 4},
+    "data": {"noise_key": None},
+    "reward": {"weights": [], "success_threshold": None, "rules": {}},
+    "lens": {"purifier": "interference", "purifier_options": {}},
+    "algorithm": {"kl_limit": 10.0, "advantage_options": {}, "weights": None, "mask_truncated": False,
+                  "objective": "clip", "objective_options": {}},
+    "train": {"epochs": None},
+}  # fmt: skip
 """Values that versions without these options used. A record that lacks one of them is read as if it contained it."""
 PACKAGES = (
     "torch",

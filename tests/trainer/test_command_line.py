@@ -52,9 +52,19 @@ def test_help_with_a_word_shows_a_section_or_what_mentions_it(capsys):
 
 def test_help_with_a_word_that_nothing_mentions(capsys):
     status, text = answer(capsys, "--help", "tempreature")
-    assert status == 2 and "no section or option has 'tempreature'" in text
+    assert status == 2 and "no section, option or method has 'tempreature'" in text
     assert "did you mean rollout.temperature?" in text
     assert option_help.nearest("xyzxyz") == ""
+
+
+def test_help_with_the_name_of_a_method_describes_it(capsys):
+    status, text = answer(capsys, "--help", "crpo")
+    assert status == 0 and "  algorithm.advantage  " in text, "options that mention it"
+    assert "crpo  (advantages; algorithm.advantage=crpo; LENS, arXiv 2601.21244)" in text, "and the method itself"
+    status, text = answer(capsys, "--help", "purification")
+    assert status == 0 and "  interference  (purification; lens.purifier=interference; needs prompt_scores" in text
+    status, text = answer(capsys, "--help", "grop")
+    assert status == 2 and "did you mean grpo?" in text
 
 
 def test_version_and_mistakes(capsys):
@@ -77,12 +87,12 @@ def test_files_stand_after_config_and_overrides_anywhere(words):
     assert command_line.parse(words) == CommandLine(("a.yaml", "./b=1.yaml"), ("c.d=1", "e.f=g/h"))
 
 
-def test_help_imports_no_torch():
+@pytest.mark.parametrize("word", [(), ("lens",), ("tau",)])
+def test_help_imports_no_torch(word):
     script = str(ROOT / "pretrain_lens.py")
-    shown = subprocess.run(
-        [sys.executable, "-X", "importtime", script, "--help"], env=environment(), capture_output=True, text=True
-    )
-    assert shown.returncode == 0 and "run.directory" in shown.stdout
+    words = [sys.executable, "-X", "importtime", script, "--help", *word]
+    shown = subprocess.run(words, env=environment(), capture_output=True, text=True)
+    assert shown.returncode == 0 and "lens.tau" in shown.stdout
     imported = {line.rpartition("|")[2].strip() for line in shown.stderr.splitlines()}
     assert "pydantic" in imported and not imported & {"torch", "transformers", "megatron"}
 

@@ -38,6 +38,20 @@ def configured(folder: Path, **algorithm: float) -> Config:
     return from_tree({"run": {"directory": str(folder)}, "model": model, "data": data, "algorithm": algorithm})
 
 
+def test_a_run_from_before_the_registries_goes_on(tmp_path: Path):
+    run_folder.take(configured(tmp_path), {"world_size": 1}).lease.release()
+    recorded = tmp_path / "config.yaml"
+    options = yaml.safe_load(recorded.read_text())
+    for section, names in run_folder.BEFORE_THE_OPTION.items():
+        for name in names.keys() - {"kl_limit"}:
+            del options[section][name]
+    del options["selection"]
+    recorded.write_text(yaml.safe_dump(options))
+    assert run_folder.check(configured(tmp_path))
+    with pytest.raises(RunFolderError, match=r"with other options: algorithm\.mask_truncated;"):
+        run_folder.check(configured(tmp_path, mask_truncated=True))
+
+
 def test_a_run_from_before_kl_limit_goes_on_with_the_limit_that_it_had(tmp_path: Path):
     run_folder.take(configured(tmp_path), {"world_size": 1}).lease.release()
     recorded = tmp_path / "config.yaml"
