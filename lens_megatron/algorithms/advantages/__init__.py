@@ -1,6 +1,7 @@
 """Judges the rollouts of groups: one file per method, which `algorithm.advantage` chooses by its name.
 
-What multiplies the loss besides is in algorithms/weights.py.
+A file NAME.py of this folder holds a function of the type `Advantage` and, as ENTRY, what it declares: see dr_grpo.py,
+the shortest. What multiplies the loss besides is in algorithms/weights.py, and algorithms/samples.py puts both together.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,11 +16,14 @@ __all__ = ["Advantage", "Credit"]
 
 @dataclass(frozen=True, slots=True)
 class Credit:
-    """The judgement on one rollout."""
+    """The judgement on one rollout. All of its tokens share it."""
 
     advantage: float
+    """How much better than expected the rollout was: the loss raises the probability of its tokens if it is positive,
+    and lowers it if it is negative. A number that is not finite is allowed: the update is then skipped, and dumped."""
     weight: float = 1.0
-    """A factor of the loss of the rollout's tokens, beside that of `algorithm.weights`."""
+    """A factor of the policy's loss of the rollout's tokens, beside that of `algorithm.weights`. It is not negative, and
+    neither KL, entropy and imitation terms nor the denominators of the loss know it."""
     keep: bool = True
     """False leaves the rollout out of the loss and of its denominators."""
 
@@ -27,5 +31,12 @@ class Credit:
 Advantage = Callable[[Sequence[TrainingGroup], Sequence[GroupNumbers], AlgorithmConfig, Any], list[list[Credit]]]
 """A pure function of (this rank's groups, the numbers of the step's groups of all ranks, shared options, own options).
 
-It returns one credit per rollout, in the order of each group's `rollouts`.
+It returns one list per group and in it one credit per rollout, both in the order of the arguments. Every rank calls it
+with its own groups and the same numbers, which are in the order of their places: a statistic of the whole step is
+computed from the numbers, one of a group from the group.
+
+A group is what is trained on: its `rollouts` are the first wave, in which rescued successes may have replaced failures,
+so that it can have another size than `rollout.rollouts_per_prompt`; `group.native` is the first wave as it was sampled.
+Rewards are those after `reward.rules`. The function must take a group of one, groups without contrast, a rank without
+groups, and rewards of any size. Own options are an instance of the class that ENTRY names, NoOptions without one.
 """

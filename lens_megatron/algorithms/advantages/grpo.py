@@ -12,19 +12,19 @@ from lens_megatron.types import GroupNumbers, TrainingGroup
 def grpo(
     groups: Sequence[TrainingGroup], batch: Sequence[GroupNumbers], algorithm: AlgorithmConfig, options: NoOptions
 ) -> list[list[Credit]]:
-    """Returns (reward - mean) / (unbiased standard deviation + eps), as verl and TRL do.
+    """Returns (reward - mean) / (unbiased standard deviation + `algorithm.advantage_eps`), as verl and TRL do.
 
-    The advantages are 0 where all rewards are equal.
+    The advantages are 0 where all rewards are equal, as they are in a group of one.
     """
     return [normalised([r.reward for r in group.rollouts], algorithm.advantage_eps) for group in groups]
 
 
 def normalised(rewards: Sequence[float], eps: float) -> list[Credit]:
-    """Judges one group."""
-    count = len(rewards)
-    mean = sum(rewards) / count
-    std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / (count - 1)) if count > 1 else 1.0
-    return [Credit((r - mean) / (std + eps) if std > 0 else 0.0) for r in rewards]
+    """Judges one group. A reward that is not finite makes the group's advantages NaN, so that its update is skipped."""
+    count, mean = len(rewards), sum(rewards) / len(rewards)
+    # A product overflows to infinity, where a power would raise.
+    std = math.sqrt(sum((r - mean) * (r - mean) for r in rewards) / (count - 1)) if count > 1 else 0.0
+    return [Credit(0.0 if std == 0 else (r - mean) / (std + eps)) for r in rewards]
 
 
 ENTRY = Entry(grpo, paper="Shao et al. 2024, arXiv 2402.03300")
