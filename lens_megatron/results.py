@@ -142,10 +142,12 @@ class CollectedGroups:
     """The groups of a step on one rank, and the cost of collecting them."""
 
     groups: list[Group]
-    """The groups in the order of their prompts."""
+    """The groups in the order of their prompts: while they are sampled those that the step rejects too."""
     stats: SamplingStats = SamplingStats()
     sync: SyncStats | None = None
     """The last transfer of weights while they were collected; None if the engine had the weights already."""
+    outcomes: tuple[Outcome, ...] = ()
+    """What became of the step's candidates that were sampled, those of all ranks, by place; empty before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +159,7 @@ class StepResult:
     samples: tuple[Sample, ...]
     """The rollouts of `groups` in their order, with advantage and weight."""
     updates: tuple[UpdateStats, ...]
-    """The statistics of each optimizer step; empty with `debug.rollout_only`."""
+    """The statistics of each optimizer step; empty with `debug.rollout_only`, or if there was nothing to train on."""
     packings: tuple[Packing, ...]
     """The packing of each optimizer step. It describes the samples that this rank trained on, which may be others than
     those of `groups`, which it sampled."""
@@ -167,3 +169,5 @@ class StepResult:
     sampling: SamplingStats
     weight_version: int
     """The version of the policy before the updates."""
+    outcomes: tuple[Outcome, ...] = ()
+    """What became of the step's candidates that were sampled, those of all ranks, by place."""

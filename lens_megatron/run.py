@@ -57,10 +57,9 @@ class Run:
         """True on the rank that writes metrics and prints messages to the user."""
         return self.mesh.rank == 0
 
-    @property
-    def places(self) -> range:
-        """The places in a step of this data-parallel rank's prompts; see `types.StepPrompt`."""
-        return range(self.mesh.dp_rank, self.config.rollout.prompts_per_step, self.mesh.dp_size)
+    def places(self, count: int) -> range:
+        """Returns the places of this data-parallel rank among `count` candidates, groups or prompts of a step."""
+        return range(self.mesh.dp_rank, count, self.mesh.dp_size)
 
     def abandon(self) -> None:
         """Releases what would outlive the process, before a thread other than the main one ends it.

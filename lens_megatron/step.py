@@ -16,7 +16,7 @@ def run_step(run: Run, step: int) -> StepResult:
     merged = [rescue.merge(group, config.lens, run_seed=config.run.seed, step=step) for group in collected.groups]
     batch = batch_numbers.gather(run, merged)
     weighted = samples.to_samples(merged, batch, run.methods.advantage, config.algorithm)
-    updates, packings = update.train_on(run, merged, weighted, step)
+    updates, packings = update.train_on(run, merged, weighted, step, len(batch))
     return StepResult(
         step=step,
         groups=tuple(merged),
@@ -26,4 +26,5 @@ def run_step(run: Run, step: int) -> StepResult:
         sync=collected.sync,
         sampling=collected.stats,
         weight_version=version,
+        outcomes=collected.outcomes,
     )

@@ -238,6 +238,7 @@ def _step_metrics(run: Run, result: StepResult) -> metrics.Metrics:
     found |= metrics.update_metrics(result.updates, run.config.algorithm.kl_coef)
     found |= metrics.mismatch_metrics(result.updates, run.config.algorithm.correction)
     found |= metrics.sampling_metrics(result.sampling, run.mesh.device, run.engine_group.size)
+    found |= metrics.selection_metrics(result.outcomes, found["lens/discarded_tokens"])
     found |= metrics.time_metrics(run.clock.take(), found, run.mesh.world_size)
     found |= metrics.sync_metrics(result.sync)
     return found | {

@@ -70,7 +70,7 @@ class Ours:
         mesh = self.run.mesh
         self.clock.cpu_seconds.clear()
         mine = load.split(samples, mesh.dp_rank, mesh.dp_size)
-        updates, packings = train_on(self.run, [one_group(mine)], mine, step=0)
+        updates, packings = train_on(self.run, [one_group(mine)], mine, step=0, total=mesh.dp_size)
         self.seconds, self.cpu_seconds = self.clock.take(), dict(self.clock.cpu_seconds)
         self.packing = packings[0]
         return updates[0].loss, updates[0].grad_norm

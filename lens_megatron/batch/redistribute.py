@@ -19,6 +19,8 @@ class Share:
     """The samples stand in the order of the ranks that sampled them, and then in the order of those ranks' lists."""
     imbalance: float
     """Cost of the costliest rank's share / mean."""
+    total: int
+    """The number of samples of all ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ def redistribute(samples: Sequence[Sample], group: ProcessGroup, hidden_size: in
     """
     world, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
     if world == 1:
-        return Share(list(samples), 1.0)
+        return Share(list(samples), 1.0, len(samples))
     own = _Lengths(tuple(len(sample.prompt) + len(sample.rollout.token_ids) for sample in samples))
     of_ranks = [lengths.tokens for (lengths,) in between_ranks.all_gather(_Lengths, [own], group)]
     lengths = [tokens for of_rank in of_ranks for tokens in of_rank]
@@ -44,4 +46,5 @@ def redistribute(samples: Sequence[Sample], group: ProcessGroup, hidden_size: in
     first = sum(map(len, of_ranks[:rank]))
     leaving = [[samples[i - first] for i in share if 0 <= i - first < len(samples)] for share in shares]
     arrived = between_ranks.all_to_all(Sample, leaving, group)
-    return Share([sample for part in arrived for sample in part], balance.imbalance(lengths, shares, hidden_size))
+    imbalance = balance.imbalance(lengths, shares, hidden_size)
+    return Share([sample for part in arrived for sample in part], imbalance, len(lengths))

@@ -8,6 +8,7 @@ import os
 import resource
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch.distributed import ProcessGroup
 from lens_megatron.algorithms.mismatch import mismatch, pooled
 from lens_megatron.output import tensorboard_events
 from lens_megatron.output.side_log import SideLog
-from lens_megatron.results import MismatchSums, SamplingStats, StepResult, SyncStats, UpdateStats
+from lens_megatron.results import MismatchSums, Outcome, SamplingStats, StepResult, SyncStats, UpdateStats
 from lens_megatron.reward.types import GradeStatus
 from lens_megatron.types import Origin, Prompt, PurifiedPrompt, Rollout, TrainingGroup
 
@@ -95,8 +96,8 @@ def tally_step(result: StepResult) -> Tally:
     tally.spread("prompt_length", [float(len(g.group.prompt.token_ids)) for g in result.groups])
     for status in GradeStatus:
         tally.mean(f"reward/{status}_rate", [float(r.status is status) for r in native + rescue])
-    tally.total("perf/total_num_tokens", sum(len(s.prompt) + len(s.rollout.token_ids) for s in result.samples))
-    tally.total("perf/generated_tokens", sum(len(r.token_ids) for r in native + rescue))
+    trained = [s for s in result.samples if s.keep]
+    tally.total("perf/total_num_tokens", sum(len(s.prompt) + len(s.rollout.token_ids) for s in trained))
     packings = result.packings
     tally.share("perf/padding_waste", sum(p.padding for p in packings), sum(p.rows for p in packings))
     tally.mean("perf/imbalance", [p.imbalance for p in packings])
@@ -213,6 +214,23 @@ def mismatch_warning(metrics: Metrics, correction: str) -> str | None:
     return f"{head}: engine and trainer disagree on the sampled tokens' probabilities by {shown}; {remedy}"
 
 
+def selection_metrics(outcomes: Sequence[Outcome], discarded_tokens: float) -> Metrics:
+    """Returns what was sampled in a step: candidates, how many of their groups were kept, and tokens of responses.
+
+    Args:
+        outcomes: those of all ranks.
+        discarded_tokens: tokens that were sampled on all ranks and belong to no group.
+    """
+    kept, tokens = sum(o.kept for o in outcomes), sum(o.native_tokens + o.rescue_tokens for o in outcomes)
+    return {
+        "selection/candidates": float(len(outcomes)),
+        "selection/kept": float(kept),
+        "selection/rejected": float(len(outcomes) - kept),
+        "selection/pass_rate": kept / len(outcomes) if outcomes else 0.0,
+        "perf/generated_tokens": tokens + discarded_tokens,
+    }
+
+
 def sampling_metrics(stats: SamplingStats, device: torch.device, ranks_per_engine: int = 1) -> Metrics:
     """Returns the sampling metrics of all engines, each from the first of its consecutive ranks. A collective.
 
@@ -252,8 +270,8 @@ def sync_metrics(sync: SyncStats | None) -> Metrics:
 def time_metrics(seconds: dict[str, float], metrics: Metrics, world_size: int) -> Metrics:
     """Returns timing_s/* and perf/*, where memory is this process's peak.
 
-    Tokens are those of the samples, prompts included: per second of the step and rank (verl's `perf/throughput`), and
-    of all ranks per second of the updates alone.
+    Tokens are those of the samples that are trained on, prompts included: per second of the step and rank (verl's
+    `perf/throughput`), and of all ranks per second of the updates alone.
     """
     total, update = seconds.get("step", 0.0), seconds.get("update_actor", 0.0)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,5 +1,7 @@
 """Trains on a step: samples -> balanced shares -> old and reference log-probabilities -> micro-batches -> updates."""
 
+import logging
+from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -18,26 +20,31 @@ from lens_megatron.run import Run
 from lens_megatron.supervision import non_finite
 from lens_megatron.types import LossScale, Sample, TrainingGroup, TrainingRow
 
+logger = logging.getLogger(__name__)
+
 
 def train_on(
-    run: Run, groups: Sequence[TrainingGroup], samples: Sequence[Sample], step: int
+    run: Run, groups: Sequence[TrainingGroup], samples: Sequence[Sample], step: int, total: int
 ) -> tuple[tuple[UpdateStats, ...], tuple[Packing, ...]]:
     """Makes `train.updates_per_batch` optimizer steps, each on an equal share of the groups. A collective.
 
     The samples of each optimizer step first move to the data-parallel ranks that train on them, so that all phases are
-    balanced.
+    balanced. An optimizer step without a single sample is left out: weights, optimizer and learning rate stay.
 
     Args:
-        samples: the samples of this rank's `groups`, group after group.
+        groups: those at the positions `run.places(total)` of the step's groups.
+        samples: the samples of `groups`, group after group. Those with `keep=False` take no part.
+        total: the number of groups of all data-parallel ranks.
 
     Returns:
-        The statistics and the packing of each optimizer step; none with `debug.rollout_only`.
+        The statistics and the packing of each optimizer step that was made; none with `debug.rollout_only`.
     """
     if run.config.debug.rollout_only:
         return (), ()
     with run.clock("exchange"):
-        parts = split_groups([len(group.rollouts) for group in groups], run.config.train.updates_per_batch)
-        shares = [_redistribute(run, samples[part]) for part in parts]
+        shares = _shares(run, groups, samples, step, total)
+    if not shares:
+        return (), ()
     rows = training_rows(run, [sample for share in shares for sample in share.samples])
     updates, packings = [], []
     with run.clock("update_actor"):
@@ -100,14 +107,35 @@ def reference_log_probs(run: Run, samples: Sequence[Sample]) -> list[Tensor | No
         return list(_log_probs(run, [(s.prompt, s.rollout.token_ids) for s in samples]))
 
 
-def split_groups(sizes: Sequence[int], parts: int) -> list[slice]:
-    """Cuts consecutive groups of these sizes into `parts` runs of whole groups.
+def split_groups(sizes: Sequence[int], positions: Sequence[int], total: int, parts: int) -> list[slice]:
+    """Cuts the groups of a step into `parts` runs of whole groups, and returns the samples of this rank's in each.
 
-    Returns the slice of each run's samples. The numbers of groups of the runs are as equal as possible.
+    The numbers of groups of the runs are as equal as possible. They do not depend on which rank holds which group.
+
+    Args:
+        sizes: the number of samples of each of this rank's groups.
+        positions: their positions among the `total` groups of the step, ascending.
     """
     ends = [0, *accumulate(sizes)]
-    bounds = [ends[round(len(sizes) * part / parts)] for part in range(parts + 1)]
+    bounds = [ends[bisect_left(positions, round(total * part / parts))] for part in range(parts + 1)]
     return [slice(start, stop) for start, stop in pairwise(bounds)]
+
+
+def _shares(
+    run: Run, groups: Sequence[TrainingGroup], samples: Sequence[Sample], step: int, total: int
+) -> list[redistribute.Share]:
+    """Returns what this rank trains on in each optimizer step that has a sample on any rank. A collective."""
+    sizes, wanted = [len(group.rollouts) for group in groups], run.config.train.updates_per_batch
+    parts = split_groups(sizes, run.places(total), total, wanted)
+    every = [_redistribute(run, [sample for sample in samples[part] if sample.keep]) for part in parts]
+    shares = [share for share in every if share.total]
+    if run.is_main and len(shares) < wanted:
+        rollouts = sum(share.total for share in every)
+        logger.warning(
+            f"step {step}: {len(shares)} of {wanted} updates are made, since no other has a rollout to train on: the "
+            f"loss has {rollouts} rollouts of {total} groups; the weights before are of version {run.policy.version}"
+        )
+    return shares
 
 
 def _update_on(run: Run, rows: Sequence[TrainingRow], imbalance: float) -> tuple[UpdateStats, Packing]:

@@ -37,6 +37,8 @@ class RequestQueue(Protocol):
     def step(self) -> list[Completion]:
         """Gives the engine the requests it has room for, lets it take a step, and returns what has ended.
 
+        Where there is nothing to do it waits a moment, so that it may be called until something is added.
+
         Raises EnginesLostError when no engine is left to serve them.
         """
 
@@ -87,6 +89,9 @@ class OwnQueue:
         return self.engine.capacity() - len(self.running) - len(self.heap)
 
     def step(self) -> list[Completion]:
+        if not self.running and not self.heap:
+            time.sleep(LOOK_SECONDS / 4)
+            return []
         if not self.running and not self.engine.capacity():
             self._feed(len(self.heap))  # the engine, which serves nothing, can say why
         completions = self.serve()

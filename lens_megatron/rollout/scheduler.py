@@ -8,15 +8,18 @@ That is known before its last rollout ends, and decides only when its second wav
 also start earlier: wherever the engine has room, that of the group which looks hardest starts, and it is cancelled if
 the group turns out not to be hard.
 
+A step may reject groups. Then only the first of its prompts start, and the others, in their order, as groups are
+rejected (rollout/refill.py). What starts is the same under every schedule.
+
 Second waves end the step, so they overtake what is waiting in the queue (rollout/queue.py). Graders run in other
 processes while the engine goes on. What is queued, and between which of the engine's steps, does not depend on how fast
 they are: a verdict is read GRADING_STEPS steps after its rollout ended (or when no request is left), and waited for if
-it is not there. So two runs are equal bit for bit where every engine serves its own rank only. A rollout's seed is a
-function of its prompt's place in the step, of its wave and of its number, so neither the schedule nor the engine nor
-the number of ranks changes what is drawn.
+it is not there. So two runs are equal bit for bit where every engine serves its own rank only, and none waits for
+rejections at others. A rollout's seed is a function of its prompt's place in the step, of its wave and of its number,
+so neither the schedule nor the engine nor the number of ranks changes what is drawn.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -27,6 +30,7 @@ from lens_megatron.reward import Grade, GradeStatus
 from lens_megatron.rollout.engine import Completion, Request, RolloutEngine
 from lens_megatron.rollout.progress import NoDisplay, ProgressDisplay, SamplingRecorder
 from lens_megatron.rollout.queue import open_queue
+from lens_megatron.rollout.refill import NO_REFILL, Refill
 from lens_megatron.rollout.request_store import RequestStore
 from lens_megatron.seeds import derive
 from lens_megatron.types import Group, Origin, Prompt, Rollout, StepPrompt
@@ -51,6 +55,15 @@ class Grader(Protocol):
     def submit(self, completion: str, answer: str, *, meta: dict | None = None) -> int: ...
 
     def wait(self, tickets: Sequence[int]) -> dict[int, Grade]: ...
+
+
+Keep = Callable[[Group], bool]
+"""Says whether the step wants a group. It must be a pure function."""
+
+
+def keep_all(group: Group) -> bool:
+    """Returns True: the step wants every group."""
+    return True
 
 
 def prompt_length(prompt: Prompt) -> float:
@@ -112,31 +125,55 @@ class RolloutScheduler:
     """The expected length of first-wave rollouts, in any unit: the longest are started first. It must be the same in a
     resumed run."""
 
-    def sample(self, prompts: Sequence[StepPrompt], step: int, version: int) -> CollectedGroups:
-        """Returns both waves of every prompt, graded, in the order of `prompts`, whose places must differ.
+    def sample(
+        self,
+        prompts: Sequence[StepPrompt],
+        step: int,
+        version: int,
+        *,
+        keep: Keep = keep_all,
+        refill: Refill = NO_REFILL,
+    ) -> CollectedGroups:
+        """Returns both waves of every prompt that has started, graded, in the order of `prompts`.
 
         The engine has the weights of `version`. What an interrupted attempt at this step has kept is not sampled again.
-        Raises EnginesLostError when no engine is left that could sample.
+
+        Args:
+            prompts: their places must differ.
+            keep: says whether the step wants a group. Those that it rejects are returned too.
+            refill: says how many places of the step may start, given what `keep` has said. By default all start.
+
+        Raises:
+            EnginesLostError: no engine is left that could sample.
         """
-        sampling = _Sampling(self, step, self.store.read(step, prompts, version))
-        for prompt in prompts:
-            if prompt.place not in sampling.groups:
-                sampling.queue_wave(prompt, Origin.NATIVE, self.expected_length(prompt.prompt))
+        sampling = _Sampling(self, prompts, step, self.store.read(step, prompts, version), keep, refill)
         self.display.begin(step)
         try:
             sampling.finish()
         finally:
             self.display.end()
-        groups = [sampling.groups[prompt.place] for prompt in prompts]
+        groups = [sampling.groups[prompt.place] for prompt in prompts if prompt.place in sampling.groups]
         return CollectedGroups(groups, sampling.recorder.stats(sampling.queue.discarded_tokens))
 
 
 class _Sampling:
     """The state of one call of `RolloutScheduler.sample`."""
 
-    def __init__(self, scheduler: RolloutScheduler, step: int, kept: dict[int, Group]):
-        self.scheduler, self.step = scheduler, step
-        self.groups = kept
+    def __init__(
+        self,
+        scheduler: RolloutScheduler,
+        prompts: Sequence[StepPrompt],
+        step: int,
+        found: Mapping[int, Group],
+        keep: Keep,
+        refill: Refill,
+    ):
+        self.scheduler, self.step, self.keep, self.refill = scheduler, step, keep, refill
+        self.candidates = tuple(prompts)
+        """Prompts that have not started."""
+        self.found = found
+        """Groups of an interrupted attempt, by place. Such a group is done as soon as its prompt starts."""
+        self.groups: dict[int, Group] = {}
         """Finished groups by place."""
         self.recorder = SamplingRecorder(scheduler.engine.progress().generated_tokens)
         self.queue = open_queue(scheduler.engine, scheduler.request_store, self.recorder.engine_step)
@@ -155,6 +192,21 @@ class _Sampling:
         """Graded waves by place and origin."""
         self.next_id, self.engine_steps = self.queue.first_id, 0
 
+    def _start_candidates(self) -> None:
+        """Starts the prompts that may start now."""
+        while starting := self._may_start():
+            places = {prompt.place for prompt in starting}
+            self.candidates = tuple(prompt for prompt in self.candidates if prompt.place not in places)
+            for prompt in starting:
+                if prompt.place in self.found:
+                    self._decided(prompt.place, self.found[prompt.place])  # which may let another one start
+                else:
+                    self.queue_wave(prompt, Origin.NATIVE, self.scheduler.expected_length(prompt.prompt))
+
+    def _may_start(self) -> tuple[StepPrompt, ...]:
+        limit = self.refill.limit() if self.candidates else 0
+        return tuple(prompt for prompt in self.candidates if prompt.place < limit)
+
     def queue_wave(self, prompt: StepPrompt, origin: Origin, expected_length: float, *, urgent: bool = False) -> _Wave:
         config = self.scheduler.rollout
         wave = _Wave(prompt, origin)
@@ -170,14 +222,16 @@ class _Sampling:
         return wave
 
     def finish(self) -> None:
-        """Samples until every group is there."""
-        while self.waves:
+        """Samples until every group is there that may start."""
+        self._start_candidates()
+        while self.waves or (self.candidates and not self.refill.is_over()):
             while self.queue.room() > 0 and self._start_speculative_wave():
                 pass
             for completion in self.queue.step():
                 self._completed(completion)
             self.engine_steps += 1
             self._read_verdicts()
+            self._start_candidates()
             engine = self.scheduler.engine.progress()
             self.scheduler.display.show(self.recorder.progress(engine, self.queue.waiting))
         self.queue.finish()
@@ -283,8 +337,12 @@ class _Sampling:
         first, second = (self.rollouts.get((place, origin)) for origin in (Origin.NATIVE, Origin.PURIFIED))
         if first and (second or (native and not wave.hard)):
             group = Group(wave.prompt.prompt, first, wave.prompt.purified, second or (), place)
-            self.groups[place] = group
-            self.scheduler.store.append(self.step, place, group)
+            self.scheduler.store.append(self.step, place, group)  # first: others may start candidates for it
+            self._decided(place, group)
+
+    def _decided(self, place: int, group: Group) -> None:
+        self.groups[place] = group
+        self.refill.decided(kept=self.keep(group))
 
 
 def _generation_prompt(prompt: StepPrompt, origin: Origin) -> tuple[int, ...]:

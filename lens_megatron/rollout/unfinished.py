@@ -2,7 +2,8 @@
 
     run.directory/unfinished/step_000014_00003_of_00008.jsonl     one line per group, share 3 of 8
 
-A share is what one rank samples of a step: the prompts at places 3, 11, 19, ... in data order. It has the same prompts
+A share is what one rank samples of a step: the prompts at places 3, 11, 19, ... in data order, also those whose groups
+the step rejects, since a rejection decides what else is sampled. It has the same prompts
 under every layout of as many ranks. A line is the place of a prompt and its group as JSON. What a killed writer left of
 a line is no JSON, and is ignored.
 """
@@ -10,7 +11,7 @@ a line is no JSON, and is ignored.
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lens_megatron.files import append_whole
@@ -104,7 +105,7 @@ def _read(path: Path) -> list[tuple[int, Group]]:
     for line in lines:
         try:
             place, _, group = line.partition(" ")
-            groups.append((int(place), from_json(group)))
+            groups.append((int(place), replace(from_json(group), place=int(place))))
         except ValueError:
             continue  # the line is blank, or cut off
     return groups

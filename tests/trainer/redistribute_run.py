@@ -47,8 +47,9 @@ def main() -> None:
     lengths = [len(s.prompt) + len(s.rollout.token_ids) for s in everything]
     shares = balance.assign(lengths, len(OWNED), HIDDEN)
     assert share.samples == [everything[i] for i in shares[rank]] and len(shares[rank]) >= 2
+    assert share.total == len(everything)
     assert share.imbalance == balance.imbalance(lengths, shares, HIDDEN)
-    assert redistribute.redistribute([], group, HIDDEN) == redistribute.Share([], 1.0)
+    assert redistribute.redistribute([], group, HIDDEN) == redistribute.Share([], 1.0, 0)
     gathered_and_told(group, everything, rank, first)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

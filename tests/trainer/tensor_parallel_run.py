@@ -123,7 +123,7 @@ def gathered_and_scattered(engine_group: EngineGroup) -> dict[str, list[int]]:
     led = gather_to_leader(engine_group, own)
     assert all((p.purified is None) == (p.prompt.index % 10 == 0) for p in led.prompts)
     assert all(p.place == 2 * p.prompt.index for p in led.prompts)
-    sampled = [replace(group("10"), prompt=p.prompt) for p in led.prompts]
+    sampled = [replace(group("10"), prompt=p.prompt, place=p.place) for p in led.prompts]
     back = scatter_from_leader(engine_group, sampled, led)
     return {"led": [p.prompt.index for p in led.prompts], "back": [g.prompt.index for g in back]}
 

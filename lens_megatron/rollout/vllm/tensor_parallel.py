@@ -95,12 +95,13 @@ def scatter_from_leader(
     """Returns the groups of the prompts that this rank gave to `gather_to_leader`. A collective of the group.
 
     Args:
-        groups: on the leader one per prompt of `engine_prompts`, in its order; on followers none.
+        groups: on the leader those of `engine_prompts` that were sampled; on followers none.
     """
     if engine_group.group is None:
         return list(groups)
     starts = [0, *accumulate(engine_prompts.counts)]
-    parts = [groups[start:end] for start, end in pairwise(starts)]
+    places = [{prompt.place for prompt in engine_prompts.prompts[start:end]} for start, end in pairwise(starts)]
+    parts = [[group for group in groups if group.place in own] for own in places]
     nothing: list[list[Group]] = [[] for _ in range(engine_group.size - len(parts))]
     leaders, *_ = between_ranks.all_to_all(Group, [*parts, *nothing], engine_group.group)
     return leaders
