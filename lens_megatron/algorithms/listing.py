@@ -41,7 +41,7 @@ class MethodHelp:
     kind: Kind
     name: str
     summary: str
-    """The first sentence of the docstring."""
+    """The first paragraph of the docstring."""
     paper: str
     options: tuple[OptionHelp, ...]
     """The method's own, under the names that they have in a configuration."""
