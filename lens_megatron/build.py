@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
-from lens_megatron.algorithms.methods import load_methods
+from lens_megatron.algorithms.entry import Evidence
+from lens_megatron.algorithms.methods import Methods, load_methods
 from lens_megatron.config import Config, ConfigError
 from lens_megatron.config.rules import machine_mistakes
 from lens_megatron.data.prompts import DataError, PromptStream, load_prompts
@@ -62,6 +63,7 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
     _check_replay(config, hf_config.vocab_size)
     graders = _start_graders(config)
     prompts, eval_prompts = _load_data(config, tokenizer)
+    _check_noise_marks(config, methods, prompts.prompts)
     patience = collective_patience(config)
     control = platform.open_control_store(device)
     mesh = build_mesh(config.megatron, config.run.seed, device, patience)
@@ -211,6 +213,17 @@ def _load_data(config: Config, tokenizer: Tokenizer) -> tuple[PromptStream, tupl
     return stream, eval_prompts
 
 
+def _check_noise_marks(config: Config, methods: Methods, prompts: Sequence[Prompt]) -> None:
+    """Raises ConfigError where a method needs tokens that are marked as noise and may be deleted, but none is."""
+    marked = any(any(noise and go for noise, go in zip(p.noise, p.eligible, strict=False)) for p in prompts)
+    if methods.need(Evidence.NOISE_MARKS) and not marked:
+        raise ConfigError(
+            f"lens.purifier={config.lens.purifier} deletes what the data marks as noise, and data.noise_key="
+            f"{config.data.noise_key} marks no token of data.train={config.data.train} that may be deleted; name a "
+            "column of [start, end) characters of the problem in data.noise_key, or choose another purifier"
+        )
+
+
 def _take_folder(config: Config, mesh: Mesh, on_failure: ExitStack) -> tuple[bool, RunLease | None]:
     """Takes the folder on rank 0 and tells all ranks whether to resume; every rank checks that it has the same folder.
 
@@ -240,7 +253,8 @@ def _describe(run: Run) -> None:
     mesh = run.mesh
     parameters = sum(p.numel() for chunk in run.policy.chunks for p in chunk.parameters())
     logger.info(
-        f"{'LENS' if run.config.lens.enabled else 'no purification'}, advantage {run.config.algorithm.advantage}; "
+        f"purifier {run.methods.purifier.name if run.methods.purifier else 'none'}, "
+        f"advantage {run.config.algorithm.advantage}; "
         f"{mesh.world_size} ranks on {mesh.device.type}: TP{mesh.tp_size} CP{mesh.cp_size} PP{mesh.pp_size} "
         f"DP{mesh.dp_size}; "
         f"{parameters:,} parameters on rank 0; {run.config.rollout.prompts_per_step} prompts x "

@@ -54,15 +54,16 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class PurifiedPrompt:
-    """A prompt with its most interfering tokens deleted, and the scores that decided it."""
+    """A prompt as it is sampled a second time, without the tokens that the purifier deleted."""
 
     token_ids: tuple[int, ...]
     """[L - k] token ids that are left, in their order; those of the prompt itself where k is 0."""
     deleted: tuple[int, ...]
     """[k] positions of the deleted tokens in the original prompt, ascending."""
     scores: tuple[float, ...]
-    """[L] the number of every token of the original prompt by which the purifier decided: for `interference` its
-    score in nats, which is 0 at position 0."""
+    """[L] the number of every token of the original prompt by which the purifier decided. interference: its score in
+    nats, 0 at position 0. gradient: the norm of its gradient, of which the smallest decide. random: its draw from [0,
+    1). oracle: 1 if the data marks it as noise, else 0. resampling: 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ class StepPrompt:
     twice."""
     prompt: Prompt
     purified: PurifiedPrompt | None
-    """The prompt that the second wave is sampled from; None, without a second wave, where nothing is to be deleted."""
+    """The prompt that the second wave is sampled from; None, without a second wave, where the purifier wants none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,7 @@ class Group:
     native: tuple[Rollout, ...]
     """[G] rollouts of the first wave, sampled from the prompt."""
     purified: PurifiedPrompt | None = None
-    """The purified prompt, whether or not a second wave was needed; None where nothing was to be deleted."""
+    """The purified prompt, whether or not a second wave was needed; None where the purifier wanted no second wave."""
     rescue: tuple[Rollout, ...] = ()
     """[G] rollouts of the second wave, sampled from the purified prompt; empty when the prompt was not hard."""
     place: int = 0

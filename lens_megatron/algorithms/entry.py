@@ -18,6 +18,8 @@ class Evidence(StrEnum):
     PROMPT_GRADIENTS = "prompt_gradients"
     """The norm of the gradient of the answer's negative log-likelihood at every token of a prompt: a forward and a
     backward pass over the prompts of a step."""
+    NOISE_MARKS = "noise_marks"
+    """The tokens that the data marks as noise (`data.noise_key`). A run whose training data marks none is refused."""
     WHOLE_RESPONSES = "whole_responses"
     """All tokens of a response at once: the LM head then takes two passes instead of one."""
 

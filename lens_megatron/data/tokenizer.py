@@ -40,6 +40,10 @@ class Tokenizer:
         """Returns the ids of the text that `token_ids` decode to; they differ where a merge crosses a deletion."""
         return tuple(self.hf.encode(self.decode_all(token_ids), add_special_tokens=False))
 
+    def boxed(self, answer: str) -> tuple[int, ...]:
+        """Returns the ids of `\\boxed{answer}`, which is how a response states the answer in the end."""
+        return tuple(self.hf.encode(f"\\boxed{{{answer}}}", add_special_tokens=False))
+
 
 def load_tokenizer(path: str, vocab_size: int) -> Tokenizer:
     """Loads it. Raises TokenizerError when it does not exist, cannot be read or has more tokens than the model."""

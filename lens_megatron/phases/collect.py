@@ -21,6 +21,7 @@ from lens_megatron.algorithms.purification import PromptEvidence
 from lens_megatron.algorithms.purify import purify_prompts
 from lens_megatron.phases import engine_turn
 from lens_megatron.policy.forward import prompt_scores
+from lens_megatron.policy.prompt_gradients import prompt_gradients
 from lens_megatron.records import between_ranks
 from lens_megatron.results import CollectedGroups, Outcome, SyncStats
 from lens_megatron.rollout import replay
@@ -212,4 +213,9 @@ def _evidence(run: Run, prompts: Sequence[Prompt]) -> list[PromptEvidence]:
     if run.methods.need(Evidence.PROMPT_SCORES):
         scores = prompt_scores(run.policy, [p.token_ids for p in prompts], max_tokens=budget)
         found = [replace(evidence, scores=score) for evidence, score in zip(found, scores, strict=True)]
+    if run.methods.need(Evidence.PROMPT_GRADIENTS):
+        longest = run.config.rollout.max_response_length  # the model's context holds a prompt and this much
+        pairs = [(p.token_ids, run.tokenizer.boxed(p.answer)[:longest]) for p in prompts]
+        norms = prompt_gradients(run.policy, pairs, max_tokens=budget)
+        found = [replace(evidence, gradients=norm) for evidence, norm in zip(found, norms, strict=True)]
     return found

@@ -37,11 +37,21 @@ def prompt_scores(policy: Policy, prompts: Sequence[tuple[int, ...]], *, max_tok
     return [torch.cat([torch.zeros(1), (a - b).abs()]) for a, b in zip(current, reference, strict=True)]
 
 
-def model_output(policy: Policy, model: torch.nn.Module, batch: SequenceBatch) -> Tensor:
-    """Computes hidden states [S, 1, D], on the last stage after the final norm; [S/tp, 1, D] if sequence-parallel."""
+def model_output(
+    policy: Policy, model: torch.nn.Module, batch: SequenceBatch, embedded: Tensor | None = None
+) -> Tensor:
+    """Computes hidden states [S, 1, D], on the last stage after the final norm; [S/tp, 1, D] if sequence-parallel.
+
+    Args:
+        embedded: the embeddings of `batch`, in the same shape, if the first stage is not to compute them.
+    """
     packed = packed_sequences(batch, policy.mesh.cp_rank, policy.mesh.cp_size)
     return model(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None, packed_seq_params=packed
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        attention_mask=None,
+        decoder_input=embedded,
+        packed_seq_params=packed,
     )
 
 

@@ -2,8 +2,8 @@
 
 JSON maps a name to options of `megatron:`, `max_tokens` per micro-batch, options of `algorithm:`, and the `share` of
 samples that each data-parallel rank has. Every rank saves what must not depend on them: scores, log-probabilities,
-statistics of two updates, and the weights after them. Every case ends with the export beside mbridge's; one that names
-a `model` of its own is nothing else.
+gradients at prompts, statistics of two updates, and the weights after them. Every case ends with the export beside
+mbridge's; one that names a `model` of its own is nothing else.
 """
 
 import json
@@ -26,6 +26,7 @@ from lens_megatron.policy.forward import micro_batches, prompt_scores, response_
 from lens_megatron.policy.model import Policy, build_policy, reference_weights
 from lens_megatron.policy.optimizer_step import optimizer_step
 from lens_megatron.policy.parallel import build_mesh, shut_down
+from lens_megatron.policy.prompt_gradients import prompt_gradients
 from lens_megatron.results import UpdateStats
 from lens_megatron.types import Origin, Sample
 
@@ -71,7 +72,8 @@ def share_of(policy: Policy, kind: str) -> list[int]:
 
 
 def run(policy: Policy, config: Config, max_tokens: int, kind: str) -> dict[str, torch.Tensor]:
-    """Scores and log-probabilities, then two updates on all samples, of which every data-parallel rank has a share."""
+    """Scores, log-probabilities and gradients at prompts, then two updates on all samples, of which every data-parallel
+    rank has a share."""
     everything = samples()
     share = share_of(policy, kind)
     mine = [everything[i] for i in share]
@@ -80,8 +82,10 @@ def run(policy: Policy, config: Config, max_tokens: int, kind: str) -> dict[str,
     old = response_log_probs(policy, pairs, max_tokens=max_tokens, temperature=TEMPERATURE)
     with reference_weights(policy):
         reference = response_log_probs(policy, pairs, max_tokens=max_tokens, temperature=TEMPERATURE)
+    gradients = prompt_gradients(policy, pairs, max_tokens=max_tokens)
     found = {}
-    for name, values in (("scores", scores), ("old", old), ("reference", reference)):
+    values_of = {"scores": scores, "old": old, "reference": reference, "gradients": gradients}
+    for name, values in values_of.items():
         found |= {f"{name}.{i}": value for i, value in zip(share, values, strict=True)}
     for number in range(2):
         stats = train(policy, config, share, old, reference, max_tokens)
