@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ from lens_megatron.rollout.engine import RolloutEngine
 from lens_megatron.rollout.local import LocalEngine
 from lens_megatron.rollout.progress import NoDisplay
 from lens_megatron.rollout.request_store import RequestStore
+from lens_megatron.rollout.rewarding import Rewarding
 from lens_megatron.rollout.scheduler import RolloutScheduler
 from lens_megatron.rollout.servers.engine import connect
 from lens_megatron.rollout.servers.process import ServerProcess, start_servers, stop_all
@@ -84,7 +86,10 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
     display = ProgressBar() if mesh.rank == 0 and os.isatty(2) else NoDisplay()
     request_store = _build_request_store(config, engine_group, control)
     options = config.rollout, config.lens, config.run.seed
-    scheduler = RolloutScheduler(engine, graders, tokenizer.decode, *options, unfinished, request_store, display)
+    rewarding = Rewarding(methods.reward_rules, config.reward.success_threshold)
+    scheduler = RolloutScheduler(
+        engine, graders, tokenizer.decode, *options, unfinished, request_store, display, rewarding=rewarding
+    )
     run = Run(
         config=config,
         methods=methods,
@@ -179,7 +184,8 @@ def _check_replay(config: Config, vocab_size: int) -> None:
 
 def _start_graders(config: Config) -> GraderPool:
     try:
-        return GraderPool(config.reward.workers_per_rank, config.reward.timeout_s, str(config.reward.grader))
+        reward = config.reward
+        return GraderPool(reward.workers_per_rank, reward.timeout_s, reward.grader, reward.weights)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -194,8 +200,10 @@ def _await_graders(graders: GraderPool, device: torch.device) -> None:
 
 
 def _load_data(config: Config, tokenizer: Tokenizer) -> tuple[PromptStream, tuple[Prompt, ...]]:
-    training = load_prompts(config.data.train, tokenizer.hf, config.data, config.lens)
-    held_out = [load_prompts(source, tokenizer.hf, config.data, config.lens) for source in config.data.eval]
+    load = partial(
+        load_prompts, tokenizer=tokenizer.hf, data=config.data, lens=config.lens, whole_rows=config.reward.needs_rows
+    )
+    training, held_out = load(config.data.train), [load(source) for source in config.data.eval]
     for loaded in (training, *held_out):
         dropped = f", {loaded.dropped_too_long} longer than data.max_prompt_length dropped"
         logger.info(f"{loaded.source}: {len(loaded.prompts)} prompts" + dropped * bool(loaded.dropped_too_long))

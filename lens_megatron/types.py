@@ -49,7 +49,7 @@ class Prompt:
     noise: tuple[bool, ...] = ()
     """[L] True where the data marks the token as noise (`data.noise_key`); empty without such marks."""
     record: str = ""
-    """The row of the dataset as JSON, {"messages": ..., "columns": ...}; empty unless a grader or a rule needs it."""
+    """The row of the dataset as `reward.rows.encode` writes it; empty unless a grader or a rule needs it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.sampling.simulator import Cost, Setting, SimulatedGroup, simulate
 from lens_megatron.config import LensConfig, RolloutConfig
-from lens_megatron.reward import Grade, GradeStatus
+from lens_megatron.reward import AnswerFacts, Grade, GradeStatus
 from lens_megatron.rollout.local import LocalEngine
 from lens_megatron.rollout.scheduler import GRADING_STEPS, RolloutScheduler
 from lens_megatron.tools.demo.problems import stream
@@ -56,7 +56,7 @@ class Coins:
     def __init__(self):
         self.grades: list[Grade] = []
 
-    def submit(self, completion: str, answer: str, *, meta: dict | None = None) -> int:
+    def submit(self, completion: str, answer: str, *, facts: AnswerFacts | None = None) -> int:
         draw = int.from_bytes(hashlib.blake2b(completion.encode(), digest_size=8).digest(), "big") / 2**64
         correct = draw < float(answer) and completion.count(",") < LIMIT - 1
         self.grades.append(Grade(GradeStatus.CORRECT if correct else GradeStatus.WRONG, float(correct), 0.0))

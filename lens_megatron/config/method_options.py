@@ -33,7 +33,8 @@ class RewardConfig(Section):
     weights: tuple[float, ...] = ()
     """The factors of the graders' scores, one each. When empty: all 1."""
     success_threshold: float | None = None
-    """A rollout with at least this reward counts as correct, any other as wrong. When empty: the verdict counts."""
+    """A rollout with at least this reward counts as correct, any other as wrong; one whose grading failed never counts
+    as correct. Evaluations compare the graders' scores with it, without `rules`. When empty: the verdict counts."""
     rules: dict[str, dict[str, Any]] = {}
     """Changes to the rewards of training rollouts, in this order, before it is decided which prompts are hard: names
     (flips, overlong, rpr, or your own as `module:attribute`) with their own options."""
@@ -41,6 +42,16 @@ class RewardConfig(Section):
     """Seconds that the grading of one answer may take, from its start; the process is killed then. At most a day."""
     workers_per_rank: int = Field(1, ge=1, le=256)
     """Grading processes of every rank. A machine runs at most 16 for each of its cores, all ranks together."""
+
+    @property
+    def graders(self) -> tuple[str, ...]:
+        """`grader` as a list."""
+        return (self.grader,) if isinstance(self.grader, str) else self.grader
+
+    @property
+    def needs_rows(self) -> bool:
+        """True where a grader or a rule may look at more of a row than the problem and the answer."""
+        return self.graders != ("math_verify",) or bool(self.rules)
 
 
 class LensConfig(Section):

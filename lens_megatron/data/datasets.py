@@ -7,6 +7,9 @@ The answer is read from verl's `reward_model.ground_truth` if it exists, else fr
 `label` and `ground_truth` that is not empty. From a text with a `\boxed{...}`, the last box is taken; from GSM8K's
 last line `#### 72`, the part after the mark. A number becomes its shortest decimal: 27.0 gives "27", because parquet
 returns a column of integers with one value missing as floats.
+
+With whole rows, which graders and reward rules of the user's own look at, all columns are read and kept as text
+(reward/rows.py). The answer may then be a list or an object too: it becomes its JSON text.
 """
 
 import codecs
@@ -28,6 +31,7 @@ import pyarrow.parquet
 from lens_megatron.config import DataConfig
 from lens_megatron.errors import UserError
 from lens_megatron.files import open_regular
+from lens_megatron.reward import rows
 from lens_megatron.reward.boxed import last_box
 
 PROBLEM_KEYS = ("problem", "question", "prompt")
@@ -81,6 +85,8 @@ class Record:
     answer: str
     source: str
     """The value of verl's `data_source`, else the name of the file or dataset."""
+    row: str = ""
+    """The whole row as `reward.rows.encode` writes it; empty where it was not asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +99,14 @@ class _Row:
     """All columns of the dataset; `values` may contain only the requested ones."""
 
 
-def read_records(source: str, data: DataConfig) -> list[Record]:
-    """Returns all rows of `source`, in order.
+def read_records(source: str, data: DataConfig, *, whole_rows: bool = False) -> list[Record]:
+    """Returns all rows of `source`, in order. With `whole_rows` each record has all columns of its row too.
 
     Raises:
         DataError: the file or dataset does not exist, a row cannot be used, or there are no rows.
     """
-    rows, name = _open(source, data)
-    records = [_record(index, row, data, name) for index, row in enumerate(rows)]
+    found, name = _open(source, None if whole_rows else _wanted_columns(data))
+    records = [_record(index, row, data, name, whole=whole_rows) for index, row in enumerate(found)]
     if not records:
         raise DataError(f"{source}: holds no rows")
     return records
@@ -109,8 +115,8 @@ def read_records(source: str, data: DataConfig) -> list[Record]:
 # ---- sources ------------------------------------------------------------------------------------------------------
 
 
-def _open(source: str, data: DataConfig) -> tuple[Iterator[_Row], str]:
-    """Returns the rows of `source`, and its name in the metrics."""
+def _open(source: str, wanted: set[str] | None) -> tuple[Iterator[_Row], str]:
+    """Returns the rows of `source` with the `wanted` columns (None: all), and its name in the metrics."""
     expanded = os.path.expanduser(source)
     path = Path(expanded)
     if os.path.isdir(expanded):
@@ -121,14 +127,14 @@ def _open(source: str, data: DataConfig) -> tuple[Iterator[_Row], str]:
         if path.suffix.lower() == ".jsonl":
             return _jsonl_rows(path), path.stem
         if path.suffix.lower() == ".parquet":
-            return _parquet_rows(path, _wanted_columns(data)), path.stem
+            return _parquet_rows(path, wanted), path.stem
         raise DataError(f"{source}: cannot read {path.suffix or 'a file without suffix'}; use .jsonl or .parquet")
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix.lower() in _FILE_SUFFIXES:
         raise DataError(f"{source}: no such file")
     name, _, split = source.partition(":")
     if not _DATASET_NAME.fullmatch(name):
         raise DataError(f"{source!r}: neither a .jsonl or .parquet file nor the name of a dataset (name or name:split)")
-    return _hub_rows(name, split or "train", _wanted_columns(data)), name
+    return _hub_rows(name, split or "train", wanted), name
 
 
 def _wanted_columns(data: DataConfig) -> set[str]:
@@ -186,11 +192,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _parquet_rows(path: Path, wanted: set[str]) -> Iterator[_Row]:
+def _parquet_rows(path: Path, wanted: set[str] | None) -> Iterator[_Row]:
     try:
         with open_regular(path) as opened, pyarrow.parquet.ParquetFile(opened) as file:
             columns, number = file.schema_arrow.names, 0
-            for column in wanted:
+            for column in columns if wanted is None else wanted:
                 if columns.count(column) > 1:
                     raise DataError(f"{path}: {columns.count(column)} columns are called {column!r}; rename them")
             for batch in file.iter_batches(_PARQUET_BATCH, columns=_choose(columns, wanted, str(path))):
@@ -201,7 +207,7 @@ def _parquet_rows(path: Path, wanted: set[str]) -> Iterator[_Row]:
         raise DataError(f"{path}: cannot be read as parquet: {error}") from error
 
 
-def _hub_rows(name: str, split: str, wanted: set[str]) -> Iterator[_Row]:
+def _hub_rows(name: str, split: str, wanted: set[str] | None) -> Iterator[_Row]:
     # It is imported here, because that takes two seconds and most runs read files.
     import datasets
 
@@ -217,9 +223,9 @@ def _hub_rows(name: str, split: str, wanted: set[str]) -> Iterator[_Row]:
         yield _Row(f"{name}:{split}, row {number}", values, columns)
 
 
-def _choose(columns: Sequence[str], wanted: set[str], where: str) -> list[str]:
+def _choose(columns: Sequence[str], wanted: set[str] | None, where: str) -> list[str]:
     """Returns the columns to read: worked solutions and images can be most of a dataset."""
-    chosen = [column for column in columns if column in wanted]
+    chosen = [column for column in columns if wanted is None or column in wanted]
     if not chosen:
         raise DataError(
             f"{where}: no problem and no answer; the columns are: {', '.join(columns)}; "
@@ -231,9 +237,9 @@ def _choose(columns: Sequence[str], wanted: set[str], where: str) -> list[str]:
 # ---- one row ------------------------------------------------------------------------------------------------------
 
 
-def _record(index: int, row: _Row, data: DataConfig, name: str) -> Record:
-    key, value = _find(row, data.problem_key, PROBLEM_KEYS, "problem")
-    messages, problem_key = _messages(value, f"{row.where}: {key}", data.system_prompt), key
+def _record(index: int, row: _Row, data: DataConfig, name: str, *, whole: bool) -> Record:
+    problem_key, problem = _find(row, data.problem_key, PROBLEM_KEYS, "problem")
+    messages = _messages(problem, f"{row.where}: {problem_key}", data.system_prompt)
     key, value = _find(row, data.answer_key, ANSWER_KEYS, "answer")
     if key == problem_key:
         raise DataError(
@@ -241,7 +247,10 @@ def _record(index: int, row: _Row, data: DataConfig, name: str) -> Record:
             f"data.answer_key={data.answer_key!r}); set one of them to another column"
         )
     # A `solution` column that is found by default has worked solutions; one that the user names may have bare answers.
-    answer = _answer(value, f"{row.where}: {key}", needs_mark=key == "solution" and data.answer_key is None)
+    worked = key == "solution" and data.answer_key is None
+    answer = _whole_answer(value, row.where) if whole else None
+    answer = answer or _answer(value, f"{row.where}: {key}", needs_mark=worked)
+    ground_truth = value if key == ANSWER_KEYS[0] else answer
     source = row.values.get(SOURCE_KEY)
     return Record(
         index=index,
@@ -249,7 +258,26 @@ def _record(index: int, row: _Row, data: DataConfig, name: str) -> Record:
         messages=messages,
         answer=answer,
         source=name if source is None else _text(source, f"{row.where}: {SOURCE_KEY}"),
+        row=_encode(row, messages, isinstance(problem, list), ground_truth) if whole else "",
     )
+
+
+def _encode(row: _Row, messages: Sequence[Message], conversational: bool, ground_truth: Any) -> str:
+    turns = tuple({"role": message.role, "content": message.content} for message in messages)
+    try:
+        return rows.encode(rows.DataRow(turns, conversational, ground_truth, row.values))
+    except ValueError as error:
+        raise DataError(f"{row.where}: cannot be given to graders as JSON: {error}; simplify the row") from error
+
+
+def _whole_answer(value: Any, where: str) -> str | None:
+    """Returns the text of an answer that is a list or an object, as a user's own grader may want it, else None."""
+    if not isinstance(value, list | dict):
+        return None
+    try:
+        return json.dumps(value, default=str)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: the answer cannot be written as JSON: {error}; simplify it") from error
 
 
 def _find(row: _Row, configured: str | None, keys: Sequence[str], what: str) -> tuple[str, Any]:

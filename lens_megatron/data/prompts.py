@@ -49,11 +49,16 @@ class LoadedPrompts:
 
 
 def load_prompts(
-    source: str, tokenizer: "PreTrainedTokenizerBase", data: DataConfig, lens: LensConfig
+    source: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    data: DataConfig,
+    lens: LensConfig,
+    *,
+    whole_rows: bool = False,
 ) -> LoadedPrompts:
     """Reads, renders and tokenizes all rows of `source`; `Prompt.index` is the row, and dropped rows count too.
 
-    With `lens.enabled=False` nothing may be deleted and no token is eligible.
+    With `lens.enabled=False` nothing may be deleted and no token is eligible. `whole_rows` fills `Prompt.record`.
 
     Raises:
         DataError: a row cannot be used, there are no rows, all are too long, or the tokenizer gives no offsets.
@@ -63,7 +68,7 @@ def load_prompts(
             f"{type(tokenizer).__name__} is a slow tokenizer, which cannot tell where a token stands in the text; "
             "add a tokenizer.json to the model directory"
         )
-    records = read_records(source, data)
+    records = read_records(source, data, whole_rows=whole_rows)
     renderer, masker = _Renderer(tokenizer, data, lens), _Masker(tokenizer, lens)
     prompts: list[Prompt] = []
     shortest_dropped = None
@@ -78,7 +83,7 @@ def load_prompts(
                     shortest_dropped = min(len(ids), shortest_dropped or len(ids))
                     continue
                 eligible = masker.mask(draft, ids, offsets)
-                prompts.append(Prompt(record.index, tuple(ids), eligible, record.answer, draft.problem, record.source))
+                prompts.append(_prompt(record, draft, ids, eligible))
             bar.update(len(batch))
     if not prompts:
         raise DataError(
@@ -86,6 +91,18 @@ def load_prompts(
             f"the shortest has {shortest_dropped} tokens"
         )
     return LoadedPrompts(tuple(prompts), len(records) - len(prompts), source)
+
+
+def _prompt(record: Record, draft: "_Draft", ids: Sequence[int], eligible: tuple[bool, ...]) -> Prompt:
+    return Prompt(
+        index=record.index,
+        token_ids=tuple(ids),
+        eligible=eligible,
+        answer=record.answer,
+        problem=draft.problem,
+        source=record.source,
+        record=record.row,
+    )
 
 
 def _batches(records: Sequence[Record]) -> Iterator[list[Record]]:

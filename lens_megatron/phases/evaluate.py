@@ -1,4 +1,7 @@
-"""Measures the accuracy on held-out prompts: every rank's engine samples, and rollouts are graded as in training."""
+"""Measures the accuracy on held-out prompts: every rank's engine samples, and rollouts are graded as in training.
+
+`reward.rules` take no part: an accuracy is that of the graders, with `reward.success_threshold` if there is one.
+"""
 
 import math
 from collections.abc import Sequence
@@ -11,6 +14,7 @@ from lens_megatron.phases import engine_turn
 from lens_megatron.results import SyncStats
 from lens_megatron.rollout.engine import Request
 from lens_megatron.rollout.queue import open_queue
+from lens_megatron.rollout.rewarding import answer_facts
 from lens_megatron.run import Run
 from lens_megatron.seeds import derive
 from lens_megatron.types import Prompt
@@ -68,7 +72,7 @@ def _success_shares(run: Run, prompts: Sequence[Prompt]) -> list[float]:
         tickets = _sample_and_submit(run, prompts)
     correct = [0] * len(prompts)
     for ticket, grade in run.graders.wait(list(tickets)).items():
-        correct[tickets[ticket]] += grade.correct
+        correct[tickets[ticket]] += grade.judged(run.config.reward.success_threshold).correct
     return [count / run.config.train.eval_samples for count in correct]
 
 
@@ -97,6 +101,7 @@ def _sample_and_submit(run: Run, prompts: Sequence[Prompt]) -> dict[int, int]:
         for completion in queue.step():
             text = run.tokenizer.decode(completion.token_ids)
             place = places[completion.request_id]
-            tickets[run.graders.submit(text, prompts[place].answer)] = place
+            facts = answer_facts(prompts[place], completion)
+            tickets[run.graders.submit(text, prompts[place].answer, facts=facts)] = place
     queue.finish()
     return tickets

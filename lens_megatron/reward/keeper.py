@@ -1,4 +1,4 @@
-"""Runs one grading process and ends all that it started: `python -m lens_megatron.reward.keeper PARENT_PID GRADER`.
+"""Runs one grading process and ends all that it started: `python -m lens_megatron.reward.keeper PARENT_PID GRADERS`.
 
     trainer ── starts ──► keeper ── forks ──► grading process ── may start ──► processes of a custom grader
 
@@ -23,7 +23,7 @@ _WATCHED = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
-def main(parent: int, grader: str) -> None:
+def main(parent: int, graders: str) -> None:
     """Forks the grading process and waits until it, or the trainer with process id `parent`, has ended."""
     prctl, keeper = ctypes.CDLL(None).prctl, os.getpid()
     signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
@@ -34,7 +34,7 @@ def main(parent: int, grader: str) -> None:
             prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _WATCHED)
             if os.getppid() == keeper:
-                worker.main(grader)
+                worker.main(graders)
         finally:
             os._exit(0)
     nowhere = os.open(os.devnull, os.O_RDWR)

@@ -15,14 +15,14 @@ import time
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lens_megatron.errors import UserError
+from lens_megatron.reward import frames, registry
 from lens_megatron.reward.boxed import excerpt, last_box
 from lens_megatron.reward.limits import MAX_TIMEOUT_S, PROCESSES_PER_CORE, most_processes
 from lens_megatron.reward.process import GradingProcess, Task, end
-from lens_megatron.reward.registry import check_name
-from lens_megatron.reward.types import Grade, GradeStatus
-from lens_megatron.reward.worker import encode_frame
+from lens_megatron.reward.types import AnswerFacts, Grade, GradeStatus, Submission
 
 START_TIMEOUT_S = 120.0
 MAX_FAILED_STARTS = 3
@@ -41,11 +41,19 @@ class GraderPool:
 
     After the first loss of a process a spare one is kept ready, so that further losses do not wait for a start.
 
-    Raises ValueError for an unknown grader or a bound out of range, GraderStartError (from `poll`, `wait` too) when
-    workers cannot start.
+    Several graders share the time limit of an answer; their scores are added with `weights`, which are 1 by default.
+
+    Raises ValueError for an unknown grader, wrong weights or a bound out of range, GraderStartError (from `poll`,
+    `wait` too) when workers cannot start.
     """
 
-    def __init__(self, workers: int, timeout_s: float, grader: str = "math_verify"):
+    def __init__(
+        self,
+        workers: int,
+        timeout_s: float,
+        grader: str | Sequence[str] = "math_verify",
+        weights: Sequence[float] = (),
+    ):
         cores = os.cpu_count() or 1
         if not 1 <= workers <= most_processes(cores):
             raise ValueError(
@@ -54,8 +62,8 @@ class GraderPool:
             )
         if not 0 < timeout_s <= MAX_TIMEOUT_S:
             raise ValueError(f"reward.timeout_s {timeout_s}: give more than 0 and at most {MAX_TIMEOUT_S:g} seconds")
-        check_name(grader)
-        self.workers, self.timeout_s, self.grader = workers, timeout_s, grader
+        self.graders = registry.choose(grader, weights)
+        self.workers, self.timeout_s = workers, timeout_s
         self._lock = threading.Lock()
         self._queue: deque[Task] = deque()
         self._under_way: dict[tuple[str, str], Task] = {}
@@ -68,11 +76,11 @@ class GraderPool:
         self._finalizer = weakref.finalize(self, _end_all, self._processes)
         self._start(workers)
 
-    def submit(self, completion: str, answer: str, *, meta: dict | None = None) -> int:
-        """Queues one completion; returns its ticket."""
+    def submit(self, completion: str, answer: str, *, facts: AnswerFacts | None = None) -> int:
+        """Queues one completion; returns its ticket. `facts` are for graders other than math_verify alone."""
         text, pair = completion, None
-        if self.grader == "math_verify":
-            text = excerpt(completion)
+        if self.graders.only_math_verify:
+            text, facts = excerpt(completion), None
             box, _ = last_box(text)
             pair = None if box is None else (box, answer)
         with self._lock:
@@ -87,8 +95,7 @@ class GraderPool:
             if pair is not None and pair in self._under_way:
                 self._under_way[pair].tickets.append(ticket)
                 return ticket
-            frame = encode_frame({"completion": text, "answer": answer, "meta": meta or {}})
-            task = Task([ticket], frame, pair)
+            task = Task([ticket], frames.encode(Submission(text, answer, facts or AnswerFacts())), pair)
             if pair is not None:
                 self._under_way[pair] = task
             self._queue.append(task)
@@ -137,7 +144,7 @@ class GraderPool:
         """Brings the number of processes up to `count`."""
         try:
             while len(self._processes) < count:
-                self._processes.append(GradingProcess(self.grader))
+                self._processes.append(GradingProcess(self.graders))
         except OSError as error:
             self._finalizer()
             raise GraderStartError(
@@ -170,17 +177,14 @@ class GraderPool:
 
     def _look_after(self, process: GradingProcess, unwatched: float) -> None:
         """Takes a process's verdicts; replaces it if lost or late. `unwatched` is the seconds since the last check."""
-        frames, closed = process.receive()
-        for frame in frames:
-            if "ready" in frame:
-                self._greeted(process, frame)
+        bodies, closed = process.receive()
+        for body in bodies:
+            if not process.ready:
+                self._greeted(process, frames.decode_started(body))
                 continue
             task = process.tasks.popleft()
             process.started = time.monotonic()
-            status, regraded = GradeStatus(frame["status"]), task.losses > 0
-            self._finish(
-                task, Grade(status, frame["score"], frame["seconds"], frame["extracted"], frame["detail"], regraded)
-            )
+            self._finish(task, replace(frames.decode_grade(body), regraded=task.losses > 0))
         age = time.monotonic() - process.started
         if closed or process.has_died():
             self._replace(process, GradeStatus.CRASH, "the grading process died", again=True)
@@ -193,11 +197,12 @@ class GraderPool:
             late = f"longer than {self.timeout_s} s"
             self._replace(process, GradeStatus.TIMEOUT, late, again=process.is_stopped())
 
-    def _greeted(self, process: GradingProcess, frame: dict) -> None:
-        if not frame["ready"]:
+    def _greeted(self, process: GradingProcess, started: frames.Started) -> None:
+        if started.why_not:
             self._finalizer()
-            raise GraderStartError(f"reward.grader {self.grader}: cannot be loaded: {frame['why']}")
-        process.pid, process.started, self._failed_starts = frame["pid"], time.monotonic(), 0
+            names = ", ".join(self.graders.names)
+            raise GraderStartError(f"reward.grader {names}: cannot be loaded: {started.why_not}")
+        process.pid, process.started, self._failed_starts = started.pid, time.monotonic(), 0
 
     def _replace(self, process: GradingProcess, status: GradeStatus, why: str, *, again: bool) -> None:
         """Replaces the process. Its first answer fails unless it may be graded `again`; the others go back in order."""
@@ -251,24 +256,31 @@ def grade(
     timeout_s: float = 5.0,
     *,
     workers: int | None = None,
-    grader: str = "math_verify",
+    grader: str | Sequence[str] = "math_verify",
+    weights: Sequence[float] = (),
+    facts: Sequence[AnswerFacts] = (),
 ) -> list[Grade]:
     """Grades `completions[i]` against `answers[i]`, in order, in processes of their own.
 
     Args:
         timeout_s: wall-clock limit of one answer, from the start of its grading.
         workers: number of processes; by default the number of cores.
+        grader, weights: one grader, or several whose weighted scores are added.
+        facts: what graders other than math_verify are told of each completion; nothing if there are none.
 
     Raises:
-        ValueError: lengths differ, a bound is invalid or the grader is unknown.
+        ValueError: lengths differ, a bound or a weight is invalid, or a grader is unknown.
         GraderStartError: the grader cannot be loaded.
     """
     if len(completions) != len(answers):
         raise ValueError(f"{len(completions)} completions for {len(answers)} answers; give one answer per completion")
+    if facts and len(facts) != len(completions):
+        raise ValueError(f"{len(completions)} completions for {len(facts)} facts; give one per completion, or none")
     if not completions:
         return []
     count = workers if workers is not None else min(len(completions), os.cpu_count() or 1)
-    with GraderPool(count, timeout_s, grader) as pool:
-        tickets = [pool.submit(c, a) for c, a in zip(completions, answers, strict=True)]
+    told = facts or [AnswerFacts()] * len(completions)
+    with GraderPool(count, timeout_s, grader, weights) as pool:
+        tickets = [pool.submit(c, a, facts=f) for c, a, f in zip(completions, answers, told, strict=True)]
         grades = pool.wait(tickets)
     return [grades[ticket] for ticket in tickets]

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from lens_megatron.reward.worker import split_frames
+from lens_megatron.reward import frames
+from lens_megatron.reward.registry import GraderSet
 
 ROOT = Path(__file__).resolve().parents[2]
 GRACE_S = 5.0
@@ -33,11 +34,11 @@ class Task:
 class GradingProcess:
     """A grading process and the answers that it holds, of which it is grading the first."""
 
-    def __init__(self, grader: str):
+    def __init__(self, graders: GraderSet):
         """Raises OSError when the system starts no more processes."""
         paths = [str(ROOT), *(p for p in sys.path if p)]
         self.keeper = subprocess.Popen(
-            [sys.executable, "-m", "lens_megatron.reward.keeper", str(os.getpid()), grader],
+            [sys.executable, "-m", "lens_megatron.reward.keeper", str(os.getpid()), graders.to_argument()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -73,8 +74,8 @@ class GradingProcess:
         except OSError:
             self.outbox = b""  # it died, which `receive` and `has_died` report
 
-    def receive(self) -> tuple[list[dict], bool]:
-        """Returns the whole frames that have arrived, and whether the process has closed its output."""
+    def receive(self) -> tuple[list[bytes], bool]:
+        """Returns the bodies of the whole frames that have arrived, and whether the process has closed its output."""
         closed = False
         try:
             while chunk := os.read(self.output.fileno(), 1 << 16):
@@ -82,8 +83,8 @@ class GradingProcess:
             closed = True
         except BlockingIOError:
             pass
-        frames, self.inbox = split_frames(self.inbox)
-        return frames, closed
+        bodies, self.inbox = frames.split(self.inbox)
+        return bodies, closed
 
     def has_died(self) -> bool:
         """Returns whether the keeper has ended, as it does after the grading process. As a zombie it keeps its id."""

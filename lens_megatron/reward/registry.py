@@ -1,31 +1,69 @@
-"""Maps names to graders, functions (completion, answer, meta) -> Verdict. Users add theirs as `module:function`."""
+"""Finds graders by their names, and adds the scores of several. adapters.py says how a user writes one."""
 
 import difflib
 import importlib
-import inspect
-import reprlib
-from collections.abc import Callable
-from typing import Any
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from lens_megatron.reward.types import GradeStatus, Verdict
-
-Grader = Callable[[str, str, dict], Verdict]
-
-MAX_SCORE = 1e12
-"""The largest score: differences of scores are squared, and the squares are summed in single precision."""
+from lens_megatron.reward.adapters import Grader, adapt, number
+from lens_megatron.reward.types import Submission, Verdict
 
 
 def _math_verify() -> Grader:
     from lens_megatron.reward.math_verify_grader import grade_answer  # takes a second, and only workers need it
 
-    return lambda completion, answer, meta: grade_answer(completion, answer)
+    return lambda submission: grade_answer(submission.completion, submission.answer)
 
 
 GRADERS: dict[str, Callable[[], Grader]] = {"math_verify": _math_verify}
 
 
-def check_name(name: str) -> None:
-    """Raises ValueError for a name that is neither registered nor an import path. Imports nothing."""
+@dataclass(frozen=True, slots=True)
+class GraderSet:
+    """The graders of a run, whose weighted scores are added."""
+
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def only_math_verify(self) -> bool:
+        """True where a verdict depends on the boxed answer and the expected answer alone."""
+        return self.names == ("math_verify",)
+
+    def to_argument(self) -> str:
+        """Returns it as an argument of a command line."""
+        return json.dumps([self.names, self.weights])
+
+    @classmethod
+    def from_argument(cls, argument: str) -> "GraderSet":
+        names, weights = json.loads(argument)
+        return cls(tuple(names), tuple(weights))
+
+
+def choose(grader: str | Sequence[str], weights: Sequence[float] = ()) -> GraderSet:
+    """Returns the graders with their weights, 1 each if there are none. Imports nothing.
+
+    Raises:
+        ValueError: a name is neither registered nor an import path, or the weights are no numbers, one per grader.
+    """
+    names = (grader,) if isinstance(grader, str) else tuple(grader)
+    if not names:
+        raise ValueError("reward.grader: the list is empty; name at least one grader, such as math_verify")
+    for name in names:
+        _check_name(name)
+    if weights and len(weights) != len(names):
+        raise ValueError(
+            f"reward.weights has {len(weights)} numbers for {len(names)} graders (reward.grader={', '.join(names)}); "
+            "give one for each, or leave it empty"
+        )
+    if not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"reward.weights {list(weights)}: give finite numbers")
+    return GraderSet(names, tuple(weights) or (1.0,) * len(names))
+
+
+def _check_name(name: str) -> None:
     if name in GRADERS or name.count(":") == 1:
         return
     near = difflib.get_close_matches(name, GRADERS, n=1)
@@ -33,74 +71,33 @@ def check_name(name: str) -> None:
     raise ValueError(f"reward.grader: unknown grader {name!r}{hint} (your own: module:function)")
 
 
-def load_grader(name: str) -> Grader:
-    """Returns the grader. Raises ValueError for an unknown name, ImportError or AttributeError for an invalid path."""
-    check_name(name)
-    if name in GRADERS:
-        return GRADERS[name]()
-    module, function = name.split(":")
-    return _adapt(getattr(importlib.import_module(module), function))
+def load(chosen: GraderSet) -> Callable[[Submission], Verdict]:
+    """Returns one grader that stands for all of `chosen`. Whatever the import of a user's module raises passes through.
 
+    The score is the weighted sum over the graders that apply. The first of them says whether the answer is correct.
+    """
+    graders = [GRADERS[name]() if name in GRADERS else _import(name) for name in chosen.names]
 
-def _adapt(function: Callable) -> Grader:
-    """Makes a grader of verl's compute_score or TRL's reward function, which parameter names distinguish."""
-    names = list(inspect.signature(function).parameters)
-    if "completions" in names:
-        return lambda completion, answer, meta: _scored(
-            _only(
-                function(
-                    prompts=[meta.get("prompt", "")],
-                    completions=[completion],
-                    answer=[answer],
-                    **{k: [v] for k, v in meta.items() if k != "prompt"},
-                )
-            )
-        )
-    if "solution_str" in names:
-        return lambda completion, answer, meta: _scored(
-            function(
-                data_source=meta.get("data_source", ""),
-                solution_str=completion,
-                ground_truth=answer,
-                extra_info=meta,
-            )
-        )
-    raise ValueError(
-        f"grader {function.__name__}({', '.join(names)}): expected verl's (data_source, solution_str, ground_truth, "
-        "extra_info) or TRL's (prompts, completions, **columns)"
-    )
+    def grade(submission: Submission) -> Verdict:
+        verdicts = [_named(grader, name, submission) for grader, name in zip(graders, chosen.names, strict=True)]
+        found = [(v, weight) for v, weight in zip(verdicts, chosen.weights, strict=True) if v is not None]
+        if not found:
+            raise ValueError("the grader returned None, and so does every other: none of them applies to this row")
+        first, _ = found[0]
+        score = number(sum(weight * verdict.score for verdict, weight in found))
+        return Verdict(first.status, score, first.extracted, first.detail)
 
-
-def _only(scores: Any) -> Any:
-    """Returns the score of the only completion that was given."""
-    if isinstance(scores, str | bytes | dict) or not hasattr(scores, "__getitem__") or len(scores) != 1:
-        raise TypeError(f"the grader returned {reprlib.repr(scores)} for one completion; return a list of one number")
-    return scores[0]
-
-
-def _scored(result: Any) -> Verdict:
-    """Makes a verdict of a custom score; it is correct if `acc` says so, or without `acc` if the score is 1 or more."""
-    if isinstance(result, dict):
-        if "score" not in result:
-            raise TypeError(f"the grader returned {reprlib.repr(result)}; return a number, or a dict with 'score'")
-        score = _number(result["score"])
-        correct = bool(_number(result.get("acc", score >= 1)))
-    else:
-        score = _number(result)
-        correct = score >= 1
-    return Verdict(GradeStatus.CORRECT if correct else GradeStatus.WRONG, score)
-
-
-def _number(value: Any) -> float:
-    """Reads a score: a number of Python's or NumPy's, or a tensor of one element. Raises ValueError for others."""
-    number = None
-    if not isinstance(value, str | bytes | bytearray):
+    def _named(grader: Grader, name: str, submission: Submission) -> Verdict | None:
+        if len(graders) == 1:
+            return grader(submission)
         try:
-            number = float(value)
-        except (TypeError, ValueError, OverflowError, RuntimeError):
-            pass  # a tensor of several elements raises RuntimeError
-    if number is None or not abs(number) <= MAX_SCORE:
-        raise ValueError(
-            f"the grader returned {reprlib.repr(value)}; return a finite number of at most {MAX_SCORE:g} in magnitude"
-        )
-    return number
+            return grader(submission)
+        except Exception as error:
+            raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
+
+    return grade
+
+
+def _import(name: str) -> Grader:
+    module, function = name.split(":")
+    return adapt(getattr(importlib.import_module(module), function), name)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 
@@ -18,6 +18,28 @@ class GradeStatus(StrEnum):
     """Grading exceeded the deadline and was killed: nothing is known about the answer."""
     CRASH = "crash"
     """The grader raised, returned no finite number, or its process died twice: nothing is known about the answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerFacts:
+    """What the graders of a user may know of a completion besides its text and the expected answer."""
+
+    source: str = ""
+    """The `data_source` of the row, else the name of the file or dataset."""
+    record: str = ""
+    """The row of the dataset as `rows.encode` writes it; empty where nobody needs it."""
+    token_ids: tuple[int, ...] = ()
+    """The tokens of the completion."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """What a grading process is given."""
+
+    completion: str
+    answer: str
+    """The expected answer."""
+    facts: AnswerFacts = AnswerFacts()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +74,27 @@ class Grade:
     @property
     def correct(self) -> bool:
         return self.status is GradeStatus.CORRECT
+
+    @property
+    def failed(self) -> bool:
+        """True where grading itself failed, so that neither score nor status says anything of the answer."""
+        return self.status in (GradeStatus.TIMEOUT, GradeStatus.CRASH)
+
+    def with_score(self, score: float, status: GradeStatus | None = None) -> "Grade":
+        """Returns the grade with another score and, if one is given, another status."""
+        return replace(self, score=score, status=status or self.status)
+
+    def judged(self, success_threshold: float | None) -> "Grade":
+        """Returns the grade with the status that its score has by `reward.success_threshold`; None changes nothing.
+
+        A score of at least the threshold is correct. A lower one is wrong, unless it was unparsed before. A grade whose
+        grading failed stays as it is: its score stands for no answer.
+        """
+        if success_threshold is None or self.failed:
+            return self
+        if self.score >= success_threshold:
+            return replace(self, status=GradeStatus.CORRECT)
+        return replace(self, status=GradeStatus.WRONG) if self.correct else self
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,8 +60,8 @@ def _mistakes(group: Group) -> Iterator[str]:
     """Returns what is wrong with the values of a group; the types of its fields are not trusted."""
     prompt, purified = group.prompt, group.purified
     yield from _token_mistakes("prompt", prompt.token_ids)
-    if not all(isinstance(text, str) for text in (prompt.answer, prompt.problem, prompt.source)):
-        yield "prompt: answer, problem and source are not all text"
+    if not all(isinstance(text, str) for text in (prompt.answer, prompt.problem, prompt.source, prompt.record)):
+        yield "prompt: answer, problem, source and record are not all text"
     if type(prompt.index) is not int or prompt.index < 0:
         yield f"prompt: index {reprlib.repr(prompt.index)} is no row"
     if len(prompt.eligible) != len(prompt.token_ids) or set(map(type, prompt.eligible)) - {bool}:

@@ -26,12 +26,13 @@ from typing import Protocol
 from lens_megatron.algorithms.rescue import is_hard
 from lens_megatron.config import LensConfig, RolloutConfig
 from lens_megatron.results import CollectedGroups
-from lens_megatron.reward import Grade, GradeStatus
+from lens_megatron.reward import AnswerFacts, Grade, GradeStatus
 from lens_megatron.rollout.engine import Completion, Request, RolloutEngine
 from lens_megatron.rollout.progress import NoDisplay, ProgressDisplay, SamplingRecorder
 from lens_megatron.rollout.queue import open_queue
 from lens_megatron.rollout.refill import NO_REFILL, Refill
 from lens_megatron.rollout.request_store import RequestStore
+from lens_megatron.rollout.rewarding import Rewarding, answer_facts
 from lens_megatron.seeds import derive
 from lens_megatron.types import Group, Origin, Prompt, Rollout, StepPrompt
 
@@ -52,7 +53,7 @@ class GroupStore(Protocol):
 class Grader(Protocol):
     """The part of `reward.GraderPool` that the scheduler needs."""
 
-    def submit(self, completion: str, answer: str, *, meta: dict | None = None) -> int: ...
+    def submit(self, completion: str, answer: str, *, facts: AnswerFacts | None = None) -> int: ...
 
     def wait(self, tickets: Sequence[int]) -> dict[int, Grade]: ...
 
@@ -124,6 +125,8 @@ class RolloutScheduler:
     expected_length: Callable[[Prompt], float] = prompt_length
     """The expected length of first-wave rollouts, in any unit: the longest are started first. It must be the same in a
     resumed run."""
+    rewarding: Rewarding = Rewarding()
+    """What changes grades before they decide anything."""
 
     def sample(
         self,
@@ -270,7 +273,8 @@ class _Sampling:
         wave, sample = self.requests.pop(completion.request_id)
         text = self.scheduler.decode(completion.token_ids)
         wave.completions[sample] = completion
-        wave.tickets[sample] = self.scheduler.grader.submit(text, wave.prompt.prompt.answer)
+        prompt = wave.prompt.prompt
+        wave.tickets[sample] = self.scheduler.grader.submit(text, prompt.answer, facts=answer_facts(prompt, completion))
         wave.due[sample] = self.engine_steps + GRADING_STEPS
         self.recorder.completed(wave.origin)
 
@@ -311,7 +315,22 @@ class _Sampling:
         """Reads the verdicts of these samples, and waits for those that are not there."""
         grades = self.scheduler.grader.wait([wave.tickets[sample] for sample in samples])
         self.recorder.regraded += sum(grade.regraded for grade in grades.values())
-        wave.grades |= {sample: grades[wave.tickets.pop(sample)] for sample in samples}
+        wave.grades |= {sample: self._rewarded(wave, sample, grades[wave.tickets.pop(sample)]) for sample in samples}
+
+    def _rewarded(self, wave: _Wave, sample: int, grade: Grade) -> Grade:
+        """Returns the grade after the reward rules and the success threshold."""
+        scheduler, completion = self.scheduler, wave.completions[sample]
+        return scheduler.rewarding.final(
+            grade,
+            wave.prompt,
+            wave.origin,
+            sample,
+            completion,
+            scheduler.decode(completion.token_ids) if scheduler.rewarding.rules else "",
+            step=self.step,
+            run_seed=scheduler.seed,
+            max_response_length=scheduler.rollout.max_response_length,
+        )
 
     def _start_second_wave(self, first: _Wave) -> None:
         """Queues the second wave of a hard group, unless it runs already. It is expected to be as long as the first."""

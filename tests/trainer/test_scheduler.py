@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from lens_megatron.config import LensConfig, RolloutConfig
 from lens_megatron.records import between_ranks
-from lens_megatron.reward import Grade, GradeStatus
+from lens_megatron.reward import AnswerFacts, Grade, GradeStatus
 from lens_megatron.rollout import replay
 from lens_megatron.rollout.local import LocalEngine
 from lens_megatron.rollout.scheduler import GroupStore, RolloutScheduler
@@ -25,7 +25,7 @@ class Verdicts:
     def __init__(self, rule: Callable[[str], bool]):
         self.rule, self.grades = rule, []
 
-    def submit(self, completion: str, answer: str, *, meta: dict | None = None) -> int:
+    def submit(self, completion: str, answer: str, *, facts: AnswerFacts | None = None) -> int:
         status = GradeStatus.CORRECT if self.rule(completion) else GradeStatus.WRONG
         self.grades.append(Grade(status, float(self.rule(completion)), 0.0))
         return len(self.grades) - 1

@@ -1,7 +1,24 @@
-"""Changes the rewards of training rollouts: one file per rule, which `reward.rules` names, in order.
+'''Changes the rewards of training rollouts: one file per rule, which `reward.rules` names, in order.
 
-Rules act on every graded rollout before it is decided which prompts are hard. Evaluations never see them.
-"""
+Rules act on every graded rollout of both waves before it is decided which prompts are hard; `reward.success_threshold`
+acts after them. Evaluations never see them. A rule of your own stands in any module on PYTHONPATH, is named by
+`reward.rules={my_rules:BREVITY: {limit: 100}}`, and needs no more than this:
+
+    class BrevityOptions(Section):
+        """The options of `brevity`."""
+
+        limit: int = 200
+        """Tokens, above which nothing is paid."""
+
+    def brevity(grade: Grade, facts: RolloutFacts, options: BrevityOptions) -> Grade:
+        return grade.with_score(grade.score if facts.tokens <= options.limit else 0.0)
+
+    BREVITY = Entry(brevity, paper="mine", options=BrevityOptions)
+
+It is a pure function. One that needs chance draws from `random.Random(derive(facts.rollout_seed, "brevity"))`, or from
+`facts.group_seed` for a draw that all rollouts of a prompt share. `reward.rows.decode(facts.prompt.record)` gives the
+row of the dataset with all of its columns.
+'''
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,4 +53,4 @@ class RolloutFacts:
 
 
 RewardRule = Callable[[Grade, RolloutFacts, Any], Grade]
-"""A pure function of (grade, facts, own options). It changes the score, the status, or both."""
+"""A pure function of (grade, facts, own options). It changes the score, the status, or both; the score is finite."""

@@ -9,7 +9,7 @@ from lens_megatron.data.datasets import DataError
 from lens_megatron.data.model_files import ModelError, stored_tensors
 from lens_megatron.data.prompts import LoadedPrompts, load_prompts
 from lens_megatron.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
-from lens_megatron.reward import GraderStartError, GradeStatus, grade
+from lens_megatron.reward import AnswerFacts, GraderStartError, GradeStatus, grade
 from lens_megatron.tools.diagnosis.check import Check, CheckStatus
 from lens_megatron.tools.planning.model_shape import ModelShape
 from lens_megatron.tools.planning.plan import Plan
@@ -68,7 +68,8 @@ def data(config: Config, loaded: Tokenizer) -> tuple[list[Check], LoadedPrompts 
     checks, training = [], None
     for source in (config.data.train, *config.data.eval):
         try:
-            prompts = load_prompts(source, loaded.hf, config.data, config.lens)
+            needs_rows = config.reward.needs_rows
+            prompts = load_prompts(source, loaded.hf, config.data, config.lens, whole_rows=needs_rows)
         except DataError as error:
             checks.append(Check("data", CheckStatus.FAIL, str(error), "correct data.train, data.eval or the file"))
             continue
@@ -94,7 +95,7 @@ def template(config: Config, loaded: Tokenizer, prompts: Sequence[Prompt]) -> Ch
     for prompt in prompts[:GRADED_ROWS]:
         text = loaded.decode_all(prompt.token_ids)
         row = f"row {prompt.index}"
-        if config.reward.grader == "math_verify" and "\\boxed" not in text:
+        if "math_verify" in config.reward.graders and "\\boxed" not in text:
             remedy = "the grader reads the last \\boxed{}; ask for it in data.instruction"
             return Check("template", CheckStatus.WARN, f"{row}: no \\boxed in the prompt: {_short(text)}", remedy)
         if config.lens.enabled and not any(prompt.eligible):
@@ -122,8 +123,10 @@ def grading(config: Config, prompts: Sequence[Prompt]) -> Check:
     try:
         grades = grade(
             right + wrong + ["I do not know."] * len(rows), answers * 3, config.reward.timeout_s, workers=1,
-            grader=str(config.reward.grader),
+            grader=config.reward.grader, weights=config.reward.weights,
+            facts=[AnswerFacts(prompt.source, prompt.record) for prompt in rows] * 3,
         )  # fmt: skip
+        grades = [g.judged(config.reward.success_threshold) for g in grades]
     except (ValueError, GraderStartError) as error:
         return Check("grading", CheckStatus.FAIL, str(error), "correct reward.grader")
     own, other, none = grades[: len(rows)], grades[len(rows) : 2 * len(rows)], grades[2 * len(rows) :]
