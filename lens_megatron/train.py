@@ -4,12 +4,14 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from lens_megatron import command_line
 from lens_megatron import config as configuration
+from lens_megatron.algorithms.selection.every_prompt import EveryPrompt
 from lens_megatron.build import build_run, collective_patience
 from lens_megatron.command_line import CommandLine
 from lens_megatron.config import Config
@@ -18,7 +20,9 @@ from lens_megatron.output import console, metrics, report, rollout_files, run_fo
 from lens_megatron.output.rollout_files import RolloutFiles
 from lens_megatron.phases.evaluate import evaluate
 from lens_megatron.policy import checkpoint, checkpoint_files, platform
+from lens_megatron.policy.checked_files import DamageError
 from lens_megatron.policy.checkpoint import CheckpointWriter
+from lens_megatron.policy.checkpoint_files import CheckpointError, TrainingState
 from lens_megatron.policy.last_step import PolicyLastStep, is_exported
 from lens_megatron.policy.parallel import shut_down
 from lens_megatron.results import StepResult
@@ -104,13 +108,35 @@ def _resume(run: Run) -> int:
     """Loads the newest checkpoint that every rank can read; returns the number of steps done."""
     folder = run_folder.checkpoints(run.config)
     with run.clock("load_checkpoint"):
-        state = checkpoint.resume(run.policy, folder)
+        state = checkpoint.resume(run.policy, folder, partial(_restore_selection, run))
     if state is None:
         return 0
     logger.info(f"resumed from {folder}/iter_{state.step:07d}: {state.step} steps done")
     if moved := checkpoint.layout_change(state):
         logger.info(f"its layout was another ({moved}): equal up to rounding, not to the bit")
     return state.step
+
+
+def _restore_selection(run: Run, state: TrainingState) -> None:
+    """Puts back the selection's state. Raises DamageError where it is none of this method, CheckpointError without one.
+
+    Before the selection had a state, every prompt was taken once, so its position followed from the step.
+    """
+    method, selection = run.methods.selection.name, run.selection
+    saved = state.selection
+    if saved is None:
+        if not isinstance(selection, EveryPrompt):
+            raise CheckpointError(
+                f"the checkpoint of step {state.step} was saved without a state of the selection, as older versions "
+                f"do; selection.method={method} cannot go on from it: start another run with model.path at its hf/"
+            )
+        saved = {"position": state.step * run.config.rollout.prompts_per_step}
+    try:
+        selection.restore(saved)
+    except Exception as error:  # the method can be the user's, and may raise anything
+        raise DamageError(
+            f"state.json holds no state of selection.method={method}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _loop(run: Run, done: int, stop: Stop, saver: CheckpointWriter) -> None:
@@ -208,6 +234,7 @@ def _saver(run: Run) -> CheckpointWriter:
         keep_best=options.save_best_limit,
         background=options.async_save,
         before_publishing=run.lease.check if run.lease else None,
+        selection=run.selection,
     )
 
 

@@ -2,7 +2,7 @@
 
     checkpoints/iter_0000020/rank_00000.safetensors   this rank's pieces of weights and optimizer; its generators
                              index.json               size and checksum of each file, place of each piece in its tensor
-                             state.json               step, schedule, layout, metric
+                             state.json               step, schedule, layout, metric, state of the selection
                              hf/                      the policy as a Hugging Face directory
     checkpoints/latest_checkpointed_iteration.txt     written last
 
@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed import ReduceOp
 
+from lens_megatron.algorithms.selection import Selection
 from lens_megatron.data.model_files import small_files
 from lens_megatron.files import flush, write_atomically
 from lens_megatron.policy import checkpoint_files, hf_export, shards
@@ -83,6 +84,7 @@ class CheckpointWriter:
         model_path: configuration and tokenizer of every export are copied from there; they are read once, now.
         keep_last, keep_best: the numbers of checkpoints to keep: the newest, and the best by their metric.
         background: write in a thread while training goes on.
+        selection: its state is saved too, as it is when `save` is called.
         before_publishing: called on rank 0 when all is written; an error raised there prevents the publication.
 
     Raises:
@@ -99,8 +101,9 @@ class CheckpointWriter:
         keep_best: int,
         background: bool,
         before_publishing: Callable[[], None] | None = None,
+        selection: Selection | None = None,
     ):
-        self.policy, self.folder, self.background = policy, folder, background
+        self.policy, self.folder, self.background, self.selection = policy, folder, background, selection
         self.keep_last, self.keep_best, self.before_publishing = keep_last, keep_best, before_publishing
         self.saved_step = 0
         """The step of the last checkpoint that this writer published or that was loaded from `folder`."""
@@ -160,11 +163,14 @@ class CheckpointWriter:
                 logger.warning(f"checkpoint not written to {self.folder}: {self._failure}")
 
     def _stage(self, step: int, metric: float | None) -> Staged:
-        policy = self.policy
+        policy, selection = self.policy, self.selection
         export = hf_export.stage(policy, self._small_files)
         pieces = [(p.piece, p.tensor.to("cpu", copy=True)) for p in local_pieces(policy) if p.is_main_replica]
         steps = optimizer_steps(policy)
-        state = TrainingState(step, policy.version, policy.scheduler.num_steps, steps, layout(), metric)
+        state = TrainingState(
+            step, policy.version, policy.scheduler.num_steps, steps, layout(), metric,
+            selection.state() if selection else None, selection.epoch() if selection else None,
+        )  # fmt: skip
         return Staged(state, pieces, generator_states(policy), export)
 
     def _write(self, staged: Staged) -> None:
@@ -224,11 +230,14 @@ class CheckpointWriter:
             _delete(path)
 
 
-def resume(policy: Policy, folder: Path) -> TrainingState | None:
+def resume(
+    policy: Policy, folder: Path, restore_selection: Callable[[TrainingState], None] | None = None
+) -> TrainingState | None:
     """Loads the newest checkpoint that all ranks can read, with a line for each that was passed over. A collective.
 
     Every file is compared with its checksum, by one of the ranks, before anything is loaded. Weights, optimizer and
-    schedule load under any layout; the generators' states only under the one that wrote them.
+    schedule load under any layout; the generators' states only under the one that wrote them. `restore_selection` puts
+    the selection's state back, and may raise DamageError.
     Returns None when there is no checkpoint. Raises CheckpointError when there are some and none can be read.
     """
     paths = published(folder)
@@ -238,7 +247,7 @@ def resume(policy: Policy, folder: Path) -> TrainingState | None:
             continue
         if policy.mesh.rank == 0 and not checkpoint.has_checksums:
             logger.warning(f"checkpoint {path} has no checksums, only sizes; it was saved by an older version")
-        if _together(policy, path, partial(_load, policy, checkpoint)) is None:
+        if _together(policy, path, partial(_load, policy, checkpoint, restore_selection)) is None:
             continue
         state = checkpoint.state
         policy.version = state.version
@@ -277,8 +286,12 @@ def layout_change(state: TrainingState) -> str:
     return ", ".join(f"{name} {old.get(name)} -> {size}" for name, size in layout().items() if old.get(name) != size)
 
 
-def _load(policy: Policy, checkpoint: Checkpoint) -> TrainingState:
+def _load(
+    policy: Policy, checkpoint: Checkpoint, restore_selection: Callable[[TrainingState], None] | None
+) -> TrainingState:
     state = checkpoint.state
+    if restore_selection is not None:
+        restore_selection(state)
     with ShardReader(checkpoint.path, checkpoint.index.pieces) as reader:
         restore(policy, reader, state.optimizer_steps)
         if state.layout == layout():

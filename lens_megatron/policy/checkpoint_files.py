@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -34,7 +34,7 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class TrainingState:
-    """Describes state.json: what resuming needs besides tensors. Data cursor and seeds are functions of `step`."""
+    """Describes state.json: what resuming needs besides tensors. Seeds are functions of `step`."""
 
     step: _Count
     """The number of steps that have been done."""
@@ -44,6 +44,10 @@ class TrainingState:
     layout: dict[str, int]
     metric: float | None = None
     """`keep_best` compares this, and higher is better; None where nothing was evaluated."""
+    selection: dict[str, Any] | None = None
+    """The state of the method of selection after `step`, before that of the next step; None in older versions."""
+    epoch: float | None = None
+    """The passes over the data that have been made; None in older versions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +198,7 @@ def write_index(folder: Path, state: TrainingState) -> None:
     pieces = read_pieces(folder, [rank_file(rank) for rank in ranks])
     receipts = [folder / _receipt(rank) for rank in ranks]
     written = [_parsed(_WRITTEN, _read(receipt), receipt.name) for receipt in receipts]
-    files = {STATE: write_file(folder / STATE, json.dumps(asdict(state), indent=1).encode() + b"\n")}
+    files = {STATE: write_file(folder / STATE, _lines(state))}
     export: dict[str, FileRecord] = {}
     for rank in written:
         files |= rank.files
@@ -240,6 +244,13 @@ def _consistent(index: Index) -> Index:
 
 def _receipt(rank: int) -> str:
     return f".rank_{rank:05d}.json"
+
+
+def _lines(state: TrainingState) -> bytes:
+    """Returns JSON with one line per field: the state of a selection can hold a number for each of a million prompts,
+    for which `asdict` and an indentation would take seconds."""
+    lines = [f" {json.dumps(field.name)}: {json.dumps(getattr(state, field.name))}" for field in fields(state)]
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 
 def _json(content: Any) -> bytes:

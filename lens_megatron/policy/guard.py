@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ class FinishedStep:
     pieces: tuple[tuple[Piece, Tensor], ...]
     """Views of the live storages, or copies of them."""
     generators: dict[str, Tensor]
+    selection: dict[str, Any] | None
+    epoch: float | None
 
 
 class StateGuard:

@@ -40,7 +40,7 @@ class PolicyLastStep:
 
     def finish(self, step: int, metric: float | None = None) -> None:
         """Takes note of the state after `step`, from the main thread, when all else that the step leaves is written."""
-        policy = self.policy
+        policy, selection = self.policy, self.saver.selection
         pieces = [local for local in local_pieces(policy) if local.is_main_replica]
         policy.guard.finish(
             FinishedStep(
@@ -51,6 +51,8 @@ class PolicyLastStep:
                 metric=metric,
                 pieces=tuple((local.piece, _kept(policy, local)) for local in pieces),
                 generators=generator_states(policy),
+                selection=selection.state() if selection else None,
+                epoch=selection.epoch() if selection else None,
             )
         )
 
@@ -99,7 +101,7 @@ class PolicyLastStep:
             pieces = [(piece, self.memory.read(tensor)) for piece, tensor in finished.pieces]
         state = TrainingState(
             finished.step, finished.version, finished.scheduler_steps, finished.optimizer_steps, layout(),
-            finished.metric,
+            finished.metric, finished.selection, finished.epoch,
         )  # fmt: skip
         return Staged(state, pieces, finished.generators, None)
 
