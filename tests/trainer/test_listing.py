@@ -37,7 +37,7 @@ def test_a_method_with_its_kind_needs_and_paper(capsys):
     assert answer(capsys, "interference") == (
         0,
         "interference  (purification; lens.purifier=interference; needs prompt_scores; LENS, arXiv 2601.21244)\n"
-        "  Deletes the ceil(gamma * n) eligible tokens with the highest scores, all at once.\n",
+        "  Deletes the k = ceil(gamma * n) eligible tokens with the highest scores, all at once.\n",
     )
 
 

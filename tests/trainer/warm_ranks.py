@@ -110,6 +110,8 @@ def _become(job: Job, rank: int, port: int) -> None:
 def _run(words: Sequence[str]) -> int:
     """Runs the program in this process, as the interpreter would. Returns its exit code."""
     sys.argv, sys.path[0] = list(words), str(Path(words[0]).parent)
+    asked = os.environ.get("PYTHONPATH", "").split(os.pathsep)  # an interpreter reads it once, when it starts
+    sys.path[1:1] = [path for path in asked if path and path not in sys.path]
     try:
         runpy.run_path(words[0], run_name="__main__")
     except SystemExit as ended:
