@@ -51,6 +51,9 @@ _SIGNATURES = (
 )
 """The first bytes of other formats, what they are, and the remedies. Longer signatures come first."""
 
+Span = tuple[int, int]
+"""The characters [start, end) of a text."""
+
 
 class DataError(UserError):
     """A mistake in the user's data; the message names the file and line, the value and the remedy."""
@@ -81,6 +84,8 @@ class Record:
     answer: str
     source: str
     """The value of verl's `data_source`, else the name of the file or dataset."""
+    noise: tuple[Span, ...] = ()
+    """The characters of the last message that the column `data.noise_key` marks as noise, in the column's order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +137,8 @@ def _open(source: str, data: DataConfig) -> tuple[Iterator[_Row], str]:
 
 
 def _wanted_columns(data: DataConfig) -> set[str]:
-    keys = {*PROBLEM_KEYS, *ANSWER_KEYS, SOURCE_KEY, data.problem_key or "", data.answer_key or ""}
+    configured = {key for key in (data.problem_key, data.answer_key, data.noise_key) if key}
+    keys = {*PROBLEM_KEYS, *ANSWER_KEYS, SOURCE_KEY} | configured
     return keys | {key.partition(".")[0] for key in keys}
 
 
@@ -249,6 +255,7 @@ def _record(index: int, row: _Row, data: DataConfig, name: str) -> Record:
         messages=messages,
         answer=answer,
         source=name if source is None else _text(source, f"{row.where}: {SOURCE_KEY}"),
+        noise=_noise(row, data.noise_key, messages[-1].content),
     )
 
 
@@ -313,6 +320,27 @@ def _message(entry: Any, where: str) -> Message:
         raise DataError(f"{where}: expected {{role, content}}, got {type(entry).__name__} ({reprlib.repr(entry)})")
     role = _text(entry["role"], f"{where}.role")
     return Message(role, _text(entry["content"], f"{where}.content", may_be_empty=True))
+
+
+def _noise(row: _Row, key: str | None, problem: str) -> tuple[Span, ...]:
+    """Returns the spans that the column `key` marks in `problem`; none without such a column, or where it is null."""
+    value = None if key is None else _lookup(row.values, key)
+    if value is None:
+        return ()
+    remedy = "correct the column, or leave data.noise_key empty"
+    if not isinstance(value, list):
+        raise DataError(
+            f"{row.where}: {key}: expected a list of [start, end) characters of the problem, got "
+            f"{type(value).__name__} ({reprlib.repr(value)}); {remedy}"
+        )
+    for number, pair in enumerate(value):
+        whole = isinstance(pair, list) and len(pair) == 2 and all(type(place) is int for place in pair)
+        if not (whole and 0 <= pair[0] <= pair[1] <= len(problem)):
+            raise DataError(
+                f"{row.where}: {key}[{number}]: expected two whole numbers [start, end] from 0 to {len(problem)}, the "
+                f"characters of the problem, got {reprlib.repr(pair)}; {remedy}"
+            )
+    return tuple((start, end) for start, end in value)
 
 
 def _answer(value: Any, where: str, needs_mark: bool) -> str:
