@@ -55,6 +55,9 @@ _SIGNATURES = (
 )
 """The first bytes of other formats, what they are, and the remedies. Longer signatures come first."""
 
+Span = tuple[int, int]
+"""The characters [start, end) of a text."""
+
 
 class DataError(UserError):
     """A mistake in the user's data; the message names the file and line, the value and the remedy."""
@@ -87,6 +90,8 @@ class Record:
     """The value of verl's `data_source`, else the name of the file or dataset."""
     row: str = ""
     """The whole row as `reward.rows.encode` writes it; empty where it was not asked for."""
+    noise: tuple[Span, ...] = ()
+    """The characters of the last message that the column `data.noise_key` marks as noise, in the column's order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +143,8 @@ def _open(source: str, wanted: set[str] | None) -> tuple[Iterator[_Row], str]:
 
 
 def _wanted_columns(data: DataConfig) -> set[str]:
-    keys = {*PROBLEM_KEYS, *ANSWER_KEYS, SOURCE_KEY, data.problem_key or "", data.answer_key or ""}
+    configured = {key for key in (data.problem_key, data.answer_key, data.noise_key) if key}
+    keys = {*PROBLEM_KEYS, *ANSWER_KEYS, SOURCE_KEY} | configured
     return keys | {key.partition(".")[0] for key in keys}
 
 
@@ -259,6 +265,7 @@ def _record(index: int, row: _Row, data: DataConfig, name: str, *, whole: bool) 
         answer=answer,
         source=name if source is None else _text(source, f"{row.where}: {SOURCE_KEY}"),
         row=_encode(row, messages, isinstance(problem, list), ground_truth) if whole else "",
+        noise=_noise(row, data.noise_key, messages[-1].content),
     )
 
 
@@ -341,6 +348,27 @@ def _message(entry: Any, where: str) -> Message:
         raise DataError(f"{where}: expected {{role, content}}, got {type(entry).__name__} ({reprlib.repr(entry)})")
     role = _text(entry["role"], f"{where}.role")
     return Message(role, _text(entry["content"], f"{where}.content", may_be_empty=True))
+
+
+def _noise(row: _Row, key: str | None, problem: str) -> tuple[Span, ...]:
+    """Returns the spans that the column `key` marks in `problem`; none without such a column, or where it is null."""
+    value = None if key is None else _lookup(row.values, key)
+    if value is None:
+        return ()
+    remedy = "correct the column, or leave data.noise_key empty"
+    if not isinstance(value, list):
+        raise DataError(
+            f"{row.where}: {key}: expected a list of [start, end) characters of the problem, got "
+            f"{type(value).__name__} ({reprlib.repr(value)}); {remedy}"
+        )
+    for number, pair in enumerate(value):
+        whole = isinstance(pair, list) and len(pair) == 2 and all(type(place) is int for place in pair)
+        if not (whole and 0 <= pair[0] <= pair[1] <= len(problem)):
+            raise DataError(
+                f"{row.where}: {key}[{number}]: expected two whole numbers [start, end] from 0 to {len(problem)}, the "
+                f"characters of the problem, got {reprlib.repr(pair)}; {remedy}"
+            )
+    return tuple((start, end) for start, end in value)
 
 
 def _answer(value: Any, where: str, needs_mark: bool) -> str:

@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 from tqdm import tqdm
 
 from lens_megatron.config import DataConfig, LensConfig
-from lens_megatron.data.datasets import DataError, Message, Record, read_records
+from lens_megatron.data.datasets import DataError, Message, Record, Span, read_records
 from lens_megatron.types import Prompt
 
 if TYPE_CHECKING:
@@ -32,9 +32,6 @@ _FRAMES = 16
 _LONGEST_RENDERED = 4_000_000
 """The most characters of a rendered prompt: several long messages, or a template that repeats them, give more."""
 _PLACEHOLDER, _OTHER = "<<the text of the user>>", "<<another text>>"
-
-Span = tuple[int, int]
-"""The characters [start, end) of a text."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,8 @@ def load_prompts(
 ) -> LoadedPrompts:
     """Reads, renders and tokenizes all rows of `source`; `Prompt.index` is the row, and dropped rows count too.
 
-    With `lens.enabled=False` nothing may be deleted and no token is eligible. `whole_rows` fills `Prompt.record`.
+    With `lens.enabled=False` nothing may be deleted, so no token is eligible and none is marked as noise. `whole_rows`
+    fills `Prompt.record`.
 
     Raises:
         DataError: a row cannot be used, there are no rows, all are too long, or the tokenizer gives no offsets.
@@ -82,8 +80,8 @@ def load_prompts(
                 if len(ids) > data.max_prompt_length:
                     shortest_dropped = min(len(ids), shortest_dropped or len(ids))
                     continue
-                eligible = masker.mask(draft, ids, offsets)
-                prompts.append(_prompt(record, draft, ids, eligible))
+                eligible, noise = masker.mask(draft, ids, offsets), masker.noise(draft, offsets)
+                prompts.append(_prompt(record, draft, ids, eligible, noise))
             bar.update(len(batch))
     if not prompts:
         raise DataError(
@@ -93,7 +91,9 @@ def load_prompts(
     return LoadedPrompts(tuple(prompts), len(records) - len(prompts), source)
 
 
-def _prompt(record: Record, draft: "_Draft", ids: Sequence[int], eligible: tuple[bool, ...]) -> Prompt:
+def _prompt(
+    record: Record, draft: "_Draft", ids: Sequence[int], eligible: tuple[bool, ...], noise: tuple[bool, ...]
+) -> Prompt:
     return Prompt(
         index=record.index,
         token_ids=tuple(ids),
@@ -101,6 +101,7 @@ def _prompt(record: Record, draft: "_Draft", ids: Sequence[int], eligible: tuple
         answer=record.answer,
         problem=draft.problem,
         source=record.source,
+        noise=noise,
         record=record.row,
     )
 
@@ -171,6 +172,8 @@ class _Draft:
     problem: str
     spans: tuple[Span, ...] | None
     """The characters that may be deleted; None allows all of them."""
+    noise: tuple[Span, ...] = ()
+    """The characters that the data marks as noise."""
 
 
 class _Renderer:
@@ -187,11 +190,15 @@ class _Renderer:
         frame = self._frame(tuple(earlier), record.where)
         if not self.lens.enabled:
             return _Draft(text, problem, ())
+        noise: tuple[Span, ...] = ()
+        if record.noise:  # the instruction follows the problem, so places in the problem are places in the content
+            noise = self._locate(record.noise, content, text, frame, record.where, "leave data.noise_key empty")
         if self.lens.eligible in ("all", "all_nonspecial"):
-            return _Draft(text, problem, None)
+            return _Draft(text, problem, None, noise)
         if self.lens.eligible == "user":
             spans = ((0, len(content)),)
-        return _Draft(text, problem, self._locate(spans, content, text, frame, record.where))
+        remedy = "set lens.eligible=all_nonspecial"
+        return _Draft(text, problem, self._locate(spans, content, text, frame, record.where, remedy), noise)
 
     def _add_instruction(self, text: str, where: str) -> tuple[str, str, tuple[Span, ...]]:
         """Returns the user's message, the problem in it, and the problem's spans there, instructions excluded."""
@@ -244,7 +251,7 @@ class _Renderer:
         return before, after
 
     def _locate(
-        self, spans: tuple[Span, ...], content: str, text: str, frame: tuple[str, str], where: str
+        self, spans: tuple[Span, ...], content: str, text: str, frame: tuple[str, str], where: str, remedy: str
     ) -> tuple[Span, ...]:
         """Returns the spans of `content` as spans of the rendered `text`.
 
@@ -255,7 +262,7 @@ class _Renderer:
         if not (text == before + inside + after and inside.strip() == content.strip()):
             raise DataError(
                 f"{where}: the chat template changes the text of the problem, so that its tokens cannot be told from "
-                "the template's; set lens.eligible=all_nonspecial"
+                f"the template's; {remedy}"
             )
         shift = len(before) + _leading_spaces(inside) - _leading_spaces(content)
         first, last = len(before), len(before) + len(inside)
@@ -264,6 +271,13 @@ class _Renderer:
 
 def _leading_spaces(text: str) -> int:
     return len(text) - len(text.lstrip())
+
+
+def _is_inside(text: str, span: Span, spans: Sequence[Span]) -> bool:
+    """Returns whether one of `spans` holds the characters of `span`, or all but the spaces that it begins with."""
+    piece = text[span[0] : span[1]]
+    start = span[0] + (_leading_spaces(piece) if piece.strip() else 0)
+    return bool(piece) and any(first <= start and span[1] <= last for first, last in spans)
 
 
 # ---- tokens and masks ---------------------------------------------------------------------------------------------
@@ -312,6 +326,15 @@ class _Masker:
         eligible = [self._may_go(token, span, draft) for token, span in zip(ids, offsets, strict=True)]
         eligible[0] = False  # the first token has no prefix and so no score
         return tuple(eligible)
+
+    def noise(self, draft: _Draft, offsets: Sequence[Span]) -> tuple[bool, ...]:
+        """Returns [L] True where a token lies within what the data marks as noise; () where it marks nothing.
+
+        White space that a token begins with may lie outside. A token without characters of its own is never noise.
+        """
+        if not draft.noise:
+            return ()
+        return tuple(_is_inside(draft.text, span, draft.noise) for span in offsets)
 
     def _may_go(self, token: int, span: Span, draft: _Draft) -> bool:
         trait = self.traits.get(token) or self._learn(token)

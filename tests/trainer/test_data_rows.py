@@ -161,6 +161,38 @@ def test_a_bad_line_is_named_with_file_and_line(tmp_path, line):
     assert error(load, str(path)) == f"{path}:3: {BAD_LINES[line]}"
 
 
+REMEDY = "; correct the column, or leave data.noise_key empty"
+PAIR = "expected two whole numbers [start, end] from 0 to 3, the characters of the problem, got "
+BAD_SPANS = {
+    '"3-5"': "noise: expected a list of [start, end) characters of the problem, got str ('3-5')",
+    "2": "noise: expected a list of [start, end) characters of the problem, got int (2)",
+    '{"a": 1}': "noise: expected a list of [start, end) characters of the problem, got dict ({'a': 1})",
+    "[0, 3]": f"noise[0]: {PAIR}0",
+    "[[0, 3], [1]]": f"noise[1]: {PAIR}[1]",
+    "[[0, 1, 2]]": f"noise[0]: {PAIR}[0, 1, 2]",
+    '[["0", 3]]': f"noise[0]: {PAIR}['0', 3]",
+    "[[0, 1.5]]": f"noise[0]: {PAIR}[0, 1.5]",
+    "[[false, true]]": f"noise[0]: {PAIR}[False, True]",
+    "[[-1, 2]]": f"noise[0]: {PAIR}[-1, 2]",
+    "[[2, 1]]": f"noise[0]: {PAIR}[2, 1]",
+    "[[0, 4]]": f"noise[0]: {PAIR}[0, 4]",
+}
+
+
+@pytest.mark.parametrize("spans", BAD_SPANS)
+def test_spans_that_mark_nothing_are_named(tmp_path, spans):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(f'{GOOD}\n{{"problem": "How", "answer": "1", "noise": {spans}}}\n', encoding="utf-8")
+    assert error(load, str(path), noise_key="noise") == f"{path}:2: {BAD_SPANS[spans]}{REMEDY}"
+    assert len(load(str(path)).prompts) == 2  # nobody asked for the column
+
+
+def test_spans_are_read_from_parquet_too(tmp_path):
+    rows = [{"problem": "How many", "answer": "1", "x": {"spans": spans}} for spans in ([[3, 8]], None)]
+    prompts = load(write_parquet(tmp_path / "a.parquet", rows), noise_key="x.spans").prompts
+    assert [sum(prompt.noise) for prompt in prompts] == [1, 0] and prompts[1].noise == ()
+
+
 def test_bytes_that_are_not_utf8(tmp_path):
     path = tmp_path / "latin.jsonl"
     path.write_bytes(GOOD.encode() + b'\n{"problem": "\xe9", "answer": 1}\n')

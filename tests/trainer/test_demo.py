@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 import re
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lens_megatron.config import DataConfig, LensConfig
+from lens_megatron.data.prompts import load_prompts
 from lens_megatron.tools.demo import make as command
 from lens_megatron.tools.demo.problems import Problem, distracted_solution, split_of, stream
 from lens_megatron.tools.demo.tokenizer import train_tokenizer
@@ -35,6 +38,24 @@ def test_answers_are_what_the_operations_give_and_distractors_change_none():
         kept = iter(re.findall(r"\w+", problem.problem))
         assert all(word in kept for word in re.findall(r"\w+", problem.core)), "a distractor replaced a word"
         assert (problem.problem == problem.core) == (problem.noise == 0)
+
+
+def test_the_spans_of_distractors_are_what_the_clean_problem_lacks():
+    for problem in some("train", 500):
+        kept, end = "", 0
+        for start, stop in problem.noise_spans:
+            kept, end = kept + problem.problem[end:start], stop
+        assert " ".join((kept + problem.problem[end:]).split()) == problem.core
+        assert len(problem.noise_spans) == problem.noise and sorted(problem.noise_spans) == list(problem.noise_spans)
+        marked = "".join(problem.problem[start:stop] for start, stop in problem.noise_spans)
+        assert all(str(number) in marked for number in problem.stray_numbers)
+        assert problem.problem.isprintable()
+
+
+def test_the_problems_are_those_of_version_0_1():
+    """Measurements on the demo can be compared over versions only while a seed gives the same problems."""
+    text = "".join(f"{problem.problem}\n" for problem in some("train", 500))
+    assert sha256(text.encode()).hexdigest() == "e2097d8213f6ab19b2ed87e08d6f3ab19df46259b7933c28c7d2e9c2a98e0edd"
 
 
 def test_the_solution_shown_for_a_clean_and_a_distracted_problem():
@@ -99,6 +120,16 @@ def test_making_it_is_all_or_nothing_and_done_once(tmp_path: Path, monkeypatch: 
     assert AutoTokenizer.from_pretrained(folder / "model").eos_token == "<|im_end|>"
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     assert len(rows) == 20 and rows[0].keys() >= {"problem", "answer"}
+    data = DataConfig(train=str(folder / "train.jsonl"), noise_key="noise")
+    loaded = load_prompts(data.train, AutoTokenizer.from_pretrained(folder / "model"), data, LensConfig())
+    assert [bool(row["noise"]) for row in rows] == [any(prompt.noise) for prompt in loaded.prompts]
+    written = [(folder / name).read_bytes() for name in ("train.jsonl", "eval.jsonl")]
+    for name in ("train.jsonl", "eval.jsonl"):  # as version 0.1 wrote it
+        old = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        (folder / name).write_text("".join(json.dumps(row | {"noise": len(row["noise"])}) + "\n" for row in old))
+    before = sorted(folder.iterdir())
+    assert not command.make(folder, options) and sorted(folder.iterdir()) == before
+    assert [(folder / name).read_bytes() for name in ("train.jsonl", "eval.jsonl")] == written
     measured = json.loads((folder / "demo.json").read_text())
     assert 1e6 < measured["parameters"] < 4e6 and measured["warm_up"]["steps"] == 2
     (tmp_path / "mine").mkdir()

@@ -176,6 +176,73 @@ def test_a_slow_tokenizer_is_refused(tmp_path):
     )
 
 
+# ---- what the data marks as noise ------------------------------------------------------------------------------------
+
+TEXT = "How many two apples?"  # the tokens' characters: How 0-3, many 3-8, two 8-12, apples 12-19
+
+
+def noisy(prompt, tokenizer=TOKENIZER) -> list[str]:
+    """The tokens marked as noise."""
+    assert len(prompt.noise) == len(prompt.token_ids)
+    return [tokenizer.decode([t]) for t, is_noise in zip(prompt.token_ids, prompt.noise, strict=True) if is_noise]
+
+
+@pytest.mark.parametrize(
+    ("spans", "marked"),
+    [
+        ([[3, 12]], [" many", " two"]),
+        ([[4, 12]], [" many", " two"]),  # the space before `many` belongs to the token, and lies outside
+        ([[5, 12]], [" two"]),  # half of `many` does not
+        ([[4, 7], [8, 12]], [" two"]),
+        ([[3, 12], [0, 8]], ["How", " many", " two"]),  # overlapping, and in any order
+        ([[0, 20]], ["How", " many", " two", " apples"]),  # `?` and the template's newline are one token
+        ([[8, 8]], []),
+    ],
+)
+@pytest.mark.parametrize("trim_offsets", [False, True])
+def test_tokens_wholly_inside_a_span_are_noise(one, spans, marked, trim_offsets):
+    row, tokenizer = {"problem": TEXT, "answer": "1", "spans": spans}, make_tokenizer(trim_offsets=trim_offsets)
+    assert noisy(one(row, noise_key="spans", tokenizer=tokenizer), tokenizer) == marked
+
+
+def test_white_space_is_noise_only_where_it_is_marked_itself(one):
+    row = {"problem": "How  many", "answer": "1", "spans": [[4, 9]]}
+    prompt = one(row, noise_key="spans", lens=LensConfig(protect_whitespace=False))
+    assert pieces(prompt) == ["How", " ", " many"] and noisy(prompt) == [" many"]
+    assert noisy(one(row | {"spans": [[3, 9]]}, noise_key="spans")) == [" ", " many"]
+
+
+def test_noise_is_found_in_the_last_message_and_under_every_reading_of_eligible(one):
+    messages = [{"role": r, "content": c} for r, c in (("user", "How many"), ("assistant", "two"), ("user", TEXT))]
+    row = {"prompt": messages, "answer": "1", "extra": {"spans": [[3, 8]]}}
+    for eligible in ("problem", "user", "all_nonspecial", "all"):
+        prompt = one(row, noise_key="extra.spans", lens=LensConfig(eligible=eligible))
+        assert noisy(prompt) == [" many"] and prompt.noise.index(True) > len(prompt.token_ids) // 2
+
+
+def test_without_a_beginning_of_sequence_nothing_before_the_problem_is_noise(one):
+    """The tokenizer's own first token has no characters; a span that begins at 0 does not hold it."""
+    tokenizer = make_tokenizer(template=None, bos=True)
+    prompt = one({"problem": "How many", "answer": "1", "n": [[0, 8]]}, tokenizer=tokenizer, noise_key="n")
+    assert noisy(prompt, tokenizer) == ["How", " many"] and prompt.noise[0] is False
+
+
+def test_data_without_marks(one):
+    row = {"problem": TEXT, "answer": "1", "spans": [[0, 3]]}
+    assert one(row).noise == ()  # no column is asked for
+    assert one(row, noise_key="other").noise == one(row | {"spans": None}, noise_key="spans").noise == ()
+    assert one(row | {"spans": []}, noise_key="spans").noise == ()
+    assert one(row, noise_key="spans", lens=LensConfig(enabled=False)).noise == ()
+
+
+def test_noise_in_a_problem_that_the_template_rewrites(one):
+    tokenizer = make_tokenizer(CHATML.replace("m['content']", "m['content'] | upper"))
+    row, lens = {"problem": TEXT, "answer": "1", "spans": [[0, 3]]}, LensConfig(eligible="all")
+    assert error(one, row, tokenizer=tokenizer, noise_key="spans", lens=lens).endswith(
+        "so that its tokens cannot be told from the template's; leave data.noise_key empty"
+    )
+
+
 # ---- real data -------------------------------------------------------------------------------------------------------
 
 

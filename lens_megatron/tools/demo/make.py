@@ -24,10 +24,12 @@ EVAL_NOISE = {1: 0.5, 2: 0.5}
 def make(folder: Path, options: WarmUp | None = None) -> bool:
     """Creates `folder` with train.jsonl, eval.jsonl, model/ and demo.json; all of it or nothing.
 
-    Returns False when it is there already. Raises FileExistsError when `folder` holds something else.
+    Returns False when it is there already. Then only data of version 0.1, which does not mark its distractors, is
+    written again, with the same problems. Raises FileExistsError when `folder` holds something else.
     """
     options = options or WarmUp()
     if (folder / "demo.json").is_file():
+        _mark_distractors(folder)
         return False
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} exists and does not hold a demo; choose another folder or remove it")
@@ -44,8 +46,7 @@ def make(folder: Path, options: WarmUp | None = None) -> bool:
 
 
 def _fill(folder: Path, options: WarmUp) -> None:
-    write_jsonl(folder / "train.jsonl", stream("train", options.seed, TRAIN_NOISE), TRAIN_PROBLEMS)
-    write_jsonl(folder / "eval.jsonl", stream("eval", options.seed, EVAL_NOISE), EVAL_PROBLEMS)
+    _write_data(folder, options.seed)
     corpus = list(islice(stream("train", options.seed, {0: 1, 1: 1, 2: 1}), 4000))
     tokenizer = train_tokenizer(line for p in corpus for line in (chat_text(p), p.solution))
     model, seconds = warm_up(tokenizer, options)
@@ -61,6 +62,23 @@ def _fill(folder: Path, options: WarmUp) -> None:
         "warm_up": dataclasses.asdict(options),
     }
     (folder / "demo.json").write_text(json.dumps(measured, indent=1) + "\n")
+
+
+def _mark_distractors(folder: Path) -> None:
+    """Replaces the data of a demo whose column `noise` counts the distractors instead of marking them."""
+    with (folder / "train.jsonl").open(encoding="utf-8") as file:
+        if isinstance(json.loads(file.readline()).get("noise"), list):
+            return
+    seed = json.loads((folder / "demo.json").read_text())["warm_up"]["seed"]
+    with tempfile.TemporaryDirectory(prefix=".data-", dir=folder) as temporary:
+        _write_data(Path(temporary), seed)
+        for name in ("eval.jsonl", "train.jsonl"):  # the file that is looked at comes last
+            (Path(temporary) / name).rename(folder / name)
+
+
+def _write_data(folder: Path, seed: int) -> None:
+    write_jsonl(folder / "train.jsonl", stream("train", seed, TRAIN_NOISE), TRAIN_PROBLEMS)
+    write_jsonl(folder / "eval.jsonl", stream("eval", seed, EVAL_NOISE), EVAL_PROBLEMS)
 
 
 def chat_text(problem: Problem) -> str:

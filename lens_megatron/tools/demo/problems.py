@@ -20,6 +20,8 @@ EVAL_ONE_IN = 6
 """One core in this many belongs to the evaluation split."""
 SPOT = "\0"
 """Marks a place inside a sentence where a short distractor may go; never left in a problem."""
+BEGIN, END = "\1", "\2"
+"""Mark the ends of a distractor while a problem is made; never left in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,8 @@ class Problem:
     answer: str
     stray_numbers: tuple[int, ...]
     """Numbers that only distractors brought in."""
+    noise_spans: tuple[tuple[int, int], ...]
+    """The characters [start, end) of `problem` that its distractors are, one span each, ascending."""
 
 
 def stream(split: str, seed: int, noise_shares: dict[int, float]) -> Iterator[Problem]:
@@ -74,11 +78,14 @@ def split_of(kind: str, template: int, numbers: tuple[int, ...]) -> str:
 
 
 def write_jsonl(path: Path, problems: Iterator[Problem], count: int) -> None:
-    """Writes the first `count` problems as JSON lines `{"id", "problem", "answer", "noise", "kind", "core"}`."""
+    """Writes the first `count` problems as JSON lines `{"id", "problem", "answer", "noise", "kind", "core"}`.
+
+    `noise` is the list of spans [start, end) that are distractors, for `data.noise_key`.
+    """
     with path.open("w", encoding="utf-8") as file:
         for i, p in enumerate(islice(problems, count)):
             row = {"id": f"{path.stem}-{i}", "problem": p.problem, "answer": p.answer,
-                   "noise": p.noise, "kind": p.kind, "core": p.core}  # fmt: skip
+                   "noise": p.noise_spans, "kind": p.kind, "core": p.core}  # fmt: skip
             file.write(json.dumps(row) + "\n")
 
 
@@ -127,14 +134,15 @@ def _problem(kind: str, template: int, numbers: tuple[int, ...], noise: int, rng
         n = rng.randint(2, 20)
         if rng.random() < 0.5 or not any(SPOT in sentence for sentence in sentences):
             text = clause.format(name=name, third=third, obj=obj, n=n)
-            sentences.insert(rng.randrange(len(sentences)), text)
+            sentences.insert(rng.randrange(len(sentences)), f"{BEGIN}{text}{END}")
         else:
             text = rng.choice(SHORTS).format(n=n)
-            _insert_short(sentences, text, rng)
+            _insert_short(sentences, f"{BEGIN}{text}{END}", rng)
         stray += [n] * (str(n) in text)
     solution, answer = _solve(kind, numbers)
+    text, spans = _without_marks(" ".join(sentences).replace(SPOT, ""))
     return Problem(
-        problem=" ".join(sentences).replace(SPOT, ""),
+        problem=text,
         core=core,
         kind=kind,
         template=template,
@@ -143,7 +151,18 @@ def _problem(kind: str, template: int, numbers: tuple[int, ...], noise: int, rng
         solution=solution,
         answer=answer,
         stray_numbers=tuple(stray),
+        noise_spans=spans,
     )
+
+
+def _without_marks(marked: str) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """Returns the text without BEGIN and END, and the spans between them: "a\\1 b\\2." -> ("a b.", ((1, 3),))."""
+    parts = [part.partition(END) for part in marked.split(BEGIN)[1:]]
+    text, spans = marked.split(BEGIN)[0], []
+    for noise, _, rest in parts:
+        spans.append((len(text), len(text) + len(noise)))
+        text += noise + rest
+    return text, tuple(spans)
 
 
 def distracted_solution(problem: Problem, rng: random.Random) -> str:
