@@ -156,7 +156,7 @@ def of(prompt: Prompt, native: str = "1100", version: int = 0) -> Group:
     versioned = tuple(
         type(r)(r.token_ids, r.log_probs, r.finished, r.origin, version, r.reward, r.status) for r in made.native
     )
-    return Group(prompt, versioned)
+    return Group(prompt, versioned, place=prompt.index)
 
 
 def test_kept_groups_are_those_of_the_step_the_weights_and_the_prompt(tmp_path: Path):
@@ -181,7 +181,8 @@ def test_kept_groups_are_those_of_the_step_the_weights_and_the_prompt(tmp_path: 
 def test_a_prompt_that_stands_twice_in_a_step_is_kept_twice(tmp_path: Path):
     """At the end of one epoch and the beginning of the next; each place has drawn rollouts of its own."""
     (prompt,) = prompts(1)
-    asked, first, second = step_prompts([prompt, prompt]), of(prompt, "1100"), of(prompt, "0010")
+    asked, first = step_prompts([prompt, prompt]), of(prompt, "1100")
+    second = replace(of(prompt, "0010"), place=1)
     store = UnfinishedGroups(tmp_path, 0, 1)
     store.append(1, 1, second)
     assert UnfinishedGroups(tmp_path, 0, 1).read(1, asked, version=0) == {1: second}
