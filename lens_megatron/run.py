@@ -62,6 +62,10 @@ class Run:
         """The places in a step of this data-parallel rank's prompts; see `types.StepPrompt`."""
         return range(self.mesh.dp_rank, self.config.rollout.prompts_per_step, self.mesh.dp_size)
 
+    def is_over(self, step: int) -> bool:
+        """Returns whether training ends after `step`, whose outcomes the selection has observed."""
+        return self.config.train.ends(step, self.selection.epoch())
+
     def abandon(self) -> None:
         """Releases what would outlive the process, before a thread other than the main one ends it.
 
