@@ -34,6 +34,8 @@ CASES = {
     "fused": {},
     "ordinary gradient": {"megatron": {"ddp": {"overlap_grad_reduce": True}}},
     "objective": {"algorithm": {"imitation_coef": 0.3}},
+    "sapo": {"algorithm": {"objective": "sapo"}},
+    "cispo": {"algorithm": {"objective": "cispo"}},
     "two phases": {"algorithm": {"ratio": "sequence_geometric"}},
     "distributed optimizer": {"megatron": {"use_distributed_optimizer": True}},
     "bfloat16": {"model": {"dtype": "bfloat16"}},

@@ -37,9 +37,14 @@ CORRECTED = {"correction": "token_mask", "correction_low": 0.2, "correction_high
 
 
 def case(
-    max_tokens: int = 40, ratio: str = "token", share: str = "even", corrected: bool = False, **megatron: object
+    max_tokens: int = 40,
+    ratio: str = "token",
+    share: str = "even",
+    corrected: bool = False,
+    objective: str = "clip",
+    **megatron: object,
 ) -> dict:
-    algorithm = {"ratio": ratio, **(CORRECTED if corrected else {})}
+    algorithm = {"ratio": ratio, "objective": objective, **(CORRECTED if corrected else {})}
     return {"max_tokens": max_tokens, "algorithm": algorithm, "share": share, "megatron": megatron}
 
 
@@ -48,6 +53,8 @@ DENSE = {
         "alone": case(ALONE),
         "alone, sequences": case(ALONE, "sequence_geometric"),
         "alone, corrected": case(ALONE, corrected=True),
+        "alone, sapo": case(ALONE, objective="sapo"),
+        "alone, cispo": case(ALONE, objective="cispo"),
         "micro-batches": case(),
         "selective recomputation": case(transformer={"recompute_granularity": "selective"}),
         "full recomputation": case(transformer=FULL),
@@ -66,6 +73,8 @@ DENSE = {
         "CP2": case(**{CP: 2}),
         "CP2, sequences": case(40, "sequence_geometric", **{CP: 2}),
         "CP2, corrected": case(corrected=True, **{CP: 2}),
+        "CP2, sapo": case(objective="sapo", **{CP: 2}),
+        "TP2, SP, cispo": case(objective="cispo", **{TP: 2, SP: True}),
         "DP2, corrected": case(corrected=True),
         "PP2, corrected": case(corrected=True, **{PP: 2}),
     },
@@ -193,7 +202,8 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 @pytest.mark.parametrize("name", [name for cases in DENSE.values() for name in cases])
 def test_same_under(name: str, dense: Found):
-    kind = next((kind for kind in (", sequences", ", corrected") if name.endswith(kind)), "")
+    kinds = (", sequences", ", corrected", ", sapo", ", cispo")
+    kind = next((kind for kind in kinds if name.endswith(kind)), "")
     assert_same(dense[name], dense[f"alone{kind}"])
 
 
@@ -207,7 +217,8 @@ def test_the_comparison_sees_training(dense: Found, experts: Found):
     for found in (dense["alone"], experts["alone"]):
         assert found["update0.grad_norm"] > 0.1 and found["update0.loss"] != found["update1.loss"]
         assert found["update0.kl"] > 0 and found["update1.clip_fraction"] > 0 and found["scores.2"].max() > 0.1
-    assert dense["alone"]["update1.loss"] != dense["alone, sequences"]["update1.loss"]
+    losses = {float(dense[f"alone{kind}"]["update1.loss"]) for kind in ("", ", sequences", ", sapo", ", cispo")}
+    assert len(losses) == 4
     corrected = dense["alone, corrected"]
     assert dense["alone"]["update0.loss"] != corrected["update0.loss"]
     for origin in ("native", "rescued"):

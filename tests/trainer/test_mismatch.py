@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from chosen import objective
 from records import rollout, sample, training_rows
 from toy_runs import Toy, run_program
 
 from lens_megatron.algorithms.corrections import CORRECTIONS
 from lens_megatron.algorithms.mismatch import Mismatch, mismatch, mismatch_sums, pooled
-from lens_megatron.algorithms.objectives.token_level import token_ratio
 from lens_megatron.batch import pack
 from lens_megatron.config import AlgorithmConfig, ConfigError, from_tree
 from lens_megatron.output.metrics import mismatch_metrics, mismatch_warning, read_metrics
@@ -96,7 +96,7 @@ def test_the_loss_is_decoupled_and_weights_have_no_gradient():
     """-w~ A / 3 * (0.5 x 1.105171 + 2 x .449329 + 1 x 1), no ratio is clipped; the clip sees rho alone."""
     algorithm = AlgorithmConfig(correction="token_truncate", kl_coef=0.0)
     new = torch.tensor([-0.5, -2.0, -0.1], requires_grad=True)
-    result = token_ratio(new, torch.zeros(3), worked_terms(algorithm), algorithm)
+    result = objective(algorithm).losses(new, torch.zeros(3), worked_terms(algorithm), algorithm)
     result.losses.sum().backward()
     assert result.losses.sum().item() == pytest.approx(-0.75 * 0.904534 / 3 * 2.451244, abs=1e-6)
     weighted_ratios = [0.5 * 1.105171, 2 * 0.449329, 1.0]

@@ -1,7 +1,7 @@
 """Judges the rollouts of groups: one file per method, which `algorithm.advantage` chooses by its name.
 
-A file NAME.py of this folder holds a function of the type `Advantage` and, as ENTRY, what it declares: see dr_grpo.py,
-the shortest. What multiplies the loss besides is in algorithms/weights.py, and algorithms/samples.py puts both together.
+A file NAME.py of this folder holds a function of the type `Advantage` and, as ENTRY, what it declares: see dr_grpo.py.
+What multiplies the loss besides is in algorithms/weights.py, and algorithms/samples.py puts both together.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,8 +22,8 @@ class Credit:
     """How much better than expected the rollout was: the loss raises the probability of its tokens if it is positive,
     and lowers it if it is negative. A number that is not finite is allowed: the update is then skipped, and dumped."""
     weight: float = 1.0
-    """A factor of the policy's loss of the rollout's tokens, beside that of `algorithm.weights`. It is not negative, and
-    neither KL, entropy and imitation terms nor the denominators of the loss know it."""
+    """A factor of the policy's loss of the rollout's tokens, beside that of `algorithm.weights`; not negative. The KL,
+    entropy and imitation terms do not have it, and the denominators of the loss do not count it."""
     keep: bool = True
     """False leaves the rollout out of the loss and of its denominators."""
 
