@@ -64,8 +64,7 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
     tokenizer = load_tokenizer(config.model.path, hf_config.vocab_size)
     _check_replay(config, hf_config.vocab_size)
     graders = _start_graders(config)
-    prompts, eval_prompts = _load_data(config, tokenizer)
-    _check_noise_marks(config, methods, prompts.prompts)
+    prompts, eval_prompts = _load_data(config, methods, tokenizer)
     patience = collective_patience(config)
     control = platform.open_control_store(device)
     mesh = build_mesh(config.megatron, config.run.seed, device, patience)
@@ -199,7 +198,7 @@ def _await_graders(graders: GraderPool, device: torch.device) -> None:
     together(graders.wait_ready, GraderStartError, elsewhere, device)
 
 
-def _load_data(config: Config, tokenizer: Tokenizer) -> tuple[PromptStream, tuple[Prompt, ...]]:
+def _load_data(config: Config, methods: Methods, tokenizer: Tokenizer) -> tuple[PromptStream, tuple[Prompt, ...]]:
     load = partial(
         load_prompts, tokenizer=tokenizer.hf, data=config.data, lens=config.lens, whole_rows=config.reward.needs_rows
     )
@@ -212,6 +211,7 @@ def _load_data(config: Config, tokenizer: Tokenizer) -> tuple[PromptStream, tupl
             f"data.train has {len(training.prompts)} usable prompts, rollout.prompts_per_step asks for "
             f"{config.rollout.prompts_per_step}; lower it or give more data"
         )
+    _check_noise_marks(config, methods, training.prompts)
     stream = PromptStream(training.prompts, config.run.seed, config.data.shuffle)
     eval_prompts = tuple(prompt for loaded in held_out for prompt in loaded.prompts)
     names = sorted({metrics.accuracy_name(p.source, config.train.eval_samples) for p in eval_prompts})

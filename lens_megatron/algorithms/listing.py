@@ -152,8 +152,8 @@ def markdown() -> str:
     lines = [
         "# Methods",
         "",
-        "This page is made by `python -m lens_megatron.algorithms --markdown > docs/METHODS.md`; a test fails while it is",
-        "out of date. [CONTRIBUTING.md](../CONTRIBUTING.md) shows how to add a method.",
+        "This page is made by `python -m lens_megatron.algorithms --markdown > docs/METHODS.md`; a test fails while it",
+        "is out of date. [CONTRIBUTING.md](../CONTRIBUTING.md) shows how to add a method.",
         "",
         "## Files",
         "",

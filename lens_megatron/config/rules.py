@@ -4,6 +4,7 @@ import math
 import os.path
 from collections.abc import Iterator
 
+from lens_megatron.config import method_rules
 from lens_megatron.config.files import ConfigError
 from lens_megatron.config.options import Config
 from lens_megatron.reward.limits import PROCESSES_PER_CORE, most_processes
@@ -17,8 +18,7 @@ def mistakes(config: Config) -> Iterator[str]:
     rollouts, keep = config.rollout.rollouts_per_prompt, config.lens.min_keep_failures
     if keep > rollouts:
         yield (f"lens.min_keep_failures ({keep}) exceeds rollout.rollouts_per_prompt ({rollouts}); lower it")
-    if rollouts == 1 and config.algorithm.advantage == "grpo":
-        yield ("algorithm.advantage=grpo needs rollout.rollouts_per_prompt >= 2, got 1; raise it")
+    yield from method_rules.mistakes(config)
     prompts, updates = config.rollout.prompts_per_step, config.train.updates_per_batch
     if prompts % updates:
         yield (

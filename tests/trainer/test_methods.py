@@ -40,9 +40,7 @@ class Finished(NamedTuple):
     @property
     def groups(self) -> list[list[dict]]:
         """The trained rollouts of every prompt of every step."""
-        return [
-            list(rows) for step in self.rollouts for _, rows in groupby(step, key=lambda row: row["prompt_index"])
-        ]
+        return [list(rows) for step in self.rollouts for _, rows in groupby(step, key=lambda row: row["prompt_index"])]
 
 
 def files(name: str) -> list[Path]:

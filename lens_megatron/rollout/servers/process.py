@@ -281,9 +281,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("overrides", nargs="*", metavar="section.option=value")
     parsed = parser.parse_args(arguments)
-    command = command_line.split(parsed.config)
+    given = command_line.split(parsed.config)
     try:
-        config = configuration.load(command.files, [*parsed.overrides, *command.overrides])
+        config = configuration.load(given.files, [*parsed.overrides, *given.overrides])
         hf_config = AutoConfig.from_pretrained(config.model.path, trust_remote_code=False)
         vllm_options.check(config, hf_config)
         check_plugin()
