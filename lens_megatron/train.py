@@ -16,7 +16,7 @@ from lens_megatron.build import build_run, collective_patience
 from lens_megatron.command_line import CommandLine
 from lens_megatron.config import Config
 from lens_megatron.errors import ExitCode, UserError
-from lens_megatron.output import console, metrics, report, rollout_files, run_folder
+from lens_megatron.output import console, metrics, report, rollout_files, run_folder, second_wave_metrics
 from lens_megatron.output.rollout_files import RolloutFiles
 from lens_megatron.phases.evaluate import evaluate
 from lens_megatron.policy import checkpoint, checkpoint_files, platform, selection_state
@@ -255,6 +255,7 @@ def _step_metrics(run: Run, result: StepResult) -> metrics.Metrics:
     found |= metrics.sampling_metrics(result.sampling, run.mesh.device, run.engine_group.size)
     found |= metrics.selection_metrics(result.outcomes, found["lens/discarded_tokens"])
     found |= metrics.time_metrics(run.clock.take(), found, run.mesh.world_size)
+    found |= second_wave_metrics.extra_cost(found, purifies=run.methods.purifier is not None)
     found |= metrics.sync_metrics(result.sync)
     return found | {
         "training/global_step": result.step,

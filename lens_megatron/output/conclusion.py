@@ -71,10 +71,33 @@ def purification(rows: Sequence[Mapping]) -> str:
         for name in ("prompts", "purified_prompts", "rescued_prompts", "extra_rollouts")
     )
     if not hard:
-        return f"Of {prompts} prompts none was purified and sampled again."
+        return f"Of {prompts} prompts none was sampled again."
     return (
-        f"Of {prompts} prompts {hard} were hard and sampled again, purified, with {extra} rollouts; "
+        f"Of {prompts} prompts {hard} were hard and sampled again, with {extra} rollouts; "
         f"{rescued} of them ({100 * rescued / hard:.0f} %) were rescued."
+    )
+
+
+def cost(rows: Sequence[Mapping]) -> str | None:
+    """Says what second waves cost, and in how many groups they made or destroyed a contrast of rewards.
+
+    Returns None without second waves, and for rows of versions that did not count all of that.
+    """
+    steps = [row for row in rows if "lens/prompts" in row]
+    if not all("lens/extra_tokens" in row for row in steps) or not any(row["lens/extra_tokens"] for row in steps):
+        return None
+    rollouts, tokens, seconds, destroyed = (
+        sum(row[f"lens/{name}"] for row in steps)
+        for name in ("extra_rollouts", "extra_tokens", "extra_seconds", "destroyed_groups")
+    )
+    before, after = (
+        round(sum(row[f"lens/zero_variance_{when}"] * row["lens/prompts"] for row in steps))
+        for when in ("before", "after")
+    )
+    return (
+        f"Second waves took {rollouts:,.0f} rollouts, {tokens:,.0f} tokens and {seconds:,.1f} s more; "
+        f"{before:,} groups were without contrast before them, {after:,} after; "
+        f"{destroyed:,.0f} groups lost their contrast by them."
     )
 
 

@@ -9,65 +9,22 @@ import resource
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple
 from pathlib import Path
 
 import torch
-from torch.distributed import ProcessGroup
 
 from lens_megatron.algorithms.mismatch import mismatch, pooled
 from lens_megatron.output import tensorboard_events
+from lens_megatron.output.second_wave_metrics import tally_second_waves
 from lens_megatron.output.side_log import SideLog
+from lens_megatron.output.tally import Metrics as Metrics
+from lens_megatron.output.tally import Tally
 from lens_megatron.results import MismatchSums, Outcome, SamplingStats, StepResult, SyncStats, UpdateStats
 from lens_megatron.reward.types import GradeStatus
-from lens_megatron.types import Origin, Prompt, PurifiedPrompt, Rollout, TrainingGroup
-
-Metrics = dict[str, float]
 
 MISMATCH_WARNING, MISMATCH_ALARM = 0.005, 0.01
 """Mean |probability difference| of engine and trainer. Users of verl regard 0.01 as the highest healthy value."""
-
-
-@dataclass(slots=True)
-class Tally:
-    """Collects local sums, counts and maxima by name."""
-
-    sums: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, float] = field(default_factory=dict)
-    maxima: dict[str, float] = field(default_factory=dict)
-
-    def mean(self, name: str, values: list[float]) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + sum(values)
-        self.counts[name] = self.counts.get(name, 0.0) + len(values)
-
-    def total(self, name: str, value: float) -> None:
-        self.sums[name], self.counts[name] = value, -1.0
-
-    def share(self, name: str, part: float, whole: float) -> None:
-        self.sums[name], self.counts[name] = part, whole
-
-    def spread(self, name: str, values: list[float]) -> None:
-        """Adds the metrics name/mean, name/max and name/min of `values`."""
-        self.mean(f"{name}/mean", values)
-        self.maxima[f"{name}/max"] = max(values, default=-torch.inf)
-        self.maxima[f"{name}/min"] = max((-v for v in values), default=-torch.inf)
-
-    def reduce(self, group: ProcessGroup, device: torch.device) -> Metrics:
-        """Returns the global values; a mean over nothing is 0."""
-        names = list(self.sums)
-        sums = torch.tensor([[self.sums[n] for n in names], [max(0.0, self.counts[n]) for n in names]])
-        maxima = torch.tensor(list(self.maxima.values()) or [0.0])
-        sums, maxima = sums.double().to(device), maxima.double().to(device)
-        torch.distributed.all_reduce(sums, group=group)
-        torch.distributed.all_reduce(maxima, op=torch.distributed.ReduceOp.MAX, group=group)
-        metrics = {
-            name: total if self.counts[name] < 0 else total / count if count else 0.0
-            for name, total, count in zip(names, *sums.tolist(), strict=True)
-        }
-        for name, value in zip(self.maxima, maxima.tolist(), strict=False):
-            value = -value if name.endswith("/min") else value
-            metrics[name] = value if abs(value) != torch.inf else 0.0
-        return metrics
 
 
 def accuracy_name(source: str, samples: int) -> str:
@@ -101,43 +58,8 @@ def tally_step(result: StepResult) -> Tally:
     packings = result.packings
     tally.share("perf/padding_waste", sum(p.padding for p in packings), sum(p.rows for p in packings))
     tally.mean("perf/imbalance", [p.imbalance for p in packings])
-    _tally_lens(tally, result, rescue)
+    tally_second_waves(tally, result.groups)
     return tally
-
-
-def _tally_lens(tally: Tally, result: StepResult, rescue: list[Rollout]) -> None:
-    groups = result.groups
-    second = [g for g in groups if g.group.rescue]
-    tally.mean("lens/purified_rate", [float(bool(g.group.rescue)) for g in groups])
-    tally.mean("lens/gate_rate", [float(g.gate) for g in second])
-    tally.mean("lens/rescued_rate", [float(g.gate) for g in groups])
-    tally.total("lens/prompts", len(groups))
-    tally.total("lens/purified_prompts", len(second))
-    tally.total("lens/rescued_prompts", sum(g.gate for g in groups))
-    tally.total("lens/extra_rollouts", len(rescue))
-    tally.mean("lens/rescued_per_prompt", [float(_rescued(g)) for g in second if g.gate])
-    purified = [(g.group.prompt, g.group.purified) for g in second if g.group.purified is not None]
-    tally.mean("lens/deleted_tokens", [float(len(p.deleted)) for _, p in purified])
-    tally.mean("lens/score_deleted", [p.scores[i] for _, p in purified for i in p.deleted])
-    tally.mean("lens/score_kept", [score for prompt, p in purified for score in _kept_scores(prompt, p)])
-    tally.mean("lens/success_before", [g.group.success_rate for g in second])
-    tally.mean("lens/success_purified", [float(r.correct) for r in rescue])
-    tally.mean("lens/zero_variance_before", [float(_constant(g.group.native)) for g in groups])
-    tally.mean("lens/zero_variance_after", [float(_constant(g.rollouts)) for g in groups])
-
-
-def _rescued(group: TrainingGroup) -> int:
-    return sum(r.origin is Origin.PURIFIED for r in group.rollouts)
-
-
-def _kept_scores(prompt: Prompt, purified: PurifiedPrompt) -> list[float]:
-    """Returns the scores, in nats, of the eligible tokens that were not deleted."""
-    deleted = set(purified.deleted)
-    return [score for i, score in enumerate(purified.scores) if prompt.eligible[i] and i not in deleted]
-
-
-def _constant(rollouts: tuple[Rollout, ...]) -> bool:
-    return len({r.reward for r in rollouts}) == 1
 
 
 def update_metrics(updates: tuple[UpdateStats, ...], kl_coef: float) -> Metrics:

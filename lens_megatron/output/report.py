@@ -50,6 +50,7 @@ def summary(rows: Sequence[dict], folder: Path) -> str:
         lines.append(f"  accuracy on {source_of(name)}: {100 * curve[0]:.1f} % before, {100 * curve[-1]:.1f} % after")
     if steps:
         lines.append(f"  {conclusion.purification(steps)}")
+        lines += [f"  {sentence}" for sentence in (conclusion.cost(steps),) if sentence]
         means = [(phase, [row[f"timing_s/{phase}"] for row in steps if f"timing_s/{phase}" in row]) for phase in PHASES]
         phases = ", ".join(f"{phase} {sum(values) / len(values):.2f}" for phase, values in means if values)
         lines.append(f"  seconds per phase (mean): {phases}")
@@ -72,7 +73,7 @@ def draw(rows: Sequence[dict]) -> bytes:
         left.plot(*zip(*points, strict=True), marker="o", label=f"accuracy, {source_of(name)}")
     left.set(xlabel="step", ylabel="share correct", ylim=(0, 1))
     for name, label in (
-        ("lens/purified_rate", "prompts sampled again, purified"),
+        ("lens/purified_rate", "hard prompts, sampled again"),
         ("lens/rescued_rate", "prompts rescued"),
         ("lens/zero_variance_before", "groups without contrast, before"),
         ("lens/zero_variance_after", "groups without contrast, after"),

@@ -62,10 +62,24 @@ def test_the_sentence_on_purification():
     rows = [row(n, prompts=32, purified_prompts=hard, rescued_prompts=rescued, extra_rollouts=8 * hard)
             for n, hard, rescued in ((1, 12, 3), (2, 8, 2))]  # fmt: skip
     assert conclusion.purification(rows) == (
-        "Of 64 prompts 20 were hard and sampled again, purified, with 160 rollouts; 5 of them (25 %) were rescued."
+        "Of 64 prompts 20 were hard and sampled again, with 160 rollouts; 5 of them (25 %) were rescued."
     )
     none = [row(1, prompts=32, purified_prompts=0, rescued_prompts=0, extra_rollouts=0)]
-    assert conclusion.purification(none) == "Of 32 prompts none was purified and sampled again."
+    assert conclusion.purification(none) == "Of 32 prompts none was sampled again."
+
+
+def test_the_sentence_on_the_cost_of_second_waves():
+    """Shares of 32 prompts: 8 and 4 groups were without contrast before, 2 and 4 after."""
+    counts = {"prompts": 32, "extra_rollouts": 96, "extra_tokens": 1500, "extra_seconds": 1.25}
+    rows = [row(n, **counts, destroyed_groups=n, zero_variance_before=before / 32, zero_variance_after=after / 32)
+            for n, before, after in ((1, 8, 2), (2, 4, 4))]  # fmt: skip
+    assert conclusion.cost([row(0, 0.2), *rows]) == (
+        "Second waves took 192 rollouts, 3,000 tokens and 2.5 s more; 12 groups were without contrast before them, 6 "
+        "after; 3 groups lost their contrast by them."
+    )
+    assert conclusion.cost([row(1, prompts=32, extra_rollouts=0, extra_tokens=0)]) is None
+    assert conclusion.cost([row(1, prompts=32, extra_rollouts=96)]) is None  # a version that did not count tokens
+    assert conclusion.cost([]) is None
 
 
 def test_summary_and_picture_begin_with_what_to_conclude(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -81,4 +95,4 @@ def test_summary_and_picture_begin_with_what_to_conclude(tmp_path: Path, monkeyp
     monkeypatch.setattr(report.pyplot.Axes, "set_title", remember)
     summary = report.write(tmp_path)
     assert summary.splitlines()[1].strip() == titles[0] == conclusion.learning(rows)
-    assert titles[1] == "Of 0 prompts none was purified and sampled again."
+    assert titles[1] == "Of 0 prompts none was sampled again."

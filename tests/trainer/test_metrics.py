@@ -1,14 +1,18 @@
 """Metrics of packing and speed, worked by hand. What groups say is checked in test_train.py, on real runs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from records import rollout, sample, training_rows
+from records import PROMPT, group, rollout, sample, training_rows
 
+from lens_megatron.algorithms.rescue import replace_failures
 from lens_megatron.batch import pack
-from lens_megatron.config import AlgorithmConfig
+from lens_megatron.config import AlgorithmConfig, LensConfig
 from lens_megatron.output.metrics import tally_step, time_metrics
+from lens_megatron.output.second_wave_metrics import extra_cost
 from lens_megatron.results import Packing, SamplingStats, StepResult, SyncStats
-from lens_megatron.types import SequenceLayout
+from lens_megatron.types import PurifiedPrompt, SequenceLayout, TrainingGroup
 
 
 def result(packings: tuple[Packing, ...]) -> StepResult:
@@ -50,6 +54,53 @@ def test_only_the_layout_pads(layout: SequenceLayout, rows: int):
         layout=layout,
     )
     assert batches[0].sequences.bounds[-1] == rows
+
+
+def groups_result(*groups: TrainingGroup) -> StepResult:
+    return replace(result(()), groups=groups)
+
+
+def test_what_second_waves_cost_and_gave(world):
+    """Four groups. Second waves have 4 rollouts of 2 tokens each; speculation threw 30 tokens away."""
+    lens = LensConfig()
+    merged = [
+        replace_failures(group(*waves), lens, seed=0)
+        for waves in (
+            ("1000", "1110"),  # its 3 failures leave for 3 successes: a contrast is destroyed
+            ("0000", "0100"),  # a contrast is made
+            ("0000", "0000"),  # the gate stays shut
+            ("1100",),  # not hard
+        )
+    ]
+    found = tally_step(groups_result(*merged)).reduce(None, torch.device("cpu"))
+    assert found["lens/extra_rollouts"] == 12 and found["lens/gate_rate"] == pytest.approx(2 / 3)
+    assert found["lens/zero_variance_before"] == found["lens/zero_variance_after"] == 0.5
+    assert found["lens/destroyed_groups"] == 1
+    found |= {"lens/discarded_tokens": 30.0, "timing_s/score": 0.5, "timing_s/second_wave": 2.0}
+    assert extra_cost(found, purifies=True) == {"lens/extra_tokens": 54.0, "lens/extra_seconds": 2.5}
+
+
+def test_groups_that_had_no_contrast_are_not_destroyed(world):
+    merged = [
+        replace_failures(group("0000"), LensConfig(), seed=0),
+        replace_failures(group("1111"), LensConfig(), seed=0),
+    ]
+    found = tally_step(groups_result(*merged)).reduce(None, torch.device("cpu"))
+    assert found["lens/destroyed_groups"] == 0 and found["lens/zero_variance_after"] == 1
+
+
+def test_without_second_waves_nothing_is_extra(world):
+    found = tally_step(result(())).reduce(None, torch.device("cpu"))
+    found |= {"lens/discarded_tokens": 0.0, "timing_s/score": 1e-5, "timing_s/second_wave": 0.0}
+    assert extra_cost(found, purifies=False) == {"lens/extra_tokens": 0.0, "lens/extra_seconds": 0.0}
+    assert found["lens/extra_rollouts"] == found["lens/destroyed_groups"] == 0
+
+
+def test_resampled_prompts_have_no_deleted_token(world):
+    again = PurifiedPrompt(PROMPT.token_ids, (), (0.0,) * 6)
+    merged = replace_failures(replace(group("0001", "0110"), purified=again), LensConfig(), seed=0)
+    found = tally_step(groups_result(merged)).reduce(None, torch.device("cpu"))
+    assert found["lens/deleted_tokens"] == found["lens/score_deleted"] == 0 and found["lens/extra_rollouts"] == 4
 
 
 def test_tokens_per_second():
