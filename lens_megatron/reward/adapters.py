@@ -14,8 +14,9 @@ the reward as `score`, and may have what decides whether the answer is correct a
 
 TRL's gets batches of one: the prompt, the completion, its tokens as `completion_ids`, and every column of the row as a
 list. Where the data holds conversations, prompt and completion are lists of messages, else both are text; neither
-contains `data.instruction`. Of these it gets what it has parameters for, all with `**columns`. None instead of a number
-means that the function does not apply to this row.
+contains `data.instruction`. `log_extra` and `log_metric` drop what they are given, and there is no `trainer_state`. Of
+these it gets what it has parameters for, all with `**columns`. None instead of a number means that the function does
+not apply to this row.
 
 Both may be `async`. An answer is correct if `acc` says so, without `acc` if its score is 1 or more. `reward.rules` and
 `reward.success_threshold` act on the result.
@@ -92,7 +93,18 @@ def _of_trl(submission: Submission) -> dict[str, Any]:
         prompt = list(row.messages) if row.conversational else rows.user_text(row.messages)
         answer = [{"role": "assistant", "content": completion}] if row.conversational else completion
     given = {key: [value] for key, value in columns.items() if key not in _NO_COLUMNS}
-    return {**given, "prompts": [prompt], "completions": [answer], "completion_ids": [list(facts.token_ids)]}
+    return {
+        **given,
+        "prompts": [prompt],
+        "completions": [answer],
+        "completion_ids": [list(facts.token_ids)],
+        "log_extra": _drop,
+        "log_metric": _drop,
+    }
+
+
+def _drop(name: str, value: Any) -> None:
+    """Stands for TRL's functions that log what a reward function has found out."""
 
 
 def _only(scores: Any) -> Verdict | None:

@@ -46,6 +46,13 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         ),
         ("reward.grader=math_verfy", "unknown grader 'math_verfy'; did you mean math_verify?"),
         ("reward.grader=graders:no_such", "cannot be loaded: AttributeError"),
+        (
+            "reward.weights=[1.0, 2.0]",
+            "reward.weights has 2 numbers for 1 graders (reward.grader=graders:compute_score)",
+        ),
+        ("reward.rules={flip: {}}", "reward.rules: unknown method 'flip'; did you mean flips?"),
+        ("reward.rules={flips: {rate: 2}}", "reward.rules.flips.rate: 2: Input should be less than or equal to 1"),
+        ("reward.rules={rpr: {mode: warmup}}", "reward.rules.rpr.mode=warmup with warmup_steps=0: mode=warmup needs"),
         ("data.max_prompt_length=3", "data.max_prompt_length"),
         ("rollout.max_response_length=1000", "exceeds the model's max_position_embeddings (256); lower one of them"),
         (
