@@ -61,6 +61,10 @@ class Run:
         """Returns the places of this data-parallel rank among `count` candidates, groups or prompts of a step."""
         return range(self.mesh.dp_rank, count, self.mesh.dp_size)
 
+    def is_over(self, step: int) -> bool:
+        """Returns whether training ends after `step`, whose outcomes the selection has observed."""
+        return self.config.train.ends(step, self.selection.epoch())
+
     def abandon(self) -> None:
         """Releases what would outlive the process, before a thread other than the main one ends it.
 

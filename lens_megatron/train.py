@@ -11,7 +11,6 @@ import torch
 
 from lens_megatron import command_line
 from lens_megatron import config as configuration
-from lens_megatron.algorithms.selection.every_prompt import EveryPrompt
 from lens_megatron.build import build_run, collective_patience
 from lens_megatron.command_line import CommandLine
 from lens_megatron.config import Config
@@ -19,10 +18,8 @@ from lens_megatron.errors import ExitCode, UserError
 from lens_megatron.output import console, metrics, report, rollout_files, run_folder
 from lens_megatron.output.rollout_files import RolloutFiles
 from lens_megatron.phases.evaluate import evaluate
-from lens_megatron.policy import checkpoint, checkpoint_files, platform
-from lens_megatron.policy.checked_files import DamageError
+from lens_megatron.policy import checkpoint, checkpoint_files, platform, selection_state
 from lens_megatron.policy.checkpoint import CheckpointWriter
-from lens_megatron.policy.checkpoint_files import CheckpointError, TrainingState
 from lens_megatron.policy.last_step import PolicyLastStep, is_exported
 from lens_megatron.policy.parallel import shut_down
 from lens_megatron.results import StepResult
@@ -73,10 +70,10 @@ def _train(config: Config, stop: Stop) -> None:
     device = platform.install()
     platform.init_process_group(device, collective_patience(config))
     stop.meet()
-    if _is_done(config, device):
+    if done := _what_is_done(config, device):
         if rank == 0:
             logger.info(
-                f"{config.run.directory} has done its {config.train.steps} steps already; raise train.steps\n"
+                f"{config.run.directory} has done its {done}\n"
                 "to go on, or set run.if_exists=restart to move that run aside and start over."
             )
             logger.info(report.write(Path(config.run.directory)))
@@ -92,51 +89,40 @@ def _train(config: Config, stop: Stop) -> None:
         logger.info(report.write(Path(config.run.directory)))
 
 
-def _is_done(config: Config, device: torch.device) -> bool:
-    """Returns whether the folder holds a run that is complete. Rank 0 looks and tells the others. A collective."""
+def _what_is_done(config: Config, device: torch.device) -> str:
+    """Returns what the run in the folder has done and what would make it go on; nothing if it is not complete.
+
+    Rank 0 looks and tells the others. A collective.
+    """
+    options = config.train
 
     def look() -> str:
         resuming = run_folder.check(config)
         folder = run_folder.checkpoints(config)
-        saved = checkpoint_files.steps_saved(folder) if resuming else -1
-        return "done" if saved >= config.train.steps and is_exported(folder, saved) else "not done"
+        saved = checkpoint_files.newest_state(folder) if resuming else None
+        if saved is None or not options.ends(saved.step, saved.epoch or 0.0) or not is_exported(folder, saved.step):
+            return ""
+        if saved.step >= options.steps:
+            return f"{options.steps} steps already; raise train.steps"
+        return f"{options.epochs:g} epochs already, in {saved.step} steps; raise train.epochs"
 
-    return told_by_main(look, device) == "done"
+    return told_by_main(look, device)
 
 
 def _resume(run: Run) -> int:
     """Loads the newest checkpoint that every rank can read; returns the number of steps done."""
     folder = run_folder.checkpoints(run.config)
     with run.clock("load_checkpoint"):
-        state = checkpoint.resume(run.policy, folder, partial(_restore_selection, run))
+        restore = partial(
+            selection_state.restore, run.selection, run.methods.selection, run.config.rollout.prompts_per_step
+        )
+        state = checkpoint.resume(run.policy, folder, restore)
     if state is None:
         return 0
     logger.info(f"resumed from {folder}/iter_{state.step:07d}: {state.step} steps done")
     if moved := checkpoint.layout_change(state):
         logger.info(f"its layout was another ({moved}): equal up to rounding, not to the bit")
     return state.step
-
-
-def _restore_selection(run: Run, state: TrainingState) -> None:
-    """Puts back the selection's state. Raises DamageError where it is none of this method, CheckpointError without one.
-
-    Before the selection had a state, every prompt was taken once, so its position followed from the step.
-    """
-    method, selection = run.methods.selection.name, run.selection
-    saved = state.selection
-    if saved is None:
-        if not isinstance(selection, EveryPrompt):
-            raise CheckpointError(
-                f"the checkpoint of step {state.step} was saved without a state of the selection, as older versions "
-                f"do; selection.method={method} cannot go on from it: start another run with model.path at its hf/"
-            )
-        saved = {"position": state.step * run.config.rollout.prompts_per_step}
-    try:
-        selection.restore(saved)
-    except Exception as error:  # the method can be the user's, and may raise anything
-        raise DamageError(
-            f"state.json holds no state of selection.method={method}: {type(error).__name__}: {error}"
-        ) from error
 
 
 def _loop(run: Run, done: int, stop: Stop, saver: CheckpointWriter) -> None:
@@ -152,7 +138,9 @@ def _loop(run: Run, done: int, stop: Stop, saver: CheckpointWriter) -> None:
     last_step.finish(done)
     stop.attach(last_step)
     _catch_up(run, done, writer, saver)
-    for step in range(done + 1, config.train.steps + 1):
+    step = done
+    while not run.is_over(step):
+        step += 1
         run.clock.step = step
         with run.clock("step"):
             result = run_step(run, step)
@@ -168,7 +156,7 @@ def _loop(run: Run, done: int, stop: Stop, saver: CheckpointWriter) -> None:
         if writer:
             writer.write(step, logged)  # before any save: a checkpoint whose row is missing would leave a permanent gap
         last_step.finish(step)
-        evaluated = _evaluate(run) if _evaluation_is_due(config, step) else {}
+        evaluated = _evaluate(run) if _evaluation_is_due(run, step) else {}
         score = metrics.best_model_metric(evaluated, config.train.metric_for_best_model)
         if evaluated:
             evaluated |= metrics.with_more_seconds(logged, run.clock.take())
@@ -177,7 +165,7 @@ def _loop(run: Run, done: int, stop: Stop, saver: CheckpointWriter) -> None:
             last_step.finish(step, score)
         if writer:
             _log_step(config, step, logged)
-        stopping, last = stop.agreed(run.mesh.device), step == config.train.steps
+        stopping, last = stop.agreed(run.mesh.device), run.is_over(step)
         if stopping or last:
             stop.claim()
         with run.clock("save_checkpoint"):
@@ -195,9 +183,9 @@ def _loop(run: Run, done: int, stop: Stop, saver: CheckpointWriter) -> None:
         writer.close()
 
 
-def _evaluation_is_due(config: Config, step: int) -> bool:
-    interval = config.train.eval_interval
-    return step in (0, config.train.steps) or bool(interval and step % interval == 0)
+def _evaluation_is_due(run: Run, step: int) -> bool:
+    interval = run.config.train.eval_interval
+    return step == 0 or run.is_over(step) or bool(interval and step % interval == 0)
 
 
 def _catch_up(run: Run, done: int, writer: metrics.MetricsWriter | None, saver: CheckpointWriter) -> None:
@@ -209,11 +197,11 @@ def _catch_up(run: Run, done: int, writer: metrics.MetricsWriter | None, saver: 
         return json.dumps({name: value for row in rows for name, value in row.items() if name.startswith("val-")})
 
     evaluated = json.loads(told_by_main(look, run.mesh.device))
-    if _evaluation_is_due(config, done) and not evaluated:
+    if _evaluation_is_due(run, done) and not evaluated:
         evaluated = _evaluate(run)
         if writer:
             writer.add(done, evaluated)
-    if done >= config.train.steps and not is_exported(run_folder.checkpoints(config), done):
+    if run.is_over(done) and not is_exported(run_folder.checkpoints(config), done):
         with run.clock("save_checkpoint"):
             saver.save(done, metrics.best_model_metric(evaluated, config.train.metric_for_best_model))
 

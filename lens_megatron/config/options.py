@@ -142,7 +142,8 @@ class OptimizerConfig(Section):
     min_lr: float = Field(0.0, ge=0)
     """The learning rate at which a decay ends."""
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
-    """Says how the learning rate falls from lr to min_lr until the last step. constant: it does not."""
+    """Says how the learning rate falls from lr to min_lr over train.steps, wherever train.epochs ends the training.
+    constant: it does not."""
     lr_warmup_steps: int = Field(0, ge=0)
     """Optimizer steps over which the learning rate rises from 0 to lr."""
     weight_decay: float = Field(0.01, ge=0)
@@ -163,7 +164,9 @@ class TrainConfig(Section):
     steps: int = Field(300, ge=0)
     """Steps of training: batches of rollouts that are sampled and trained on."""
     epochs: float | None = Field(None, gt=0)
-    """Passes over the data after which training ends, if `steps` does not end it first. Empty: only `steps` counts."""
+    """Passes over the data after which training ends, if `steps` does not end it first: the step that completes them is
+    the last. Prompts that a selection skips count as passed. Empty: only `steps` counts. A learning rate that decays
+    does so over `steps`."""
     max_tokens_per_micro_batch: int = Field(16384, ge=1)
     """Prompt and response tokens that one forward-backward pass packs together. A longer sample goes alone."""
     updates_per_batch: int = Field(1, ge=1)
@@ -187,6 +190,10 @@ class TrainConfig(Section):
     max_skipped_updates: int = Field(3, ge=0)
     """Training stops after this number of updates in a row that are skipped because loss or gradient is not finite. 0:
     it never does."""
+
+    def ends(self, step: int, epoch: float) -> bool:
+        """Returns whether training ends after `step`, at whose end `epoch` passes over the data have been made."""
+        return step >= self.steps or (self.epochs is not None and epoch >= self.epochs)
 
 
 class MegatronConfig(Section):

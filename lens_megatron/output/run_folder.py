@@ -25,9 +25,10 @@ from lens_megatron.files import write_atomically
 from lens_megatron.output.run_lease import LEASE, LOCK, RunLease, refuse_if_in_use
 from lens_megatron.supervision.parent import launcher
 
-MAY_CHANGE = ("run.", "debug.", "cluster", "reward.workers_per_rank", "train.steps", "train.eval_interval",
-              "train.save_", "train.async_save", "train.metric_for_best_model", "train.max_tokens_per_micro_batch",
-              "train.max_skipped_updates", "megatron.tensor_model_parallel_size", "megatron.sequence_parallel",
+MAY_CHANGE = ("run.", "debug.", "cluster", "reward.workers_per_rank", "train.steps", "train.epochs",
+              "train.eval_interval", "train.save_", "train.async_save", "train.metric_for_best_model",
+              "train.max_tokens_per_micro_batch", "train.max_skipped_updates",
+              "megatron.tensor_model_parallel_size", "megatron.sequence_parallel",
               "megatron.pipeline_model_parallel_size", "megatron.virtual_pipeline_model_parallel_size",
               "megatron.context_parallel_size", "megatron.use_distributed_optimizer", "rollout.servers")  # fmt: skip
 """Options that a resumed run may set differently: none of them changes what a step computes, except for rounding."""

@@ -135,7 +135,7 @@ def _take_and_begin_next(run: Run, background: BackgroundSampling, step: int) ->
     with run.clock("gen"):
         sampled = background.take()
     collected = _gathered(run, step, sampled)  # before the next step's prompts are chosen
-    if step < run.config.train.steps:
+    if not run.is_over(step):
         sync = _begin(run, background, step + 1) or sync
     return replace(collected, sync=sync)
 

@@ -141,14 +141,20 @@ def verify_export(checkpoint: Checkpoint) -> None:
         check_content(checkpoint.path / EXPORT / name, record)
 
 
-def steps_saved(folder: Path) -> int:
-    """Returns the step of the newest checkpoint whose files are all there in their sizes; 0 when there is none."""
+def newest_state(folder: Path) -> TrainingState | None:
+    """Returns the state of the newest checkpoint whose files are all there in their sizes; None when there is none."""
     for path in reversed(published(folder)):
         try:
-            return inspect(path).state.step
+            return inspect(path).state
         except DamageError:
             continue
-    return 0
+    return None
+
+
+def steps_saved(folder: Path) -> int:
+    """Returns the step of that checkpoint; 0 when there is none."""
+    state = newest_state(folder)
+    return state.step if state else 0
 
 
 def whole(folder: Path) -> list[Checkpoint]:

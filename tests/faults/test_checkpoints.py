@@ -150,6 +150,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "state of truth": (edit(STATE, lambda s: s.update(version=True)), "state.json is not as it was written: version"),
     "state below zero": (edit(STATE, lambda s: s.update(step=-2)), "state.json is not as it was written: step"),
     "state without layout": (edit(STATE, lambda s: s.pop("layout")), "state.json is not as it was written: layout"),
+    "a selection of words": (
+        edit(STATE, lambda s: s.update(selection="x")), "state.json is not as it was written: selection"
+    ),
     "state gone": (lambda p: (p / STATE).unlink(), "state.json is missing"),
     "index gone": (lambda p: (p / INDEX).unlink(), "index.json is missing"),
     "index a list": (lambda p: (p / INDEX).write_text("[]"), "index.json holds a list instead of an object"),

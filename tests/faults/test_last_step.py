@@ -14,15 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_policy import config, train_step, writer
+from records import PROMPT
 from safetensors.torch import load_file
 from toy_runs import ROOT, environment
 
+from lens_megatron.algorithms.selection.every_prompt import EveryPrompt
+from lens_megatron.data.prompts import PromptStream
 from lens_megatron.output import metrics
 from lens_megatron.policy import checkpoint_files, shards
 from lens_megatron.policy.last_step import PolicyLastStep, is_exported
 from lens_megatron.policy.model import Policy, build_policy, reference_weights
 from lens_megatron.policy.offload import TrainerMemory
 from lens_megatron.policy.parallel import Mesh
+from lens_megatron.results import Outcome
 from lens_megatron.supervision import heartbeat
 
 WORKER = Path(__file__).with_name("stop_worker.py")
@@ -100,6 +104,22 @@ def test_what_a_thread_saves_is_what_the_main_one_would_have(where, dtype, distr
         saver.save(1, metric=0.5)
         found, expected = (load_file(tmp_path / f / "iter_0000001/hf/model.safetensors") for f in ("aside", "usual"))
         assert found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in found)
+
+
+def test_a_thread_saves_the_selection_as_it_was_after_the_step(root, mesh, tmp_path):
+    """The next step's prompts have been observed, while it has not been trained yet."""
+    policy, _ = trained(root, mesh)
+    selection = EveryPrompt(PromptStream([PROMPT], 0))
+    selection.position = 4
+    with writer(policy, tmp_path, root, selection=selection) as saver:
+        step = PolicyLastStep(policy, TrainerMemory(policy, enabled=False), saver, lambda: None)
+        step.finish(1)
+        selection.observe(2, [Outcome(0, PROMPT.index, True, 0.5, 0.5, 1, 0)])
+        assert save_elsewhere(step) is None
+        assert stored(tmp_path, 1)[1]["selection"] == {"position": 4} and stored(tmp_path, 1)[1]["epoch"] == 4.0
+        step.finish(2)
+        assert save_elsewhere(step) is None
+        assert stored(tmp_path, 2)[1]["selection"] == {"position": 5}
 
 
 def test_nobody_saves_a_step_that_is_half_done(root, mesh, tmp_path):

@@ -24,13 +24,22 @@ from lens_megatron.supervision import non_finite
 from lens_megatron.types import Group, Prompt
 
 
+def selection_state(run: Path, step: int) -> dict:
+    state = json.loads((run / "checkpoints" / f"iter_{step:07d}" / "state.json").read_text())
+    return state["selection"]
+
+
 def exported(run: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoints" / f"iter_{step:07d}" / "hf" / "model.safetensors")
 
 
+@pytest.mark.parametrize("method", ["every_prompt", "greso"])
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_killed_in_the_middle_of_sampling_and_restarted_equals_straight(toy: Toy, ranks: int, tmp_path: Path):
+def test_killed_in_the_middle_of_sampling_and_restarted_equals_straight(
+    toy: Toy, ranks: int, method: str, tmp_path: Path
+):
     sections = {
+        "selection": {"method": method},
         "reward": {"grader": "graders:murderous_score", "timeout_s": 120},
         "rollout": {"max_running_sequences": 4},
         "train": {"steps": 3, "save_interval": 1},
@@ -57,9 +66,29 @@ def test_killed_in_the_middle_of_sampling_and_restarted_equals_straight(toy: Toy
     assert "kept from" not in outputs[0]
     straight, killed = (exported(tmp_path / name / "run", 3) for name in ("straight", "killed"))
     assert straight.keys() == killed.keys() and all(torch.equal(straight[n], killed[n]) for n in straight)
+    states = [selection_state(tmp_path / name / "run", 3) for name in ("straight", "killed")]
+    assert states[0] == states[1] and states[0]["position"] >= 12
     rows = [read_metrics(tmp_path / name / "run") for name in ("straight", "killed")]
     for column in ("step", "actor/loss", "critic/rewards/mean", "perf/generated_tokens"):
         assert [row[column] for row in rows[0][1:]] == [row[column] for row in rows[1][1:]], column
+
+
+def test_another_number_of_ranks_goes_on_with_the_same_selection(toy: Toy, tmp_path: Path):
+    """The learning rate is too small to change a draw. Of 24 prompts 8 are taken per step: the second epoch skips."""
+    sections = {
+        "selection": {"method": "greso", "options": {"p_easy": 0.05, "p_hard": 0.05}},
+        "rollout": {"prompts_per_step": 8},
+        "lens": {"enabled": False},
+        "algorithm": {"advantage": "grpo", "kl_coef": 0.0},
+        "optimizer": {"lr": 1e-30},
+    }
+    for name, ranks in (("straight", (1, 1)), ("moved", (1, 2))):
+        for steps, count in zip((3, 5), ranks, strict=True):
+            tree = toy.tree(tmp_path / name / "run", train={"steps": steps, "save_interval": 9}, **sections)
+            run_program(tree, tmp_path / name, count)
+    straight, moved = (selection_state(tmp_path / name / "run", 5) for name in ("straight", "moved"))
+    assert straight == moved and straight["prompts"]
+    assert straight["position"] > 40, "prompts were skipped"
 
 
 def test_ranks_that_torchrun_restarts_find_one_another():

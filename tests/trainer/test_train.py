@@ -218,6 +218,35 @@ def test_sigterm_finishes_the_step_saves_and_exits_0(toy: Toy, tmp_path: Path):
     assert len(saved) == 1 and "the same command goes on from here" in output
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_training_ends_with_its_epochs_and_goes_on_with_more_of_them(toy: Toy, ahead: int, tmp_path: Path):
+    """24 prompts, 8 per step: an epoch has three steps."""
+    tree = toy.tree(
+        tmp_path / "run",
+        data={"eval": [str(toy.eval)]},
+        rollout={"prompts_per_step": 8, "rollouts_per_prompt": 2, "off_policy_steps": ahead},
+        algorithm={"correction": "token_truncate"},
+        train={"steps": 100, "epochs": 1, "save_interval": 100},
+    )
+    found = []
+    for epochs in (1, 1.5):
+        rows = launch(tree, tmp_path, 1, f"train.epochs={epochs}")
+        found.append(
+            (
+                [row["step"] for row in rows],
+                [row["step"] for row in rows if "val-core/eval/acc/mean@1" in row],
+                sorted(path.parent.name for path in (tmp_path / "run" / "checkpoints").glob("iter_*/hf")),
+            )
+        )
+        assert not list((tmp_path / "run" / "unfinished").iterdir()), "a step was begun that nobody trains on"
+    assert found[0] == ([0, 1, 2, 3], [0, 3], ["iter_0000003"])
+    assert found[1] == ([0, 1, 2, 3, 4, 5], [0, 3, 5], ["iter_0000003", "iter_0000005"]), "step 5 completes 1.5 epochs"
+    assert rows[4]["training/epoch"] == pytest.approx(4 / 3)
+    said = run_program(tree, tmp_path, 1, "train.epochs=1.5").stdout
+    assert "has done its 1.5 epochs already, in 5 steps; raise train.epochs" in said
+    assert len(read_metrics(tmp_path / "run")) == 6
+
+
 def test_grpo_is_the_same_program_without_purification(toy: Toy, tmp_path: Path):
     tree = toy.tree(
         tmp_path / "run",

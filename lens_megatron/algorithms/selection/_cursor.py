@@ -43,7 +43,7 @@ def check_names(state: Mapping[str, Any], names: set[str]) -> None:
     """Raises ValueError unless `state` has these names and no others."""
     if state.keys() != names:
         raise ValueError(
-            f"expected {', '.join(sorted(names))}, found {', '.join(sorted(map(str, state))) or 'nothing'}"
+            f"expected {', '.join(sorted(names))}; found {', '.join(sorted(map(str, state))) or 'nothing'}"
         )
 
 
