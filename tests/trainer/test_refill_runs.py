@@ -134,6 +134,22 @@ def test_a_step_with_too_few_groups_trains_on_those(toy: Toy, updates: int, tmp_
     assert (row["selection/kept"], row["selection/pass_rate"], row["training/weight_version"]) == (2, 0.25, updates)
 
 
+def test_saved_groups_of_a_step_with_too_few_are_all_trained_on(toy: Toy, tmp_path: Path):
+    """Saved by two ranks and loaded by one, whose selection would pass others; they merge as they did."""
+    saving, loading = (tmp_path / name for name in ("saving", "loading"))
+    saved = str(tmp_path / "saved")
+    tree = picky(toy, saving, "ONE_IN_FOUR", train={"steps": 1}, debug={"save_rollouts": saved})
+    tree["selection"]["candidate_batches"] = 2
+    run_program(tree, saving, 2)
+    tree = picky(toy, loading, "NONE", train={"steps": 1}, debug={"load_rollouts": saved})
+    run_program(tree, loading, 1)
+    assert trained(loading, 1) == trained(saving, 1) != []
+    row, reference = (read_metrics(folder / "run")[1] for folder in (loading, saving))
+    assert (row["selection/candidates"], row["selection/kept"], reference["selection/kept"]) == (2, 2, 2)
+    assert row["actor/loss"] == pytest.approx(reference["actor/loss"], rel=1e-4, abs=1e-7)
+    assert row["training/epoch"] == 2 / 24
+
+
 def test_a_part_of_a_step_without_any_group_is_no_update(toy: Toy, tmp_path: Path):
     """Four candidates, one passes; of two updates the one with the group is made, and alone moves the optimizer."""
     tree = picky(toy, tmp_path, "ONE_IN_FOUR", train={"steps": 1, "updates_per_batch": 2})
