@@ -19,6 +19,8 @@ from lens_megatron.types import TrainingGroup
 
 COUNTS = ("selection/candidates", "selection/kept", "selection/rejected", "selection/pass_rate", "training/epoch")
 
+TWO_UPDATES = {"steps": 2, "updates_per_batch": 2}
+
 
 def picky(toy: Toy, folder: Path, wants: str, **sections: dict) -> dict:
     selection = {"method": f"refilling:{wants}", "candidate_batches": 4}
@@ -33,22 +35,24 @@ def trained(folder: Path, step: int) -> list[tuple]:
 @pytest.fixture(scope="module")
 def alone(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
-    run_program(picky(toy, folder, "HALF"), folder, 1)
+    run_program(picky(toy, folder, "HALF", train=TWO_UPDATES), folder, 1)
     return folder
 
 
 LAYOUTS = {
-    "dp2": {},
-    "dp2_shared_queue": {"rollout": {"share_work": True}},
-    "tp2": {"megatron": {"tensor_model_parallel_size": 2}},
-    "dp2_sequential": {"rollout": {"schedule": "sequential", "max_running_sequences": 5}},
+    "dp2": (2, {}),
+    "dp2_shared_queue": (2, {"rollout": {"share_work": True}}),
+    "dp2_sequential": (2, {"rollout": {"schedule": "sequential", "max_running_sequences": 5}}),
+    "tp2": (2, {"megatron": {"tensor_model_parallel_size": 2}}),
+    "dp2tp2": (4, {"megatron": {"tensor_model_parallel_size": 2}}),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_ranks_keep_the_groups_that_one_keeps(toy: Toy, alone: Path, layout: str, tmp_path: Path):
-    """The second step also shows that the updates of the first were equal."""
-    run_program(picky(toy, tmp_path, "HALF", **LAYOUTS[layout]), tmp_path, 2)
+def test_several_ranks_keep_the_groups_that_one_keeps(toy: Toy, alone: Path, layout: str, tmp_path: Path):
+    """In two updates of a step, each on the same groups. The second step shows that those of the first were equal."""
+    ranks, sections = LAYOUTS[layout]
+    run_program(picky(toy, tmp_path, "HALF", train=TWO_UPDATES, **sections), tmp_path, ranks)
     rows, expected = (read_metrics(folder / "run")[1:] for folder in (tmp_path, alone))
     for row, reference in zip(rows, expected, strict=True):
         assert trained(tmp_path, row["step"]) == trained(alone, row["step"])
