@@ -178,7 +178,8 @@ def _check_replay(config: Config, vocab_size: int) -> None:
     loaded = config.debug.load_rollouts
     replay.check_folders(loaded, config.debug.save_rollouts, config.train.steps)
     if loaded and config.train.steps:
-        replay.read_groups(loaded, 1, count=config.rollout.prompts_per_step, vocab_size=vocab_size)
+        fewer = config.selection.method != "every_prompt"  # whether it rejects groups is known once there are prompts
+        replay.read_groups(loaded, 1, count=config.rollout.prompts_per_step, vocab_size=vocab_size, fewer=fewer)
 
 
 def _start_graders(config: Config) -> GraderPool:

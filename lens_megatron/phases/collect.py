@@ -46,9 +46,7 @@ def take_groups(run: Run, step: int) -> CollectedGroups:
 def _load(run: Run, folder: str, step: int) -> CollectedGroups:
     """Returns saved groups. The selection is told of all, and filters none."""
     count, vocab_size = run.config.rollout.prompts_per_step, run.policy.vocab_size
-    groups = replay.read_groups(folder, step, count=count, vocab_size=vocab_size)
-    if len({group.place for group in groups}) < len(groups):  # files of version 0.1.0 have no places
-        groups = [replace(group, place=place) for place, group in enumerate(groups)]
+    groups = replay.read_groups(folder, step, count=count, vocab_size=vocab_size, fewer=run.selection.refills)
     outcomes = tuple(replace(_outcome(run, step, group), kept=True) for group in groups)
     run.selection.observe(step, outcomes)
     return CollectedGroups([groups[position] for position in run.places(len(groups))], outcomes=outcomes)

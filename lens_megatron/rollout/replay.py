@@ -124,10 +124,16 @@ def replay_path(folder: str, step: int) -> Path:
     return Path(folder) / f"step_{step:06d}.jsonl"
 
 
-def read_groups(folder: str, step: int, *, count: int, vocab_size: int) -> list[Group]:
-    """Returns the `count` groups of `step`, in the order of the file.
+def read_groups(folder: str, step: int, *, count: int, vocab_size: int, fewer: bool = False) -> list[Group]:
+    """Returns the `count` groups of `step`, in the order of their places.
 
-    Raises ReplayError where the file cannot be read, has fewer or more groups, or tokens beyond `vocab_size`.
+    Files of version 0.1.0 hold no places: their groups get those of the order in the file.
+
+    Args:
+        fewer: the file may have fewer groups, as a selection that rejects groups leaves them.
+
+    Raises:
+        ReplayError: the file cannot be read, has fewer or more groups, or tokens beyond `vocab_size`.
     """
     path, groups = replay_path(folder, step), []
     try:
@@ -140,13 +146,15 @@ def read_groups(folder: str, step: int, *, count: int, vocab_size: int) -> list[
             f"debug.load_rollouts: {path} cannot be read ({error.strerror}); the folder holds {saved} steps, "
             "lower train.steps or save more with debug.save_rollouts"
         ) from error
-    if len(groups) != count:
+    if len(groups) > count or (len(groups) < count and not fewer):
         remedy = f"set that to {len(groups)}" if groups else "save it again with debug.save_rollouts"
         raise ReplayError(
             f"debug.load_rollouts: {path} holds {len(groups)} groups, rollout.prompts_per_step asks for {count}; "
             f"{remedy}"
         )
-    return [replace(group, place=place) for place, group in enumerate(groups)]
+    if len({group.place for group in groups}) < len(groups):
+        return [replace(group, place=place) for place, group in enumerate(groups)]
+    return sorted(groups, key=lambda group: group.place)
 
 
 def _read_line(line: bytes, where: str, vocab_size: int) -> Group:

@@ -144,11 +144,13 @@ def test_the_device_changes_hands_in_the_one_right_order(mesh: Mesh, tmp_path: P
     prompt = Prompt(0, (5, 6, 7), (False, True, True), "1", "p", "toy")
     run = Run(
         config=built,
+        methods=None,
         mesh=mesh,
         control=None,
         policy=policy,
         tokenizer=None,
         prompts=PromptStream((prompt,), seed=0, shuffle=False),
+        selection=None,
         eval_prompts=(),
         engine=engine,
         engine_group=build_engine_group(1),

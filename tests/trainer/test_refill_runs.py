@@ -19,6 +19,8 @@ from lens_megatron.types import TrainingGroup
 
 COUNTS = ("selection/candidates", "selection/kept", "selection/rejected", "selection/pass_rate", "training/epoch")
 
+TWO_UPDATES = {"steps": 2, "updates_per_batch": 2}
+
 
 def picky(toy: Toy, folder: Path, wants: str, **sections: dict) -> dict:
     selection = {"method": f"refilling:{wants}", "candidate_batches": 4}
@@ -33,22 +35,24 @@ def trained(folder: Path, step: int) -> list[tuple]:
 @pytest.fixture(scope="module")
 def alone(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
-    run_program(picky(toy, folder, "HALF"), folder, 1)
+    run_program(picky(toy, folder, "HALF", train=TWO_UPDATES), folder, 1)
     return folder
 
 
 LAYOUTS = {
-    "dp2": {},
-    "dp2_shared_queue": {"rollout": {"share_work": True}},
-    "tp2": {"megatron": {"tensor_model_parallel_size": 2}},
-    "dp2_sequential": {"rollout": {"schedule": "sequential", "max_running_sequences": 5}},
+    "dp2": (2, {}),
+    "dp2_shared_queue": (2, {"rollout": {"share_work": True}}),
+    "dp2_sequential": (2, {"rollout": {"schedule": "sequential", "max_running_sequences": 5}}),
+    "tp2": (2, {"megatron": {"tensor_model_parallel_size": 2}}),
+    "dp2tp2": (4, {"megatron": {"tensor_model_parallel_size": 2}}),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_ranks_keep_the_groups_that_one_keeps(toy: Toy, alone: Path, layout: str, tmp_path: Path):
-    """The second step also shows that the updates of the first were equal."""
-    run_program(picky(toy, tmp_path, "HALF", **LAYOUTS[layout]), tmp_path, 2)
+def test_several_ranks_keep_the_groups_that_one_keeps(toy: Toy, alone: Path, layout: str, tmp_path: Path):
+    """In two updates of a step, each on the same groups. The second step shows that those of the first were equal."""
+    ranks, sections = LAYOUTS[layout]
+    run_program(picky(toy, tmp_path, "HALF", train=TWO_UPDATES, **sections), tmp_path, ranks)
     rows, expected = (read_metrics(folder / "run")[1:] for folder in (tmp_path, alone))
     for row, reference in zip(rows, expected, strict=True):
         assert trained(tmp_path, row["step"]) == trained(alone, row["step"])
@@ -132,6 +136,22 @@ def test_a_step_with_too_few_groups_trains_on_those(toy: Toy, updates: int, tmp_
     assert "updates are made" not in printed
     row = read_metrics(tmp_path / "run")[1]
     assert (row["selection/kept"], row["selection/pass_rate"], row["training/weight_version"]) == (2, 0.25, updates)
+
+
+def test_saved_groups_of_a_step_with_too_few_are_all_trained_on(toy: Toy, tmp_path: Path):
+    """Saved by two ranks and loaded by one, whose selection would pass others; they merge as they did."""
+    saving, loading = (tmp_path / name for name in ("saving", "loading"))
+    saved = str(tmp_path / "saved")
+    tree = picky(toy, saving, "ONE_IN_FOUR", train={"steps": 1}, debug={"save_rollouts": saved})
+    tree["selection"]["candidate_batches"] = 2
+    run_program(tree, saving, 2)
+    tree = picky(toy, loading, "NONE", train={"steps": 1}, debug={"load_rollouts": saved})
+    run_program(tree, loading, 1)
+    assert trained(loading, 1) == trained(saving, 1) != []
+    row, reference = (read_metrics(folder / "run")[1] for folder in (loading, saving))
+    assert (row["selection/candidates"], row["selection/kept"], reference["selection/kept"]) == (2, 2, 2)
+    assert row["actor/loss"] == pytest.approx(reference["actor/loss"], rel=1e-4, abs=1e-7)
+    assert row["training/epoch"] == 2 / 24
 
 
 def test_a_part_of_a_step_without_any_group_is_no_update(toy: Toy, tmp_path: Path):
