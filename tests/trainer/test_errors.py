@@ -61,6 +61,10 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         ),
         ("debug.load_rollouts=/nowhere", "cannot be read (No such file or directory); the folder holds 0 steps"),
         ("data.train=/nowhere.jsonl", "/nowhere.jsonl"),
+        (
+            "lens.purifier=oracle",
+            "error: lens.purifier=oracle deletes what the data marks as noise, and data.noise_key=None marks no token",
+        ),
         ("lens", "error: override 'lens': expected section.option=value"),
     ],
 )

@@ -87,6 +87,9 @@ def test_groups_that_had_no_contrast_are_not_destroyed(world):
     ]
     found = tally_step(groups_result(*merged)).reduce(None, torch.device("cpu"))
     assert found["lens/destroyed_groups"] == 0 and found["lens/zero_variance_after"] == 1
+    unpaid = [replace(one, reward=0.0) for one in group("1100").native]  # by a rule; no gate has opened
+    merged = [replace_failures(replace(group("1100"), native=tuple(unpaid)), LensConfig(), seed=0)]
+    assert tally_step(groups_result(*merged)).reduce(None, torch.device("cpu"))["lens/destroyed_groups"] == 0
 
 
 def test_without_second_waves_nothing_is_extra(world):
