@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 
 from lens_megatron.algorithms.entry import Evidence
 from lens_megatron.algorithms.methods import Methods, load_methods
+from lens_megatron.algorithms.reward_rules import try_rules
 from lens_megatron.config import Config, ConfigError
 from lens_megatron.config.rules import machine_mistakes
 from lens_megatron.data.prompts import DataError, PromptStream, load_prompts
@@ -65,6 +66,7 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
     _check_replay(config, hf_config.vocab_size)
     graders = _start_graders(config)
     prompts, eval_prompts = _load_data(config, methods, tokenizer)
+    rewarding = _build_rewarding(config, methods, prompts)
     patience = collective_patience(config)
     control = platform.open_control_store(device)
     mesh = build_mesh(config.megatron, config.run.seed, device, patience)
@@ -84,11 +86,8 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
     unfinished = _build_unfinished(config, mesh)
     display = ProgressBar() if mesh.rank == 0 and os.isatty(2) else NoDisplay()
     request_store = _build_request_store(config, engine_group, control)
-    options = config.rollout, config.lens, config.run.seed
-    rewarding = Rewarding(methods.reward_rules, config.reward.success_threshold)
-    scheduler = RolloutScheduler(
-        engine, graders, tokenizer.decode, *options, unfinished, request_store, display, rewarding=rewarding
-    )
+    options = config.rollout, config.lens, config.run.seed, unfinished, request_store, display
+    scheduler = RolloutScheduler(engine, graders, tokenizer.decode, *options, rewarding=rewarding)
     run = Run(
         config=config,
         methods=methods,
@@ -188,6 +187,12 @@ def _start_graders(config: Config) -> GraderPool:
         return GraderPool(reward.workers_per_rank, reward.timeout_s, reward.grader, reward.weights)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _build_rewarding(config: Config, methods: Methods, prompts: PromptStream) -> Rewarding:
+    """Raises RewardRuleError, or another UserError, where a reward rule cannot work in this run."""
+    try_rules(methods.reward_rules, prompts.at(0), config.rollout.max_response_length)
+    return Rewarding(methods.reward_rules, config.reward.success_threshold)
 
 
 def _await_graders(graders: GraderPool, device: torch.device) -> None:

@@ -6,7 +6,8 @@ from lens_megatron.algorithms.entry import Method
 from lens_megatron.algorithms.rewards import RewardRule, RolloutFacts
 from lens_megatron.errors import UserError
 from lens_megatron.reward.adapters import MAX_SCORE
-from lens_megatron.reward.types import Grade
+from lens_megatron.reward.types import Grade, GradeStatus
+from lens_megatron.types import Origin, Prompt
 
 
 class RewardRuleError(UserError):
@@ -18,6 +19,25 @@ def apply_rules(grade: Grade, facts: RolloutFacts, rules: Sequence[Method[Reward
     for rule in rules:
         grade = _apply(grade, facts, rule)
     return grade
+
+
+def try_rules(rules: Sequence[Method[RewardRule]], prompt: Prompt, max_response_length: int) -> None:
+    """Applies the rules to a made-up wrong answer to `prompt`, so that a mistake in one is found before any sampling.
+
+    Raises RewardRuleError, or the rule's own UserError where its options do not fit the run.
+    """
+    facts = RolloutFacts(
+        prompt=prompt,
+        completion=prompt.problem,
+        tokens=max(1, min(len(prompt.token_ids), max_response_length)),
+        finished=True,
+        origin=Origin.NATIVE,
+        step=1,
+        max_response_length=max_response_length,
+        group_seed=0,
+        rollout_seed=0,
+    )
+    apply_rules(Grade(GradeStatus.WRONG, 0.0, 0.0), facts, rules)
 
 
 def _apply(grade: Grade, facts: RolloutFacts, rule: Method[RewardRule]) -> Grade:

@@ -1,6 +1,7 @@
 """Makes the reward of a training rollout of its verdict: reward rules, then the success threshold.
 
 This happens as soon as a verdict is read, so that early decisions about hard prompts see what the finished group does.
+Groups that an interrupted attempt or `debug.load_rollouts` gives have their rewards already, and keep them.
 """
 
 from dataclasses import dataclass

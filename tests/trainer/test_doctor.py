@@ -18,6 +18,7 @@ from lens_megatron.tools.diagnosis.check import Check, CheckStatus
 from lens_megatron.tools.planning.hardware import GIB, cluster_of
 from lens_megatron.tools.planning.model_shape import read_shape
 from lens_megatron.tools.planning.plan import make_plan
+from lens_megatron.types import Prompt
 
 
 def tree(toy: Toy, folder: Path, **sections: dict) -> dict:
@@ -95,10 +96,25 @@ def test_a_damaged_model(toy, tmp_path, file, found):
 
 def test_grading_of_rows_whose_answers_cannot_be_graded(toy, tmp_path):
     config = from_tree(tree(toy, tmp_path))
-    prompts = [SimpleNamespace(index=i, answer=answer) for i, answer in enumerate(["4", "\\frac{", "x ("])]
+    prompts = [Prompt(i, (1,), (False,), answer, "p", "toy") for i, answer in enumerate(["4", "\\frac{", "x ("])]
     check = project.grading(config, prompts)
     assert check.status is CheckStatus.FAIL and "2 of 3 rows' own answers graded correct" in check.found
     assert "row 1, answer" in check.found and check.remedy == "correct these answers, or set data.answer_key"
+
+
+def test_grading_by_a_grader_of_the_users_own_sees_whole_rows(toy, tmp_path, monkeypatch):
+    (tmp_path / "my_grader.py").write_text(
+        "def by_column(solution_str, extra_info, **others):\n"
+        "    return 0.6 if '{' + extra_info['answer'] + '}' in solution_str else 0.0\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = from_tree(
+        tree(toy, tmp_path, reward={"grader": "my_grader:by_column", "weights": [2.0], "success_threshold": 1.2})
+    )
+    checks, training = project.data(config, load_tokenizer(config.model.path, 10**6))
+    assert training is not None and training.prompts[0].record
+    check = project.grading(config, training.prompts)
+    assert check.status is CheckStatus.OK, check
 
 
 def test_a_prompt_that_does_not_ask_for_a_box(toy, tmp_path):

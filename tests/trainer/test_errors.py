@@ -52,6 +52,10 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         ),
         ("reward.rules={flip: {}}", "reward.rules: unknown method 'flip'; did you mean flips?"),
         ("reward.rules={flips: {rate: 2}}", "reward.rules.flips.rate: 2: Input should be less than or equal to 1"),
+        (
+            "reward.rules={overlong: {cache: 7}}",
+            "reward.rules.overlong.cache (7) exceeds rollout.max_response_length (6)",
+        ),
         ("reward.rules={rpr: {mode: warmup}}", "reward.rules.rpr.mode=warmup with warmup_steps=0: mode=warmup needs"),
         ("data.max_prompt_length=3", "data.max_prompt_length"),
         ("rollout.max_response_length=1000", "exceeds the model's max_position_embeddings (256); lower one of them"),

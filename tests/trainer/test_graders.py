@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from prompt_data import GOOD, load, make_tokenizer, write_jsonl, write_parquet
+from prompt_data import GOOD, error, load, make_tokenizer, write_jsonl, write_parquet
 from toy_runs import ROOT, environment
 
 from lens_megatron.config import DataConfig, LensConfig, RewardConfig
@@ -172,6 +174,13 @@ def test_values_that_json_cannot_hold_become_text_numbers_or_null(tmp_path: Path
     }  # fmt: skip
     row = rows.DataRow((), False, None, {"array": np.arange(3), "number": np.float32(0.5), "object": object()})
     assert rows.decode(rows.encode(row)).columns == {"array": [0, 1, 2], "number": 0.5, "object": None}
+
+
+def test_rows_that_cannot_be_given_to_graders_are_named(tmp_path: Path):
+    two = pyarrow.table([["How"], ["1"], ["a"], ["b"]], names=["problem", "answer", "level", "level"])
+    pyarrow.parquet.write_table(two, tmp_path / "two.parquet")
+    assert "2 columns are called 'level'; rename them" in error(whole, str(tmp_path / "two.parquet"))
+    load(str(tmp_path / "two.parquet"))  # nobody reads that column
 
 
 def test_rows_travel_only_where_somebody_reads_them(tmp_path: Path):

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from lens_megatron.algorithms.entry import Method, NoOptions
 from lens_megatron.algorithms.registry import Kind
-from lens_megatron.algorithms.reward_rules import RewardRuleError, apply_rules
+from lens_megatron.algorithms.reward_rules import RewardRuleError, apply_rules, try_rules
 from lens_megatron.algorithms.rewards import RolloutFacts
 from lens_megatron.algorithms.rewards.rpr import PHRASES, pattern_reward, repetition
 from lens_megatron.config import ConfigError, LensConfig, RolloutConfig
@@ -193,6 +193,14 @@ def test_rules_act_one_after_the_other():
 def test_a_rule_that_fails_is_named(call, message: str):
     with pytest.raises(RewardRuleError, match=rf"reward.rules: mine:rule, on a rollout of row 0 in step 1: {message}"):
         apply_rules(grade(), facts(), [rule(call)])
+
+
+def test_a_rule_that_cannot_work_is_refused_before_anything_is_sampled():
+    try_rules([method(Kind.REWARDS, name) for name in ("flips", "overlong", "rpr")], PROMPTS[0], 6)
+    with pytest.raises(ConfigError, match="exceeds rollout.max_response_length"):
+        try_rules([method(Kind.REWARDS, "overlong", cache=7)], PROMPTS[0], 6)
+    with pytest.raises(RewardRuleError, match="returned a NoneType"):
+        try_rules([rule(lambda grade, facts, options: None)], PROMPTS[0], 6)
 
 
 # ---- when they act in a step ----------------------------------------------------------------------------------------
