@@ -147,6 +147,17 @@ def test_a_surrogate_whose_tokens_depend_on_each_other_gets_whole_responses():
     assert found.losses.tolist() == pytest.approx([2.6 / 18] * 3 + [2 * 1.9 / 18] * 3)
 
 
+def test_a_mean_in_the_place_of_losses_is_refused():
+    def mean(log_ratio, log_probs, terms, algorithm, options):
+        return SurrogateResult(-(terms.advantages * log_ratio).mean(), torch.zeros_like(log_probs))
+
+    algorithm = AlgorithmConfig()
+    chosen = policy_objective(algorithm, Method("mine:ENTRY", mean, NoOptions()))
+    terms = packed([(1.0, 1.0, OLD)], algorithm, tokens=3).terms
+    with pytest.raises(ConfigError, match=r"algorithm.objective=mine:ENTRY returned losses of shape \[\] .* 3 tokens"):
+        chosen.losses(NEW, torch.zeros(3), terms, algorithm)
+
+
 @pytest.mark.parametrize("name", ["sapo", "cispo"])
 def test_ppos_clips_do_not_reach_other_surrogates(name: str):
     responses = [(1.0, 1.0, OLD), (-1.0, 1.0, OLD - 2)]
