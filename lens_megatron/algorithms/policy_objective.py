@@ -15,7 +15,7 @@ from torch import Tensor
 from lens_megatron.algorithms.entry import Evidence, Method
 from lens_megatron.algorithms.objectives import Surrogate
 from lens_megatron.algorithms.objectives.clip import clip
-from lens_megatron.config import AlgorithmConfig
+from lens_megatron.config import AlgorithmConfig, ConfigError
 from lens_megatron.types import TokenTerms
 
 
@@ -62,11 +62,20 @@ class Objective:
 
 
 def policy_objective(algorithm: AlgorithmConfig, surrogate: Method[Surrogate]) -> Objective:
-    """Returns the loss of a run with this surrogate and `algorithm.ratio`."""
+    """Returns the loss of a run with this surrogate and `algorithm.ratio`.
+
+    Its `losses` raise ConfigError where the surrogate returns anything but one number per token.
+    """
 
     def losses(log_probs: Tensor, entropy: Tensor, terms: TokenTerms, algorithm: AlgorithmConfig) -> ObjectiveResult:
         log_ratio = _log_ratio(log_probs, terms, algorithm)
         found = surrogate.call(log_ratio, log_probs, terms, algorithm, surrogate.options)
+        if found.losses.shape != log_probs.shape or found.clipped.shape != log_probs.shape:
+            # Another shape might be broadcast: a mean instead of losses would train on something else without a word.
+            raise ConfigError(
+                f"algorithm.objective={surrogate.name} returned losses of shape {list(found.losses.shape)} and clipped "
+                f"of shape {list(found.clipped.shape)} for {len(log_probs)} tokens; return one number per token in both"
+            )
         kl = torch.zeros_like(log_probs)
         if algorithm.kl_coef:
             kl = k3(terms.reference_log_probs - log_probs, algorithm.kl_limit)

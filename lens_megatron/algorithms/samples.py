@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from lens_megatron.algorithms.advantages import Advantage
+from lens_megatron.algorithms.advantages import Advantage, Credit
 from lens_megatron.algorithms.entry import Method
 from lens_megatron.algorithms.weights import loss_weights
-from lens_megatron.config import AlgorithmConfig
+from lens_megatron.config import AlgorithmConfig, ConfigError
 from lens_megatron.types import GroupNumbers, Origin, Sample, TrainingGroup
 
 
@@ -19,10 +19,12 @@ def to_samples(
 
     Args:
         batch: the numbers of the step's groups of all ranks.
+
+    Raises:
+        ConfigError: the advantage does not give each rollout one credit.
     """
     samples = []
-    judged = advantage.call(groups, batch, algorithm, advantage.options)
-    for group, credits in zip(groups, judged, strict=True):
+    for group, credits in zip(groups, _judge(groups, batch, advantage, algorithm), strict=True):
         original = group.group.prompt.token_ids
         purified = original if group.group.purified is None else group.group.purified.token_ids
         weights = loss_weights(group, algorithm)
@@ -33,3 +35,19 @@ def to_samples(
                 Sample(original, generated_from, rollout, credit.advantage, credit.weight * weight, keep=keep)
             )
     return samples
+
+
+def _judge(
+    groups: Sequence[TrainingGroup],
+    batch: Sequence[GroupNumbers],
+    advantage: Method[Advantage],
+    algorithm: AlgorithmConfig,
+) -> list[list[Credit]]:
+    judged = advantage.call(groups, batch, algorithm, advantage.options)
+    sizes, found = [len(group.rollouts) for group in groups], [len(credits) for credits in judged]
+    if found != sizes:
+        raise ConfigError(
+            f"algorithm.advantage={advantage.name} returned {found} credits for groups of {sizes} rollouts; return one "
+            "list per group, and in it one credit per rollout"
+        )
+    return judged

@@ -19,7 +19,7 @@ from lens_megatron.algorithms.samples import to_samples
 from lens_megatron.batch import pack
 from lens_megatron.config import AlgorithmConfig
 from lens_megatron.reward.types import GradeStatus
-from lens_megatron.types import Group, GroupNumbers, Origin, Rollout, TokenTerms, TrainingGroup, TrainingRow
+from lens_megatron.types import Group, GroupNumbers, Origin, Rollout, Sample, TokenTerms, TrainingGroup, TrainingRow
 
 LIMIT = 9
 """`rollout.max_response_length`."""
@@ -35,6 +35,8 @@ class Responses:
     """Those of the first response are its `log_probs`: it is on-policy."""
     reference: list[Tensor]
     engine: list[Tensor]
+    finished: list[bool]
+    """Every fourth response is not."""
 
     @property
     def groups(self) -> list[int]:
@@ -72,6 +74,7 @@ def random_responses(seed: int, sizes: Sequence[int] = (4, 2, 3), extreme: bool 
         [part.double() for part in old],
         [(part + normal(len(part), 1.0)).double() for part in new],
         [(part + normal(len(part), 0.3)).double() for part in old],
+        [number % 4 != 2 for number in range(count)],
     )
 
 
@@ -104,35 +107,37 @@ def assert_gradients_equal(found: Tensor, expected: list) -> None:
 
 
 def our_loss(responses: Responses, algorithm: AlgorithmConfig, **objective_options: float) -> OurLoss:
-    lengths = [len(part) for part in responses.log_probs]
+    kept = [sample.keep for sample in our_samples(responses, algorithm)]
     terms = in_float64(token_terms(responses, algorithm))
-    log_probs = torch.cat(responses.log_probs).requires_grad_()
+    parts = [part.clone().requires_grad_() for part in responses.log_probs]
+    log_probs = torch.cat([part for part, keep in zip(parts, kept, strict=True) if keep])
     found = objective(algorithm, **objective_options).losses(log_probs, torch.zeros_like(log_probs), terms, algorithm)
     assert found.losses.dtype == torch.float64
-    (gradient,) = torch.autograd.grad(found.losses.sum(), log_probs)
+    found.losses.sum().backward()
+    gradients = [torch.zeros_like(part) if part.grad is None else part.grad for part in parts]
     losses = found.losses.detach()
-    return OurLoss(
-        losses.sum().item(),
-        losses.abs().sum().item(),
-        padded(gradient.split(lengths)),
-        found.clipped.mean().item(),
-    )
+    return OurLoss(losses.sum().item(), losses.abs().sum().item(), padded(gradients), found.clipped.mean().item())
 
 
 def our_advantages(responses: Responses, algorithm: AlgorithmConfig) -> list[float]:
-    advantage = method(Kind.ADVANTAGES, algorithm.advantage)
+    return [sample.advantage for sample in our_samples(responses, algorithm)]
+
+
+def our_samples(responses: Responses, algorithm: AlgorithmConfig) -> list[Sample]:
     groups = training_groups(responses)
-    return [sample.advantage for sample in to_samples(groups, list(map(GroupNumbers.of, groups)), advantage, algorithm)]
+    advantage = method(Kind.ADVANTAGES, algorithm.advantage)
+    return to_samples(groups, list(map(GroupNumbers.of, groups)), advantage, algorithm)
 
 
 def token_terms(responses: Responses, algorithm: AlgorithmConfig) -> TokenTerms:
-    groups = training_groups(responses)
-    advantage = method(Kind.ADVANTAGES, algorithm.advantage)
-    samples = to_samples(groups, list(map(GroupNumbers.of, groups)), advantage, algorithm)
+    """Those of the samples that are kept, as phases/update.py leaves the others out."""
+    columns = zip(our_samples(responses, algorithm), responses.old, responses.reference, strict=True)
     rows = [
         TrainingRow(sample, old if number else None, old, reference)
-        for number, (sample, old, reference) in enumerate(zip(samples, responses.old, responses.reference, strict=True))
+        for number, (sample, old, reference) in enumerate(columns)
+        if sample.keep
     ]
+    samples = [row.sample for row in rows]
     (batch,) = pack.pack(
         rows,
         scale=pack.count(samples),
@@ -145,17 +150,17 @@ def token_terms(responses: Responses, algorithm: AlgorithmConfig) -> TokenTerms:
 
 
 def training_groups(responses: Responses) -> list[TrainingGroup]:
-    engine = iter(responses.engine)
+    engine = zip(responses.engine, responses.finished, strict=True)
     groups = []
     for place, rewards in enumerate(responses.rewards):
-        rollouts = tuple(rollout(reward, next(engine)) for reward in rewards)
+        rollouts = tuple(rollout(reward, *next(engine)) for reward in rewards)
         groups.append(TrainingGroup(Group(PROMPT, rollouts, place=place), rollouts, gate=False))
     return groups
 
 
-def rollout(reward: float, engine: Tensor) -> Rollout:
+def rollout(reward: float, engine: Tensor, finished: bool) -> Rollout:
     status = GradeStatus.CORRECT if reward >= 1 else GradeStatus.WRONG
-    return Rollout((1,) * len(engine), tuple(engine.tolist()), True, Origin.NATIVE, 0, reward, status)
+    return Rollout((1,) * len(engine), tuple(engine.tolist()), finished, Origin.NATIVE, 0, reward, status)
 
 
 def in_float64(terms: TokenTerms) -> TokenTerms:

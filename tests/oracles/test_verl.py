@@ -110,6 +110,27 @@ def test_policy_losses(verl: Oracle, name: str, aggregation: str, corrected: boo
     assert (fractions == {0}) == (name == "sapo"), "a clip that never holds is compared with nothing"
 
 
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_truncated_responses_leave_the_loss_and_its_denominators(verl: Oracle, aggregation: str):
+    """They are judged with their groups; verl then masks all of their tokens."""
+    algorithm = AlgorithmConfig(
+        advantage="grpo", aggregation=aggregation, clip_high=0.28, kl_coef=0.0, dual_clip=1.5, mask_truncated=True
+    )
+    for seed in SEEDS:
+        responses = random_responses(seed)
+        expected = verl(
+            "policy_loss",
+            name="vanilla",
+            log_probs=padded(responses.log_probs),
+            old=padded(responses.old),
+            advantages=advantages_of(verl, "grpo", responses),
+            mask=responses.mask * torch.tensor(responses.finished)[:, None],
+            weights=None,
+            options={**LOSSES["clip"].verls, "loss_agg_mode": aggregation, "loss_scale_factor": LIMIT},
+        )
+        assert_equal(our_loss(responses, algorithm), expected)
+
+
 def weights_of(verl: Oracle, responses: Responses, level: str) -> list:
     log_ratio = padded(responses.old) - padded(responses.engine)
     return verl("correction", log_ratio=log_ratio, mask=responses.mask, level=level, threshold="1.1")

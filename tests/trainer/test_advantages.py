@@ -20,7 +20,7 @@ from lens_megatron.algorithms.registry import Kind
 from lens_megatron.algorithms.rescue import is_hard, replace_failures
 from lens_megatron.algorithms.samples import to_samples
 from lens_megatron.batch import pack
-from lens_megatron.config import AlgorithmConfig, LensConfig
+from lens_megatron.config import AlgorithmConfig, ConfigError, LensConfig
 from lens_megatron.types import GroupNumbers, Sample, TrainingGroup
 
 EVERY = registry.names(Kind.ADVANTAGES)
@@ -191,6 +191,14 @@ def test_a_credit_may_leave_a_rollout_out():
 
     found = samples_of(untouched("100"), AlgorithmConfig(), Method("first_only", first_only, NoOptions()))
     assert [sample.keep for sample in found] == [True, False, False]
+
+
+def test_credits_that_do_not_fit_the_rollouts_are_refused():
+    def forgetful(groups, batch, algorithm, options):
+        return [[Credit(0.0)] * 3 for one in groups]
+
+    with pytest.raises(ConfigError, match=r"algorithm.advantage=mine:ENTRY returned \[3\] .* of \[2\] rollouts"):
+        samples_of(untouched("10"), AlgorithmConfig(), Method("mine:ENTRY", forgetful, NoOptions()))
 
 
 @pytest.mark.parametrize("masked", [False, True])

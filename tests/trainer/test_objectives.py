@@ -13,6 +13,9 @@ from records import rollout, sample, training_rows
 from torch import Tensor
 
 from lens_megatron.algorithms import registry
+from lens_megatron.algorithms.entry import Evidence, Method, NoOptions
+from lens_megatron.algorithms.objectives import SurrogateResult
+from lens_megatron.algorithms.policy_objective import policy_objective
 from lens_megatron.algorithms.registry import Kind
 from lens_megatron.batch import pack
 from lens_megatron.config import AlgorithmConfig, ConfigError
@@ -128,6 +131,31 @@ def test_cispo_of_a_whole_response():
     loss.backward()
     assert loss.item() == pytest.approx(-2 * 0.791890 * -2.6 / 3, abs=1e-5)
     assert log_probs.grad.tolist() == pytest.approx([-2 * 0.791890 / 3] * 3, abs=1e-5)
+
+
+def test_a_surrogate_whose_tokens_depend_on_each_other_gets_whole_responses():
+    def mean_log_prob(log_ratio, log_probs, terms, algorithm, options):
+        total = torch.zeros_like(log_probs).index_add(0, terms.first, log_probs)[terms.first]
+        return SurrogateResult(-terms.advantages * total / 3, torch.zeros_like(log_probs))
+
+    algorithm = AlgorithmConfig(kl_coef=0.0)
+    needs = frozenset({Evidence.WHOLE_RESPONSES})
+    chosen = policy_objective(algorithm, Method("mean_log_prob", mean_log_prob, NoOptions(), needs))
+    assert chosen.whole_sequences and chosen.fused is None
+    terms = packed([(1.0, 1.0, None), (2.0, 1.0, None)], algorithm, tokens=3).terms
+    found = chosen.losses(torch.cat([NEW, OLD]), torch.zeros(6), terms, algorithm)
+    assert found.losses.tolist() == pytest.approx([2.6 / 18] * 3 + [2 * 1.9 / 18] * 3)
+
+
+def test_a_mean_in_the_place_of_losses_is_refused():
+    def mean(log_ratio, log_probs, terms, algorithm, options):
+        return SurrogateResult(-(terms.advantages * log_ratio).mean(), torch.zeros_like(log_probs))
+
+    algorithm = AlgorithmConfig()
+    chosen = policy_objective(algorithm, Method("mine:ENTRY", mean, NoOptions()))
+    terms = packed([(1.0, 1.0, OLD)], algorithm, tokens=3).terms
+    with pytest.raises(ConfigError, match=r"algorithm.objective=mine:ENTRY returned losses of shape \[\] .* 3 tokens"):
+        chosen.losses(NEW, torch.zeros(3), terms, algorithm)
 
 
 @pytest.mark.parametrize("name", ["sapo", "cispo"])
