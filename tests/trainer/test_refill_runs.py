@@ -2,6 +2,7 @@
 
 import json
 import signal
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from records import group, rollout, sample
-from toy_runs import Toy, checkpoint_tensors, rollout_rows, run_program
+from toy_runs import Toy, checkpoint_tensors, command, environment, rollout_rows, run_program
 
 from lens_megatron.batch.redistribute import Share
 from lens_megatron.output.metrics import read_metrics, selection_metrics
@@ -72,6 +73,21 @@ def test_a_run_that_samples_ahead_takes_the_candidates_after_those_of_the_step_b
     assert [row["selection/candidates"] for row in rows] == [15, 15, 15]
     assert [row["training/epoch"] for row in rows] == pytest.approx([15 / 24, 30 / 24, 45 / 24])
     assert [row["training/rollout_staleness/max"] for row in rows] == [0, 1, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_engines_over_two_ranks_each_refill(roomy: Toy, ranks: int, tmp_path: Path):
+    """One engine counts alone, two count together; the ranks of an engine train on different groups."""
+    pytest.importorskip("vllm", reason="make setup-vllm")
+    engine = {"rollout": {"engine": "vllm"}, "vllm": {"tensor_parallel_size": 2}, "train": {"steps": 1}}
+    words = command(picky(roomy, tmp_path, "ONE_IN_FOUR", **engine), tmp_path, ranks)
+    result = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    row = read_metrics(tmp_path / "run")[1]
+    assert (row["selection/candidates"], row["selection/kept"]) == (15, 4)
+    assert row["training/rollout_probs_diff_max"] < 1e-4 and row["actor/grad_norm"] > 0
+    assert len({line["prompt_index"] for line in rollout_rows(tmp_path / "run", 1)}) == 4
 
 
 def test_killed_in_the_middle_of_a_refill_and_resumed_equals_straight(toy: Toy, tmp_path: Path):
