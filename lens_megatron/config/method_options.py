@@ -78,7 +78,7 @@ class LensConfig(Section):
     deletion: Literal["ids", "text"] = "ids"
     """Says how tokens are deleted. ids: delete token ids. text: delete their text, and tokenize what remains again."""
     min_score: float = Field(1e-4, ge=0)
-    """The noise floor in nats: a prompt whose highest score is below it is not purified."""
+    """The noise floor of interference, in nats: a prompt whose highest score is below it is not purified."""
     tie_break: Literal["position", "random"] = "position"
     """Says which of several tokens with the same score is deleted: the first one, or a random one."""
     gate: Literal["strict", "always"] = "strict"

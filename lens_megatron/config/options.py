@@ -62,7 +62,7 @@ class DataConfig(Section):
     """The column of the answer. When empty: the first of answer, solution, label and ground_truth that is there."""
     noise_key: str | None = None
     """The column of noise that the data's author knows of: a list of [start, end) characters of the problem, for
-    lens.purifier=oracle."""
+    lens.purifier=oracle. A row without the column has no noise."""
     instruction: str = BOXED_INSTRUCTION
     """This text is appended to the problem after a newline. It is never purified."""
     system_prompt: str | None = None
