@@ -9,7 +9,7 @@ last line `#### 72`, the part after the mark. A number becomes its shortest deci
 returns a column of integers with one value missing as floats.
 
 With whole rows, which graders and reward rules of the user's own look at, all columns are read and kept as text
-(reward/rows.py). The answer may then be a list or an object too: it becomes its JSON text.
+(reward/rows.py). verl's ground truth may then be a list or an object too: the answer is its JSON text.
 """
 
 import codecs
@@ -254,7 +254,7 @@ def _record(index: int, row: _Row, data: DataConfig, name: str, *, whole: bool) 
         )
     # A `solution` column that is found by default has worked solutions; one that the user names may have bare answers.
     worked = key == "solution" and data.answer_key is None
-    answer = _whole_answer(value, row.where) if whole else None
+    answer = _whole_answer(value, row.where) if whole and key == ANSWER_KEYS[0] else None
     answer = answer or _answer(value, f"{row.where}: {key}", needs_mark=worked)
     ground_truth = value if key == ANSWER_KEYS[0] else answer
     source = row.values.get(SOURCE_KEY)
