@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lens_megatron.algorithms.entry import AnyEntry, Entry, Method
-from lens_megatron.config import ConfigError
+from lens_megatron.config import ConfigError, Section
 from lens_megatron.config.section import explain
 
 
@@ -69,8 +69,16 @@ def choose(kind: Kind, name: str, options: Mapping[str, Any], option: str, optio
     try:
         checked = entry.options.model_validate(dict(options))
     except ValidationError as error:
-        known = list(entry.options.model_fields)
-        mistakes = [f"{options_name}.{explain(e, entry.options, known)}" for e in error.errors()]
-        has = ", ".join(known) or "none"
+        mistakes = [_explain(mistake, entry.options, options_name) for mistake in error.errors()]
+        has = ", ".join(entry.options.model_fields) or "none"
         raise ConfigError("\n".join([*mistakes, f"the options of {name} are: {has}"])) from None
     return Method(name, entry.call, checked, entry.needs)
+
+
+def _explain(mistake: Mapping[str, Any], section: type[Section], options_name: str) -> str:
+    """Says in one line what is wrong with one of a method's own options."""
+    if mistake["type"] != "extra_forbidden":
+        return f"{options_name}.{explain(mistake, section, list(section.model_fields))}"
+    name = str(mistake["loc"][0])
+    near = difflib.get_close_matches(name, section.model_fields, n=1)
+    return f"unknown option {options_name}.{name}" + (f"; did you mean {near[0]}?" if near else "")

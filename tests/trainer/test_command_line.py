@@ -4,12 +4,13 @@ import subprocess
 import sys
 
 import pytest
-from toy_runs import ROOT, Toy, command, environment, torchrun
+from toy_runs import ROOT, Toy, command, environment, run_program, torchrun, write_config
 
 from lens_megatron import __version__, command_line
 from lens_megatron.command_line import CommandLine
 from lens_megatron.config import all_options
 from lens_megatron.config import help as option_help
+from lens_megatron.tools import doctor, plan
 
 
 def answer(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[object, str]:
@@ -101,6 +102,38 @@ def test_a_pager_that_is_left_is_no_mistake():
     words = f"{sys.executable} {ROOT / 'pretrain_lens.py'} --help | head -1"
     shown = subprocess.run(["bash", "-o", "pipefail", "-c", words], env=environment(), capture_output=True, text=True)
     assert (shown.returncode, shown.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("override", "mistake"),
+    [
+        ("algorithm.advantage=grop", "algorithm.advantage: unknown method 'grop'; did you mean grpo?"),
+        ("selection.method=a_b:C", "selection.method: a_b:C cannot be loaded: ModuleNotFoundError"),
+        ("algorithm.objective_options={a: 1}", "unknown option algorithm.objective_options.a"),
+    ],
+)
+def test_a_mistake_about_methods_is_told_before_anything_is_read(toy: Toy, tmp_path, capsys, override, mistake):
+    tree = toy.tree(tmp_path / "run", model={"path": str(tmp_path / "no_model")})  # otherwise the first to be missed
+    tree["data"]["train"] = str(tmp_path / "no_data.jsonl")
+    done = run_program(tree, tmp_path, 1, override, status=2)
+    assert mistake in done.stderr + done.stdout and "no_model" not in done.stderr + done.stdout
+    words = [str(tmp_path / "config.yaml"), override]
+    for program in (plan, doctor):
+        assert program.main(words) == 2
+        printed = capsys.readouterr()
+        assert mistake in printed.err and not printed.out
+
+
+def test_plan_and_doctor_take_several_files(toy: Toy, tmp_path, capsys):
+    path = write_config(toy.tree(tmp_path / "run"), tmp_path)
+    more = tmp_path / "more.yaml"
+    more.write_text("algorithm: {advantage: grop}\n")
+    for program in (plan, doctor):
+        assert program.main([str(path), str(more), "train.steps=1"]) == 2
+        assert "unknown method 'grop'" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            program.main(["train.steps=1"])
+        assert "give " in capsys.readouterr().err
 
 
 def test_the_package_is_a_program_of_torchrun(toy: Toy, tmp_path):

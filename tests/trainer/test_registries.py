@@ -46,5 +46,14 @@ def test_a_name_without_a_method_is_refused(name: str, message: str):
 
 
 def test_options_that_a_method_does_not_have_are_refused():
-    with pytest.raises(ConfigError, match="the options of grpo are: none"):
+    with pytest.raises(
+        ConfigError, match=r"^unknown option algorithm.advantage_options.tau\nthe options of grpo are: none$"
+    ):
         registry.choose(Kind.ADVANTAGES, "grpo", {"tau": 1}, "algorithm.advantage", "algorithm.advantage_options")
+
+
+def test_a_misspelt_option_of_a_method_gets_the_near_one():
+    with pytest.raises(ConfigError, match="^unknown option own.p_esy; did you mean p_easy"):
+        registry.choose(Kind.SELECTION, "greso", {"p_esy": 1}, "selection.method", "own")
+    with pytest.raises(ConfigError, match="^own.p_easy: 2: .*less than or equal to"):
+        registry.choose(Kind.SELECTION, "greso", {"p_easy": 2}, "selection.method", "own")
