@@ -146,6 +146,8 @@ class CollectedGroups:
     stats: SamplingStats = SamplingStats()
     sync: SyncStats | None = None
     """The last transfer of weights while they were collected; None if the engine had the weights already."""
+    rejected: tuple[TrainingGroup, ...] = ()
+    """The groups that this data-parallel rank sampled and on which the step does not train; empty before."""
     outcomes: tuple[Outcome, ...] = ()
     """What became of the step's candidates that were sampled, those of all ranks, by place; empty before."""
 
@@ -169,5 +171,7 @@ class StepResult:
     sampling: SamplingStats
     weight_version: int
     """The version of the policy before the updates."""
+    rejected: tuple[TrainingGroup, ...] = ()
+    """The groups that this data-parallel rank sampled and that the selection rejected."""
     outcomes: tuple[Outcome, ...] = ()
     """What became of the step's candidates that were sampled, those of all ranks, by place."""

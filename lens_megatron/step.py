@@ -26,5 +26,6 @@ def run_step(run: Run, step: int) -> StepResult:
         sync=collected.sync,
         sampling=collected.stats,
         weight_version=version,
+        rejected=collected.rejected,
         outcomes=collected.outcomes,
     )

@@ -11,13 +11,14 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.training import load, roof
+from lens_megatron.algorithms.methods import load_methods
 from lens_megatron.config import Config, from_tree
 from lens_megatron.policy import platform
 from lens_megatron.types import Group, Prompt, Sample, TrainingGroup
@@ -62,7 +63,9 @@ class Ours:
         mesh = build_mesh(config.megatron, 0, device)
         policy = build_policy(config, mesh)
         self.clock = PhaseClock()
-        self.run = Run(config, mesh, None, policy, None, None, (), *(None,) * 8, self.clock)
+        held = dict.fromkeys(field.name for field in fields(Run))  # all that an update does not need is None
+        held |= {"config": config, "methods": load_methods(config), "mesh": mesh, "policy": policy, "clock": self.clock}
+        self.run = Run(**held)
 
     def step(self, samples: list[Sample]) -> tuple[float, float]:
         from lens_megatron.phases.update import train_on
@@ -76,7 +79,7 @@ class Ours:
         return updates[0].loss, updates[0].grad_norm
 
     def use(self, config: Config) -> None:
-        self.run = replace(self.run, config=config)
+        self.run = replace(self.run, config=config, methods=load_methods(config))
 
     @property
     def padding_waste(self) -> float:

@@ -58,7 +58,7 @@ def tally_step(result: StepResult) -> Tally:
     packings = result.packings
     tally.share("perf/padding_waste", sum(p.padding for p in packings), sum(p.rows for p in packings))
     tally.mean("perf/imbalance", [p.imbalance for p in packings])
-    tally_second_waves(tally, result.groups)
+    tally_second_waves(tally, (*result.groups, *result.rejected))
     return tally
 
 

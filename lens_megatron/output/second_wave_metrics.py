@@ -10,7 +10,7 @@ from lens_megatron.types import Origin, Prompt, PurifiedPrompt, Rollout, Trainin
 
 
 def tally_second_waves(tally: Tally, groups: Sequence[TrainingGroup]) -> None:
-    """Adds the metrics `lens/*` of this data-parallel rank's groups."""
+    """Adds the metrics `lens/*` of this data-parallel rank's groups, those that the selection rejected among them."""
     rescue = [r for g in groups for r in g.group.rescue]
     second = [g for g in groups if g.group.rescue]
     tally.mean("lens/purified_rate", [float(bool(g.group.rescue)) for g in groups])

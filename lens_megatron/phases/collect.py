@@ -47,7 +47,7 @@ def _load(run: Run, folder: str, step: int) -> CollectedGroups:
     """Returns saved groups. The selection is told of all, and filters none."""
     count, vocab_size = run.config.rollout.prompts_per_step, run.policy.vocab_size
     groups = replay.read_groups(folder, step, count=count, vocab_size=vocab_size, fewer=run.selection.refills)
-    outcomes = tuple(replace(_outcome(run, step, group), kept=True) for group in groups)
+    outcomes = tuple(replace(_outcome(run, _merged(run, step, group)), kept=True) for group in groups)
     run.selection.observe(step, outcomes)
     return CollectedGroups([groups[position] for position in run.places(len(groups))], outcomes=outcomes)
 
@@ -57,14 +57,16 @@ def _gathered(run: Run, step: int, sampled: CollectedGroups) -> CollectedGroups:
     with run.clock("exchange"):
         parts = between_ranks.all_gather(Group, sampled.groups, run.mesh.model_group)
         groups = sorted((group for part in parts for group in part), key=lambda group: group.place)
-        own = [_outcome(run, step, group) for group in groups]
+        merged = [_merged(run, step, group) for group in groups]
+        own = [_outcome(run, group) for group in merged]
         of_ranks = between_ranks.all_gather(Outcome, own, run.mesh.dp_group)
     outcomes = tuple(sorted((found for of_rank in of_ranks for found in of_rank), key=lambda found: found.place))
     run.selection.observe(step, outcomes)
+    rejected = tuple(group for group, outcome in zip(merged, own, strict=True) if not outcome.kept)
     if run.selection.refills:
         groups = _dealt(run, groups, outcomes)
         _warn_if_short(run, step, outcomes)
-    return replace(sampled, groups=groups, outcomes=outcomes)
+    return replace(sampled, groups=groups, rejected=rejected, outcomes=outcomes)
 
 
 def _dealt(run: Run, groups: Sequence[Group], outcomes: Sequence[Outcome]) -> list[Group]:
@@ -95,8 +97,8 @@ def _warn_if_short(run: Run, step: int, outcomes: Sequence[Outcome]) -> None:
         )
 
 
-def _outcome(run: Run, step: int, group: Group) -> Outcome:
-    merged = _merged(run, step, group)
+def _outcome(run: Run, merged: TrainingGroup) -> Outcome:
+    group = merged.group
     return Outcome(
         place=group.place,
         prompt_index=group.prompt.index,

@@ -15,6 +15,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from lens_megatron.algorithms.entry import Evidence
+from lens_megatron.algorithms.methods import load_methods
 from lens_megatron.config import Config, ConfigError
 from lens_megatron.config.layout_rules import model_mistakes
 from lens_megatron.policy import passthrough
@@ -85,7 +87,7 @@ def build_policy(config: Config, mesh: Mesh) -> Policy:
     bridge = build_bridge(hf_config, DTYPES[config.model.dtype], mesh.tp_size, config.megatron.sequence_parallel)
     _set_passthrough(bridge, config.megatron.transformer)
     models = _build_models(bridge, mesh)
-    needs_reference = config.algorithm.kl_coef > 0 or config.lens.enabled
+    needs_reference = config.algorithm.kl_coef > 0 or load_methods(config).need(Evidence.PROMPT_SCORES)
     reference = None
     if needs_reference:
         import_weights(bridge, models, config.model.reference_path or config.model.path)
@@ -111,7 +113,9 @@ def check_layout(config: Config, hf_config: Any) -> None:
 def reference_weights(policy: Policy) -> Iterator[None]:
     """Within the block the model computes with the reference policy's weights."""
     if policy.reference is None:
-        raise RuntimeError("this policy was built without a reference; set algorithm.kl_coef > 0 or lens.enabled")
+        raise RuntimeError(
+            "this policy was built without a reference; set algorithm.kl_coef > 0 or lens.purifier=interference"
+        )
     parameters = dict(named_parameters(policy.models()))
     kept = {name: parameter.data for name, parameter in parameters.items()}
     try:

@@ -73,6 +73,11 @@ def test_what_second_waves_cost_and_gave(world):
         )
     ]
     found = tally_step(groups_result(*merged)).reduce(None, torch.device("cpu"))
+    rejecting = replace(groups_result(*merged[1:3]), rejected=(merged[0], merged[3]))  # they cost as much
+    again = tally_step(rejecting).reduce(None, torch.device("cpu"))
+    assert [again[name] for name in again if name.startswith("lens/")] == pytest.approx(
+        [found[name] for name in again if name.startswith("lens/")]
+    )
     assert found["lens/extra_rollouts"] == 12 and found["lens/gate_rate"] == pytest.approx(2 / 3)
     assert found["lens/zero_variance_before"] == found["lens/zero_variance_after"] == 0.5
     assert found["lens/destroyed_groups"] == 1

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+from lens_megatron.algorithms.entry import Evidence
+from lens_megatron.algorithms.methods import load_methods
 from lens_megatron.config import Config
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
@@ -158,7 +160,7 @@ def layout_of(config: Config, world: int, spec: LayerSpec) -> ParallelLayout:
         engine_tp=1 if config.rollout.engine == "local" else config.vllm.tensor_parallel_size,
         engine_share=config.vllm.gpu_memory_utilization if vllm else 0.0,
         engine_cache_bytes=_vllm_count(config, "kv_cache_memory_bytes"),
-        reference=config.algorithm.kl_coef > 0 or config.lens.enabled,
+        reference=config.algorithm.kl_coef > 0 or load_methods(config).need(Evidence.PROMPT_SCORES),
         offload=vllm and spec is not LayerSpec.LOCAL_CPU
         if config.rollout.offload_trainer is None
         else config.rollout.offload_trainer,
