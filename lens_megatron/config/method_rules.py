@@ -19,12 +19,6 @@ def mistakes(config: Config) -> Iterator[str]:
         registry.choose(config.reward.grader, config.reward.weights)
     except ValueError as error:
         yield str(error)
-    method, loaded = config.selection.method, config.debug.load_rollouts
-    if loaded and method != "every_prompt":
-        yield (
-            f"selection.method={method} chooses among groups as they are sampled, debug.load_rollouts ({loaded}) "
-            "trains on those that were saved; set selection.method=every_prompt"
-        )
 
 
 def _about_groups(config: Config) -> Iterator[str]:

@@ -268,7 +268,8 @@ class DebugConfig(Section):
     save_rollouts: UserPath | None = None
     """A folder to write each step's graded groups to, for `load_rollouts`."""
     load_rollouts: UserPath | None = None
-    """A folder written by `save_rollouts`: train on its groups and sample nothing."""
+    """A folder written by `save_rollouts`: train on all of its groups, whatever `selection.method` is, and sample
+    nothing."""
     rollout_only: bool = False
     """Sample and grade, but never update."""
 

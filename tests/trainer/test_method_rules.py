@@ -45,11 +45,6 @@ REQUIRED = {"run": {"directory": "runs/a"}, "model": {"path": "model"}, "data": 
             "reward.weights has 3 numbers for 2 graders (reward.grader=math_verify, a:b); give one for each, or leave "
             "it empty",
         ),
-        (
-            ["selection.method=dynamic_sampling", "debug.load_rollouts=old"],
-            "selection.method=dynamic_sampling chooses among groups as they are sampled, debug.load_rollouts (old) "
-            "trains on those that were saved; set selection.method=every_prompt",
-        ),
     ],
 )
 def test_options_that_exclude_each_other(overrides: list[str], message: str):
