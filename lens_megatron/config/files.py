@@ -77,15 +77,22 @@ def _read_one(path: Path, inside: tuple[Path, ...]) -> dict[str, Any]:
         text = read_regular(path, LARGEST_FILE).decode("utf-8")
     except FileNotFoundError as error:
         where = f"{inside[-1]}: base: " if inside else ""
-        raise ConfigError(f"{where}no configuration file at {path}") from error
+        raise ConfigError(f"{where}no configuration file at {path}{_remedy(path)}") from error
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}; give a YAML file") from error
+        remedy = _remedy(path) or "; give a YAML file"
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}{remedy}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: cannot be read: {error}; save it as UTF-8") from error
     tree = parse_yaml(text, f"{path}: cannot be read as YAML")
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected sections such as `model:` and `data:`, got {type(tree).__name__}")
     return tree
+
+
+def _remedy(path: Path) -> str:
+    """Returns what to do about a word among the files that is none, and does not look like one either."""
+    looks = path.suffix.lower() in (".yaml", ".yml")
+    return "" if looks else "; give a .yaml file, or an override: expected section.option=value"
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -396,6 +396,7 @@ def test_a_mistake_on_another_rank_is_said(toy: Toy, tmp_path: Path, override: s
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_what_all_ranks_find_is_said_once(toy: Toy, tmp_path: Path):
     arguments = command(toy.tree(tmp_path / "run"), tmp_path, 2)
     result = subprocess.run([*arguments, "lens.tua=1"], env=environment(), capture_output=True, text=True, timeout=300)

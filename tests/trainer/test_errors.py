@@ -67,9 +67,12 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         ("data.train=/nowhere.jsonl", "/nowhere.jsonl"),
         (
             "lens.purifier=oracle",
-            "error: lens.purifier=oracle deletes what the data marks as noise, and data.noise_key=None marks no token",
+            "error: lens.purifier=oracle deletes what the data marks as noise, and data.noise_key is empty",
         ),
-        ("lens", "error: override 'lens': expected section.option=value"),
+        (
+            "lens",
+            "error: no configuration file at lens; give a .yaml file, or an override: expected section.option",
+        ),
     ],
 )
 def test_bad_options(override: str, message: str, toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -174,7 +174,7 @@ def test_ppos_clips_do_not_reach_other_surrogates(name: str):
     [
         ("sapo", {"tau_positive": 0}, "options.tau_positive: 0: .*greater than 0"),
         ("cispo", {"highest_ratio": 0.5}, "options.highest_ratio: 0.5: .*greater than or equal to 1"),
-        ("cispo", {"epsilon_high": 5}, "(?s)unknown option epsilon_high.*lowest_ratio, highest_ratio"),
+        ("cispo", {"epsilon_high": 5}, "(?s)unknown option options.epsilon_high.*lowest_ratio, highest_ratio"),
     ],
 )
 def test_options_out_of_bounds_are_refused(name: str, options: dict, message: str):

@@ -39,6 +39,7 @@ def own(fleet: Fleet) -> Iterator[ServerEngine]:
     engine.close()
 
 
+@pytest.mark.slow
 def test_untied_heads_are_new_too(own: ServerEngine, fleet: Fleet):
     sync_both_ways(own, *fleet.models["untied"])
 

@@ -155,7 +155,11 @@ def test_evidence_is_computed_once_where_it_is_needed_and_nowhere_else(
     monkeypatch.setattr(collect, "prompt_scores", scores)
     monkeypatch.setattr(collect, "prompt_gradients", gradients)
     sections = {"train": {"max_tokens_per_micro_batch": 77}, "rollout": {"max_response_length": 3}, "lens": lens}
-    required = {"run": {"directory": "unused"}, "model": {"path": "unused"}, "data": {"train": "unused"}}
+    required = {
+        "run": {"directory": "unused"},
+        "model": {"path": "unused"},
+        "data": {"train": "unused", "noise_key": "n"},
+    }
     config = from_tree(required | sections)
     tokenizer = SimpleNamespace(boxed=lambda answer: (40, 41, 42, 43) if answer == "7" else ())
     run = SimpleNamespace(policy=None, methods=load_methods(config), tokenizer=tokenizer, config=config)

@@ -33,7 +33,7 @@ def exported(run: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoints" / f"iter_{step:07d}" / "hf" / "model.safetensors")
 
 
-@pytest.mark.parametrize("method", ["every_prompt", "greso"])
+@pytest.mark.parametrize("method", ["every_prompt", pytest.param("greso", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_in_the_middle_of_sampling_and_restarted_equals_straight(
     toy: Toy, ranks: int, method: str, tmp_path: Path
