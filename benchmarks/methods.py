@@ -3,10 +3,11 @@
     python -m benchmarks.methods --demo ~/.cache/lens_megatron/demo --runs runs/methods --out results.json \
         --methods lens,grpo,dapo,grpo+reward_flips --seeds 3 --steps 60
 
-A method is a file of configs/methods, or several joined by +, the later ones over the earlier. Runs in --runs that are
-finished are not repeated, and interrupted ones go on. Each run takes two processes, like the demo; --parallel says how
-many runs go on at once. All runs of a seed have the same steps, but files that set train.epochs (dapo_extended: twice
-as many passes as dapo) have as many times more: --steps is what one pass stands for here.
+A method is a file of configs/methods, or several joined by +, the later ones over the earlier. --out is written after
+every run; runs that it holds are not repeated, and interrupted ones in --runs go on, so that the table can be made in
+several sittings. Each run takes two processes, like the demo; --parallel says how many runs go on at once. All runs of
+a seed have the same steps, but files that set train.epochs (dapo_extended: twice as many passes as dapo) have as many
+times more: --steps is what one pass stands for here.
 """
 
 import argparse
@@ -20,12 +21,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from lens_megatron import config as configuration
+from lens_megatron.files import write_atomically
 from lens_megatron.output.metrics import read_metrics
-from lens_megatron.output.run_folder import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 ACCURACY = "val-core/eval/acc/mean@2"
@@ -57,12 +59,21 @@ class RunSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class MeasuredRun:
+    """A run with the versions and the machine that made it."""
+
+    summary: RunSummary
+    environment: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class MethodSummary:
     """Means over the seeds of a method."""
 
     final_accuracy: float
     standard_error: float
     """Of the final accuracy, over seeds; 0 with a single one."""
+    seeds: int
     means: dict[str, float]
     """The mean of every other number of `RunSummary`."""
 
@@ -126,20 +137,21 @@ def over_seeds(runs: Sequence[RunSummary]) -> MethodSummary:
     error = statistics.stdev(final) / math.sqrt(len(final)) if len(final) > 1 else 0.0
     names = [name for name in RunSummary.__dataclass_fields__ if name != "accuracy"]
     means = {name: statistics.fmean(getattr(run, name) for run in runs) for name in names}
-    return MethodSummary(statistics.fmean(final), error, means)
+    return MethodSummary(statistics.fmean(final), error, len(final), means)
 
 
 def table(methods: dict[str, MethodSummary]) -> str:
     """Returns a Markdown table, the best final accuracy first."""
     lines = [
-        "| method | final accuracy | steps | sampled tokens | seconds | gate open | destroyed groups | "
+        "| method | seeds | final accuracy | steps | sampled tokens | seconds | gate open | destroyed groups | "
         "no contrast, before | after | extra rollouts | extra tokens | extra seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, method in sorted(methods.items(), key=lambda item: -item[1].final_accuracy):
         m = method.means
         cells = [
             name,
+            str(method.seeds),
             f"{100 * method.final_accuracy:.1f} ± {100 * method.standard_error:.1f} %",
             f"{m['steps']:.0f}",
             f"{m['sampled_tokens']:,.0f}",
@@ -180,6 +192,31 @@ def train(demo: Path, folder: Path, method: str, seed: int, steps: int) -> None:
         raise SystemExit(f"{folder.name} ended with {ended.returncode}; see {log.name}. The same command goes on.")
 
 
+def read_runs(out: Path, steps: dict[str, int]) -> dict[str, dict[int, MeasuredRun]]:
+    """Returns the runs in the file of results, by method and seed, that have as many steps as are asked for."""
+    if not out.exists():
+        return {}
+    found: dict[str, dict[int, MeasuredRun]] = {}
+    for name, runs in json.loads(out.read_text())["runs"].items():
+        read = {int(seed): MeasuredRun(RunSummary(**run["summary"]), run["environment"]) for seed, run in runs.items()}
+        found[name] = {
+            seed: run for seed, run in read.items() if run.summary.steps == steps.get(name, run.summary.steps)
+        }
+    return found
+
+
+def write_runs(out: Path, runs: dict[str, dict[int, MeasuredRun]], command: str, demo: dict) -> None:
+    """Writes all runs, and the means of each method over the seeds that it has."""
+    content = {
+        "command": command,
+        "demo": demo,
+        "methods": {name: asdict(over_seeds([run.summary for run in found.values()])) for name, found in runs.items()},
+        "runs": {name: {seed: asdict(run) for seed, run in found.items()} for name, found in runs.items()},
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, json.dumps(content, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, required=True, help="folder made by python -m lens_megatron.demo")
@@ -190,30 +227,25 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--parallel", type=int, default=1, help="runs at once, of two processes each")
     parsed = parser.parse_args()
-    names = parsed.methods.split(",")
+    names, demo = parsed.methods.split(","), parsed.demo.expanduser().resolve()
     steps = {name: steps_of(name, parsed.steps) for name in names}
-    every = [(name, seed) for seed in range(parsed.seeds) for name in names]
-    folders = {(name, seed): (parsed.runs / f"{name}_s{seed}").resolve() for name, seed in every}
+    runs = read_runs(parsed.out, steps)
+    every = [(name, seed) for seed in range(parsed.seeds) for name in names if seed not in runs.get(name, {})]
+    command = f"python -m benchmarks.methods {' '.join(sys.argv[1:])}"
+    described = json.loads((demo / "demo.json").read_text())
 
-    def one(job: tuple[str, int]) -> None:
-        train(parsed.demo.expanduser().resolve(), folders[job], *job, steps[job[0]])
+    def one(job: tuple[str, int]) -> MeasuredRun:
+        name, seed = job
+        folder = (parsed.runs / f"{name}_s{seed}").resolve()
+        train(demo, folder, name, seed, steps[name])
+        made_by = json.loads((folder / "environment.json").read_text())
+        return MeasuredRun(summarise(read_metrics(folder)), made_by)
 
     with ThreadPoolExecutor(parsed.parallel) as pool:
-        for _ in tqdm(pool.map(one, every), total=len(every), unit="run"):
-            pass
-    runs = {name: [summarise(read_metrics(folders[name, seed])) for seed in range(parsed.seeds)] for name in names}
-    methods = {name: over_seeds(found) for name, found in runs.items()}
-    demo = json.loads((parsed.demo.expanduser() / "demo.json").read_text())
-    content = {
-        "command": f"python -m benchmarks.methods {' '.join(sys.argv[1:])}",
-        "environment": environment(),
-        "demo": demo,
-        "methods": {name: asdict(method) for name, method in methods.items()},
-        "runs": {name: [asdict(run) for run in found] for name, found in runs.items()},
-    }
-    parsed.out.parent.mkdir(parents=True, exist_ok=True)
-    parsed.out.write_text(json.dumps(content, indent=1) + "\n")
-    print(table(methods))
+        for (name, seed), run in zip(every, tqdm(pool.map(one, every), total=len(every), unit="run"), strict=True):
+            runs.setdefault(name, {})[seed] = run
+            write_runs(parsed.out, runs, command, described)
+    print(table({name: over_seeds([run.summary for run in found.values()]) for name, found in runs.items() if found}))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def test_the_mean_and_its_standard_error_over_seeds():
     assert found.final_accuracy == pytest.approx(0.6) and found.standard_error == pytest.approx(0.1 / 3**0.5)
     assert methods.over_seeds([run]).standard_error == 0
     rows = methods.table({"worse": methods.over_seeds([run]), "better": methods.over_seeds([runs[2]])}).splitlines()
-    assert rows[2].startswith("| better | 70.0 ± 0.0 % | 2 | 200 | 4 | 50 % | 2.0 | 50 % | 6 % | 48 | 80 | 1 |")
+    assert rows[2].startswith("| better | 1 | 70.0 ± 0.0 % | 2 | 200 | 4 | 50 % | 2.0 | 50 % | 6 % | 48 | 80 | 1 |")
     assert rows[3].startswith("| worse |") and len({row.count("|") for row in rows}) == 1
 
 
@@ -85,3 +85,12 @@ def test_a_run_is_finished_when_its_last_step_was_evaluated(tmp_path: Path):
     assert not methods.is_finished(tmp_path, 2)
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     assert methods.is_finished(tmp_path, 2) and not methods.is_finished(tmp_path, 4)
+
+
+def test_what_was_measured_in_an_earlier_sitting_is_read_again(tmp_path: Path):
+    out = tmp_path / "results.json"
+    assert methods.read_runs(out, {"lens": 2}) == {}
+    run = methods.MeasuredRun(methods.summarise(ROWS), {"git_commit": "abc"})
+    methods.write_runs(out, {"lens": {0: run, 2: run}}, "command", {"parameters": 7})
+    assert methods.read_runs(out, {"lens": 2}) == {"lens": {0: run, 2: run}}
+    assert methods.read_runs(out, {"lens": 60}) == {"lens": {}}  # its runs are shorter than what is asked for
