@@ -9,7 +9,8 @@ ARGS ?=
 BENCH_ARGS ?=
 BENCH_PYTHON ?= $(BIN)/python
 OUT ?= benchmarks/results
-TEST_WORKERS ?= 2
+# More than cores: a third of the time a test waits for processes, deadlines and graders.
+TEST_WORKERS ?= 3
 # No dependencies: torch, triton, transformers and einops are there, and verl's and Liger's own pins would move them.
 PEERS := liger-kernel==0.8.5 cut-cross-entropy==25.1.1 fla-core==0.6.0 flash-linear-attention==0.6.0 verl==0.9.1
 

@@ -28,7 +28,10 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # the kernels' tests run them in the interpreter; read when Triton is imported
 
-LONG_FILES = ("test_own_server", "test_layouts", "test_server", "test_run_folder", "test_recovery", "test_last_step")
+LONG_FILES = (
+    "test_own_server", "test_layouts", "test_watchdog", "test_server", "test_run_folder", "test_methods",
+    "test_recovery", "test_last_step", "test_vllm_tensor_parallel", "test_refill_runs", "test_train", "test_vllm",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

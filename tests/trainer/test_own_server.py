@@ -52,6 +52,7 @@ def kill(engine: ServerEngine) -> list[psutil.Process]:
     return family
 
 
+@pytest.mark.slow
 def test_the_only_server_is_killed_and_its_requests_wait_until_it_serves_again(own: ServerEngine, fleet: Fleet):
     engine, model = own, fleet.models["untied"][0]
     process, requests = engine.processes[0], requests_of(30, tokens=80)
