@@ -13,8 +13,10 @@ import torch
 import vocab_parallel_worker
 from vocab_parallel_worker import LAYOUTS, run_case
 
+FOUR = pytest.param((4, "reference"), marks=pytest.mark.slow)
 
-@pytest.fixture(scope="module", params=[(1, "reference"), (2, "reference"), (4, "reference"), (2, "triton")])
+
+@pytest.fixture(scope="module", params=[(1, "reference"), (2, "reference"), FOUR, (2, "triton")])
 def ranks_results(request, tmp_path_factory):
     """Starts the ranks once for all layouts: importing torch is what takes the time."""
     (ranks, backend), folder = request.param, tmp_path_factory.mktemp("ranks")
