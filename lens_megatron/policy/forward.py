@@ -1,7 +1,7 @@
 """Runs passes without gradients: log-probabilities of given tokens, over all micro-batches in one pipelined run."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -20,7 +20,7 @@ def response_log_probs(policy: Policy, pairs: Sequence[Pair], *, max_tokens: int
 
     Returns, on every rank of the model-parallel group, one float32 CPU tensor per pair, [tokens of its response].
     """
-    return _run(policy, pairs, _pack(policy, pairs, max_tokens), temperature)
+    return _run(policy, pairs, pack_pairs(policy, pairs, max_tokens), temperature)
 
 
 def prompt_scores(policy: Policy, prompts: Sequence[tuple[int, ...]], *, max_tokens: int) -> list[Tensor]:
@@ -30,7 +30,7 @@ def prompt_scores(policy: Policy, prompts: Sequence[tuple[int, ...]], *, max_tok
     Returns one float32 CPU tensor per prompt, [tokens], 0 at position 0, on every rank of the model-parallel group.
     """
     pairs = [(prompt[:1], prompt[1:]) for prompt in prompts]
-    packed = _pack(policy, pairs, max_tokens)
+    packed = pack_pairs(policy, pairs, max_tokens)
     with reference_weights(policy):
         reference = _run(policy, pairs, packed, temperature=1.0)
     current = _run(policy, pairs, packed, temperature=1.0)
@@ -55,6 +55,33 @@ def model_output(
     )
 
 
+def run_pipeline(
+    policy: Policy,
+    forward_step: Callable[..., Any],
+    batches: Sequence[Any],
+    rows: int,
+    *,
+    forward_only: bool,
+    collect_non_loss_data: bool = False,
+) -> list[Any]:
+    """Runs all micro-batches through the pipeline's stages; returns what the last stage's losses give, one each.
+
+    Args:
+        forward_step: as Megatron's schedules call it, with (an iterator over `batches`, a model chunk).
+        rows: S of the first micro-batch on this rank.
+    """
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(batches) for _ in policy.chunks],
+        model=policy.chunks,
+        num_microbatches=len(batches),
+        seq_length=rows,
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=collect_non_loss_data,
+    )
+
+
 def micro_batches(policy: Policy, lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Calls `plan_micro_batches` for the policy's layout. A collective over data-parallel ranks."""
     mesh = policy.mesh
@@ -68,7 +95,7 @@ def micro_batches(policy: Policy, lengths: Sequence[int], max_tokens: int) -> li
     )
 
 
-class _Packed(NamedTuple):
+class PackedPairs(NamedTuple):
     """Pairs in packed micro-batches."""
 
     parts: list[list[int]]
@@ -76,16 +103,16 @@ class _Packed(NamedTuple):
     batches: list[SequenceBatch]
 
 
-def _pack(policy: Policy, pairs: Sequence[Pair], max_tokens: int) -> _Packed:
+def pack_pairs(policy: Policy, pairs: Sequence[Pair], max_tokens: int) -> PackedPairs:
     """Packs the pairs into micro-batches. A collective over data-parallel ranks."""
     parts = micro_batches(policy, [len(prompt) + len(response) for prompt, response in pairs], max_tokens)
     device, nothing = policy.mesh.device, [((0, 0), ())]
-    return _Packed(
+    return PackedPairs(
         parts, [make_sequences([pairs[i] for i in part] or nothing, device, policy.layout) for part in parts]
     )
 
 
-def _run(policy: Policy, pairs: Sequence[Pair], packed: _Packed, temperature: float) -> list[Tensor]:
+def _run(policy: Policy, pairs: Sequence[Pair], packed: PackedPairs, temperature: float) -> list[Tensor]:
     """Returns log-probabilities of every pair's targets, on the CPU of every rank of the model-parallel group."""
     parts, batches = packed
     if not parts:
@@ -104,16 +131,8 @@ def _run(policy: Policy, pairs: Sequence[Pair], packed: _Packed, temperature: fl
         return model_output(policy, model, batch), log_probs
 
     with torch.no_grad():
-        results = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=[iter(batches) for _ in policy.chunks],
-            model=policy.chunks,
-            num_microbatches=len(batches),
-            seq_length=batches[0].input_ids.shape[1],
-            micro_batch_size=1,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
+        rows = batches[0].input_ids.shape[1]
+        results = run_pipeline(policy, forward_step, batches, rows, forward_only=True, collect_non_loss_data=True)
     flat = _on_every_rank(policy, results, batches).cpu()
     found = dict(zip((i for part in parts for i in part), flat.split(_lengths(parts, pairs)), strict=True))
     return [found[i] for i in range(len(pairs))]

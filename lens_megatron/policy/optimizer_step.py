@@ -7,13 +7,12 @@ from dataclasses import fields
 
 import torch
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from lens_megatron.algorithms.mismatch import mismatch_sums, sums_record
 from lens_megatron.algorithms.policy_objective import Objective
 from lens_megatron.config import AlgorithmConfig
-from lens_megatron.policy.forward import model_output
+from lens_megatron.policy.forward import model_output, run_pipeline
 from lens_megatron.policy.head import MicroBatchLoss, micro_batch_loss
 from lens_megatron.policy.model import Policy
 from lens_megatron.results import MismatchSums, UpdateStats
@@ -78,15 +77,7 @@ def _forward_backward(
 
         return model_output(policy, model, batch.sequences), loss_function
 
-    return get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[iter(batches) for _ in policy.chunks],
-        model=policy.chunks,
-        num_microbatches=len(batches),
-        seq_length=batches[0].sequences.input_ids.shape[1],
-        micro_batch_size=1,
-        forward_only=False,
-    )
+    return run_pipeline(policy, forward_step, batches, batches[0].sequences.input_ids.shape[1], forward_only=False)
 
 
 @contextmanager

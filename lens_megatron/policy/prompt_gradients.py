@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from lens_megatron.batch.pack import Pair, make_sequences
-from lens_megatron.policy.forward import micro_batches, model_output
+from lens_megatron.batch.pack import Pair
+from lens_megatron.policy.forward import model_output, pack_pairs, run_pipeline
 from lens_megatron.policy.head import token_log_probs
 from lens_megatron.policy.model import HiddenStatesModel, Policy, named_parameters
 from lens_megatron.types import SequenceBatch
@@ -35,11 +34,9 @@ def prompt_gradients(policy: Policy, pairs: Sequence[Pair], *, max_tokens: int) 
     Returns, on every rank of the model-parallel group, one float32 CPU tensor per pair, [tokens of its prompt], in nats
     per unit of the embedding. Source: LENS, arXiv 2601.21244, appendix E.
     """
-    parts = micro_batches(policy, [len(prompt) + len(answer) for prompt, answer in pairs], max_tokens)
+    parts, batches = pack_pairs(policy, pairs, max_tokens)
     if not parts:
         return []
-    device, nothing = policy.mesh.device, [((0, 0), ())]
-    batches = [make_sequences([pairs[i] for i in part] or nothing, device, policy.layout) for part in parts]
     with _frozen(policy):
         norms = _backward_to_embeddings(policy, batches)
     flat = _on_every_rank(policy, norms, batches).cpu()
@@ -88,15 +85,7 @@ def _backward_to_embeddings(policy: Policy, batches: Sequence[SequenceBatch]) ->
 
         return model_output(policy, model, batch, embedded), loss_function
 
-    get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[iter(batches) for _ in policy.chunks],
-        model=policy.chunks,
-        num_microbatches=len(batches),
-        seq_length=batches[0].input_ids.shape[1],
-        micro_batch_size=1,
-        forward_only=False,
-    )
+    run_pipeline(policy, forward_step, batches, batches[0].input_ids.shape[1], forward_only=False)
     return norms
 
 
