@@ -47,16 +47,16 @@ class StageProbe:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        kept = schedules.forward_step, schedules.backward_step, forward.get_forward_backward_func
+        kept = schedules.forward_step, schedules.backward_step, forward.run_pipeline
         schedules.forward_step = self._timed(self._counted(schedules.forward_step), lambda: self.busy)
         schedules.backward_step = self._timed(schedules.backward_step, lambda: self.busy)
-        forward.get_forward_backward_func = lambda: self._run("ref", kept[2]())
-        optimizer_step.get_forward_backward_func = lambda: self._run("update_actor", kept[2]())
+        forward.run_pipeline = self._run("ref", kept[2])
+        optimizer_step.run_pipeline = self._run("update_actor", kept[2])
         try:
             yield
         finally:
             schedules.forward_step, schedules.backward_step = kept[:2]
-            forward.get_forward_backward_func = optimizer_step.get_forward_backward_func = kept[2]
+            forward.run_pipeline = optimizer_step.run_pipeline = kept[2]
 
     def idle_share(self) -> dict[str, float]:
         """Returns for each phase the share of the pipelined run in which this stage computed nothing."""
