@@ -7,12 +7,48 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.operators.inputs import KL_WEIGHT, LinearInputs
-from benchmarks.operators.peers import TRITON, Peer, compiled, import_alone, loss_of_logprobs, ours
+from benchmarks.operators.peers import (
+    CUTE,
+    CUTLASS,
+    TRITON,
+    Package,
+    Peer,
+    compiled,
+    import_alone,
+    loss_of_logprobs,
+    ours,
+)
 
 LIGER = {"distribution": "liger-kernel"}
 LIGER_GRPO = {"module": "liger_kernel.chunked_loss.grpo_loss", **LIGER}
 LIGER_FLCE = {"module": "liger_kernel.ops.fused_linear_cross_entropy", "needs_cuda": TRITON, **LIGER}
-LIGER_SCALED = {"module": "liger_kernel.ops.fused_linear_scaled_cross_entropy", **LIGER}
+LIGER_SCALED_MODULE = "liger_kernel.ops.fused_linear_scaled_cross_entropy"
+LIGER_SCALED = {"module": LIGER_SCALED_MODULE, "majors": (8, 10, 11, 12), **LIGER}
+"""On Hopper the same call takes kernels in CuTe, which is the next entry; elsewhere it is plain PyTorch."""
+LIGER_CUTE_EXTRAS = (*CUTLASS, Package("quack", "quack-kernels"))
+LIGER_SCALED_CUTE = {
+    "module": LIGER_SCALED_MODULE,
+    "needs_cuda": CUTE,
+    "majors": (9,),
+    "extras": LIGER_CUTE_EXTRAS,
+    **LIGER,
+}
+LIGER_FLCE_CUTE = {
+    "module": "liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy",
+    "needs_cuda": CUTE,
+    "majors": (9, 10),
+    "extras": LIGER_CUTE_EXTRAS,
+    **LIGER,
+}
+QUACK = {
+    "module": "quack.linear_cross_entropy",
+    "distribution": "quack-kernels",
+    "extras": CUTLASS,
+    "needs_cuda": CUTE,
+    "majors": (9, 10, 11, 12),
+}
+CHUNKED = hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions")
+TORCH = {"too_old": "" if CHUNKED else "absent before torch 2.13"}
 CCE = {"module": "cut_cross_entropy", "distribution": "cut-cross-entropy", "needs_cuda": TRITON}
 FLA = {
     "module": "fla.modules.fused_linear_cross_entropy",
@@ -21,6 +57,7 @@ FLA = {
 }
 VERL = {"module": "verl.utils.kernel.linear_cross_entropy", "distribution": "verl", "needs_cuda": TRITON}
 ROUNDED = "logits rounded to the operands' dtype"
+WAITS = "checks the ids first, its default, for which the host waits"
 SCALAR_ONLY = "unsupported: only the mean cross entropy, no weight per token"
 
 
@@ -42,16 +79,44 @@ def _float32_logprobs(x: LinearInputs) -> Tensor:
     return torch.log_softmax(logits, -1).gather(-1, x.ids.view(-1, 1)).view(x.ids.shape)
 
 
-def _cce_logprobs(x: LinearInputs) -> Tensor:
+def _torch_logprobs(x: LinearInputs) -> Tensor:
+    hidden, ids, options = x.hidden.flatten(0, 1), x.ids.flatten(), torch.nn.LinearCrossEntropyOptions()
+    return -F.linear_cross_entropy(hidden, x.weight, ids, reduction="none", options=options).view(x.ids.shape)
+
+
+def _torch_cross_entropy(x: LinearInputs, chunked: bool) -> Tensor:
+    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
+    return F.linear_cross_entropy(x.hidden.flatten(0, 1), x.weight, x.ids.flatten(), options=options)
+
+
+def _cce_logprobs(x: LinearInputs, impl: str = "cce") -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
-    return -linear_cross_entropy(x.hidden, x.weight, x.ids, reduction="none", filter_eps=None)
+    return -linear_cross_entropy(x.hidden, x.weight, x.ids, reduction="none", impl=impl)
 
 
-def _cce_cross_entropy(x: LinearInputs) -> Tensor:
+def _exact_cce_logprobs(x: LinearInputs) -> Tensor:
+    return _cce_logprobs(x, impl="cce_exact")
+
+
+def _cce_cross_entropy(x: LinearInputs, impl: str = "cce") -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
-    return linear_cross_entropy(x.hidden, x.weight, x.ids, filter_eps=None)
+    return linear_cross_entropy(x.hidden, x.weight, x.ids, impl=impl)
+
+
+def _quack_logprobs(x: LinearInputs) -> Tensor:
+    from quack.linear_cross_entropy import linear_cross_entropy_func
+
+    hidden, ids = x.hidden.flatten(0, 1), x.ids.flatten()
+    nll = linear_cross_entropy_func(hidden, x.weight, None, ids, reduction="none", inplace_backward=True)
+    return -nll.view(x.ids.shape)
+
+
+def _quack_cross_entropy(x: LinearInputs) -> Tensor:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy(x.hidden.flatten(0, 1), x.weight, x.ids.flatten())
 
 
 def _verl_logprobs(x: LinearInputs) -> Tensor:
@@ -65,6 +130,12 @@ def _liger_scaled_logprobs(x: LinearInputs) -> Tensor:
 
     nll = LigerFusedLinearScaledCrossEntropyFunction.apply(x.hidden.flatten(0, 1), x.weight, x.ids.flatten(), 1.0)
     return -nll.view(x.ids.shape)
+
+
+def _liger_cute_cross_entropy(x: LinearInputs) -> Tensor:
+    from liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    return LigerFusedLinearCrossEntropyFunction.apply(x.hidden.flatten(0, 1), x.weight, x.ids.flatten())[0]
 
 
 def _liger_grpo(x: LinearInputs) -> Tensor:
@@ -112,6 +183,9 @@ def _on_top(logprobs_of_peer):
     return lambda x: loss_of_logprobs(logprobs_of_peer(x), x.reference_logprobs, x.advantages)
 
 
+FILTERED = "gradients below bfloat16's precision left out, its default"
+EXACT = "no gradient left out, sums in float32"
+
 LINEAR_TOKEN_LOGPROBS = (
     ours("linear_token_logprobs", lambda function, x: function(x.hidden, x.weight, x.ids)),
     Peer(name="PyTorch eager", forward=lambda x: logprobs_of(x.hidden, x.weight, x.ids), note=ROUNDED),
@@ -122,9 +196,17 @@ LINEAR_TOKEN_LOGPROBS = (
         note="torch.mm(out_dtype=float32): logits never rounded, as ours",
     ),
     Peer(name="torch.compile", forward=lambda x: compiled(logprobs_of)(x.hidden, x.weight, x.ids), note=ROUNDED),
-    Peer(name="Liger scaled cross entropy", forward=_liger_scaled_logprobs, **LIGER_SCALED),
+    Peer(
+        name="torch linear_cross_entropy, chunked",
+        forward=_torch_logprobs,
+        note="float32 logits; log-probabilities rounded to the operands' dtype",
+        **TORCH,
+    ),
+    Peer(name="Liger scaled cross entropy", forward=_liger_scaled_logprobs, note=ROUNDED, **LIGER_SCALED),
+    Peer(name="Liger scaled cross entropy, CuTe", forward=_liger_scaled_logprobs, note=WAITS, **LIGER_SCALED_CUTE),
     Peer(name="cut-cross-entropy", forward=_cce_logprobs, **CCE),
     Peer(name="verl linear_cross_entropy", forward=_verl_logprobs, note="entropy too", **VERL),
+    Peer(name="QuACK linear_cross_entropy", forward=_quack_logprobs, note=f"{ROUNDED}, all kept", **QUACK),
 )
 LINEAR_POLICY_LOSS = (
     ours("linear_policy_loss", _our_loss),
@@ -138,25 +220,64 @@ LINEAR_POLICY_LOSS = (
         forward=lambda x: compiled(loss_of)(x.hidden, x.weight, x.ids, x.reference_logprobs, x.advantages),
         note=ROUNDED,
     ),
+    Peer(
+        name="torch linear_cross_entropy + loss",
+        forward=_on_top(_torch_logprobs),
+        note="chunked; log-probabilities rounded to the operands' dtype",
+        **TORCH,
+    ),
     Peer(name="Liger fused linear GRPO", forward=_liger_grpo, note=ROUNDED, **LIGER_GRPO),
-    Peer(name="Liger scaled cross entropy + loss", forward=_on_top(_liger_scaled_logprobs), **LIGER_SCALED),
-    Peer(name="cut-cross-entropy + loss", forward=_on_top(_cce_logprobs), note="no gradient filtering", **CCE),
+    Peer(
+        name="Liger scaled cross entropy + loss",
+        forward=_on_top(_liger_scaled_logprobs),
+        note=ROUNDED,
+        **LIGER_SCALED,
+    ),
+    Peer(
+        name="Liger scaled cross entropy, CuTe + loss",
+        forward=_on_top(_liger_scaled_logprobs),
+        note=WAITS,
+        **LIGER_SCALED_CUTE,
+    ),
+    Peer(name="cut-cross-entropy + loss", forward=_on_top(_cce_logprobs), note=FILTERED, **CCE),
+    Peer(name="cut-cross-entropy, exact + loss", forward=_on_top(_exact_cce_logprobs), note=EXACT, **CCE),
     Peer(name="verl linear_cross_entropy + loss", forward=_on_top(_verl_logprobs), **VERL),
-    Peer(name="Liger fused linear cross entropy", forward=_liger_cross_entropy, missing=SCALAR_ONLY, **LIGER_FLCE),
-    Peer(name="fla fused linear cross entropy", forward=_fla_cross_entropy, missing=SCALAR_ONLY, **FLA),
+    Peer(
+        name="QuACK linear_cross_entropy + loss",
+        forward=_on_top(_quack_logprobs),
+        note=f"{ROUNDED}, all kept",
+        **QUACK,
+    ),
+    Peer(name="Liger fused linear cross entropy", forward=_liger_cross_entropy, unsupported=SCALAR_ONLY, **LIGER_FLCE),
+    Peer(name="fla fused linear cross entropy", forward=_fla_cross_entropy, unsupported=SCALAR_ONLY, **FLA),
 )
 LINEAR_CROSS_ENTROPY = (
     ours("linear_policy_loss", _our_cross_entropy),
     Peer(name="PyTorch eager", forward=lambda x: cross_entropy_of(x.hidden, x.weight, x.ids), note=ROUNDED),
     Peer(name="torch.compile", forward=lambda x: compiled(cross_entropy_of)(x.hidden, x.weight, x.ids), note=ROUNDED),
     Peer(
+        name="torch linear_cross_entropy",
+        forward=lambda x: _torch_cross_entropy(x, chunked=False),
+        note="its default, without chunks: the softmax in the operands' dtype too",
+        **TORCH,
+    ),
+    Peer(
+        name="torch linear_cross_entropy, chunked",
+        forward=lambda x: _torch_cross_entropy(x, chunked=True),
+        note="float32 logits; weight gradient summed in the operands' dtype",
+        **TORCH,
+    ),
+    Peer(
         name="Liger fused linear cross entropy",
         forward=_liger_cross_entropy,
         note=f"{ROUNDED}, weight gradient summed in that dtype",
         **LIGER_FLCE,
     ),
+    Peer(name="Liger fused linear cross entropy, CuTe", forward=_liger_cute_cross_entropy, **LIGER_FLCE_CUTE),
     Peer(name="fla fused linear cross entropy", forward=_fla_cross_entropy, note=ROUNDED, **FLA),
-    Peer(name="cut-cross-entropy", forward=_cce_cross_entropy, note="no gradient filtering", **CCE),
+    Peer(name="cut-cross-entropy", forward=_cce_cross_entropy, note=FILTERED, **CCE),
+    Peer(name="cut-cross-entropy, exact", forward=lambda x: _cce_cross_entropy(x, "cce_exact"), note=EXACT, **CCE),
+    Peer(name="QuACK chunked_linear_cross_entropy", forward=_quack_cross_entropy, note=ROUNDED, **QUACK),
 )
 
 
