@@ -50,7 +50,7 @@ class Obstacle(NamedTuple):
 
 CUTLASS = (
     Package("cutlass", "nvidia-cutlass-dsl"),
-    Package("cuda", "cuda-python"),
+    Package("cuda", "cuda-bindings"),
     Package("tvm_ffi", "apache-tvm-ffi"),
 )
 """What kernels in CuTe need beside the package that holds them."""

@@ -25,25 +25,15 @@ LIGER_FLCE = {"module": "liger_kernel.ops.fused_linear_cross_entropy", "needs_cu
 LIGER_SCALED_MODULE = "liger_kernel.ops.fused_linear_scaled_cross_entropy"
 LIGER_SCALED = {"module": LIGER_SCALED_MODULE, "majors": (8, 10, 11, 12), **LIGER}
 """On Hopper the same call takes kernels in CuTe, which is the next entry; elsewhere it is plain PyTorch."""
-LIGER_CUTE_EXTRAS = (*CUTLASS, Package("quack", "quack-kernels"))
-LIGER_SCALED_CUTE = {
-    "module": LIGER_SCALED_MODULE,
-    "needs_cuda": CUTE,
-    "majors": (9,),
-    "extras": LIGER_CUTE_EXTRAS,
-    **LIGER,
-}
-LIGER_FLCE_CUTE = {
-    "module": "liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy",
-    "needs_cuda": CUTE,
-    "majors": (9, 10),
-    "extras": LIGER_CUTE_EXTRAS,
-    **LIGER,
-}
+LIGER_CUTE = {"needs_cuda": CUTE, "extras": CUTLASS, **LIGER}
+LIGER_SCALED_CUTE = {"module": LIGER_SCALED_MODULE, "majors": (9,), **LIGER_CUTE}
+LIGER_CUTE_OPS = "liger_kernel.ops.cutedsl.ops"
+LIGER_FLCE_HOPPER = {"module": f"{LIGER_CUTE_OPS}.fused_linear_cross_entropy_sm90", "majors": (9,), **LIGER_CUTE}
+LIGER_FLCE_BLACKWELL = {"module": f"{LIGER_CUTE_OPS}.fused_linear_cross_entropy", "majors": (10,), **LIGER_CUTE}
 QUACK = {
     "module": "quack.linear_cross_entropy",
     "distribution": "quack-kernels",
-    "extras": CUTLASS,
+    "extras": (*CUTLASS, Package("einops", "einops")),
     "needs_cuda": CUTE,
     "majors": (9, 10, 11, 12),
 }
@@ -89,20 +79,28 @@ def _torch_cross_entropy(x: LinearInputs, chunked: bool) -> Tensor:
     return F.linear_cross_entropy(x.hidden.flatten(0, 1), x.weight, x.ids.flatten(), options=options)
 
 
-def _cce_logprobs(x: LinearInputs, impl: str = "cce") -> Tensor:
+def _cce_logprobs(x: LinearInputs) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
-    return -linear_cross_entropy(x.hidden, x.weight, x.ids, reduction="none", impl=impl)
+    return -linear_cross_entropy(x.hidden, x.weight, x.ids, reduction="none")
 
 
-def _exact_cce_logprobs(x: LinearInputs) -> Tensor:
-    return _cce_logprobs(x, impl="cce_exact")
-
-
-def _cce_cross_entropy(x: LinearInputs, impl: str = "cce") -> Tensor:
+def _unfiltered_cce_logprobs(x: LinearInputs) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
-    return linear_cross_entropy(x.hidden, x.weight, x.ids, impl=impl)
+    return -linear_cross_entropy(x.hidden, x.weight, x.ids, reduction="none", filter_eps=None)
+
+
+def _cce_cross_entropy(x: LinearInputs) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(x.hidden, x.weight, x.ids)
+
+
+def _unfiltered_cce_cross_entropy(x: LinearInputs) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(x.hidden, x.weight, x.ids, filter_eps=None)
 
 
 def _quack_logprobs(x: LinearInputs) -> Tensor:
@@ -132,7 +130,13 @@ def _liger_scaled_logprobs(x: LinearInputs) -> Tensor:
     return -nll.view(x.ids.shape)
 
 
-def _liger_cute_cross_entropy(x: LinearInputs) -> Tensor:
+def _liger_hopper_cross_entropy(x: LinearInputs) -> Tensor:
+    from liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90 import liger_fused_linear_cross_entropy_sm90
+
+    return liger_fused_linear_cross_entropy_sm90(x.hidden.flatten(0, 1), x.weight, x.ids.flatten())
+
+
+def _liger_blackwell_cross_entropy(x: LinearInputs) -> Tensor:
     from liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
     return LigerFusedLinearCrossEntropyFunction.apply(x.hidden.flatten(0, 1), x.weight, x.ids.flatten())[0]
@@ -183,8 +187,8 @@ def _on_top(logprobs_of_peer):
     return lambda x: loss_of_logprobs(logprobs_of_peer(x), x.reference_logprobs, x.advantages)
 
 
-FILTERED = "gradients below bfloat16's precision left out, its default"
-EXACT = "no gradient left out, sums in float32"
+FILTERED = "by default leaves out blocks with softmax below 2**-12, so that its gradients are not the full ones"
+FULL = "filter_eps=None: the full gradients"
 
 LINEAR_TOKEN_LOGPROBS = (
     ours("linear_token_logprobs", lambda function, x: function(x.hidden, x.weight, x.ids)),
@@ -240,7 +244,7 @@ LINEAR_POLICY_LOSS = (
         **LIGER_SCALED_CUTE,
     ),
     Peer(name="cut-cross-entropy + loss", forward=_on_top(_cce_logprobs), note=FILTERED, **CCE),
-    Peer(name="cut-cross-entropy, exact + loss", forward=_on_top(_exact_cce_logprobs), note=EXACT, **CCE),
+    Peer(name="cut-cross-entropy, unfiltered + loss", forward=_on_top(_unfiltered_cce_logprobs), note=FULL, **CCE),
     Peer(name="verl linear_cross_entropy + loss", forward=_on_top(_verl_logprobs), **VERL),
     Peer(
         name="QuACK linear_cross_entropy + loss",
@@ -273,10 +277,21 @@ LINEAR_CROSS_ENTROPY = (
         note=f"{ROUNDED}, weight gradient summed in that dtype",
         **LIGER_FLCE,
     ),
-    Peer(name="Liger fused linear cross entropy, CuTe", forward=_liger_cute_cross_entropy, **LIGER_FLCE_CUTE),
+    Peer(
+        name="Liger fused linear cross entropy, CuTe for Hopper",
+        forward=_liger_hopper_cross_entropy,
+        note=ROUNDED,
+        **LIGER_FLCE_HOPPER,
+    ),
+    Peer(
+        name="Liger fused linear cross entropy, CuTe for Blackwell",
+        forward=_liger_blackwell_cross_entropy,
+        note=ROUNDED,
+        **LIGER_FLCE_BLACKWELL,
+    ),
     Peer(name="fla fused linear cross entropy", forward=_fla_cross_entropy, note=ROUNDED, **FLA),
     Peer(name="cut-cross-entropy", forward=_cce_cross_entropy, note=FILTERED, **CCE),
-    Peer(name="cut-cross-entropy, exact", forward=lambda x: _cce_cross_entropy(x, "cce_exact"), note=EXACT, **CCE),
+    Peer(name="cut-cross-entropy, unfiltered", forward=_unfiltered_cce_cross_entropy, note=FULL, **CCE),
     Peer(name="QuACK chunked_linear_cross_entropy", forward=_quack_cross_entropy, note=ROUNDED, **QUACK),
 )
 

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.operators.inputs import KL_WEIGHT, LogitsInputs
-from benchmarks.operators.peers import CUTE, CUTLASS, TRITON, Peer, compiled, loss_of_logprobs, one_rank_group, ours
+from benchmarks.operators.peers import (
+    CUTE,
+    CUTLASS,
+    TRITON,
+    Package,
+    Peer,
+    compiled,
+    loss_of_logprobs,
+    one_rank_group,
+    ours,
+)
 
 LIGER = {"distribution": "liger-kernel", "needs_cuda": TRITON}
 FLA = {"distribution": "flash-linear-attention", "needs_cuda": TRITON}
@@ -17,10 +27,18 @@ FLA_GRPO, FLA_CE = "fla.modules.grpo", "fla.modules.fused_cross_entropy"
 QUACK = {
     "module": "quack.cross_entropy",
     "distribution": "quack-kernels",
-    "extras": CUTLASS,
+    "extras": (*CUTLASS, Package("einops", "einops")),
     "needs_cuda": CUTE,
     "majors": (9, 10, 11, 12),
 }
+LIGER_CUTE = {
+    "module": "liger_kernel.ops.cutedsl.ops.cross_entropy",
+    "distribution": "liger-kernel",
+    "extras": CUTLASS,
+    "needs_cuda": CUTE,
+    "majors": (9, 10),
+}
+WAITS = "reads counts of the ids back first, for which the host waits"
 ONE_RANK = "in a process group of one rank, so that its collectives are copies"
 MEGATRON = {
     "module": "megatron.core.fusions.fused_cross_entropy",
@@ -31,8 +49,7 @@ MEGATRON = {
 TRANSFORMER_ENGINE = {
     "module": "transformer_engine.pytorch.cross_entropy",
     "distribution": "transformer-engine",
-    "needs_cuda": TRITON,
-    "session": one_rank_group,
+    "needs_cuda": "its kernels are Triton, and it refuses tensors of a CPU",
 }
 
 
@@ -62,9 +79,19 @@ def _liger_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
 def _liger_cross_entropy(inputs: LogitsInputs) -> Tensor:
     from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
 
+    return _weighted_by_liger(LigerCrossEntropyFunction, inputs)
+
+
+def _liger_cute_cross_entropy(inputs: LogitsInputs) -> Tensor:
+    from liger_kernel.ops.cutedsl.ops.cross_entropy import LigerCrossEntropyFunction
+
+    return _weighted_by_liger(LigerCrossEntropyFunction, inputs)
+
+
+def _weighted_by_liger(function: type[torch.autograd.Function], inputs: LogitsInputs) -> Tensor:
     rows, columns = inputs.ids.numel(), inputs.logits.shape[-1]
     arguments = (None, -1, 0.0, 0.0, "none")  # class weights, ignored id, z-loss, smoothing, reduction
-    nll = LigerCrossEntropyFunction.apply(inputs.logits.view(rows, columns), inputs.ids.view(-1), *arguments)[0]
+    nll = function.apply(inputs.logits.view(rows, columns), inputs.ids.view(-1), *arguments)[0]
     return (-nll.view(inputs.ids.shape)[:, :-1] * inputs.weights).sum()
 
 
@@ -121,8 +148,7 @@ def _megatron_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
 def _transformer_engine_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
 
-    # Label smoothing, mean over the rows, group, ignored id.
-    return -parallel_cross_entropy(logits, ids, 0.0, False, torch.distributed.group.WORLD, -1)[:, :-1]
+    return -parallel_cross_entropy(logits, ids, ignore_idx=-1, overwrite_input=True)[:, :-1]
 
 
 def _weighted(logprobs_of_peer: Callable[[Tensor, Tensor], Tensor]) -> Callable[[LogitsInputs], Tensor]:
@@ -169,8 +195,6 @@ TOKEN_LOGPROBS = (
     Peer(
         name="Transformer Engine",
         forward=lambda x: _transformer_engine_logprobs(x.logits, x.ids),
-        inplace=True,
-        note=ONE_RANK,
         **TRANSFORMER_ENGINE,
     ),
 )
@@ -186,6 +210,7 @@ TOKEN_LOGPROBS_BACKWARD = (
         forward=lambda x: compiled(weighted_logprobs_of)(x.logits, x.targets, x.weights),
     ),
     Peer(name="Liger cross entropy", forward=_liger_cross_entropy, module=LIGER_CE, inplace=True, **LIGER),
+    Peer(name="Liger cross entropy, CuTe", forward=_liger_cute_cross_entropy, inplace=True, note=WAITS, **LIGER_CUTE),
     Peer(
         name="fla cross entropy",
         forward=_weighted(_fla_logprobs),
@@ -199,7 +224,6 @@ TOKEN_LOGPROBS_BACKWARD = (
         name="Transformer Engine",
         forward=_weighted(_transformer_engine_logprobs),
         inplace=True,
-        note=ONE_RANK,
         **TRANSFORMER_ENGINE,
     ),
 )
@@ -242,7 +266,7 @@ POLICY_LOSS = (
         name="Transformer Engine + loss",
         forward=_on_top(_transformer_engine_logprobs),
         inplace=True,
-        note=f"no entropy; {ONE_RANK}",
+        note="no entropy",
         **TRANSFORMER_ENGINE,
     ),
 )
