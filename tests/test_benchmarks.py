@@ -48,7 +48,7 @@ def test_every_peer_that_runs_here_agrees_with_ours(name):
             assert MEASURED_ROW <= set(row)
             assert row["roof_fraction"] == pytest.approx(case["roof_seconds"] / row["seconds"]["median"])
             assert len(row["seconds"]["rounds"]) == 2
-            assert row["host_seconds"] is None and row["host_hidden"]  # the device is the host
+            assert row["host_seconds"] is None and row["host_hidden"] == 1  # the device is the host
         else:
             assert set(row) == ROW and row["reason"]
 
@@ -65,6 +65,17 @@ def test_a_wrong_peer_is_named_and_not_timed(factor, of):
 
     row = campaign.run_case(tiny(operator, Peer(name="wrong", forward=wrong, inplace=True)), rounds=2)["rows"][1]
     assert row["status"] == Status.WRONG and "differs from lens_kernels" in row["reason"] and "seconds" not in row
+
+
+def test_a_peer_that_rounds_each_row_may_be_off_by_half_a_unit_and_others_may_not():
+    """bfloat16 has 8 significant bits, so that half a unit in the last place is at most 2**-8 of a number."""
+    operator = OPERATORS["token_logprobs_backward"]
+    eager = next(peer for peer in operator.peers if peer.name == "PyTorch eager")
+    shift = replace(eager, name="shifted", forward=lambda inputs: eager.forward(inputs) * (1 + 2**-9))
+    rounds = replace(shift, name="rounding", rounds_rows=True)
+    too_far = replace(rounds, name="far", forward=lambda inputs: eager.forward(inputs) * (1 + 2**-7))
+    rows = campaign.run_case(tiny(operator, shift, rounds, too_far, dtype=torch.bfloat16), rounds=2)["rows"]
+    assert [row["status"] for row in rows] == [Status.MEASURED, Status.WRONG, Status.MEASURED, Status.WRONG]
 
 
 def test_a_wrong_operator_of_ours_stops_its_case():
@@ -190,6 +201,14 @@ def test_the_device_sleeps_longer_than_the_host_needs():
         assert len(tried) <= 4  # the first call is for warming up
     tried = []
     assert timing.choose_pause(host_of(1e-4, waits=True)) == timing.LONGEST_PAUSE
+
+
+def test_a_star_marks_a_peer_that_the_sleep_does_not_hide():
+    seconds = campaign.spread([3e-4] * 3)
+    row = {"host_seconds": seconds, "host_hidden": 0.95}
+    assert tables._host(row) == "0.30"
+    assert tables._host(row | {"host_hidden": 0.85}) == "0.30*"
+    assert tables._host(row | {"host_seconds": None}) == "-"
 
 
 def test_the_shapes_of_one_rank_among_eight_are_measured_second():

@@ -31,6 +31,7 @@ torch._dynamo.config.recompile_limit = 64  # one graph per shape: none may fall 
 
 OURS = "lens_kernels"
 TRITON = "its kernels are Triton"
+COMPILED_TRITON = "its kernels are Triton of a form that the interpreter does not take"
 CUTE = "its kernels are CuTe"
 
 
@@ -67,6 +68,8 @@ class Peer:
     """The distribution whose version the results name."""
     extras: tuple[Package, ...] = ()
     """What else must be installed."""
+    rounds_rows: bool = False
+    """True if it rounds each row's value to the logits' dtype before the loss adds them up."""
     inplace: bool = False
     """True if it overwrites the logits: it then gets fresh ones before every call, outside the timed region."""
     needs_cuda: str = ""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from benchmarks.operators.inputs import KL_WEIGHT, LinearInputs
 from benchmarks.operators.peers import (
+    COMPILED_TRITON,
     CUTE,
     CUTLASS,
     TRITON,
@@ -39,13 +40,13 @@ QUACK = {
 }
 CHUNKED = hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions")
 TORCH = {"too_old": "" if CHUNKED else "absent before torch 2.13"}
-CCE = {"module": "cut_cross_entropy", "distribution": "cut-cross-entropy", "needs_cuda": TRITON}
+CCE = {"module": "cut_cross_entropy", "distribution": "cut-cross-entropy", "needs_cuda": COMPILED_TRITON}
 FLA = {
     "module": "fla.modules.fused_linear_cross_entropy",
     "distribution": "flash-linear-attention",
     "needs_cuda": TRITON,
 }
-VERL = {"module": "verl.utils.kernel.linear_cross_entropy", "distribution": "verl", "needs_cuda": TRITON}
+VERL = {"module": "verl.utils.kernel.linear_cross_entropy", "distribution": "verl", "needs_cuda": COMPILED_TRITON}
 ROUNDED = "logits rounded to the operands' dtype"
 WAITS = "checks the ids first, its default, for which the host waits"
 SCALAR_ONLY = "unsupported: only the mean cross entropy, no weight per token"

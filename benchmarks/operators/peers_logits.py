@@ -9,6 +9,7 @@ from torch import Tensor
 
 from benchmarks.operators.inputs import KL_WEIGHT, LogitsInputs
 from benchmarks.operators.peers import (
+    COMPILED_TRITON,
     CUTE,
     CUTLASS,
     TRITON,
@@ -22,6 +23,7 @@ from benchmarks.operators.peers import (
 
 LIGER = {"distribution": "liger-kernel", "needs_cuda": TRITON}
 FLA = {"distribution": "flash-linear-attention", "needs_cuda": TRITON}
+FLA_COMPILED = {**FLA, "needs_cuda": COMPILED_TRITON}
 LIGER_GRPO, LIGER_CE = "liger_kernel.ops.grpo_loss", "liger_kernel.ops.cross_entropy"
 FLA_GRPO, FLA_CE = "fla.modules.grpo", "fla.modules.fused_cross_entropy"
 QUACK = {
@@ -38,6 +40,7 @@ LIGER_CUTE = {
     "needs_cuda": CUTE,
     "majors": (9, 10),
 }
+ROUNDED_ROWS = "log-probabilities rounded to the logits' dtype"
 WAITS = "reads counts of the ids back first, for which the host waits"
 ONE_RANK = "in a process group of one rank, so that its collectives are copies"
 MEGATRON = {
@@ -209,8 +212,23 @@ TOKEN_LOGPROBS_BACKWARD = (
         name="torch.compile",
         forward=lambda x: compiled(weighted_logprobs_of)(x.logits, x.targets, x.weights),
     ),
-    Peer(name="Liger cross entropy", forward=_liger_cross_entropy, module=LIGER_CE, inplace=True, **LIGER),
-    Peer(name="Liger cross entropy, CuTe", forward=_liger_cute_cross_entropy, inplace=True, note=WAITS, **LIGER_CUTE),
+    Peer(
+        name="Liger cross entropy",
+        forward=_liger_cross_entropy,
+        module=LIGER_CE,
+        inplace=True,
+        rounds_rows=True,
+        note=ROUNDED_ROWS,
+        **LIGER,
+    ),
+    Peer(
+        name="Liger cross entropy, CuTe",
+        forward=_liger_cute_cross_entropy,
+        inplace=True,
+        rounds_rows=True,
+        note=f"{ROUNDED_ROWS}; {WAITS}",
+        **LIGER_CUTE,
+    ),
     Peer(
         name="fla cross entropy",
         forward=_weighted(_fla_logprobs),
@@ -253,7 +271,7 @@ POLICY_LOSS = (
         module=FLA_GRPO,
         inplace=True,
         note="no entropy, on-policy only",
-        **FLA,
+        **FLA_COMPILED,
     ),
     Peer(name="QuACK cross entropy + loss", forward=_on_top(_quack_logprobs), inplace=True, note="no entropy", **QUACK),
     Peer(
