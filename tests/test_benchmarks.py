@@ -105,9 +105,9 @@ def test_a_module_is_found_behind_parents_that_cannot_be_imported(tmp_path, monk
     (inner / "kernel.py").write_text("answer = 42")
     monkeypatch.syspath_prepend(tmp_path)
     peer = Peer(name="peer", forward=lambda inputs: None, module="needs_ray.utils.kernel")
-    assert [peer.obstacle(CPU, torch.float32), peer.obstacle(CPU, torch.float32)] == [None, None]
+    assert [peer.obstacle(CPU, torch.float32, 520), peer.obstacle(CPU, torch.float32, 520)] == [None, None]
     assert import_alone(peer.module).answer == 42
-    missing = replace(peer, module="needs_ray.utils.missing").obstacle(CPU, torch.float32)
+    missing = replace(peer, module="needs_ray.utils.missing").obstacle(CPU, torch.float32, 520)
     assert missing.status == Status.ABSENT and missing.reason.startswith("not importable: ModuleNotFound")
 
 
@@ -118,25 +118,28 @@ def test_a_peer_is_absent_if_an_installation_would_help_and_inapplicable_if_not(
     here = Peer(name="peer", forward=lambda inputs: None)
     missing = (Package("no_such_package", "no-such-package"),)
     hopper = replace(here, needs_cuda="its kernels are CuTe", majors=(9, 10), extras=missing)
-    assert here.obstacle(CPU, dtype) is None and here.obstacle(cuda, dtype) is None
-    assert replace(here, extras=missing).obstacle(cuda, dtype) == (
+    assert here.obstacle(CPU, dtype, 520) is None and here.obstacle(cuda, dtype, 520) is None
+    assert replace(here, extras=missing).obstacle(cuda, dtype, 520) == (
         Status.ABSENT,
         "not installed: pip install no-such-package",
     )
-    assert replace(here, too_old="absent before torch 9").obstacle(cuda, dtype) == (
+    assert replace(here, too_old="absent before torch 9").obstacle(cuda, dtype, 520) == (
         Status.ABSENT,
         "absent before torch 9",
     )
-    assert replace(hopper, majors=(8,)).obstacle(cuda, dtype).status == Status.ABSENT
-    assert hopper.obstacle(cuda, dtype) == (
+    assert replace(hopper, majors=(8,)).obstacle(cuda, dtype, 520).status == Status.ABSENT
+    assert hopper.obstacle(cuda, dtype, 520) == (
         Status.INAPPLICABLE,
         "its kernels are for compute capability 9.x, 10.x; this device has 8.0",
     )
-    assert hopper.obstacle(CPU, dtype) == (Status.INAPPLICABLE, "needs CUDA: its kernels are CuTe")
-    assert replace(here, unsupported="no weights").obstacle(CPU, dtype) == (Status.INAPPLICABLE, "no weights")
+    assert hopper.obstacle(CPU, dtype, 520) == (Status.INAPPLICABLE, "needs CUDA: its kernels are CuTe")
+    assert replace(here, unsupported="no weights").obstacle(CPU, dtype, 520) == (Status.INAPPLICABLE, "no weights")
+    whole_tiles = replace(here, vocab_multiple=256)
+    assert whole_tiles.obstacle(CPU, dtype, 512) is None
+    assert whole_tiles.obstacle(CPU, dtype, 520).reason == "V must be a multiple of 256, and this case has 520"
     bfloat16_only = replace(here, dtypes=(dtype,))
-    assert bfloat16_only.obstacle(CPU, dtype) is None
-    assert bfloat16_only.obstacle(CPU, torch.float32).status == Status.INAPPLICABLE
+    assert bfloat16_only.obstacle(CPU, dtype, 520) is None
+    assert bfloat16_only.obstacle(CPU, torch.float32, 520).status == Status.INAPPLICABLE
 
 
 @pytest.mark.parametrize("name", ["policy_loss", "token_logprobs_backward"])

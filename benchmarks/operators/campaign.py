@@ -106,7 +106,7 @@ def _check(
     case: Case, peer: Peer, runner: Runner, inputs: Inputs, ours: Answer | None, sessions: contextlib.ExitStack
 ) -> tuple[dict, Answer | None]:
     """(The peer's row so far, its answer): runs it three times, for its answer, its memory and its rough time."""
-    obstacle = peer.obstacle(case.device, case.dtype)
+    obstacle = peer.obstacle(case.device, case.dtype, case.shape.vocab)
     if obstacle:
         return blank(peer, *obstacle), None
     try:

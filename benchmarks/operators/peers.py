@@ -78,6 +78,8 @@ class Peer:
     """The major compute capabilities that its kernels are for; empty where they are for all."""
     dtypes: tuple[torch.dtype, ...] = ()
     """The dtypes of logits that it takes and returns gradients in; empty where it takes all."""
+    vocab_multiple: int = 1
+    """What V must be a multiple of."""
     session: Callable[[torch.device], AbstractContextManager] = nullcontext
     """Surrounds all its calls in a case: `one_rank_group` for one that needs a process group."""
     note: str = ""
@@ -87,9 +89,15 @@ class Peer:
     too_old: str = ""
     """The reason why its installed version does not have it; empty where it does."""
 
-    def obstacle(self, device: torch.device, dtype: torch.dtype) -> Obstacle | None:
-        """Returns why it cannot run here, or None. What the device rules out is named before what is not installed."""
-        unsuited = self._unsuited(device, dtype)
+    def obstacle(self, device: torch.device, dtype: torch.dtype, vocab: int) -> Obstacle | None:
+        """Returns why it cannot do a case, or None. What the case rules out is named before what is not installed.
+
+        Args:
+            device: of all tensors.
+            dtype: of logits, or of hidden states and weight.
+            vocab: V, the columns of the logits.
+        """
+        unsuited = self._unsuited(device, dtype, vocab)
         if unsuited:
             return Obstacle(Status.INAPPLICABLE, unsuited)
         if self.too_old:
@@ -103,9 +111,11 @@ class Peer:
             return Obstacle(Status.ABSENT, f"not importable: {type(error).__name__}: {error}")
         return None
 
-    def _unsuited(self, device: torch.device, dtype: torch.dtype) -> str:
+    def _unsuited(self, device: torch.device, dtype: torch.dtype, vocab: int) -> str:
         if self.unsupported:
             return self.unsupported
+        if vocab % self.vocab_multiple:
+            return f"V must be a multiple of {self.vocab_multiple}, and this case has {vocab}"
         if self.dtypes and dtype not in self.dtypes:
             return f"takes {', '.join(map(str, self.dtypes))} only, and this case has {dtype}"
         if device.type != "cuda":

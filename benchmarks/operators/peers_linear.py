@@ -29,7 +29,12 @@ LIGER_SCALED = {"module": LIGER_SCALED_MODULE, "majors": (8, 10, 11, 12), **LIGE
 LIGER_CUTE = {"needs_cuda": CUTE, "extras": CUTLASS, **LIGER}
 LIGER_SCALED_CUTE = {"module": LIGER_SCALED_MODULE, "majors": (9,), **LIGER_CUTE}
 LIGER_CUTE_OPS = "liger_kernel.ops.cutedsl.ops"
-LIGER_FLCE_HOPPER = {"module": f"{LIGER_CUTE_OPS}.fused_linear_cross_entropy_sm90", "majors": (9,), **LIGER_CUTE}
+LIGER_FLCE_HOPPER = {
+    "module": f"{LIGER_CUTE_OPS}.fused_linear_cross_entropy_sm90",
+    "majors": (9,),
+    "vocab_multiple": 256,
+    **LIGER_CUTE,
+}
 LIGER_FLCE_BLACKWELL = {"module": f"{LIGER_CUTE_OPS}.fused_linear_cross_entropy", "majors": (10,), **LIGER_CUTE}
 QUACK = {
     "module": "quack.linear_cross_entropy",

@@ -48,7 +48,7 @@ class Status(enum.StrEnum):
     ABSENT = "absent"
     """It could run on this device, and it is not installed or cannot be imported."""
     INAPPLICABLE = "inapplicable"
-    """It does not do this work, or not on such a device."""
+    """It does not do this work, or not on such a device or at such a shape."""
     SKIPPED = "skipped"
     """The session's time ended before it."""
 
