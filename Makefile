@@ -13,8 +13,11 @@ OUT ?= benchmarks/results
 TEST_WORKERS ?= 3
 # No dependencies: torch, triton, transformers and einops are there, and verl's and Liger's own pins would move them.
 PEERS := liger-kernel==0.8.5 cut-cross-entropy==25.1.1 fla-core==0.6.0 flash-linear-attention==0.6.0 verl==0.9.1
+# With dependencies, which leave an installed torch as it is. The second compiles, and needs CUDA's headers and compiler.
+PEERS_CUDA := quack-kernels[cu13]==0.6.5 nvidia-cutlass-dsl[cu13]==4.8.1 apache-tvm-ffi==0.1.15.post2
+PEERS_CUDA_BUILT := transformer-engine[core-cu13,pytorch]==2.20.2
 
-.PHONY: help setup setup-vllm oracles demo test test-slow bench bench-peers bench-gpu lint format clean
+.PHONY: help setup setup-vllm oracles demo test test-slow bench bench-peers bench-peers-cuda bench-gpu lint format clean
 
 help:
 	@echo "make demo            train LENS on CPU, two processes; again: resumes. IF_EXISTS=restart starts over"
@@ -22,6 +25,7 @@ help:
 	@echo "make test-slow       the slow tests; an hour of faults at random among them (tests/faults/campaign.py)"
 	@echo "make bench           the operators of lens_kernels beside their peers; BENCH_ARGS='-k policy_loss --rounds 9'"
 	@echo "make bench-peers     the libraries that make bench compares with, into $(VENV)"
+	@echo "make bench-peers-cuda  likewise those that need CUDA 13; on a GPU machine, after bench-peers"
 	@echo "make bench-gpu       on a GPU, under ten minutes: JSON into OUT; BENCH_PYTHON=python3 does without $(VENV)"
 	@echo "make setup           only the environment, into $(VENV), with vLLM's CPU build where it runs"
 	@echo "make setup-vllm      only vLLM's CPU build, into $(VENV)"
@@ -78,6 +82,11 @@ bench: setup
 
 bench-peers: setup
 	$(BIN)/python -m pip install --quiet --no-deps $(PEERS)
+
+bench-peers-cuda: bench-peers
+	$(BIN)/python -m pip install --quiet $(foreach peer,$(PEERS_CUDA),"$(peer)")
+	$(BIN)/python -m pip install --quiet --no-build-isolation "$(PEERS_CUDA_BUILT)" || \
+	  echo "Transformer Engine cannot be built here: its rows will be absent, and no peer will be called the best"
 
 # No set-up of its own: it must also run on a machine without network, in the Python that has torch and pytest-benchmark.
 bench-gpu:

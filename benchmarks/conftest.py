@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from benchmarks.operators import results
-from benchmarks.operators.campaign import Case, blank, run_case
-from benchmarks.operators.catalog import OPERATORS
+from benchmarks.operators.campaign import Case, blank, cases, run_case
+from benchmarks.operators.results import Status
 from benchmarks.operators.shapes import LOGITS
 from benchmarks.operators.tables import table
 from benchmarks.operators.timing import CLOCKS
 
-DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}  # training uses these there
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DEFAULT_DTYPES = {"cpu": "float32", "cuda": "bfloat16"}  # training uses these there
 DEFAULT_SHAPES = {"cpu": "cpu", "cuda": "standard"}
 
 
@@ -23,6 +24,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("operators")
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     group.addoption("--shapes", choices=tuple(LOGITS), help="which shapes; default: cpu, on CUDA standard")
+    group.addoption("--dtype", choices=tuple(DTYPES), help="of the operands; default: float32, on CUDA bfloat16")
     group.addoption("--rounds", type=int, help="timed rounds per case; default: by the time that one takes")
     group.addoption("--clock", default="wall", choices=tuple(CLOCKS), help="on a CPU; cpu: all threads' seconds")
     group.addoption("--out", type=Path, default=results.FOLDER, help="folder of the JSON file")
@@ -50,37 +52,30 @@ class Campaign:
 
     def _measure(self, case: Case) -> dict:
         if time.monotonic() > self.deadline:
-            return _not_measured(case, "skipped", "out of time (--budget-s)")
+            return _not_measured(case, Status.SKIPPED, "out of time (--budget-s)")
         try:
             return run_case(case, self.rounds, self.clock)
         except Exception as error:
             # Ours is wrong or cannot run: its peers are not timed either, but later cases are.
-            return _not_measured(case, "failed", f"lens_kernels: {type(error).__name__}: {error}")
+            return _not_measured(case, Status.FAILED, f"lens_kernels: {type(error).__name__}: {error}")
 
     def _save(self) -> None:
         self.surroundings["total_seconds"] = round(time.monotonic() - self.start, 1)
         results.write(self.path, self.surroundings, list(self.entries.values()))
 
 
-def _not_measured(case: Case, status: str, reason: str) -> dict:
+def _not_measured(case: Case, status: Status, reason: str) -> dict:
     rows = [blank(peer, status, reason) for peer in case.operator.peers]
     return {"case": str(case), "operator": case.operator.name, "rows": rows}
 
 
 def pytest_generate_tests(metafunc):
-    """Orders cases shape by shape, so that a run cut short has every operator at the first shapes."""
     if "case" not in metafunc.fixturenames:
         return
     device = torch.device(metafunc.config.getoption("device"))
     which = metafunc.config.getoption("shapes") or DEFAULT_SHAPES[device.type]
-    depth = max(len(operator.shapes(which)) for operator in OPERATORS)
-    cases = [
-        Case(operator=operator, shape=operator.shapes(which)[i], dtype=DTYPES[device.type], device=device)
-        for i in range(depth)
-        for operator in OPERATORS
-        if i < len(operator.shapes(which))
-    ]
-    pairs = [(case, peer.name) for case in cases for peer in case.operator.peers]
+    dtype = DTYPES[metafunc.config.getoption("dtype") or DEFAULT_DTYPES[device.type]]
+    pairs = [(case, peer.name) for case in cases(which, dtype, device) for peer in case.operator.peers]
     metafunc.parametrize(("case", "peer"), pairs, ids=[f"{case}-{peer.replace(' ', '_')}" for case, peer in pairs])
 
 
@@ -95,7 +90,6 @@ def pytest_terminal_summary(terminalreporter, config):
     if campaign is None:
         return
     for entry in campaign.entries.values():
-        if "roof_seconds" in entry:
-            terminalreporter.write_line(table(entry) + "\n")
+        terminalreporter.write_line(table(entry) + "\n")
     terminalreporter.write_line(f"written: {campaign.path}")
     terminalreporter.write_line(f"figures: python -m benchmarks.operators.figures {campaign.path}")

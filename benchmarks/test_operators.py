@@ -6,8 +6,8 @@ that pytest-benchmark reads is one that replays those seconds.
 
 import pytest
 
-from benchmarks.operators.campaign import MEASURED
 from benchmarks.operators.peers import OURS
+from benchmarks.operators.results import Status
 from benchmarks.operators.timing import replay, replayed_time
 
 
@@ -15,9 +15,9 @@ from benchmarks.operators.timing import replay, replayed_time
 @pytest.mark.benchmark(timer=replayed_time)
 def test_operator(case, peer, campaign, benchmark):
     row = campaign.row(case, peer)
-    if row["status"] != MEASURED:
+    if row["status"] != Status.MEASURED:
         reason = f"{row['status']}: {row['reason']}"
-        if peer == OURS and row["status"] == "failed":
+        if peer == OURS and row["status"] == Status.FAILED:
             pytest.fail(reason)
         pytest.skip(reason)
     benchmark.group = str(case)

@@ -14,8 +14,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.operators.campaign import MEASURED
 from benchmarks.operators.peers import OURS
+from benchmarks.operators.results import Status
 
 COLOURS = {True: "tab:blue", False: "tab:grey"}  # ours or a peer
 
@@ -47,7 +47,7 @@ def _draw_operator(operator: str, cases: list[dict], environment: dict, path: Pa
         error = [[m - x for m, x in zip(median, low, strict=True)], [x - m for m, x in zip(median, high, strict=True)]]
         left.barh(names, median, xerr=error, color=colours)
         left.axvline(case["roof_seconds"] * 1e3, color="black", linestyle="--", label="roof measured in this run")
-        left.set(xlabel="ms, median and quartiles", title=case["case"].removeprefix(f"{operator}-"))
+        left.set(xlabel="ms, median and quartiles", title=_title(case))
         left.legend(fontsize="small")
         right.barh(names, [row["peak_extra_bytes"] / 2**20 for row in rows], color=colours)
         right.axvline(case["logits_bytes"] / 2**20, color="black", linestyle=":", label="the logits themselves")
@@ -59,8 +59,15 @@ def _draw_operator(operator: str, cases: list[dict], environment: dict, path: Pa
     plt.close(figure)
 
 
+def _title(case: dict) -> str:
+    """Returns the case's name, and the peers that have no bar though they could run on the device."""
+    name = case["case"].removeprefix(f"{case['operator']}-")
+    missing = [row["peer"] for row in case["rows"] if row["status"] not in (Status.MEASURED, Status.INAPPLICABLE)]
+    return f"{name}\nnot timed: {', '.join(missing)}" if missing else name
+
+
 def _rows(case: dict) -> list[dict]:
-    return [row for row in case["rows"] if row["status"] == MEASURED]
+    return [row for row in case["rows"] if row["status"] == Status.MEASURED]
 
 
 def main() -> None:

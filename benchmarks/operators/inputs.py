@@ -36,7 +36,8 @@ class LogitsInputs:
     advantages: Tensor
     """[B] float32, one per sequence: the most that Liger and fla can take."""
     weights: Tensor
-    """[B, S - 1] float32, the loss's gradient by each log-probability."""
+    """[B, S - 1] float32, the loss's gradient by each log-probability: 0.5 to 1.5. With both signs most of the weighted
+    sum would cancel and the errors of rounded log-probabilities would not, so that it could not be checked."""
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
@@ -84,7 +85,7 @@ def make_logits(shape: Shape, dtype: torch.dtype, device: torch.device, backward
         reference_logprobs=reference_logprobs,
         target_reference_logprobs=reference_logprobs[:, :-1].contiguous(),
         advantages=torch.randn(sequences, **normal),
-        weights=torch.randn(targets.shape, **normal),
+        weights=torch.rand(targets.shape, **normal).add_(0.5),
     )
 
 

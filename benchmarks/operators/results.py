@@ -6,17 +6,20 @@ It is rewritten after each case, so that a run that is stopped keeps what it mea
 from __future__ import annotations
 
 import datetime
+import enum
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
-SCHEMA = 1
+SCHEMA = 2
 FOLDER = Path(__file__).resolve().parents[1] / "results"
 DISTRIBUTIONS = (
     "torch",
@@ -26,8 +29,56 @@ DISTRIBUTIONS = (
     "cut-cross-entropy",
     "flash-linear-attention",
     "verl",
+    "quack-kernels",
+    "nvidia-cutlass-dsl",
+    "transformer-engine",
+    "megatron-core",
 )
 SETTINGS = ("LENS_KERNELS_BACKEND", "OMP_NUM_THREADS", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
+
+
+class Status(enum.StrEnum):
+    """What became of a peer in a case. Only a measured peer has seconds; every other row says why it has none."""
+
+    MEASURED = "measured"
+    WRONG = "wrong"
+    """Its answer differs from ours, so that its time would say nothing."""
+    FAILED = "failed"
+    """It raised an error, or memory ran out."""
+    ABSENT = "absent"
+    """It could run on this device, and it is not installed or cannot be imported."""
+    INAPPLICABLE = "inapplicable"
+    """It does not do this work, or not on such a device or at such a shape."""
+    SKIPPED = "skipped"
+    """The session's time ended before it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """How ours compares with the peers of one case."""
+
+    quickest: str | None
+    """The measured peer whose median is the least; None if no peer was measured."""
+    ratio: float | None
+    """Its seconds divided by ours: the median of the ratios of the rounds. It is above 1 where ours is faster."""
+    not_timed: tuple[str, ...]
+    """The peers that could run on this device and have no time, each with status and reason. While there are any,
+    nothing is known of the best peer, so that no report may use the word."""
+
+
+def compare(rows: list[dict], ours: str) -> Comparison:
+    """Compares the row called `ours` with the others; `rows` are those of one case. It is the peers' only judge."""
+    by_name = {row["peer"]: row for row in rows}
+    peers = [row for row in rows if row["peer"] != ours]
+    timed = [row for row in peers if row["status"] == Status.MEASURED]
+    harmless = (Status.MEASURED, Status.INAPPLICABLE)
+    not_timed = tuple(f"{x['peer']} ({x['status']}: {x['reason']})" for x in peers if x["status"] not in harmless)
+    if not timed or by_name[ours]["status"] != Status.MEASURED:
+        return Comparison(quickest=None, ratio=None, not_timed=not_timed)
+    quickest = min(timed, key=lambda row: row["seconds"]["median"])
+    rounds = zip(quickest["seconds"]["rounds"], by_name[ours]["seconds"]["rounds"], strict=True)
+    ratio = statistics.median(theirs / mine for theirs, mine in rounds)
+    return Comparison(quickest=quickest["peer"], ratio=ratio, not_timed=not_timed)
 
 
 def environment(device: torch.device, module: str = "pytest") -> dict:

@@ -52,10 +52,14 @@ class Answer:
     """At most SAMPLED_ROWS rows of each gradient."""
 
 
-def bound(operator: Operator, dtype: torch.dtype) -> Difference:
+def bound(operator: Operator, dtype: torch.dtype, peer: Peer | None = None) -> Difference:
+    """Returns how far an answer may be off. A peer that rounds each row's value may be off by half a unit of that."""
     if dtype == torch.float32:
         return FLOAT32
-    return BFLOAT16_LINEAR if operator.linear else BFLOAT16_LOGITS
+    allowed = BFLOAT16_LINEAR if operator.linear else BFLOAT16_LOGITS
+    if peer is not None and peer.rounds_rows:
+        return replace(allowed, value=max(allowed.value, torch.finfo(dtype).eps / 2))
+    return allowed
 
 
 def answer(operator: Operator, peer: Peer, inputs: Inputs) -> Answer:
