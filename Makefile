@@ -14,7 +14,11 @@ TEST_WORKERS ?= 3
 # No dependencies: torch, triton, transformers and einops are there, and verl's and Liger's own pins would move them.
 PEERS := liger-kernel==0.8.5 cut-cross-entropy==25.1.1 fla-core==0.6.0 flash-linear-attention==0.6.0 verl==0.9.1
 
-.PHONY: help setup setup-vllm oracles demo test test-slow bench bench-peers bench-gpu lint format clean
+# The GPU machine's Python, and the folder in which the rehearsal puts a copy of what that machine has.
+GPU_PYTHON ?= python3.12
+REHEARSAL := .gpu-rehearsal
+
+.PHONY: help setup setup-vllm oracles demo test test-slow bench bench-peers bench-gpu gpu-pack gpu-rehearsal lint format clean
 
 help:
 	@echo "make demo            train LENS on CPU, two processes; again: resumes. IF_EXISTS=restart starts over"
@@ -23,6 +27,8 @@ help:
 	@echo "make bench           the operators of lens_kernels beside their peers; BENCH_ARGS='-k policy_loss --rounds 9'"
 	@echo "make bench-peers     the libraries that make bench compares with, into $(VENV)"
 	@echo "make bench-gpu       on a GPU, under ten minutes: JSON into OUT; BENCH_PYTHON=python3 does without $(VENV)"
+	@echo "make gpu-pack        wheels to take along to a GPU machine without a network: benchmarks/GPU_DAY.md"
+	@echo "make gpu-rehearsal   the day on a GPU without one: versions of that machine, no network, tiny sizes"
 	@echo "make setup           only the environment, into $(VENV), with vLLM's CPU build where it runs"
 	@echo "make setup-vllm      only vLLM's CPU build, into $(VENV)"
 	@echo "make oracles         verl and TRL into .oracles, for the tests that compare formulas with theirs"
@@ -83,6 +89,21 @@ bench-peers: setup
 bench-gpu:
 	$(BENCH_PYTHON) -m pytest benchmarks --benchmark-only --device cuda --shapes standard --budget-s 450 --out $(OUT) $(BENCH_ARGS)
 
+gpu-pack: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.gpu_session.pack .gpu-pack
+
+$(REHEARSAL)/.ready: requirements/gpu-target.txt
+	test -x $(REHEARSAL)/venv/bin/python || $(GPU_PYTHON) -m venv $(REHEARSAL)/venv
+	$(REHEARSAL)/venv/bin/python -m pip install --quiet -r $<
+	touch $@
+
+# First every case to the point where only the device is missing, then the same code at tiny sizes. Both without a network.
+gpu-rehearsal: gpu-pack $(REHEARSAL)/.ready
+	for mode in "--out $(REHEARSAL)/no_device" "--out $(REHEARSAL)/tiny --rehearse"; do \
+	  OMP_NUM_THREADS=1 $(REHEARSAL)/venv/bin/python -m benchmarks.gpu_session.offline \
+	    $(CURDIR)/$(REHEARSAL)/venv/bin/python -m benchmarks.gpu_day $$mode --minutes 90 --scratch $(REHEARSAL)/scratch || exit 1; \
+	done
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -93,4 +114,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .oracles runs build *.egg-info kernels/*.egg-info
+	rm -rf $(VENV) .oracles .gpu-pack $(REHEARSAL) runs build *.egg-info kernels/*.egg-info
