@@ -99,6 +99,7 @@ $(REHEARSAL)/.ready: requirements/gpu-target.txt
 
 # First every case to the point where only the device is missing, then the same code at tiny sizes. Both without a network.
 gpu-rehearsal: gpu-pack $(REHEARSAL)/.ready
+	rm -rf $(REHEARSAL)/no_device $(REHEARSAL)/tiny
 	for mode in "--out $(REHEARSAL)/no_device" "--out $(REHEARSAL)/tiny --rehearse"; do \
 	  OMP_NUM_THREADS=1 $(REHEARSAL)/venv/bin/python -m benchmarks.gpu_session.offline \
 	    $(CURDIR)/$(REHEARSAL)/venv/bin/python -m benchmarks.gpu_day $$mode --minutes 90 --scratch $(REHEARSAL)/scratch || exit 1; \

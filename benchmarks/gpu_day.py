@@ -64,19 +64,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the cases that are left; returns the exit status."""
     parsed = _parser().parse_args(arguments)
     deadline = time.monotonic() + parsed.minutes * 60 - _CLOSING_S
-    cases = tuple(case for case in plan(ROOT) if fnmatch.fnmatch(case.name, parsed.only))
-    if not cases:
-        print(f"error: --only {parsed.only}: no case has such a name; they are: {_names(plan(ROOT))}", file=sys.stderr)
-        return 2
+    cases = plan(ROOT)
+    for option, pattern in (("--only", parsed.only), ("--again", parsed.again)):
+        if pattern and not any(fnmatch.fnmatch(case.name, pattern) for case in cases):
+            names = ", ".join(repr(case.name) for case in cases)
+            print(f"error: {option} {pattern}: no case has such a name; they are: {names}", file=sys.stderr)
+            return 2
     try:
-        session = _open(parsed, deadline)
-        waiting = _waiting(cases, session, parsed.again)
-        for case in waiting:
-            _run_one(case, session)
-        return _close(cases, session)
+        return run_cases(cases, _open(parsed, deadline), only=parsed.only, again=parsed.again)
     except (JournalError, pack.PackError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def run_cases(cases: Sequence[Case], session: Session, *, only: str = "*", again: str = "") -> int:
+    """Runs the cases that are left or whose names match `again`, of those whose names match `only`, and writes the
+    summary of all; returns the exit status.
+
+    Raises JournalError where what was found cannot be kept.
+    """
+    wanted = [case for case in cases if fnmatch.fnmatch(case.name, only)]
+    for case in _waiting(wanted, session, again):
+        _run_one(case, session)
+    record = session.journal.read()
+    _summarise(cases, record, session)
+    if any(is_left(record.outcomes.get(case.name)) for case in wanted):
+        return LEFT
+    return int(any(record.outcomes[case.name].status is Status.FAILED for case in wanted))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,14 +108,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _open(parsed: argparse.Namespace, deadline: float) -> Session:
-    parsed.scratch.mkdir(parents=True, exist_ok=True)
-    site = None if parsed.no_pack else pack.install(parsed.pack, parsed.scratch / "site")
+    scratch, out = parsed.scratch.absolute(), parsed.out.absolute()  # cases run in the project's folder
+    scratch.mkdir(parents=True, exist_ok=True)
+    site = None if parsed.no_pack else pack.install(parsed.pack, scratch / "site")
     environment = _environment(os.environ, site)
     machine = _machine(environment)
     return Session(
-        journal=Journal(parsed.out / "journal.jsonl"),
-        out=parsed.out,
-        scratch=parsed.scratch,
+        journal=Journal(out / "journal.jsonl"),
+        out=out,
+        scratch=scratch,
         environment=environment,
         machine=name_of(machine),
         has_device=machine["gpu"] is not None,
@@ -219,18 +234,13 @@ def _write(session: Session, case: Case, finding: Finding, ended: Ended | None) 
             file.write(f"\n===== {case.name}: {outcome.status}\n{ended.log[-_LOG_BYTES:]}")
 
 
-def _close(cases: Sequence[Case], session: Session) -> int:
-    """Writes and prints the summary; returns the exit status."""
-    record = session.journal.read()
+def _summarise(cases: Sequence[Case], record: Record, session: Session) -> None:
     page = render(cases, record)
     (session.out / "summary.md").write_text(page)
     operators = _operator_results(record)
     if operators is not None:
         (session.out / "operators.json").write_text(json.dumps(operators, indent=1) + "\n")
     print(page)
-    if any(is_left(record.outcomes.get(case.name)) for case in cases):
-        return LEFT
-    return int(any(record.outcomes[case.name].status is Status.FAILED for case in cases))
 
 
 def _operator_results(record: Record) -> dict[str, Any] | None:
@@ -239,10 +249,6 @@ def _operator_results(record: Record) -> dict[str, Any] | None:
     if not documents:
         return None
     return documents[-1] | {"cases": [entry for document in documents for entry in document.get("cases", [])]}
-
-
-def _names(cases: Iterable[Case]) -> str:
-    return ", ".join(repr(case.name) for case in cases)
 
 
 if __name__ == "__main__":

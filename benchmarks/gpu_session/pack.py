@@ -127,8 +127,8 @@ def check(wheels: Sequence[Wheel], lists: Lists) -> None:
     if size > LIMIT_BYTES:
         largest = max(wheels, key=lambda wheel: wheel.size)
         raise PackError(
-            f"the wheels have {size / 2**20:.1f} MiB, more than {LIMIT_BYTES >> 20}; the largest is {largest.name} with "
-            f"{largest.size / 2**20:.1f}: leave one out, with the reason in gpu-pack-left-out.txt"
+            f"the wheels have {size / 2**20:.1f} MiB, more than {LIMIT_BYTES >> 20}; the largest is {largest.name}, "
+            f"{largest.size / 2**20:.1f} MiB: leave one out, with the reason in gpu-pack-left-out.txt"
         )
 
 
@@ -163,8 +163,8 @@ def install(folder: Path, site: Path) -> Path:
     wheels = sorted(folder.glob("*.whl"))
     if not wheels:
         raise PackError(
-            f"--pack {folder}: no wheels there; run `make gpu-pack` where there is a network and bring the folder along, "
-            "or give --no-pack if this Python has all that the trainer and the benchmarks need"
+            f"--pack {folder}: no wheels there; run `make gpu-pack` where there is a network and bring the folder "
+            "along, or give --no-pack if this Python has all that the trainer and the benchmarks need"
         )
     stamp = "\n".join(f"{wheel.name} {wheel.stat().st_size}" for wheel in wheels)
     mark = site / _INSTALLED
