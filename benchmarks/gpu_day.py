@@ -30,11 +30,18 @@ from benchmarks.gpu_session.reading import NO_DEVICE, READERS, Finding
 from benchmarks.gpu_session.running import ROOT, Ended, run
 from benchmarks.gpu_session.summary import is_left, render
 
+
+class SessionError(Exception):
+    """Nothing can be run here; the message says why and what to do."""
+
+
 LEFT = 3
 """The exit status of a call after which cases are left."""
 _CLOSING_S = 5.0
 """What a call keeps of its time for the summary."""
 _CUT_OFF_LIMIT = 2
+_REHEARSAL_PATIENCE = 5
+"""A CPU, and Triton's interpreter, take so many times as long even at tiny sizes."""
 _LOG_BYTES = 64 << 10
 _TAIL_CHARACTERS = 6000
 
@@ -72,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
     try:
         return run_cases(cases, _open(parsed, deadline), only=parsed.only, again=parsed.again)
-    except (JournalError, pack.PackError, OSError) as error:
+    except (SessionError, JournalError, pack.PackError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -138,7 +145,7 @@ def _machine(environment: Mapping[str, str]) -> dict[str, Any]:
     done = subprocess.run(command, cwd=ROOT, env=dict(environment), capture_output=True, text=True)
     if done.returncode:
         last = done.stderr.strip().split("\n")[-1]
-        raise pack.PackError(f"the machine cannot be described: {last}; torch must be importable by {sys.executable}")
+        raise SessionError(f"the machine cannot be described: {last}; torch must be importable by {sys.executable}")
     return json.loads(done.stdout.strip().split("\n")[-1])
 
 
@@ -175,14 +182,14 @@ def _run_one(case: Case, session: Session) -> None:
         return
     session.journal.started(case.name)
     print(f"{case.name} ...", flush=True)
-    limit = max(1.0, min(case.limit_s, session.seconds_left))
+    longest = case.limit_s * (_REHEARSAL_PATIENCE if session.rehearse else 1)
+    limit = max(1.0, min(longest, session.seconds_left))
     with tempfile.TemporaryDirectory(dir=session.scratch) as folder:
         command = _filled(case.rehearsal if session.rehearse else case.command, Path(folder), session, limit)
         environment = {**session.environment, **dict(case.environment)}
         ended = run(command, limit_s=limit, log=Path(folder) / "log", environment=environment)
         finding = READERS[case.reader](ended, Path(folder))
-    finding = _judged(case, finding, ended, limit, session)
-    _write(session, case, finding, ended)
+    _write(session, case, _judged(finding, ended, session, limit, cut_short=limit < longest), ended)
 
 
 def _obstacle(case: Case, session: Session) -> Finding | None:
@@ -204,9 +211,9 @@ def _filled(command: Sequence[str], folder: Path, session: Session, limit: float
     return [word.format(**places, budget=round(max(1.0, limit - ENDING_S), 1)) for word in command]
 
 
-def _judged(case: Case, finding: Finding, ended: Ended, limit: float, session: Session) -> Finding:
+def _judged(finding: Finding, ended: Ended, session: Session, limit: float, *, cut_short: bool) -> Finding:
     """Corrects what the files alone cannot tell: a limit that was the call's, and a device that was there."""
-    if ended.timed_out and limit < case.limit_s:
+    if ended.timed_out and cut_short:
         return replace(finding, status=Status.INTERRUPTED, reason="the call's time was over")
     if ended.timed_out:
         return replace(finding, status=Status.FAILED, reason=f"it took longer than {limit:.0f} s")
