@@ -31,10 +31,6 @@ from benchmarks.gpu_session.running import ROOT, Ended, run
 from benchmarks.gpu_session.summary import is_left, render
 
 
-class SessionError(Exception):
-    """Nothing can be run here; the message says why and what to do."""
-
-
 LEFT = 3
 """The exit status of a call after which cases are left."""
 _CLOSING_S = 5.0
@@ -44,6 +40,10 @@ _REHEARSAL_PATIENCE = 5
 """A CPU, and Triton's interpreter, take so many times as long even at tiny sizes."""
 _LOG_BYTES = 64 << 10
 _TAIL_CHARACTERS = 6000
+
+
+class SessionError(Exception):
+    """Nothing can be run here; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

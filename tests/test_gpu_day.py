@@ -395,3 +395,10 @@ def test_the_budget_is_the_largest_that_the_plan_fits(tmp_path: Path):
         assert memory.fitting_choice(tree, GPU_BATCHES, enough, True) == memory.CHOICES[number]
     with pytest.raises(ValueError, match="needs .* GiB at the least: take a smaller --shape"):
         memory.fitting_choice(tree, GPU_BATCHES, 1 << 20, True)
+
+
+def test_attention_is_told_of_grouped_keys_where_it_asks():
+    from lens_megatron.policy.layers import grouped_keys_argument
+
+    assert grouped_keys_argument(lambda query, *, scale=None: None, True) == {}  # torch 2.11
+    assert grouped_keys_argument(lambda query, *, enable_gqa=False: None, True) == {"enable_gqa": True}
