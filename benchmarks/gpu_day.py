@@ -30,7 +30,6 @@ from benchmarks.gpu_session.reading import NO_DEVICE, READERS, Finding
 from benchmarks.gpu_session.running import ROOT, Ended, run
 from benchmarks.gpu_session.summary import is_left, render
 
-
 LEFT = 3
 """The exit status of a call after which cases are left."""
 _CLOSING_S = 5.0
@@ -186,7 +185,8 @@ def _run_one(case: Case, session: Session) -> None:
     limit = max(1.0, min(longest, session.seconds_left))
     with tempfile.TemporaryDirectory(dir=session.scratch) as folder:
         command = _filled(case.rehearsal if session.rehearse else case.command, Path(folder), session, limit)
-        environment = {**session.environment, **dict(case.environment)}
+        extra = case.rehearsal_environment if session.rehearse else case.environment
+        environment = {**session.environment, **dict(extra)}
         ended = run(command, limit_s=limit, log=Path(folder) / "log", environment=environment)
         finding = READERS[case.reader](ended, Path(folder))
     _write(session, case, _judged(finding, ended, session, limit, cut_short=limit < longest), ended)
