@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks.gpu_session import pack
 from benchmarks.gpu_session.journal import Journal, JournalError, Outcome, Record, Status
 from benchmarks.gpu_session.machine import name_of
-from benchmarks.gpu_session.plan import CALL_S, ENDING_S, Case, plan
+from benchmarks.gpu_session.plan import CALL_S, ENDING_S, Case, filled, plan
 from benchmarks.gpu_session.reading import NO_DEVICE, READERS, Finding
 from benchmarks.gpu_session.running import ROOT, Ended, run
 from benchmarks.gpu_session.summary import is_left, render
@@ -184,7 +184,9 @@ def _run_one(case: Case, session: Session) -> None:
     longest = case.limit_s * (_REHEARSAL_PATIENCE if session.rehearse else 1)
     limit = max(1.0, min(longest, session.seconds_left))
     with tempfile.TemporaryDirectory(dir=session.scratch) as folder:
-        command = _filled(case.rehearsal if session.rehearse else case.command, Path(folder), session, limit)
+        places = {"python": sys.executable, "result": folder, "scratch": session.scratch}
+        places |= {"budget": round(max(1.0, limit - ENDING_S), 1)}
+        command = filled(case.rehearsal if session.rehearse else case.command, places)
         extra = case.rehearsal_environment if session.rehearse else case.environment
         environment = {**session.environment, **dict(extra)}
         ended = run(command, limit_s=limit, log=Path(folder) / "log", environment=environment)
@@ -204,11 +206,6 @@ def _obstacle(case: Case, session: Session) -> Finding | None:
         )
         return Finding(Status.FAILED, why)
     return None
-
-
-def _filled(command: Sequence[str], folder: Path, session: Session, limit: float) -> list[str]:
-    places = {"python": sys.executable, "result": folder, "scratch": session.scratch}
-    return [word.format(**places, budget=round(max(1.0, limit - ENDING_S), 1)) for word in command]
 
 
 def _judged(finding: Finding, ended: Ended, session: Session, limit: float, *, cut_short: bool) -> Finding:

@@ -43,12 +43,14 @@ class Sizes:
     """Columns of a tile."""
     flush_bytes: int
     """Larger than every cache."""
-    small_bytes: int
-    """Fits the L2 cache several times over."""
+    piece_bytes: int
+    """Fits half of the L2 cache, and a tile is a whole number of them."""
 
 
-REAL = Sizes(rows=4096, vocab=128256, hidden=4096, tiles=(1024, 2048, 4096), flush_bytes=512 << 20, small_bytes=4 << 20)
-TINY = Sizes(rows=16, vocab=256, hidden=32, tiles=(32, 64), flush_bytes=1 << 16, small_bytes=1 << 10)
+REAL = Sizes(
+    rows=4096, vocab=128256, hidden=4096, tiles=(1024, 2048, 4096), flush_bytes=512 << 20, piece_bytes=16 << 20
+)
+TINY = Sizes(rows=16, vocab=256, hidden=32, tiles=(32, 64), flush_bytes=1 << 16, piece_bytes=1 << 11)
 
 
 # ---- timing -------------------------------------------------------------------------------------------------------

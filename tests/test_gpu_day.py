@@ -18,7 +18,7 @@ from benchmarks import gpu_day
 from benchmarks.gpu_session import pack, reading
 from benchmarks.gpu_session.journal import Journal, JournalError, Outcome, Status
 from benchmarks.gpu_session.lens_run import headline, mistakes_of
-from benchmarks.gpu_session.plan import CALL_S, MACHINE, Case, plan
+from benchmarks.gpu_session.plan import CALL_S, MACHINE, Case, filled, plan
 from benchmarks.gpu_session.running import ROOT, Ended, run
 from benchmarks.gpu_session.summary import render
 
@@ -85,7 +85,7 @@ def test_every_command_names_files_and_modules_that_are_there():
     places = {"python": sys.executable, "result": "result", "scratch": "scratch", "budget": 1}
     for found in plan(ROOT):
         for command in filter(None, (found.command, found.rehearsal)):
-            words = [word.format(**places) for word in command]
+            words = filled(command, places)
             modules = [words[i + 1] for i, word in enumerate(words) if word == "-m" and words[i - 1] == sys.executable]
             assert all(importlib.util.find_spec(module) for module in modules), words
             assert all((ROOT / word).exists() for word in words if word.endswith(".py")), words

@@ -4,7 +4,7 @@ In commands, {python} is the interpreter, {result} the case's own folder of resu
 long as the machine, and {budget} the seconds after which the command should begin nothing more.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,14 @@ class Case:
     rehearsal_environment: tuple[tuple[str, str], ...] = ()
     without_rehearsal: str = ""
     """Why there is none."""
+
+
+def filled(command: Sequence[str], places: Mapping[str, object]) -> list[str]:
+    """Returns `command` with the places' values in it; other braces stay as they are."""
+    words = list(command)
+    for name, value in places.items():
+        words = [word.replace(f"{{{name}}}", str(value)) for word in words]
+    return words
 
 
 def plan(root: Path) -> tuple[Case, ...]:
