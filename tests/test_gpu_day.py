@@ -158,8 +158,8 @@ stuck = 'setsid sleep 1000 & echo $! > {folder}/pid; test -e {folder}/free || ex
 stuck += 'kill $!; echo \\'{{"headline": "late"}}\\' > $0/result.json'
 count = "open({folder!r} + '/count', 'a').write('x'); import json, sys; "
 count += "json.dump({{'headline': 'once'}}, open(sys.argv[1] + '/result.json', 'w'))"
-cases = [case('first', count), case('stuck', command=('sh', '-c', stuck, '{{result}}')), case('last')]
-sys.exit(gpu_day.run_cases(cases, session(folder)))
+cases = [case('first', count), case('stuck', command=('sh', '-c', stuck, '{{result}}'), limit_s=1e6), case('last')]
+sys.exit(gpu_day.run_cases(cases, session(folder, deadline=time.monotonic() + 1e6)))  # no limit may end what is stuck
 """
 
 

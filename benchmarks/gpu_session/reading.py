@@ -24,6 +24,8 @@ _TORCH_WITHOUT_DEVICE = (
 _NOTHING_SELECTED = 5
 """pytest's exit status when no test was left to run."""
 _MESSAGE = 800
+_LAST_LINES = 40
+"""pytest ends with a line per test that could not run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +174,7 @@ def _lacks_device(text: str) -> bool:
 def _not_done(ended: Ended, result: dict[str, Any]) -> Finding:
     """Says why a command with a bad exit status stopped: the last lines of its output hold it."""
     lines = [line.strip() for line in ended.log.splitlines() if line.strip()]
-    for line in reversed(lines[-5:]):
+    for line in reversed(lines[-_LAST_LINES:]):
         if line.startswith(LEFT_OUT):
             return Finding(Status.SKIPPED, line.removeprefix(LEFT_OUT), result=result)
         if _lacks_device(line):
