@@ -17,7 +17,11 @@ PEERS := liger-kernel==0.8.5 cut-cross-entropy==25.1.1 fla-core==0.6.0 flash-lin
 PEERS_CUDA := quack-kernels[cu13]==0.6.5 nvidia-cutlass-dsl[cu13]==4.8.1 apache-tvm-ffi==0.1.15.post2
 PEERS_CUDA_BUILT := transformer-engine[core-cu13,pytorch]==2.20.2
 
-.PHONY: help setup setup-vllm oracles demo test test-slow bench bench-peers bench-peers-cuda bench-gpu lint format clean
+# The GPU machine's Python, and the folder in which the rehearsal puts a copy of what that machine has.
+GPU_PYTHON ?= python3.12
+REHEARSAL := .gpu-rehearsal
+
+.PHONY: help setup setup-vllm oracles demo test test-slow bench bench-peers bench-peers-cuda bench-gpu gpu-pack gpu-rehearsal lint format clean
 
 help:
 	@echo "make demo            train LENS on CPU, two processes; again: resumes. IF_EXISTS=restart starts over"
@@ -27,6 +31,8 @@ help:
 	@echo "make bench-peers     the libraries that make bench compares with, into $(VENV)"
 	@echo "make bench-peers-cuda  likewise those that need CUDA 13; on a GPU machine, after bench-peers"
 	@echo "make bench-gpu       on a GPU, under ten minutes: JSON into OUT; BENCH_PYTHON=python3 does without $(VENV)"
+	@echo "make gpu-pack        wheels to take along to a GPU machine without a network: benchmarks/GPU_DAY.md"
+	@echo "make gpu-rehearsal   the day on a GPU without one: versions of that machine, no network, tiny sizes"
 	@echo "make setup           only the environment, into $(VENV), with vLLM's CPU build where it runs"
 	@echo "make setup-vllm      only vLLM's CPU build, into $(VENV)"
 	@echo "make oracles         verl and TRL into .oracles, for the tests that compare formulas with theirs"
@@ -92,6 +98,22 @@ bench-peers-cuda: bench-peers
 bench-gpu:
 	$(BENCH_PYTHON) -m pytest benchmarks --benchmark-only --device cuda --shapes standard --budget-s 450 --out $(OUT) $(BENCH_ARGS)
 
+gpu-pack: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.gpu_session.pack .gpu-pack
+
+$(REHEARSAL)/.ready: requirements/gpu-target.txt
+	test -x $(REHEARSAL)/venv/bin/python || $(GPU_PYTHON) -m venv $(REHEARSAL)/venv
+	$(REHEARSAL)/venv/bin/python -m pip install --quiet -r $<
+	touch $@
+
+# First every case to the point where only the device is missing, then the same code at tiny sizes. Both without a network.
+gpu-rehearsal: gpu-pack $(REHEARSAL)/.ready
+	rm -rf $(REHEARSAL)/no_device $(REHEARSAL)/tiny
+	for mode in "--out $(REHEARSAL)/no_device" "--out $(REHEARSAL)/tiny --rehearse"; do \
+	  OMP_NUM_THREADS=1 $(REHEARSAL)/venv/bin/python -m benchmarks.gpu_session.offline \
+	    $(CURDIR)/$(REHEARSAL)/venv/bin/python -m benchmarks.gpu_day $$mode --minutes 90 --scratch $(REHEARSAL)/scratch || exit 1; \
+	done
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -102,4 +124,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .oracles runs build *.egg-info kernels/*.egg-info
+	rm -rf $(VENV) .oracles .gpu-pack $(REHEARSAL) runs build *.egg-info kernels/*.egg-info

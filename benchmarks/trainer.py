@@ -2,6 +2,7 @@
 
     python -m benchmarks.trainer cpu                      # tiny model, here; a quarter of an hour
     python -m benchmarks.trainer gpu --shape qwen2.5-3b   # one GPU, beside transformers + Liger-Kernel
+    python -m benchmarks.trainer gpu --tiny               # the same code at a tiny size, with or without a GPU
     python -m benchmarks.trainer balance                  # 1,000,000 samples for 1024 ranks
 
 It writes one JSON file into --out and prints a table. TRAINER_NOTES.md says how it is measured.
@@ -15,12 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.gpu_session.reading import NO_DEVICE
 from benchmarks.training import load
 from benchmarks.training.simulation import simulate
 
@@ -49,6 +52,7 @@ LAYOUTS = {
     "CP2": {"context_parallel_size": 2},
 }
 GPU_BATCHES = [case("constant 4096", "constant", 32, 4096, 16384), case("long tail to 4096", "tail", 128, 4096, 16384)]
+TINY_BATCHES = [case("constant 32", "constant", 4, 32, 64), case("long tail to 32", "tail", 6, 32, 64)]
 
 
 def launch(spec: dict, ranks: int) -> list[dict]:
@@ -112,7 +116,11 @@ def summarise(measured: Sequence[dict]) -> dict:
         if "peak_extra_bytes" in main:
             sides[name]["peak_extra_mib"] = round(max(m["peak_extra_bytes"][name] for m in measured) / 2**20, 1)
     kept = ("name", "kind", "limit", "budget", "lengths", "forward_flops", "first_loss_and_gradient_norm", "wrong")
-    found = {key: main[key] for key in kept} | {"sides": sides, "roof_gflops": spread((r / 1e9 for r in roofs), 1)}
+    apart = ("hand_over",)
+    found = {key: main[key] for key in (*kept, *(key for key in apart if key in main))} | {
+        "sides": sides,
+        "roof_gflops": spread((r / 1e9 for r in roofs), 1),
+    }
     if "peak_bytes" in main:
         found["peak_mib_in_all"] = round(max(m["peak_bytes"] for m in measured) / 2**20, 1)
     found["times_faster_than"] = compare(main["rounds"])
@@ -167,29 +175,86 @@ def on_cpu(models: Path, rounds: int) -> dict:
     return found
 
 
-def on_gpu(models: Path, shape: str, rounds: int) -> dict:
-    """Measures ours, then the peer, each in its own process: both at once would not fit. Losses are compared
-    afterwards."""
-    from benchmarks.training.worker import TOLERANCE
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuRun:
+    """What is measured on one GPU."""
 
-    base = {"model": str(load.save_models(models, shape, torch.bfloat16)), "shape": shape, "dtype": "bfloat16"}
-    base |= {"megatron": {}, "rounds": rounds, "cases": GPU_BATCHES, "memory": True}
-    found = {side: measure({**base, "sides": [side]}) for side in ("ours", *LIGER)}
-    for ours, theirs in zip(found["ours"], found[LIGER[0]], strict=True):
+    models: Path
+    """The folder of the models, which are made where they are missing."""
+    shape: str
+    rounds: int
+    tiny: bool
+    """A tiny shape on whatever device there is: a rehearsal."""
+    deadline: float
+    """In seconds of time.monotonic(): the peer is not begun if it would not be done by then."""
+
+
+def on_gpu(run: GpuRun, keep: Callable[[dict], None]) -> dict:
+    """Measures ours, then the peer, each in its own process: both at once would not fit. Losses are compared
+    afterwards. `keep` gets what is known after each of them.
+
+    Raises SystemExit without a device, unless the run is tiny.
+    """
+    spec, peer, planned = _gpu_spec(run)
+    found: dict[str, Any] = {"planned": planned}
+    start = time.monotonic()
+    found["ours"] = measure({**spec, "sides": ["ours"]})
+    keep(found)
+    taken = time.monotonic() - start
+    if time.monotonic() + taken > run.deadline:
+        return found | {peer: [], "peer_left_out": f"{peer}: ours took {taken:.0f} s, and --budget-s leaves it less"}
+    try:
+        found[peer] = measure({**spec, "sides": [peer]})
+    except subprocess.CalledProcessError as error:
+        return found | {peer: [], "peer_left_out": f"{peer}: its process ended with exit status {error.returncode}"}
+    for ours, theirs in zip(found["ours"], found[peer], strict=True):
         pairs = zip(*(next(iter(c["first_loss_and_gradient_norm"].values())) for c in (ours, theirs)), strict=True)
-        if any(abs(a - b) > TOLERANCE["bfloat16"] * abs(a) for a, b in pairs):
-            theirs["wrong"], theirs["sides"] = list(LIGER), {}
+        if any(abs(a - b) > spec["tolerance"] * abs(a) for a, b in pairs):
+            theirs["wrong"], theirs["sides"] = [peer], {}
     return found
+
+
+def _gpu_spec(run: GpuRun) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """Returns the worker's spec without its sides, the peer, and what the plan expects."""
+    from benchmarks.training import memory
+    from benchmarks.training.worker import TOLERANCE, configuration, configuration_tree
+
+    has_device = torch.cuda.is_available()
+    if not has_device and not run.tiny:
+        raise SystemExit(NO_DEVICE)
+    shape, batches = ("tiny", TINY_BATCHES) if run.tiny else (run.shape, GPU_BATCHES)
+    model = load.models_in(run.models, shape, torch.bfloat16)
+    spec = {"model": str(model), "shape": shape, "dtype": "bfloat16", "megatron": {}, "rounds": run.rounds}
+    spec |= {"memory": True, "tolerance": TOLERANCE["bfloat16"]}
+    budget, layers = batches[0]["budget"], {}
+    if not run.tiny:
+        total = torch.cuda.get_device_properties(0).total_memory
+        budget, layers = memory.fitting_choice(configuration_tree(spec, budget), batches, total, has_device)
+    spec["megatron"] = {"transformer": layers}
+    cases = [batch | {"budget": budget} for batch in batches]
+    bytes_of = {c["name"]: memory.planned_bytes(configuration(spec, budget), c, has_device).as_json() for c in cases}
+    planned = {"budget": budget, "layers": layers, "bytes": bytes_of}
+    cases[-1] |= {"hand_over": True}
+    return spec | {"cases": cases}, LIGER[0] if has_device else TRANSFORMERS[1], planned
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("where", choices=("cpu", "gpu", "balance"))
-    parser.add_argument("--shape", choices=sorted(set(load.SHAPES) - {"cpu"}), default="qwen2.5-1.5b")
+    parser.add_argument("--shape", choices=sorted(set(load.SHAPES) - {"cpu", "tiny"}), default="qwen2.5-1.5b")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tiny", action="store_true", help="gpu: a tiny shape on any device, as a rehearsal")
+    parser.add_argument("--models", type=Path, help="gpu: keep the models in this folder, and take them from there")
+    parser.add_argument("--budget-s", type=float, default=float("inf"), help="gpu: leave the peer out after so long")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     chosen = parser.parse_args()
-    from benchmarks.training.roof import machine
+    start = time.monotonic()
+    about = _about(chosen)
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    path = chosen.out / f"trainer_{chosen.where}_{time.strftime('%Y%m%d_%H%M%S')}.json"
+
+    def keep(found: dict) -> None:
+        path.write_text(json.dumps(about | found, indent=1) + "\n")
 
     with tempfile.TemporaryDirectory() as folder:
         if chosen.where == "balance":
@@ -197,19 +262,28 @@ def main() -> None:
         elif chosen.where == "cpu":
             found = on_cpu(Path(folder), chosen.rounds)
         else:
-            found = on_gpu(Path(folder), chosen.shape, chosen.rounds)
-    load_average = [round(x, 1) for x in os.getloadavg()]
-    shape = f" --shape {chosen.shape}" if chosen.where == "gpu" else ""
-    about = {
+            run = GpuRun(
+                models=chosen.models or Path(folder),
+                shape=chosen.shape,
+                rounds=chosen.rounds,
+                tiny=chosen.tiny,
+                deadline=start + chosen.budget_s,
+            )
+            found = on_gpu(run, keep)
+    keep(found)
+    print(path)
+
+
+def _about(chosen: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks.training.roof import machine
+
+    shape = "" if chosen.where != "gpu" else " --tiny" if chosen.tiny else f" --shape {chosen.shape}"
+    return {
         "command": f"python -m benchmarks.trainer {chosen.where}{shape} --rounds {chosen.rounds}",
         "machine": machine(),
         "cores_allowed": len(os.sched_getaffinity(0)),
-        "load_average": load_average,
+        "load_average": [round(x, 1) for x in os.getloadavg()],
     }
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    path = chosen.out / f"trainer_{chosen.where}_{time.strftime('%Y%m%d_%H%M%S')}.json"
-    path.write_text(json.dumps(about | found, indent=1) + "\n")
-    print(path)
 
 
 if __name__ == "__main__":

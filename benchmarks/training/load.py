@@ -2,6 +2,7 @@
 
 import math
 import random
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,10 @@ Lengths = list[tuple[int, int]]
 
 CPU_SHAPE = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 8192, "tie_word_embeddings": True}  # fmt: skip
+TINY_SHAPE = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "vocab_size": 1024, "tie_word_embeddings": True}  # fmt: skip
 SHAPES = {
+    "tiny": TINY_SHAPE,
     "cpu": CPU_SHAPE,
     "qwen2.5-1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
                      "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
@@ -41,6 +45,17 @@ def save_models(folder: Path, shape: str, dtype: torch.dtype) -> Path:
             parameter += 0.05 * parameter.std().nan_to_num() * torch.randn_like(parameter)
     model.save_pretrained(folder / "model_reference")
     return folder / "model"
+
+
+def models_in(folder: Path, shape: str, dtype: torch.dtype) -> Path:
+    """Returns the model that `save_models` writes into `folder`/`shape`; what is there already is used again."""
+    place = folder / shape
+    if not place.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as part:
+            save_models(Path(part) / "made", shape, dtype)
+            (Path(part) / "made").rename(place)
+    return place / "model"
 
 
 def lengths(kind: str, samples: int, limit: int, seed: int = 0) -> Lengths:

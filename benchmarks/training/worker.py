@@ -3,7 +3,8 @@
 `torchrun -m benchmarks.training.worker SPEC.json OUT_PREFIX` writes OUT_PREFIX.RANK.json.
 
 A spec: {"model", "shape", "dtype", "megatron", "sides", "rounds", "cases": [{"name", "kind", "samples", "limit",
-"budget"}]}. Sides are "ours" and the peers; all of them take turns on the same samples, round by round, in one process.
+"budget", "hand_over"}]}. Sides are "ours" and the peers; all of them take turns on the same samples, round by round, in
+one process.
 """
 
 import contextlib
@@ -29,18 +30,21 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 
 
 def configuration(spec: dict, budget: int) -> Config:
-    return from_tree(
-        {
-            "run": {"directory": "unused"},
-            "data": {"train": "unused"},
-            "model": {"path": spec["model"], "reference_path": f"{spec['model']}_reference", "dtype": spec["dtype"]},
-            "algorithm": {"advantage": "grpo", "kl_coef": 0.05, "dual_clip": None},
-            "lens": {"enabled": False},
-            "optimizer": {"lr": 1e-6},
-            "train": {"max_tokens_per_micro_batch": budget},
-            "megatron": spec["megatron"],
-        }
-    )
+    return from_tree(configuration_tree(spec, budget))
+
+
+def configuration_tree(spec: dict, budget: int) -> dict[str, Any]:
+    """Returns the sections of a configuration with `budget` tokens per micro-batch."""
+    return {
+        "run": {"directory": "unused"},
+        "data": {"train": "unused"},
+        "model": {"path": spec["model"], "reference_path": f"{spec['model']}_reference", "dtype": spec["dtype"]},
+        "algorithm": {"advantage": "grpo", "kl_coef": 0.05, "dual_clip": None},
+        "lens": {"enabled": False},
+        "optimizer": {"lr": 1e-6},
+        "train": {"max_tokens_per_micro_batch": budget},
+        "megatron": spec["megatron"],
+    }
 
 
 def one_group(samples: list[Sample]) -> TrainingGroup:
@@ -155,13 +159,13 @@ def measure(spec: dict, sides: dict[str, Any], case: dict, device: torch.device)
             result["rounds"][name].append({"seconds": sides[name].seconds, "cpu_seconds": sides[name].cpu_seconds})
     result["padding_waste"] = {name: sides[name].padding_waste for name in result["rounds"]}
     result["imbalance"] = {name: sides[name].imbalance for name in result["rounds"]}
-    return result | measure_apart(spec, sides, made, list(result["rounds"]), device)
+    return result | measure_apart(spec, case, sides, made, list(result["rounds"]), device)
 
 
 def measure_apart(
-    spec: dict, sides: dict[str, Any], made: list[Sample], names: list[str], device: torch.device
+    spec: dict, case: dict, sides: dict[str, Any], made: list[Sample], names: list[str], device: torch.device
 ) -> dict:
-    """Measures what needs probes that would slow the timed rounds: memory, and idle time of stages."""
+    """Measures what would slow the timed rounds: memory, the way to host memory and back, idle time of stages."""
     from benchmarks.operators.timing import Runner, peak_extra_bytes
     from benchmarks.training.probe import StageProbe
 
@@ -171,6 +175,10 @@ def measure_apart(
         found["peak_extra_bytes"] = {name: peak_extra_bytes(Runner(run=step), device) for name, step in steps.items()}
         if device.type == "cuda" and len(sides) == 1:
             found["peak_bytes"] = torch.cuda.max_memory_allocated()
+    if "ours" in names and case.get("hand_over"):
+        from benchmarks.training.hand_over import hand_over
+
+        found["hand_over"] = hand_over(sides["ours"].run.policy, spec["rounds"])
     if "ours" in names and sides["ours"].run.mesh.pp_size > 1:
         found["idle_share"] = []
         for _ in range(spec["rounds"]):

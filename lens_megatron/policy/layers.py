@@ -5,8 +5,9 @@ Megatron-Core's own local layers refuse the first two, and context parallelism w
 Engine whether it is there or not.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from itertools import accumulate, pairwise
 
 import torch
@@ -159,9 +160,17 @@ class PackedAttention(MegatronModule):
             *(query, key, value, *packed.run_bounds, *longest),
             scale=self.softmax_scale,
             window_size=(-1, 0),  # causal, aligned to the last key
-            enable_gqa=query.shape[1] != key.shape[1],
+            **grouped_keys_argument(varlen_attn, query.shape[1] != key.shape[1]),
         )
         return out if isinstance(out, Tensor) else out[0]
+
+
+def grouped_keys_argument(attention: Callable[..., object], grouped: bool) -> dict[str, bool]:
+    """Returns the argument that tells torch's `varlen_attn` whether keys have fewer heads than queries.
+
+    Before torch 2.12 there is no such argument, and it takes both as they are.
+    """
+    return {"enable_gqa": grouped} if "enable_gqa" in signature(attention).parameters else {}
 
 
 class Router(TopKRouter):
