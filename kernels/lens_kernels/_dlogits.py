@@ -15,11 +15,9 @@ from lens_kernels._rows import RowLayout, row_chunks, row_layout
 from lens_kernels._vocab_parallel import (
     LOWEST,
     SoftmaxTotals,
-    VocabShard,
-    columns_to_read,
+    TokenRows,
     local_targets,
     padding_mask,
-    shard_arguments,
 )
 
 WARPS = 8
@@ -29,35 +27,34 @@ BLOCK = 4096  # columns per program
 def write_dlogits_reference(
     out: Tensor,  # [..., V], may be the logits themselves
     logits: Tensor,  # [..., V]
-    token_ids: Tensor,  # [T]
-    tau: Tensor | None,  # [T]
-    shard: VocabShard,
+    rows: TokenRows,
     totals: SoftmaxTotals,
     d_logprobs: Tensor,  # [T] g
     d_entropy: Tensor | None,  # [T] e
 ) -> None:
+    token_ids, tau, _, shard = rows
     columns = logits.shape[-1]
     local, owned = local_targets(token_ids, columns, shard)
     padding = padding_mask(columns, shard, logits.device)
     at_target = d_logprobs * owned
-    for rows, (z, d) in row_chunks(logits, out):
+    for part, (z, d) in row_chunks(logits, out):
         if padding is not None:
             z = z.masked_fill(padding, -torch.inf)
-        logp = z - totals.maximum[rows, None]
+        logp = z - totals.maximum[part, None]
         if tau is not None:
-            logp /= tau[rows, None]
-        logp -= totals.log_sum[rows, None]
+            logp /= tau[part, None]
+        logp -= totals.log_sum[part, None]
         p = logp.exp()
         if d_entropy is None:
-            grad = p.mul_(-d_logprobs[rows, None])
+            grad = p.mul_(-d_logprobs[part, None])
         else:
             # -p * (g + e * (log p + H)). LOWEST replaces -inf, as 0 * -inf is NaN. p before e avoids overflow.
-            logp.clamp_(min=LOWEST).add_(totals.asked_entropy()[rows, None]).mul_(p).mul_(d_entropy[rows, None])
-            grad = p.mul_(d_logprobs[rows, None]).add_(logp).neg_()
-        grad.scatter_add_(1, local[rows, None], at_target[rows, None])
+            logp.clamp_(min=LOWEST).add_(totals.asked_entropy()[part, None]).mul_(p).mul_(d_entropy[part, None])
+            grad = p.mul_(d_logprobs[part, None]).add_(logp).neg_()
+        grad.scatter_add_(1, local[part, None], at_target[part, None])
         if tau is not None:
-            grad /= tau[rows, None]
-        d.copy_(grad.masked_fill_((token_ids[rows] < 0)[:, None], 0))
+            grad /= tau[part, None]
+        d.copy_(grad.masked_fill_((token_ids[part] < 0)[:, None], 0))
 
 
 @jit
@@ -67,7 +64,6 @@ def _write_dlogits_kernel(
     logits_ptr,  # [outer, inner, V]
     ids_ptr,  # [T] int64
     tau_ptr,  # [T] or None
-    shard_ptr,  # [2] int64 or None, as above
     maximum_ptr,  # [T]
     log_sum_ptr,  # [T]
     entropy_ptr,  # [T] or None
@@ -77,7 +73,8 @@ def _write_dlogits_kernel(
     out_ptr,  # [outer, inner, V]
     # shapes
     columns,
-    valid,
+    start,  # global id of column 0
+    valid,  # columns before the padding
     pieces,
     blocks_per_piece,
     inner,
@@ -97,7 +94,7 @@ def _write_dlogits_kernel(
     inverse_tau = 1.0
     if tau_ptr is not None:
         inverse_tau = 1.0 / tl.load(tau_ptr + row)
-    start, limit = columns_to_read(shard_ptr, valid, columns, token)
+    limit = tl.where(token < 0, 0, valid)  # no column of an ignored row is read
     target = (token - start).to(tl.int32)
     maximum, log_sum = tl.load(maximum_ptr + row), tl.load(log_sum_ptr + row)
     d_logprob = tl.load(d_logprobs_ptr + row)
@@ -127,27 +124,24 @@ def write_dlogits_triton(
     out: Tensor,
     logits: Tensor,
     layouts: tuple[RowLayout, RowLayout],
-    token_ids: Tensor,
-    tau: Tensor | None,
-    shard: VocabShard,
+    rows: TokenRows,
     totals: SoftmaxTotals,
     d_logprobs: Tensor,
     d_entropy: Tensor | None,
 ) -> None:
     """Launches the kernel, which reads each element and writes its gradient once."""
-    rows, columns = len(token_ids), logits.shape[-1]
-    if not rows:
+    count, columns = len(rows.token_ids), logits.shape[-1]
+    if not count:
         return
     packs = out.dtype != logits.dtype  # no other case exists; data_ptr() would break torch.compile
     blocks = -(-columns // BLOCK)
     pieces, blocks_per_piece = (1, blocks) if packs else (blocks, 1)
-    shard_bounds, valid = shard_arguments(shard, columns)
     entropy = None if d_entropy is None else totals.entropy
-    _write_dlogits_kernel[(rows * pieces,)](
-        *(logits, token_ids, tau, shard_bounds, totals.maximum, totals.log_sum, entropy),
+    _write_dlogits_kernel[(count * pieces,)](
+        *(logits, rows.token_ids, rows.tau, totals.maximum, totals.log_sum, entropy),
         *(d_logprobs.contiguous(), None if d_entropy is None else d_entropy.contiguous()),
         out,
-        *(columns, valid, pieces, blocks_per_piece, *layouts[0], *layouts[1]),
+        *(columns, rows.shard.start, rows.shard.valid, pieces, blocks_per_piece, *layouts[0], *layouts[1]),
         *(packs, BLOCK),
         num_warps=WARPS,
     )
@@ -158,9 +152,7 @@ def write_dlogits_triton(
 def write_dlogits(
     out: Tensor,  # [..., V]; the logits, other memory, or smaller elements packed into the logits' rows
     logits: Tensor,  # [..., V]
-    token_ids: Tensor,  # [T]
-    tau: Tensor | None,  # [T]
-    shard: VocabShard,
+    rows: TokenRows,
     totals: SoftmaxTotals,
     d_logprobs: Tensor,  # [T] g
     d_entropy: Tensor | None,  # [T] e
@@ -169,6 +161,6 @@ def write_dlogits(
     if uses_triton(logits.device):
         read, written = row_layout(logits), row_layout(out)
         if read is not None and written is not None:
-            write_dlogits_triton(out, logits, (read, written), token_ids, tau, shard, totals, d_logprobs, d_entropy)
+            write_dlogits_triton(out, logits, (read, written), rows, totals, d_logprobs, d_entropy)
             return
-    write_dlogits_reference(out, logits, token_ids, tau, shard, totals, d_logprobs, d_entropy)
+    write_dlogits_reference(out, logits, rows, totals, d_logprobs, d_entropy)

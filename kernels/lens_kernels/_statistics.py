@@ -14,11 +14,9 @@ from lens_kernels._backend import jit, multiprocessors, tl, uses_triton
 from lens_kernels._rows import contiguous_layout, row_chunks, row_layout
 from lens_kernels._vocab_parallel import (
     LOWEST,
-    VocabShard,
-    columns_to_read,
+    TokenRows,
     local_targets,
     padding_mask,
-    shard_arguments,
 )
 
 WARPS = 8
@@ -29,29 +27,28 @@ WAVES = 4  # programs per multiprocessor below which a row's columns are split a
 
 def row_statistics_reference(
     logits: Tensor,  # [..., V]
-    token_ids: Tensor,  # [T]
-    tau: Tensor | None,  # [T]
-    shard: VocabShard,
+    rows: TokenRows,
     with_entropy: bool,
 ) -> Tensor:  # [1, 3 or 4, T] float32, see _vocab_parallel
+    token_ids, tau, _, shard = rows
     columns = logits.shape[-1]
     stats = torch.empty(4 if with_entropy else 3, len(token_ids), dtype=torch.float32, device=logits.device)
     local, owned = local_targets(token_ids, columns, shard)
     padding = padding_mask(columns, shard, logits.device)
-    for rows, (z,) in row_chunks(logits):
+    for part, (z,) in row_chunks(logits):
         if padding is not None:
             z = z.masked_fill(padding, -torch.inf)
         top = z.amax(-1).float()
-        target = z.gather(1, local[rows, None])[:, 0].float()
+        target = z.gather(1, local[part, None])[:, 0].float()
         shift = top.masked_fill(top == -torch.inf, 0)  # -inf - -inf would be NaN
         x = z - shift[:, None]  # promotes to float32 in the same pass
         if tau is not None:
-            x /= tau[rows, None]
+            x /= tau[part, None]
         weight = x.exp()
-        stats[0, rows], stats[1, rows] = top, weight.sum(-1)
-        stats[2, rows] = target.masked_fill(~owned[rows], -torch.inf)
+        stats[0, part], stats[1, part] = top, weight.sum(-1)
+        stats[2, part] = target.masked_fill(~owned[part], -torch.inf)
         if with_entropy:
-            stats[3, rows] = weight.mul_(x.clamp_(min=LOWEST)).sum(-1)
+            stats[3, part] = weight.mul_(x.clamp_(min=LOWEST)).sum(-1)
     return stats[None]
 
 
@@ -83,13 +80,13 @@ def _row_statistics_kernel(
     logits_ptr,  # [outer, inner, V]
     ids_ptr,  # [T] int64
     tau_ptr,  # [T] or None
-    shard_ptr,  # [2] int64: global id of column 0, valid columns; None: 0 and `valid`
     # output
     stats_ptr,  # [pieces, K, T]
     # shapes
     rows,
     columns,
-    valid,
+    start,  # global id of column 0
+    valid,  # columns before the padding
     pieces,
     blocks_per_piece,
     inner,
@@ -110,7 +107,7 @@ def _row_statistics_kernel(
     scale = 1.4426950408889634  # log2(e) / tau
     if tau_ptr is not None:
         scale = scale / tl.load(tau_ptr + row)
-    start, limit = columns_to_read(shard_ptr, valid, columns, token)
+    limit = tl.where(token < 0, 0, valid)  # no column of an ignored row is read
     base = logits_ptr + (row // inner) * stride_outer + (row % inner) * stride_inner
 
     lane = tl.arange(0, THREADS)[None, :, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
@@ -147,27 +144,24 @@ def _row_statistics_kernel(
         tl.store(out + 3 * rows, moment * 0.6931471805599453)
 
 
-def row_statistics_triton(
-    logits: Tensor, token_ids: Tensor, tau: Tensor | None, shard: VocabShard, with_entropy: bool, split_rows: bool
-) -> Tensor:
+def row_statistics_triton(logits: Tensor, rows: TokenRows, with_entropy: bool, split_rows: bool) -> Tensor:
     """Launches the kernel, which reads each element once. Copies leading axes that do not fold into two first."""
     layout = row_layout(logits)
     if layout is None:
         logits = logits.contiguous()
         layout = contiguous_layout(logits)
-    rows, columns, kinds = len(token_ids), logits.shape[-1], 4 if with_entropy else 3
+    count, columns, kinds = len(rows.token_ids), logits.shape[-1], 4 if with_entropy else 3
     vector = VECTOR_BYTES // logits.element_size()
     blocks = -(-columns // (UNROLL * WARPS * 32 * vector))
-    wanted = -(-WAVES * multiprocessors(logits.device) // max(1, rows)) if split_rows else 1
+    wanted = -(-WAVES * multiprocessors(logits.device) // max(1, count)) if split_rows else 1
     blocks_per_piece = -(-blocks // min(blocks, wanted))
     pieces = -(-blocks // blocks_per_piece)
-    stats = torch.empty(pieces, kinds, rows, dtype=torch.float32, device=logits.device)
-    if rows:
-        shard_bounds, valid = shard_arguments(shard, columns)
-        _row_statistics_kernel[(rows * pieces,)](
-            *(logits, token_ids, tau, shard_bounds),
+    stats = torch.empty(pieces, kinds, count, dtype=torch.float32, device=logits.device)
+    if count:
+        _row_statistics_kernel[(count * pieces,)](
+            *(logits, rows.token_ids, rows.tau),
             stats,
-            *(rows, columns, valid, pieces, blocks_per_piece, *layout),
+            *(count, columns, rows.shard.start, rows.shard.valid, pieces, blocks_per_piece, *layout),
             *(kinds, UNROLL, WARPS * 32, vector),
             num_warps=WARPS,
         )
@@ -176,13 +170,11 @@ def row_statistics_triton(
 
 def row_statistics(
     logits: Tensor,  # [..., V]
-    token_ids: Tensor,  # [T]
-    tau: Tensor | None,  # [T]
-    shard: VocabShard,
+    rows: TokenRows,
     *,
     with_entropy: bool,
     split_rows: bool = True,  # let D exceed 1
 ) -> Tensor:  # [D, 3 or 4, T] float32, see _vocab_parallel
     if uses_triton(logits.device):
-        return row_statistics_triton(logits, token_ids, tau, shard, with_entropy, split_rows)
-    return row_statistics_reference(logits, token_ids, tau, shard, with_entropy)
+        return row_statistics_triton(logits, rows, with_entropy, split_rows)
+    return row_statistics_reference(logits, rows, with_entropy)

@@ -1,4 +1,4 @@
-"""Locates vocabulary shards, and merges the ranks' row statistics in one packed collective.
+"""Merges the row statistics of a vocabulary's shards in one packed collective.
 
 A shard's row statistics are float32 [D, K, T]: D pieces the shard was cut into (1, or more where there are too few rows
 to fill an accelerator), K = 3 or 4. With raw logits z, temperature tau and x = (z - max z) / tau, each piece has:
@@ -16,17 +16,23 @@ from torch import Tensor
 
 from lens_kernels._backend import jit, tl, uses_triton
 from lens_kernels._checks import checks_ids, require
+from lens_kernels.shard import VocabShard
 
 LOWEST = torch.finfo(torch.float32).min
 MERGE_ROWS = 128  # rows per program of the merge kernel
 
 
-class VocabShard(NamedTuple):
-    """This rank's columns of the vocabulary. Tensors are 0-d and stay on the device, so the host need not wait."""
+class TokenRows(NamedTuple):
+    """What is asked of T rows of logits: a token of each, and how logits become log-probabilities."""
 
-    group: dist.ProcessGroup | None
-    start: int | Tensor  # global id of local column 0
-    valid: int | Tensor | None  # local columns from here on are padding; None: none is
+    token_ids: Tensor  # [T] int64, global ids; negative: the row is ignored
+    tau: Tensor | None  # [T] float32 temperatures; None: 1
+    softcap: float | None  # logits become softcap * tanh(logits / softcap) before all else; None: they stay
+    shard: VocabShard
+
+    def at(self, part: slice) -> TokenRows:
+        """Returns some of the rows."""
+        return self._replace(token_ids=self.token_ids[part], tau=None if self.tau is None else self.tau[part])
 
 
 class SoftmaxTotals(NamedTuple):
@@ -55,74 +61,44 @@ class RowTotals(NamedTuple):
     logprobs: Tensor  # [T] float32, 0 on ignored rows
 
 
-def locate_shard(
-    columns: int, token_ids: Tensor, valid_vocab_size: int | None, group: dist.ProcessGroup | None
+def resolve_shard(
+    columns: int, token_ids: Tensor, valid_vocab_size: int | None, shard: VocabShard | None
 ) -> VocabShard:
-    """Finds this rank's offset from all shards' sizes (they may differ) with one gather of 8 bytes per rank.
-
-    The sizes are not cached: a cache that hits on one rank and misses on another would deadlock.
-    """
-    start: int | Tensor = 0
-    vocabulary: int | Tensor = columns
-    if group is not None and dist.get_world_size(group) > 1:
-        size = torch.tensor([columns], dtype=torch.int64, device=token_ids.device)
-        sizes = _all_gather(size, group).view(-1)
-        start, vocabulary = sizes[: dist.get_rank(group)].sum(), sizes.sum()
+    """Returns the caller's shard, or one of all columns. Raises ValueError unless it fits the columns there are."""
+    if shard is None:
+        total = columns if valid_vocab_size is None else valid_vocab_size
+        require(total <= columns, "valid_vocab_size", total, f"at most the {columns} columns there are")
+        shard = VocabShard(0, columns, total)
     else:
-        group = None
-        fits = valid_vocab_size is None or valid_vocab_size <= columns
-        require(fits, "valid_vocab_size", valid_vocab_size, f"at most the {columns} columns there are")
-    if valid_vocab_size is not None:
-        vocabulary = valid_vocab_size
+        need = "None beside a shard, whose `total` says where padding begins"
+        require(valid_vocab_size is None, "valid_vocab_size", valid_vocab_size, need)
+        require(shard.size == columns, "shard", f"a shard of {shard.size} columns", f"one of the {columns} there are")
     if checks_ids() and token_ids.numel():
         largest = int(token_ids.max())
-        require(largest < int(vocabulary), "token_ids", f"id {largest}", f"ids below {int(vocabulary)}")
-    return VocabShard(group, start, None if valid_vocab_size is None else valid_vocab_size - start)
-
-
-def shard_arguments(shard: VocabShard, columns: int) -> tuple[Tensor | None, int]:
-    """Returns a shard as kernels receive it: (start and valid as int64 [2] on the device, 0) or (None, valid)."""
-    start, valid = shard.start, shard.valid
-    if isinstance(start, Tensor):
-        return torch.stack([start, valid if isinstance(valid, Tensor) else torch.full_like(start, columns)]), 0
-    return None, min(valid, columns) if isinstance(valid, int) else columns
-
-
-@jit
-@no_type_check
-def columns_to_read(shard_ptr, valid, columns, token):
-    """Returns (global id of column 0, number of columns to read) from `shard_arguments`; 0 columns on ignored rows."""
-    start = tl.zeros((), tl.int64)
-    limit = valid + tl.zeros((), tl.int64)
-    if shard_ptr is not None:
-        start, limit = tl.load(shard_ptr), tl.load(shard_ptr + 1)
-    return start, tl.minimum(tl.where(token < 0, 0, limit), columns).to(tl.int32)
+        require(largest < shard.total, "token_ids", f"id {largest}", f"ids below {shard.total}")
+    return shard
 
 
 def padding_mask(columns: int, shard: VocabShard, device: torch.device) -> Tensor | None:
     """Returns bool [V], True on padding columns, or None if there is none."""
-    return None if shard.valid is None else torch.arange(columns, device=device) >= shard.valid
+    return None if shard.valid == columns else torch.arange(columns, device=device) >= shard.valid
 
 
 def local_targets(token_ids: Tensor, columns: int, shard: VocabShard) -> tuple[Tensor, Tensor]:
     """Returns (column of each target, clamped into the shard; whether this shard holds it), both [T]."""
     local = token_ids - shard.start
-    owned = (token_ids >= 0) & (local >= 0) & (local < columns)
-    if shard.valid is not None:
-        owned &= local < shard.valid
+    owned = (token_ids >= 0) & (local >= 0) & (local < shard.valid)
     return local.clamp(0, columns - 1), owned
 
 
 def merge_statistics(
     stats: Tensor,  # [D, K, T] float32
-    token_ids: Tensor,  # [T]
-    tau: Tensor | None,  # [T]
-    shard: VocabShard,
+    rows: TokenRows,
 ) -> RowTotals:
     """Merges all pieces of all shards in rank order, with one all-gather of 4 * D * K bytes per row and rank."""
-    parts = _all_gather(stats, shard.group).flatten(0, 1)
+    parts = _all_gather(stats, rows.shard.group).flatten(0, 1)
     merge = merge_triton if uses_triton(stats.device) else merge_reference
-    return merge(parts, token_ids, tau)
+    return merge(parts, rows.token_ids, rows.tau)
 
 
 def merge_reference(
@@ -240,7 +216,7 @@ def scatter_hidden_gradient(d_hidden: Tensor, shard: VocabShard) -> Tensor:
 
 def _all_gather(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Gathers [...] of every rank into [ranks, ...] in rank order."""
-    if group is None or part.numel() == 0:
+    if group is None or dist.get_world_size(group) == 1 or part.numel() == 0:
         return part.unsqueeze(0)
     gathered = part.new_empty((dist.get_world_size(group) * part.shape[0], *part.shape[1:]))
     dist.all_gather_into_tensor(gathered, part.contiguous(), group=group)

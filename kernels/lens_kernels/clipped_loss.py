@@ -20,16 +20,16 @@ from __future__ import annotations
 from typing import Any, NamedTuple, no_type_check
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lens_kernels._backend import jit, tl, uses_triton
 from lens_kernels._checks import check_limits, check_tensor, per_row, per_row_or_none
 from lens_kernels._statistics import row_statistics
-from lens_kernels._vocab_parallel import VocabShard, exp_accurate, locate_shard, merge_statistics
+from lens_kernels._vocab_parallel import RowTotals, TokenRows, exp_accurate, merge_statistics
 from lens_kernels.kl import LOG_RATIO_LIMIT, k3, k3_and_slope
 from lens_kernels.logprobs import check_logits_arguments, compute_dlogits, save_rows
+from lens_kernels.shard import VocabShard
 
 CRPO_ROWS = 128  # rows per program of the Triton kernel
 
@@ -228,24 +228,27 @@ def crpo(logprobs: Tensor, entropy: Tensor, token_ids: Tensor, terms: LossTerms)
     return evaluate(logprobs, entropy, token_ids, terms)
 
 
+def merge_and_evaluate(
+    stats: Tensor,  # [D, 4, T] float32
+    rows: TokenRows,
+    terms: LossTerms,
+) -> tuple[RowTotals, TokenLosses]:
+    """Merges the statistics of all shards, and evaluates the loss of each row on the result."""
+    totals = merge_statistics(stats, rows)
+    return totals, crpo(totals.logprobs, totals.softmax.asked_entropy(), rows.token_ids, terms)
+
+
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        logits: Tensor,
-        token_ids: Tensor,
-        tau: Tensor | None,
-        shard: VocabShard,
-        terms: LossTerms,
-        inplace: bool,
+        ctx: Any, logits: Tensor, rows: TokenRows, terms: LossTerms, inplace: bool
     ) -> tuple[Tensor | None, ...]:
-        stats = row_statistics(logits, token_ids, tau, shard, with_entropy=True)
-        totals = merge_statistics(stats, token_ids, tau, shard)
-        entropy = totals.softmax.asked_entropy()
-        tokens = crpo(totals.logprobs, entropy, token_ids, terms)
-        save_rows(ctx, logits, token_ids, tau, shard, totals.softmax)
+        stats = row_statistics(logits, rows, with_entropy=True)
+        totals, tokens = merge_and_evaluate(stats, rows, terms)
+        save_rows(ctx, logits, rows, totals.softmax)
         ctx.inplace = inplace
         ctx.derivatives = tokens.d_logprobs, tokens.d_entropy
+        entropy = totals.softmax.asked_entropy()
         per_token = (totals.logprobs, tokens.ratio, tokens.clipped, tokens.kl, entropy.clone())
         ctx.mark_non_differentiable(*per_token)
         return tokens.losses.sum(), *per_token
@@ -255,7 +258,7 @@ class _PolicyLoss(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         d_logprobs, d_entropy = ctx.derivatives
         d_entropy = None if d_entropy is None else d_entropy * d_loss
-        return compute_dlogits(ctx, d_logprobs * d_loss, d_entropy), None, None, None, None, None
+        return compute_dlogits(ctx, d_logprobs * d_loss, d_entropy), None, None, None
 
 
 def check_loss_terms(
@@ -294,7 +297,7 @@ def check_loss_terms(
 
 
 def policy_loss(
-    logits: Tensor,  # [..., V] float32, bfloat16 or float16; this rank's shard if tp_group is given
+    logits: Tensor,  # [..., V] float32, bfloat16 or float16; this rank's columns if `shard` is given
     token_ids: Tensor,  # [...] int64 or int32, global ids; negative: ignore the row
     *,
     old_logprobs: Tensor | None,  # [...]; NaN or None: on-policy
@@ -309,7 +312,7 @@ def policy_loss(
     kl_limit: float | None = None,  # > 0; None: no limit
     temperature: Tensor | float = 1.0,
     valid_vocab_size: int | None = None,
-    tp_group: dist.ProcessGroup | None = None,
+    shard: VocabShard | None = None,
     inplace_backward: bool = False,
 ) -> PolicyLoss:
     """Returns the CRPO loss of the module docstring, summed over rows, and its parts per row.
@@ -322,7 +325,7 @@ def policy_loss(
     Raises ValueError for a wrong shape, dtype, device, temperature, clip or limit, and for kl_weights without
     reference_logprobs; RuntimeError for a second use of the logits after inplace_backward.
     """
-    ids, tau = check_logits_arguments(logits, token_ids, temperature, valid_vocab_size, inplace_backward)
+    rows = check_logits_arguments(logits, token_ids, temperature, valid_vocab_size, shard, inplace_backward)
     terms = check_loss_terms(
         token_ids.shape,
         logits.device,
@@ -337,6 +340,5 @@ def policy_loss(
         dual_clip=dual_clip,
         kl_limit=kl_limit,
     )
-    shard = locate_shard(logits.shape[-1], ids, valid_vocab_size, tp_group)
-    loss, *per_token = _PolicyLoss.apply(logits, ids, tau, shard, terms, inplace_backward)
+    loss, *per_token = _PolicyLoss.apply(logits, rows, terms, inplace_backward)
     return PolicyLoss(loss, *(x.view(token_ids.shape) for x in per_token))

@@ -37,14 +37,15 @@ from lens_kernels._dlogits import write_dlogits
 from lens_kernels._statistics import row_statistics
 from lens_kernels._vocab_parallel import (
     SoftmaxTotals,
-    VocabShard,
+    TokenRows,
     gather_rows,
-    locate_shard,
     merge_statistics,
     reduce_hidden_gradient,
+    resolve_shard,
     scatter_hidden_gradient,
 )
 from lens_kernels.logprobs import shape_results, zeros_for_none
+from lens_kernels.shard import VocabShard
 
 # Each chunk reads the weight and updates its gradient, of twice the width; more rows per chunk hide this better.
 CHUNK_ROWS = 2048
@@ -56,29 +57,23 @@ GRADIENT_BLOCK_ROWS = 1 << 13  # rows of the weight whose gradient is formed apa
 class HeadRows(NamedTuple):
     """The checked rows that go through the LM head, and how they are cut into chunks."""
 
+    tokens: TokenRows
     rows: Tensor | None  # [T] indices into the N rows of the hidden states; None: all, T = N
-    token_ids: Tensor  # [T]
-    tau: Tensor | None  # [T]
-    shard: VocabShard
     chunk_rows: int
     sequence_parallel: bool  # `hidden` was cut along its first axis: gathered forward, its gradient reduce-scattered
 
     def head(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Head:
         """Joins the rows to the operands, which autograd must see as arguments of their own and not in a record."""
         if self.sequence_parallel:
-            hidden = gather_rows(hidden, self.shard)
+            hidden = gather_rows(hidden, self.tokens.shard)
         return Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias, self)
-
-    def at(self, part: slice) -> tuple[Tensor, Tensor | None]:
-        """Returns (token ids, temperatures) of a chunk's rows."""
-        return self.token_ids[part], None if self.tau is None else self.tau[part]
 
     def reduce(self, d_hidden: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
         """Sums the shards' parts [N, H] of the gradient, and returns it in the shape and dtype of the hidden states."""
         if d_hidden is None:
             return None
         scatter = scatter_hidden_gradient if self.sequence_parallel else reduce_hidden_gradient
-        return scatter(d_hidden, self.shard).to(dtype).view(shape)
+        return scatter(d_hidden, self.tokens.shard).to(dtype).view(shape)
 
 
 class Head(NamedTuple):
@@ -92,7 +87,7 @@ class Head(NamedTuple):
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yields (slice of the T rows, their hidden states [n, H], of the dtype they are multiplied in)."""
         dtype = torch.bfloat16 if multiplies_bfloat16(self) else torch.float32
-        rows, token_ids, step = self.rows.rows, self.rows.token_ids, self.rows.chunk_rows
+        rows, token_ids, step = self.rows.rows, self.rows.tokens.token_ids, self.rows.chunk_rows
         for start in range(0, len(token_ids), step):
             part = slice(start, min(start + step, len(token_ids)))
             hidden = self.hidden[part] if rows is None else self.hidden[rows[part]]
@@ -101,7 +96,7 @@ class Head(NamedTuple):
 
     def empty_logits(self) -> Tensor:
         """Allocates one buffer for all chunks, float32 [chunk_rows, V]."""
-        count = min(self.rows.chunk_rows, len(self.rows.token_ids))
+        count = min(self.rows.chunk_rows, len(self.rows.tokens.token_ids))
         return torch.empty(count, len(self.weight), dtype=torch.float32, device=self.weight.device)
 
     def scatter(self, d_hidden: Tensor | None, part: slice, d_chunk: Tensor | None) -> None:
@@ -201,16 +196,15 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: HeadRows, return_entropy: bool
     ) -> Tensor | tuple[Tensor, Tensor]:
         head = rows.head(hidden, weight, bias)
-        stats = hidden.new_empty((1, 4 if return_entropy else 3, len(rows.token_ids)), dtype=torch.float32)
+        stats = hidden.new_empty((1, 4 if return_entropy else 3, len(rows.tokens.token_ids)), dtype=torch.float32)
         buffer = head.empty_logits()
         with full_precision(hidden.device):
             for part, chunk in head.chunks():
-                ids, tau = rows.at(part)
                 logits = project(chunk, head, buffer[: len(chunk)])
                 stats[:, :, part] = row_statistics(
-                    logits, ids, tau, rows.shard, with_entropy=return_entropy, split_rows=False
+                    logits, rows.tokens.at(part), with_entropy=return_entropy, split_rows=False
                 )
-        totals = merge_statistics(stats, rows.token_ids, rows.tau, rows.shard)
+        totals = merge_statistics(stats, rows.tokens)
         ctx.save_for_backward(hidden, weight, bias, *totals.softmax)
         ctx.rows = rows
         ctx.set_materialize_grads(False)
@@ -229,13 +223,11 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         buffer = head.empty_logits()
         with full_precision(hidden.device):
             for part, chunk in head.chunks():
-                ids, tau = rows.at(part)
                 logits = project(chunk, head, buffer[: len(chunk)])
                 d_logits = gradient_buffer(logits, chunk)
                 chunk_d_entropy = None if d_entropy is None else d_entropy[part]
-                write_dlogits(
-                    d_logits, logits, ids, tau, rows.shard, totals.at(part), d_logprobs[part], chunk_d_entropy
-                )
+                tokens = rows.tokens.at(part)
+                write_dlogits(d_logits, logits, tokens, totals.at(part), d_logprobs[part], chunk_d_entropy)
                 head.scatter(d_hidden, part, backproject(d_logits, chunk, head, d_weight, d_bias, needs_hidden))
         d_weight = None if d_weight is None else d_weight.to(weight.dtype)
         d_bias = None if d_bias is None else d_bias.to(bias.dtype)
@@ -250,11 +242,11 @@ def check_head(
     rows: Tensor | None,
     temperature: Tensor | float,
     valid_vocab_size: int | None,
-    tp_group: dist.ProcessGroup | None,
+    shard: VocabShard | None,
     chunk_rows: int | None,
     sequence_parallel: bool,
 ) -> HeadRows:
-    """Checks the arguments that the two linear functions share. A collective, which gathers the shards' sizes."""
+    """Checks the arguments that the two linear functions share."""
     check_matrix("hidden", hidden, "H")
     check_matrix("weight", weight, "H")
     width = hidden.shape[-1]
@@ -268,9 +260,10 @@ def check_head(
         check_device("bias", bias, hidden.device)
     leading = hidden.shape[:-1]
     if sequence_parallel:
-        require(tp_group is not None, "sequence_parallel", True, "a tp_group to gather the hidden states over")
+        if shard is None or shard.group is None:
+            raise ValueError("sequence_parallel: got True, need a shard with a group to gather the hidden states over")
         require(len(leading) >= 1, "hidden", f"shape {tuple(hidden.shape)}", "a sequence axis before H")
-        leading = torch.Size([leading[0] * dist.get_world_size(tp_group), *leading[1:]])
+        leading = torch.Size([leading[0] * dist.get_world_size(shard.group), *leading[1:]])
     check_rows(rows, leading.numel(), hidden.device)
     shape = leading if rows is None else rows.shape
     ids = check_token_ids(token_ids, shape, hidden.device)
@@ -279,8 +272,8 @@ def check_head(
     check_chunk_rows(chunk_rows)
     if chunk_rows is None:
         chunk_rows = CHUNK_ROWS_CPU if hidden.device.type == "cpu" else CHUNK_ROWS
-    shard = locate_shard(len(weight), ids, valid_vocab_size, tp_group)
-    return HeadRows(rows, ids, tau, shard, chunk_rows, sequence_parallel and shard.group is not None)
+    tokens = TokenRows(ids, tau, None, resolve_shard(len(weight), ids, valid_vocab_size, shard))
+    return HeadRows(tokens, rows, chunk_rows, sequence_parallel)
 
 
 @overload
@@ -294,7 +287,7 @@ def linear_token_logprobs(
     temperature: Tensor | float = ...,
     return_entropy: Literal[False] = ...,
     valid_vocab_size: int | None = ...,
-    tp_group: dist.ProcessGroup | None = ...,
+    shard: VocabShard | None = ...,
     chunk_rows: int | None = ...,
     sequence_parallel: bool = ...,
 ) -> Tensor: ...
@@ -311,15 +304,15 @@ def linear_token_logprobs(
     temperature: Tensor | float = ...,
     return_entropy: Literal[True],
     valid_vocab_size: int | None = ...,
-    tp_group: dist.ProcessGroup | None = ...,
+    shard: VocabShard | None = ...,
     chunk_rows: int | None = ...,
     sequence_parallel: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
 def linear_token_logprobs(
-    hidden: Tensor,  # [..., H] float32, bfloat16 or float16; the same on all ranks of tp_group
-    weight: Tensor,  # [V, H]; this rank's rows of the LM head if tp_group is given
+    hidden: Tensor,  # [..., H] float32, bfloat16 or float16; the same on all ranks of `shard`
+    weight: Tensor,  # [V, H]; this rank's rows of the LM head if `shard` is given
     token_ids: Tensor,  # [...] int64 or int32, global ids; negative: ignore the row. [T] if `rows` is given
     *,
     bias: Tensor | None = None,  # [V]
@@ -327,7 +320,7 @@ def linear_token_logprobs(
     temperature: Tensor | float = 1.0,
     return_entropy: bool = False,
     valid_vocab_size: int | None = None,
-    tp_group: dist.ProcessGroup | None = None,
+    shard: VocabShard | None = None,
     chunk_rows: int | None = None,
     sequence_parallel: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # float32, shaped like token_ids, or (logprobs, entropy)
@@ -335,7 +328,7 @@ def linear_token_logprobs(
 
     With `rows`, only those rows are computed and token_ids, temperature and the result have one entry per index.
     The backward computes each chunk's logits again (four GEMMs in all), accumulates the weight's gradient in float32
-    and sums the gradient of `hidden` over tp_group, so do not sum it a second time in the layer before.
+    and sums the gradient of `hidden` over the shard's group, so do not sum it a second time in the layer before.
     With `sequence_parallel`, each rank holds an equal part of `hidden` along its first axis: the parts are gathered
     here and the gradient is reduce-scattered; token_ids and `rows` refer to the gathered rows.
     Forward takes one collective for all chunks. Extra memory is chunk_rows * V * 4 bytes, and the weight's gradient.
@@ -343,7 +336,7 @@ def linear_token_logprobs(
     Raises ValueError for a wrong shape, dtype, device, temperature, vocabulary size, chunk or row index.
     """
     head_rows = check_head(
-        hidden, weight, token_ids, bias, rows, temperature, valid_vocab_size, tp_group, chunk_rows, sequence_parallel
+        hidden, weight, token_ids, bias, rows, temperature, valid_vocab_size, shard, chunk_rows, sequence_parallel
     )
     results = _LinearTokenLogprobs.apply(hidden, weight, bias, head_rows, return_entropy)
     return shape_results(results, token_ids.shape)

@@ -12,15 +12,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lens_kernels._checks import check_device, check_tensor, require
 from lens_kernels._dlogits import write_dlogits
 from lens_kernels._statistics import row_statistics
-from lens_kernels._vocab_parallel import merge_statistics
-from lens_kernels.clipped_loss import LossTerms, PolicyLoss, TokenLosses, check_loss_terms, crpo
+from lens_kernels._vocab_parallel import RowTotals, TokenRows, merge_statistics
+from lens_kernels.clipped_loss import LossTerms, PolicyLoss, TokenLosses, check_loss_terms, merge_and_evaluate
 from lens_kernels.linear_logprobs import (
     HeadRows,
     backproject,
@@ -30,11 +29,12 @@ from lens_kernels.linear_logprobs import (
     project,
     zeros_float32,
 )
+from lens_kernels.shard import VocabShard
 
 Objective = Callable[[Tensor, Tensor, slice], Tensor]
 """Maps (log-probabilities [n], entropies [n], slice of the T rows) to losses [n], under autograd."""
-_Evaluator = Callable[[Tensor, Tensor, Tensor, slice], TokenLosses]
-"""Maps (log-probabilities [n], entropies [n], token ids [n], slice of the T rows) to losses and derivatives."""
+_Evaluator = Callable[[Tensor, TokenRows, slice], tuple[RowTotals, TokenLosses]]
+"""Maps (statistics [D, 4, n], a chunk's rows, their slice of the T rows) to merged statistics, losses, derivatives."""
 
 
 def differentiate_objective(
@@ -80,20 +80,17 @@ class _LinearPolicyLoss(torch.autograd.Function):
         results: list[tuple[Tensor | None, ...]] = []
         with full_precision(hidden.device):
             for part, chunk in head.chunks():
-                ids, tau = rows.at(part)
+                asked = rows.tokens.at(part)
                 logits = project(chunk, head, buffer[: len(chunk)])
-                stats = row_statistics(logits, ids, tau, rows.shard, with_entropy=True, split_rows=False)
-                totals = merge_statistics(stats, ids, tau, rows.shard)
-                entropy = totals.softmax.asked_entropy()
-                tokens = evaluate(totals.logprobs, entropy, ids, part)
+                stats = row_statistics(logits, asked, with_entropy=True, split_rows=False)
+                totals, tokens = evaluate(stats, asked, part)
                 losses.append(tokens.losses)
+                entropy = totals.softmax.asked_entropy()
                 results.append((totals.logprobs, tokens.ratio, tokens.clipped, tokens.kl, entropy))
                 if not any(needs):
                     continue
                 d_logits = gradient_buffer(logits, chunk)
-                write_dlogits(
-                    d_logits, logits, ids, tau, rows.shard, totals.softmax, tokens.d_logprobs, tokens.d_entropy
-                )
+                write_dlogits(d_logits, logits, asked, totals.softmax, tokens.d_logprobs, tokens.d_entropy)
                 head.scatter(d_hidden, part, backproject(d_logits, chunk, head, d_weight, d_bias, needs_hidden))
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.rows, ctx.accumulate_into = rows, accumulate_into
@@ -145,8 +142,8 @@ def _check_accumulator(accumulate_into: Tensor | None, weight: Tensor) -> None:
 
 
 def linear_policy_loss(
-    hidden: Tensor,  # [..., H] float32, bfloat16 or float16; the same on all ranks of tp_group
-    weight: Tensor,  # [V, H]; this rank's rows of the LM head if tp_group is given
+    hidden: Tensor,  # [..., H] float32, bfloat16 or float16; the same on all ranks of `shard`
+    weight: Tensor,  # [V, H]; this rank's rows of the LM head if `shard` is given
     token_ids: Tensor,  # [...], or [T] if `rows` is given; as are all per-row arguments
     *,
     rows: Tensor | None = None,  # [T] int64: the flattened rows of `hidden` that need a head at all
@@ -163,7 +160,7 @@ def linear_policy_loss(
     kl_limit: float | None = None,
     temperature: Tensor | float = 1.0,
     valid_vocab_size: int | None = None,
-    tp_group: dist.ProcessGroup | None = None,
+    shard: VocabShard | None = None,
     bias: Tensor | None = None,  # [V]
     chunk_rows: int | None = None,
     sequence_parallel: bool = False,
@@ -175,13 +172,14 @@ def linear_policy_loss(
     and their slice of the flattened T rows, and returns the [n] losses to be summed. It must treat rows independently
     of other chunks, and its result has ratio, clipped and kl None.
     The weight's gradient is summed in float32, and added into `accumulate_into` (Megatron's main_grad; weight.grad is
-    then None) when the backward runs. The gradient of `hidden` is summed over tp_group. Each chunk takes a collective.
+    then None) when the backward runs. The gradient of `hidden` is summed over the shard's group. Each chunk takes a
+    collective.
     Extra memory is chunk_rows * V * 4 bytes, and the float32 gradients of hidden and weight from forward to backward.
 
     Raises ValueError as linear_token_logprobs and policy_loss do, and for loss arguments next to an objective.
     """
     head_rows = check_head(
-        hidden, weight, token_ids, bias, rows, temperature, valid_vocab_size, tp_group, chunk_rows, sequence_parallel
+        hidden, weight, token_ids, bias, rows, temperature, valid_vocab_size, shard, chunk_rows, sequence_parallel
     )
     _check_accumulator(accumulate_into, weight)
     if objective is None:
@@ -219,11 +217,16 @@ def linear_policy_loss(
 
 
 def _crpo_evaluator(terms: LossTerms) -> _Evaluator:
-    return lambda logprobs, entropy, ids, part: crpo(logprobs, entropy, ids, terms.at(part))
+    return lambda stats, rows, part: merge_and_evaluate(stats, rows, terms.at(part))
 
 
 def _objective_evaluator(objective: Objective) -> _Evaluator:
-    return lambda logprobs, entropy, ids, part: differentiate_objective(objective, logprobs, entropy, ids, part)
+    def evaluate(stats: Tensor, rows: TokenRows, part: slice) -> tuple[RowTotals, TokenLosses]:
+        totals = merge_statistics(stats, rows)
+        entropy = totals.softmax.asked_entropy()
+        return totals, differentiate_objective(objective, totals.logprobs, entropy, rows.token_ids, part)
+
+    return evaluate
 
 
 def _refuse_loss_arguments(**arguments: Tensor | float | None) -> None:

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 import torch
-from lens_kernels import PolicyLoss, linear_policy_loss, linear_token_logprobs
+from lens_kernels import PolicyLoss, VocabShard, linear_policy_loss, linear_token_logprobs
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from lens_megatron.algorithms.policy_objective import Objective, ObjectiveResult
 from lens_megatron.config import AlgorithmConfig
@@ -39,8 +38,7 @@ class _HeadArguments(TypedDict):
 
     rows: Tensor
     temperature: float
-    valid_vocab_size: int
-    tp_group: ProcessGroup
+    shard: VocabShard
     sequence_parallel: bool
 
 
@@ -150,7 +148,6 @@ def _head_arguments(policy: Policy, sequences: SequenceBatch, temperature: float
     return _HeadArguments(
         rows=sequences.positions,
         temperature=temperature,
-        valid_vocab_size=policy.vocab_size,
-        tp_group=policy.mesh.tp_group,
+        shard=VocabShard.even(len(_head_weight(policy)), policy.mesh.tp_group, policy.vocab_size),
         sequence_parallel=policy.bridge.config.sequence_parallel,
     )

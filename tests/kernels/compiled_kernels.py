@@ -111,9 +111,9 @@ def read_code(kernel: str, case: str, architecture: int, compiled: Any) -> Code:
 def launches() -> Iterator[tuple[str, Any]]:
     """(name of the case, a call that launches kernels), on meta tensors in shapes of the LENS models."""
     import torch
-    from lens_kernels import linear_token_logprobs, policy_loss, token_logprobs
+    from lens_kernels import VocabShard, linear_token_logprobs, policy_loss, token_logprobs
     from lens_kernels._dlogits import write_dlogits
-    from lens_kernels._vocab_parallel import SoftmaxTotals, VocabShard
+    from lens_kernels._vocab_parallel import SoftmaxTotals, TokenRows
     from lens_kernels.linear_logprobs import gradient_buffer
 
     rows, columns = 64, 151936
@@ -139,7 +139,7 @@ def launches() -> Iterator[tuple[str, Any]]:
         logits = torch.empty(rows, columns, device="meta")
         totals = SoftmaxTotals(row, row, row)
         packed = gradient_buffer(logits, torch.empty(rows, 64, dtype=torch.bfloat16, device="meta"))
-        write_dlogits(packed, logits, ids, None, VocabShard(None, 0, None), totals, row, row)
+        write_dlogits(packed, logits, TokenRows(ids, None, None, VocabShard(0, columns, columns)), totals, row, row)
 
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         name = str(dtype).removeprefix("torch.")

@@ -8,8 +8,8 @@ import sys
 import lens_kernels
 import pytest
 import torch
-from lens_kernels import _dlogits, _statistics, _vocab_parallel, clipped_loss, token_logprobs
-from lens_kernels._vocab_parallel import SoftmaxTotals, VocabShard
+from lens_kernels import VocabShard, _dlogits, _statistics, _vocab_parallel, clipped_loss, token_logprobs
+from lens_kernels._vocab_parallel import SoftmaxTotals, TokenRows
 from lens_kernels.linear_logprobs import gradient_buffer
 
 
@@ -54,7 +54,8 @@ def test_triton_on_the_cpu_needs_the_interpreter():
 def test_gradient_packed_into_the_logits(columns, with_entropy):
     """bfloat16 gradient in the first half of the bytes of float32 logits' rows, over more columns than a block has."""
     logits, ids = torch.randn(4, columns) * 3, torch.tensor([0, columns - 1, -1, 40])
-    tau, shard = torch.tensor([1.0, 0.5, 1.0, 2.0]), VocabShard(None, 0, columns - 1)
+    tau = torch.tensor([1.0, 0.5, 1.0, 2.0])
+    rows = TokenRows(ids, tau, None, VocabShard(0, columns, columns - 1))
     logp = torch.log_softmax((logits / tau[:, None])[:, :-1], -1)
     maximum, entropy = logits[:, :-1].amax(1), -(logp * logp.exp()).sum(1)
     log_sum = ((logits[:, :-1] - maximum[:, None]) / tau[:, None]).exp().sum(1).log()
@@ -62,10 +63,10 @@ def test_gradient_packed_into_the_logits(columns, with_entropy):
     g, e = torch.randn(4), torch.randn(4) if with_entropy else None
 
     apart = torch.empty_like(logits)
-    _dlogits.write_dlogits(apart, logits, ids, tau, shard, totals, g, e)
+    _dlogits.write_dlogits(apart, logits, rows, totals, g, e)
     packed = gradient_buffer(logits, torch.empty(0, dtype=torch.bfloat16))
     assert packed.data_ptr() == logits.data_ptr() and packed.stride() == (2 * columns, 1)
-    _dlogits.write_dlogits(packed, logits, ids, tau, shard, totals, g, e)
+    _dlogits.write_dlogits(packed, logits, rows, totals, g, e)
     torch.testing.assert_close(packed.float(), apart, rtol=2**-7, atol=1e-30)
     assert packed[2].eq(0).all() and packed[:, -1].eq(0).all()
 

@@ -15,6 +15,7 @@ def test_exports_and_module_names():
     functions = set(lens_kernels.__all__)
     assert functions == {
         "PolicyLoss",
+        "VocabShard",
         "interference_scores",
         "k3",
         "linear_policy_loss",

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from lens_kernels import (
+    VocabShard,
     interference_scores,
     linear_policy_loss,
     linear_token_logprobs,
@@ -54,11 +55,20 @@ def make_inputs(valid: int | None) -> dict[str, Tensor]:
     }
 
 
+def vocabulary(valid: int | None, columns: slice, group: dist.ProcessGroup | None) -> dict:
+    """The arguments that say which columns of the vocabulary there are."""
+    if group is None:
+        return {"valid_vocab_size": valid}
+    shard = VocabShard.gather(columns.stop - columns.start, group, valid)
+    assert shard.start == columns.start
+    return {"shard": shard}
+
+
 def run_case(valid: int | None, columns: slice, group: dist.ProcessGroup | None) -> tuple[dict, dict]:
     """({results every rank must share}, {gradients of this rank's columns, which lie first})."""
     given = make_inputs(valid)
     ids, old, reference = given["ids"], given["old"], given["old"].nan_to_num(-2.0) + 0.1
-    settings = {"valid_vocab_size": valid, "tp_group": group, "temperature": given["temperature"]}
+    settings = {"temperature": given["temperature"], **vocabulary(valid, columns, group)}
     terms = {"old_logprobs": old, "advantages": given["advantages"], "reference_logprobs": reference}
     terms |= {"kl_weights": 0.1, "entropy_weights": 0.2, "dual_clip": 3.0, "kl_limit": 0.004}
     shared, local = {}, {}
