@@ -2,12 +2,12 @@
 
 It takes three GEMMs per chunk (logits, hidden gradient, weight gradient): the loss is a sum over rows, so a chunk's
 gradient is known as soon as its logits are, and the forward computes it. The backward only scales by the incoming
-scalar. A sequence-level objective couples chunks and takes two phases: linear_token_logprobs, then the objective on its
-result under autograd and the backward (four GEMMs).
+scalar. A sequence-level objective gets chunks that end where its sequences do.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,25 +16,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lens_kernels._checks import check_device, check_tensor, require
-from lens_kernels._dlogits import write_dlogits
-from lens_kernels._statistics import row_statistics
+from lens_kernels._head import PathName, check_head
+from lens_kernels._linear_ops import evaluate_loss
+from lens_kernels._linear_passes import Evaluator, HeadLoss, Needs, loss_pass
+from lens_kernels._products import PrecisionName
 from lens_kernels._vocab_parallel import RowTotals, TokenRows, merge_statistics
-from lens_kernels.clipped_loss import LossTerms, PolicyLoss, TokenLosses, check_loss_terms, merge_and_evaluate
-from lens_kernels.linear_logprobs import (
-    HeadRows,
-    backproject,
-    check_head,
-    full_precision,
-    gradient_buffer,
-    project,
-    zeros_float32,
-)
+from lens_kernels.clipped_loss import PolicyLoss, TokenLosses, check_loss_terms
 from lens_kernels.shard import VocabShard
 
 Objective = Callable[[Tensor, Tensor, slice], Tensor]
 """Maps (log-probabilities [n], entropies [n], slice of the T rows) to losses [n], under autograd."""
-_Evaluator = Callable[[Tensor, TokenRows, slice], tuple[RowTotals, TokenLosses]]
-"""Maps (statistics [D, 4, n], a chunk's rows, their slice of the T rows) to merged statistics, losses, derivatives."""
 
 
 def differentiate_objective(
@@ -65,68 +56,57 @@ class _LinearPolicyLoss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        rows: HeadRows,
-        evaluate: _Evaluator,
+        evaluate: Callable[[Tensor, Tensor, Tensor | None], HeadLoss],
         accumulate_into: Tensor | None,
-        needs: list[bool],
     ) -> tuple[Tensor | None, ...]:
-        ctx.shape, ctx.dtypes = hidden.shape, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        head = rows.head(hidden, weight, bias)
-        needs_hidden, needs_weight, needs_bias = needs
-        d_hidden = zeros_float32(head.hidden, needs_hidden)
-        d_weight, d_bias = zeros_float32(weight, needs_weight), zeros_float32(bias, needs_bias)
-        buffer = head.empty_logits()
-        losses: list[Tensor] = [torch.zeros(0, dtype=torch.float32, device=hidden.device)]
-        results: list[tuple[Tensor | None, ...]] = []
-        with full_precision(hidden.device):
-            for part, chunk in head.chunks():
-                asked = rows.tokens.at(part)
-                logits = project(chunk, head, buffer[: len(chunk)])
-                stats = row_statistics(logits, asked, with_entropy=True, split_rows=False)
-                totals, tokens = evaluate(stats, asked, part)
-                losses.append(tokens.losses)
-                entropy = totals.softmax.asked_entropy()
-                results.append((totals.logprobs, tokens.ratio, tokens.clipped, tokens.kl, entropy))
-                if not any(needs):
-                    continue
-                d_logits = gradient_buffer(logits, chunk)
-                write_dlogits(d_logits, logits, asked, totals.softmax, tokens.d_logprobs, tokens.d_entropy)
-                head.scatter(d_hidden, part, backproject(d_logits, chunk, head, d_weight, d_bias, needs_hidden))
-        ctx.save_for_backward(d_hidden, d_weight, d_bias)
-        ctx.rows, ctx.accumulate_into = rows, accumulate_into
-        per_token = _concatenate(results) or [losses[0].clone() for _ in range(5)]
-        ctx.mark_non_differentiable(*(x for x in per_token if x is not None))
-        return torch.cat(losses).sum(), *per_token
+        *results, gradients = evaluate(hidden, weight, bias)
+        ctx.save_for_backward(*gradients)
+        ctx.operands = [None if x is None else (x.shape, x.dtype) for x in (hidden, weight, bias)]
+        ctx.accumulate_into = accumulate_into
+        ctx.weight = None if accumulate_into is None else weight  # only for the marks that Megatron sets on it
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(x for x in results[1:] if x is not None))
+        return tuple(results)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if d_loss is None:
+            return None, None, None, None, None
         d_hidden, d_weight, d_bias = ctx.saved_tensors
-        if d_hidden is not None:
-            # Scaled into a new tensor: the saved one must survive a second backward.
-            d_hidden = ctx.rows.reduce(d_hidden * d_loss, ctx.shape, ctx.dtypes[0])
+        hidden, weight, bias = ctx.operands
         if d_weight is not None and ctx.accumulate_into is not None:
             ctx.accumulate_into.addcmul_(d_weight, d_loss)
-            d_weight = None
-        elif d_weight is not None:
-            d_weight = _scale(d_weight, d_loss, ctx.dtypes[1])
-        d_bias = None if d_bias is None else _scale(d_bias, d_loss, ctx.dtypes[2])
-        return d_hidden, d_weight, d_bias, None, None, None, None
+            d_weight = _placeholder(ctx.weight)
+        else:
+            d_weight = _scale(d_weight, d_loss, weight)
+        return _scale(d_hidden, d_loss, hidden), d_weight, _scale(d_bias, d_loss, bias), None, None
 
 
-def _scale(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns (x * factor).to(dtype) without a second float32 tensor of the weight's size."""
-    return torch.mul(x, factor, out=torch.empty(x.shape, dtype=dtype, device=x.device))
+def _scale(gradient: Tensor | None, factor: Tensor, operand: tuple[torch.Size, torch.dtype]) -> Tensor | None:
+    """Returns gradient * factor in the operand's shape and dtype, without a second float32 tensor of its size.
+
+    The result is a tensor of its own: the saved one must survive a second backward.
+    """
+    if gradient is None:
+        return None
+    shape, dtype = operand
+    out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+    return torch.mul(gradient, factor, out=out).view(shape)
 
 
-def _concatenate(results: Sequence[tuple[Tensor | None, ...]]) -> list[Tensor | None]:
-    """Joins the chunks' tensors into [T] each; a tensor that the chunks do not have stays None."""
-    return [_join(column) for column in zip(*results, strict=True)]
+def _placeholder(weight: Tensor) -> Tensor | None:
+    """Returns what stands for the gradient of a weight whose gradient went into Megatron's buffer.
 
-
-def _join(parts: Sequence[Tensor | None]) -> Tensor | None:
-    present = [part for part in parts if part is not None]
-    return torch.cat(present) if present else None
+    Megatron's hook adds `weight.grad` to the buffer unless `grad_added_to_main_grad` is set. It still needs a tensor
+    there to know when the buffer may be reduced, of any values; zeros where `zero_out_wgrad` says that another layer
+    shares the weight, so that autograd adds that layer's gradient to them and the hook uses the sum. Source: Megatron's
+    LinearWithGradAccumulationAndAsyncCommunication. A weight without the mark has no such hook, and gets no gradient.
+    """
+    if not hasattr(weight, "grad_added_to_main_grad"):
+        return None
+    weight.grad_added_to_main_grad = True
+    return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
 
 
 def _check_accumulator(accumulate_into: Tensor | None, weight: Tensor) -> None:
@@ -165,62 +145,88 @@ def linear_policy_loss(
     chunk_rows: int | None = None,
     sequence_parallel: bool = False,
     accumulate_into: Tensor | None = None,  # [V, H] float32
+    boundaries: Sequence[int] | None = None,  # rows at which a chunk may end, rising to T
+    precision: PrecisionName = "auto",
+    path: PathName = "auto",
 ) -> PolicyLoss:
     """Returns policy_loss(hidden.float() @ weight.float().T + bias, ...) with at most a chunk of logits in memory.
 
     `objective(logprobs, entropy, part)` replaces the CRPO loss: it gets a chunk's float32 [n] statistics under autograd
     and their slice of the flattened T rows, and returns the [n] losses to be summed. It must treat rows independently
-    of other chunks, and its result has ratio, clipped and kl None.
-    The weight's gradient is summed in float32, and added into `accumulate_into` (Megatron's main_grad; weight.grad is
-    then None) when the backward runs. The gradient of `hidden` is summed over the shard's group. Each chunk takes a
-    collective.
-    Extra memory is chunk_rows * V * 4 bytes, and the float32 gradients of hidden and weight from forward to backward.
+    of other chunks, and its result has ratio, clipped and kl None. An objective whose rows depend on each other, such
+    as one over whole sequences, names the rows at which they stop depending in `boundaries` (the ends of the sequences,
+    as integers of the host): a chunk then ends only there, has as many sequences as fit into chunk_rows, and a longer
+    sequence is a chunk of its own.
 
-    Raises ValueError as linear_token_logprobs and policy_loss do, and for loss arguments next to an objective.
+    The weight's gradient is summed in float32, and added into `accumulate_into` (Megatron's main_grad) when the
+    backward runs. weight.grad is then None; where Megatron has set `grad_added_to_main_grad` on the weight, it becomes
+    True and weight.grad a placeholder of any values (zeros with `zero_out_wgrad`), as from Megatron's linear layers.
+    The gradient of `hidden` is summed over the shard's group while the chunk's next product runs, with tiles in its own
+    dtype. Each chunk takes two collectives.
+
+    `precision` and `path` are as in linear_token_logprobs. Extra memory is chunk_rows * V * 4 bytes, with tiles
+    chunk_rows * (V * 2 + 8192), and the float32 gradients of hidden and weight from forward to backward.
+    Under torch.compile the function is one operator. With `objective` or `accumulate_into` it runs outside the graph,
+    because a graph holds neither a function of the caller's nor a mark on the weight; fullgraph=True refuses it then.
+
+    Raises ValueError as linear_token_logprobs and policy_loss do, for loss arguments next to an objective, and for
+    boundaries without one.
     """
-    head_rows = check_head(
-        hidden, weight, token_ids, bias, rows, temperature, valid_vocab_size, shard, chunk_rows, sequence_parallel
+    plan = check_head(
+        hidden,
+        weight,
+        token_ids,
+        bias,
+        rows,
+        temperature,
+        valid_vocab_size,
+        shard,
+        chunk_rows,
+        sequence_parallel,
+        precision,
+        path,
+        boundaries,
     )
     _check_accumulator(accumulate_into, weight)
-    if objective is None:
-        terms = check_loss_terms(
-            token_ids.shape,
-            hidden.device,
-            old_logprobs=old_logprobs,
-            advantages=advantages,
-            reference_logprobs=reference_logprobs,
-            policy_weights=policy_weights,
-            kl_weights=kl_weights,
-            entropy_weights=entropy_weights,
-            clip_low=clip_low,
-            clip_high=clip_high,
-            dual_clip=dual_clip,
-            kl_limit=kl_limit,
-        )
-        evaluate = _crpo_evaluator(terms)
-    else:
-        _refuse_loss_arguments(
-            old_logprobs=old_logprobs,
-            advantages=advantages,
-            reference_logprobs=reference_logprobs,
-            policy_weights=policy_weights,
-            kl_weights=kl_weights,
-            entropy_weights=entropy_weights,
-        )
-        evaluate = _objective_evaluator(objective)
+    loss_tensors = {
+        "old_logprobs": old_logprobs,
+        "advantages": advantages,
+        "reference_logprobs": reference_logprobs,
+        "policy_weights": policy_weights,
+        "kl_weights": kl_weights,
+        "entropy_weights": entropy_weights,
+    }
     operands = hidden, weight, bias
-    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in operands]
-    loss, logprobs, *optional, entropy = _LinearPolicyLoss.apply(*operands, head_rows, evaluate, accumulate_into, needs)
+    needs = _needed_gradients(*operands)
+    evaluate: Callable[..., HeadLoss]
+    if objective is None:
+        require(boundaries is None, "boundaries", "rows without an objective", "None: the CRPO loss is one per row")
+        limits = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip, "kl_limit": kl_limit}
+        terms = check_loss_terms(token_ids.shape, hidden.device, **loss_tensors, **limits)
+        evaluate = functools.partial(evaluate_loss, plan=plan, terms=terms, needs=needs)
+    else:
+        _refuse_loss_arguments(**loss_tensors)
+        evaluate = functools.partial(loss_pass, plan=plan, evaluate=_objective_evaluator(objective), needs=needs)
+    inside = objective is None and accumulate_into is None
+    apply = _LinearPolicyLoss.apply if inside else _apply_outside_graphs
+    loss, logprobs, *optional, entropy = apply(*operands, evaluate, accumulate_into)
     shape = token_ids.shape
     ratio, clipped, kl = (None if x is None else x.view(shape) for x in optional)
     return PolicyLoss(loss, logprobs.view(shape), ratio, clipped, kl, entropy.view(shape))
 
 
-def _crpo_evaluator(terms: LossTerms) -> _Evaluator:
-    return lambda stats, rows, part: merge_and_evaluate(stats, rows, terms.at(part))
+@torch.compiler.disable
+def _apply_outside_graphs(*arguments: Any) -> tuple[Tensor | None, ...]:
+    return _LinearPolicyLoss.apply(*arguments)
 
 
-def _objective_evaluator(objective: Objective) -> _Evaluator:
+def _needed_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Needs:
+    if not torch.is_grad_enabled():
+        return False, False, False
+    return hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad
+
+
+def _objective_evaluator(objective: Objective) -> Evaluator:
     def evaluate(stats: Tensor, rows: TokenRows, part: slice) -> tuple[RowTotals, TokenLosses]:
         totals = merge_statistics(stats, rows)
         entropy = totals.softmax.asked_entropy()
