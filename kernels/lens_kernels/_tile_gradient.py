@@ -1,11 +1,11 @@
 """Turns the exponentials of _tiles.py into the gradient of the logits, up to one factor per row.
 
-With E, r and k of _tiles.py, p = c * E for c = exp((r - maximum) / tau + k * ln 2 - log_sum). So with g and e, the
+With E, r and f of _tiles.py, p = c * E for c = exp((r - maximum) / tau - f * ln 2 - log_sum). So with g and e, the
 gradients of the loss by log-probability and entropy, and z the logit of which the log-probability is taken:
     d logits = factor * D      factor = -g * c / tau      D = E,                                   (p_a - 1) / c at a
     with an entropy or softcap term:
-                               factor = -c / tau          D = E * (g + e * (log p + entropy)) * f, less g * f / c at a
-where a is the row's token and f = 1 - (z / softcap)**2 the derivative of the cap. The first form touches one element
+                               factor = -c / tau          D = E * (g + e * (log p + entropy)) * u, less g * u / c at a
+where a is the row's token and u = 1 - (z / softcap)**2 the derivative of the cap. The first form touches one element
 of a row, the second takes a pass over the exponentials. The element at the token comes from its unrounded logit.
 
 c is kept above 2**-80, so that 1 / c and the product of `factor` and the hidden states stay within bfloat16. A rank
@@ -23,8 +23,9 @@ from typing import NamedTuple, no_type_check
 import torch
 from torch import Tensor
 
+from lens_kernels import _tiles
 from lens_kernels._backend import jit, tl, uses_triton
-from lens_kernels._tiles import TILE_COLUMNS, TileSums
+from lens_kernels._tiles import TileSums
 from lens_kernels._vocab_parallel import SoftmaxTotals, TokenRows, exp_accurate, local_targets
 
 LOWEST_EXPONENT = -80.0  # of c
@@ -52,7 +53,7 @@ def tile_gradient_reference(
     local, owned = local_targets(token_ids, columns, shard)
     inverse_tau = torch.ones_like(d_logprobs) if tau is None else 1 / tau
     anchor = sums.anchor[0].masked_fill(sums.anchor[0] == -torch.inf, 0)
-    exponent = ((anchor - totals.maximum) * inverse_tau - totals.log_sum) * math.log2(math.e) + sums.anchor[1]
+    exponent = ((anchor - totals.maximum) * inverse_tau - totals.log_sum) * math.log2(math.e) - sums.anchor[1]
     empty = (sums.anchor[0] == -torch.inf) | (token_ids < 0)
     exponent = exponent.masked_fill(empty, 0)
     drop = torch.where(exponent < LOWEST_EXPONENT, DROP, 0.0)
@@ -73,7 +74,7 @@ def tile_gradient_reference(
             slope = slope + d_entropy[:, None] * logs
             slope_at_target = slope_at_target + d_entropy * (logp + entropy) * logp.exp()
         if softcap is not None:
-            power = log2_e + (sums.anchor[1] + drop)[:, None]
+            power = log2_e + (drop - sums.anchor[1])[:, None]
             capped = anchor[:, None] + power * math.log(2) / inverse_tau[:, None]
             slope = slope * (1 - (capped / softcap).square()).clamp(min=0)
             slope_at_target = slope_at_target * (1 - (z / softcap).square())
@@ -121,11 +122,11 @@ def _tile_gradient_kernel(
     if tau_ptr is not None:
         inverse_tau = 1.0 / tl.load(tau_ptr + row)
     maximum, log_sum = tl.load(maximum_ptr + row), tl.load(log_sum_ptr + row)
-    reference, raised = tl.load(anchor_ptr + row), tl.load(anchor_ptr + stride_anchor + row)
+    reference, fraction = tl.load(anchor_ptr + row), tl.load(anchor_ptr + stride_anchor + row)
     d_logprob = tl.load(d_logprobs_ptr + row)
     empty = (token < 0) | (reference == -float("inf"))
     reference = tl.where(empty, 0.0, reference)
-    exponent = ((reference - maximum) * inverse_tau - log_sum) * 1.4426950408889634 + raised
+    exponent = ((reference - maximum) * inverse_tau - log_sum) * 1.4426950408889634 - fraction
     exponent = tl.where(empty, 0.0, exponent)
     column = tl.arange(0, BLOCK)
     out = out_ptr + row * stride_out
@@ -134,7 +135,7 @@ def _tile_gradient_kernel(
             at = out + tile * BLOCK + column
             tl.store(at, tl.load(at).to(tl.float32) * tl.exp2(-DROP))
         exponent += DROP
-        raised += DROP
+        fraction -= DROP
     exponent = tl.maximum(exponent, LOWEST_EXPONENT)
     c = tl.exp2(exponent)
     local = token - start
@@ -159,7 +160,7 @@ def _tile_gradient_kernel(
             if d_entropy_ptr is not None:
                 slope += d_entropy * ((log2_e + exponent) * 0.6931471805599453 + entropy)
             if SOFTCAP is not None:
-                capped = reference + (log2_e + raised) * 0.6931471805599453 / inverse_tau
+                capped = reference + (log2_e - fraction) * 0.6931471805599453 / inverse_tau
                 slope *= tl.maximum(1.0 - (capped / SOFTCAP) * (capped / SOFTCAP), 0.0)
             tl.store(at, e * slope)
     else:
@@ -188,8 +189,14 @@ def tile_gradient_triton(
             *(sums.stats[2], sums.anchor, d_logprobs.contiguous()),
             None if d_entropy is None else d_entropy.contiguous(),
             factor,
-            *(out.stride(0), sums.anchor.stride(0), -(-columns // TILE_COLUMNS), rows.shard.start, rows.shard.valid),
-            *(rows.softcap, LOWEST_EXPONENT, DROP, TILE_COLUMNS),
+            *(
+                out.stride(0),
+                sums.anchor.stride(0),
+                -(-columns // _tiles.TILE_COLUMNS),
+                rows.shard.start,
+                rows.shard.valid,
+            ),
+            *(rows.softcap, LOWEST_EXPONENT, DROP, _tiles.TILE_COLUMNS),
             num_warps=WARPS,
         )
     return ScaledGradient(out[:, :columns], factor)

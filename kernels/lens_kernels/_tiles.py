@@ -3,11 +3,11 @@
 A tile is a float32 product [n, TILE_COLUMNS] in a buffer that every tile of the vocabulary overwrites, so that it can
 stay in the GPU's cache. With raw logits z, temperature tau and s = log2(e) / tau, each row has
     statistics   [K, n], as _vocab_parallel has them; the maximum is that of the tiles so far
-    anchor       [2, n]: r, the maximum of the first tile that has a finite logit (-inf until then), and k, which is
-                 0 or, after a mend, a whole number
-    exponentials [n, V]: E = 2**((z - r) * s - k), at most 2**60, so that the softmax is E times one number per row
-A tile whose logits are so high that E would exceed 2**60 raises k, and multiplies the row's earlier exponentials by a
-power of two, which is exact. bfloat16 holds them all: its exponents are those of float32.
+    anchor       [2, n]: r, the maximum of the first tile that has a finite logit (-inf until then), and f, at first 0
+    exponentials [n, V]: E = 2**((z - r) * s + f), at most 2**60, so that the softmax is E times one number per row
+A tile whose logits are so high that E would exceed 2**60 becomes the new anchor: r is then its maximum, f a fraction of
+1, and the row's earlier exponentials are multiplied by a power of two, which is exact. bfloat16 holds all E: its
+exponents are those of float32.
 
 The reference comes first, then the kernel, its launcher and the choice between the two.
 """
@@ -32,7 +32,7 @@ class TileSums(NamedTuple):
     """What the tiles of a chunk have in common; every tile updates it in place."""
 
     stats: Tensor  # [3 or 4, n] float32
-    anchor: Tensor  # [2, n] float32: r and k
+    anchor: Tensor  # [2, n] float32: r and f
     exponentials: Tensor | None  # [n, columns] float32 or bfloat16, whole tiles in a row; None: no gradient is wanted
 
 
@@ -72,13 +72,15 @@ def update_tile_reference(
     if kept is None:
         return
     anchor[0] = torch.where(anchor[0] == -torch.inf, top, anchor[0])
-    exponent = (top - anchor[0]) * inverse_tau * math.log2(math.e) - anchor[1]
+    exponent = (top - anchor[0]) * inverse_tau * math.log2(math.e) + anchor[1]
     exponent = exponent.masked_fill(top == -torch.inf, 0)
-    raised = torch.where(exponent > HIGHEST_EXPONENT, exponent.floor(), 0)
-    if raised.any():
-        kept[:, :offset].mul_(torch.exp2(-raised)[:, None])
-    anchor[1] += raised
-    kept[:, offset : offset + columns] = weights * torch.exp2(exponent - raised)[:, None]
+    moves = exponent > HIGHEST_EXPONENT
+    if moves.any():
+        power = torch.where(moves, exponent.floor(), 0)
+        kept[:, :offset].mul_(torch.exp2(-power)[:, None])
+        exponent -= power
+        anchor[0], anchor[1] = torch.where(moves, top, anchor[0]), torch.where(moves, exponent, anchor[1])
+    kept[:, offset : offset + columns] = weights * torch.exp2(exponent)[:, None]
 
 
 @jit
@@ -160,23 +162,22 @@ def _update_tile_kernel(
 
     if out_ptr is not None:
         out = out_ptr + row * stride_out + column
-        reference = new
-        raised = 0.0
+        reference, fraction = new, 0.0
         if not FIRST:
             reference = tl.load(anchor)
-            raised = tl.load(anchor + stride_anchor)
             reference = tl.where(reference == -float("inf"), new, reference)
-        exponent = (new - reference) * scale - raised
+            fraction = tl.load(anchor + stride_anchor)
+        exponent = (new - reference) * scale + fraction
         if exponent > HIGHEST_EXPONENT:
-            more = tl.floor(exponent)
+            power = tl.floor(exponent)
             for earlier in range(tile):
                 at = out + earlier * BLOCK
-                tl.store(at, tl.load(at).to(tl.float32) * tl.exp2(-more))
-            raised += more
-            exponent -= more
+                tl.store(at, tl.load(at).to(tl.float32) * tl.exp2(-power))
+            exponent -= power
+            reference, fraction = new, exponent
         tl.store(out + tile * BLOCK, weights * tl.exp2(exponent))
         tl.store(anchor, tl.where(sums == 0, -float("inf"), reference))
-        tl.store(anchor + stride_anchor, raised)
+        tl.store(anchor + stride_anchor, fraction)
 
 
 def update_tile_triton(tile: Tensor, offset: int, rows: TokenRows, sums: TileSums) -> None:
