@@ -180,7 +180,7 @@ def tile_gradient_triton(
     d_entropy: Tensor | None,
 ) -> ScaledGradient:
     """Launches the kernel."""
-    out, count = _exponentials(sums), len(rows.token_ids)
+    out, count, tiles = _exponentials(sums), len(rows.token_ids), -(-columns // _tiles.TILE_COLUMNS)
     factor = torch.empty(count, dtype=torch.float32, device=out.device)
     if count:
         _tile_gradient_kernel[(count,)](
@@ -192,7 +192,7 @@ def tile_gradient_triton(
             *(
                 out.stride(0),
                 sums.anchor.stride(0),
-                -(-columns // _tiles.TILE_COLUMNS),
+                tiles,
                 rows.shard.start,
                 rows.shard.valid,
             ),

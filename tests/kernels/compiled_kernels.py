@@ -111,10 +111,10 @@ def read_code(kernel: str, case: str, architecture: int, compiled: Any) -> Code:
 def launches() -> Iterator[tuple[str, Any]]:
     """(name of the case, a call that launches kernels), on meta tensors in shapes of the LENS models."""
     import torch
-    from lens_kernels import VocabShard, linear_token_logprobs, policy_loss, token_logprobs
+    from lens_kernels import VocabShard, linear_policy_loss, linear_token_logprobs, policy_loss, token_logprobs
     from lens_kernels._dlogits import write_dlogits
     from lens_kernels._vocab_parallel import SoftmaxTotals, TokenRows
-    from lens_kernels.linear_logprobs import gradient_buffer
+    from lens_kernels._chunk import gradient_buffer
 
     rows, columns = 64, 151936
     ids = torch.zeros(rows, dtype=torch.int64, device="meta")
@@ -135,10 +135,16 @@ def launches() -> Iterator[tuple[str, Any]]:
         weight = torch.empty(columns, 64, device="meta", requires_grad=True)
         linear_token_logprobs(hidden, weight, ids).sum().backward()
 
+    def in_tiles(entropy: bool) -> None:
+        hidden = torch.empty(rows, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        weight = torch.empty(columns, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        terms = {"advantages": row, "entropy_weights": row if entropy else None, "temperature": row + 1}
+        linear_policy_loss(hidden, weight, ids, path="tiles", **terms).loss.backward()
+
     def packed() -> None:  # what bfloat16 hidden states launch on a GPU
         logits = torch.empty(rows, columns, device="meta")
         totals = SoftmaxTotals(row, row, row)
-        packed = gradient_buffer(logits, torch.empty(rows, 64, dtype=torch.bfloat16, device="meta"))
+        packed = gradient_buffer(logits, torch.bfloat16)
         write_dlogits(packed, logits, TokenRows(ids, None, None, VocabShard(0, columns, columns)), totals, row, row)
 
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -147,6 +153,8 @@ def launches() -> Iterator[tuple[str, Any]]:
         yield f"{name} logits, all terms", functools.partial(every_term, dtype, columns)
     yield "float32 hidden states", from_hidden
     yield "bfloat16 hidden states", packed
+    yield "tiles of bfloat16 hidden", functools.partial(in_tiles, False)
+    yield "tiles, with entropy", functools.partial(in_tiles, True)
     yield "bfloat16 logits, in place", functools.partial(logprobs_only, torch.bfloat16, True)
     yield "bfloat16 logits, V 50257", functools.partial(every_term, torch.bfloat16, 50257)
 

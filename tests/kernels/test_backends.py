@@ -8,12 +8,21 @@ import sys
 import lens_kernels
 import pytest
 import torch
-from lens_kernels import VocabShard, _dlogits, _statistics, _vocab_parallel, clipped_loss, token_logprobs
+from lens_kernels import (
+    VocabShard,
+    _dlogits,
+    _statistics,
+    _tile_gradient,
+    _tiles,
+    _vocab_parallel,
+    clipped_loss,
+    token_logprobs,
+)
 from lens_kernels._vocab_parallel import SoftmaxTotals, TokenRows
-from lens_kernels.linear_logprobs import gradient_buffer
+from lens_kernels._chunk import gradient_buffer
 
 
-@pytest.mark.parametrize("module", [_statistics, _vocab_parallel, _dlogits, clipped_loss])
+@pytest.mark.parametrize("module", [_statistics, _vocab_parallel, _dlogits, clipped_loss, _tiles, _tile_gradient])
 def test_every_kernel_stands_beside_a_reference_of_its_arguments(module):
     references = [name.removesuffix("_reference") for name in vars(module) if name.endswith("_reference")]
     kernels = [
@@ -64,7 +73,7 @@ def test_gradient_packed_into_the_logits(columns, with_entropy):
 
     apart = torch.empty_like(logits)
     _dlogits.write_dlogits(apart, logits, rows, totals, g, e)
-    packed = gradient_buffer(logits, torch.empty(0, dtype=torch.bfloat16))
+    packed = gradient_buffer(logits, torch.bfloat16)
     assert packed.data_ptr() == logits.data_ptr() and packed.stride() == (2 * columns, 1)
     _dlogits.write_dlogits(packed, logits, rows, totals, g, e)
     torch.testing.assert_close(packed.float(), apart, rtol=2**-7, atol=1e-30)

@@ -23,7 +23,7 @@ def codes():
 
 
 def test_every_kernel_compiles_for_every_architecture(codes):
-    kernels = {"row_statistics", "merge", "crpo", "write_dlogits"}
+    kernels = {"row_statistics", "merge", "crpo", "write_dlogits", "update_tile", "tile_gradient"}
     for architecture in compiled_kernels.ARCHITECTURES:
         assert {code.kernel for code in codes if code.architecture == architecture} == kernels
 
@@ -41,6 +41,13 @@ def test_rows_of_aligned_logits_move_16_bytes_at_a_time(codes):
     streams = [c for c in codes if c.kernel in ("row_statistics", "write_dlogits") and "50257" not in c.case]
     assert [code for code in streams if code.load_bits != 128] == []
     assert [code for code in streams if code.kernel == "write_dlogits" and code.store_bits != 128] == []
+
+
+def test_tiles_move_16_bytes_at_a_time(codes):
+    """The update reads float32 logits and writes bfloat16 exponentials; the gradient does both where entropy counts."""
+    streams = [c for c in codes if c.kernel == "update_tile" or (c.kernel == "tile_gradient" and "entropy" in c.case)]
+    assert {code.kernel for code in streams} == {"update_tile", "tile_gradient"}
+    assert [code for code in streams if (code.load_bits, code.store_bits) != (128, 128)] == []
 
 
 def test_logits_are_read_once_and_gradients_written_once(codes):

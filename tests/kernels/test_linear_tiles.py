@@ -136,7 +136,7 @@ def test_logprobs_match_oracle(dtype):
 
 
 def assert_near_gradients(ours, exact):
-    """Relative Frobenius norm; half-precision heads round the logits' gradient, and scaled hidden states, to bfloat16."""
+    """Relative Frobenius norm. Half-precision heads round the logits' gradient and scaled hidden states to bfloat16."""
     bounds = (2e-6, 2e-6, 2e-6) if ours[0].dtype == torch.float32 else (2.5e-3, 3.5e-3, 3.5e-3)
     for mine, theirs, bound in zip(ours, exact, bounds, strict=False):
         assert mine.grad.dtype == mine.dtype
