@@ -112,9 +112,9 @@ def launches() -> Iterator[tuple[str, Any]]:
     """(name of the case, a call that launches kernels), on meta tensors in shapes of the LENS models."""
     import torch
     from lens_kernels import VocabShard, linear_policy_loss, linear_token_logprobs, policy_loss, token_logprobs
+    from lens_kernels._chunk import gradient_buffer
     from lens_kernels._dlogits import write_dlogits
     from lens_kernels._vocab_parallel import SoftmaxTotals, TokenRows
-    from lens_kernels._chunk import gradient_buffer
 
     rows, columns = 64, 151936
     ids = torch.zeros(rows, dtype=torch.int64, device="meta")

@@ -18,8 +18,8 @@ from lens_kernels import (
     clipped_loss,
     token_logprobs,
 )
-from lens_kernels._vocab_parallel import SoftmaxTotals, TokenRows
 from lens_kernels._chunk import gradient_buffer
+from lens_kernels._vocab_parallel import SoftmaxTotals, TokenRows
 
 
 @pytest.mark.parametrize("module", [_statistics, _vocab_parallel, _dlogits, clipped_loss, _tiles, _tile_gradient])

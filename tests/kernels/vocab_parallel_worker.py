@@ -3,11 +3,13 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from lens_kernels import (
     VocabShard,
+    _tiles,
     interference_scores,
     linear_policy_loss,
     linear_token_logprobs,
@@ -111,10 +113,27 @@ def run_case(valid: int | None, columns: slice, group: dist.ProcessGroup | None)
     shared |= {f"linear_loss.{name}": value for name, value in loss._asdict().items()}
     shared["linear_loss.hidden"] = hidden.grad
     local |= {"linear_loss.weight": main_grad, "linear_loss.bias": bias.grad}
+    by_tiles = run_tiles(ids, head, terms, settings)
+    local |= {name: x for name, x in by_tiles.items() if name in ("tiles.weight", "tiles.bias", "tiles.loss.weight")}
+    shared |= {name: x for name, x in by_tiles.items() if name not in local}
     by_rows = run_sequence_parallel(given, head, settings, group)
     local |= {name: x for name, x in by_rows.items() if x.shape != given["ids"][:EVEN].shape}
     shared |= {name: x for name, x in by_rows.items() if name not in local}
     return {k: v.detach() for k, v in shared.items()}, {k: v.detach().clone() for k, v in local.items()}
+
+
+def run_tiles(ids: Tensor, head: Callable, terms: dict, settings: dict) -> dict[str, Tensor]:
+    """Both linear functions over tiles of 16 columns, the results that ranks share and the others."""
+    with mock.patch.object(_tiles, "TILE_COLUMNS", 16):
+        hidden, weight, bias = head()
+        logprobs = linear_token_logprobs(hidden, weight, ids, bias=bias, chunk_rows=4, path="tiles", **settings)
+        logprobs.sum().backward()
+        results = {"tiles.logprobs": logprobs, "tiles.hidden": hidden.grad, "tiles.weight": weight.grad}
+        results["tiles.bias"] = bias.grad
+        hidden, weight, bias = head()
+        loss = linear_policy_loss(hidden, weight, ids, bias=bias, chunk_rows=4, path="tiles", **terms, **settings)
+        loss.loss.backward()
+    return results | {"tiles.loss": loss.loss, "tiles.loss.hidden": hidden.grad, "tiles.loss.weight": weight.grad}
 
 
 def run_sequence_parallel(given: dict, head: Callable, settings: dict, group: dist.ProcessGroup | None) -> dict:
