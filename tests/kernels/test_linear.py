@@ -254,3 +254,26 @@ def test_never_a_full_logit_tensor():
         linear_policy_loss(ours[0], ours[1], ids, advantages=1.0, chunk_rows=8).loss.backward()
         linear_token_logprobs(ours[0], ours[1], ids, chunk_rows=8).sum().backward()
     assert Largest.elements == 8 * 301
+
+
+@pytest.mark.parametrize("function", ["logprobs", "loss"])
+def test_results_are_tensors_of_their_own(function):
+    """A caller may change any of them in place before the backward, which must not notice."""
+    hidden, weight, _, ids = make(6, 20)
+    gradients = []
+    for edits in (False, True):
+        ours = leaves(hidden, weight)
+        if function == "logprobs":
+            results = linear_token_logprobs(*ours, ids, return_entropy=True, chunk_rows=4)
+            loss = results[0].sum() + results[1].sum()
+        else:
+            loss, *results = linear_policy_loss(*ours, ids, advantages=1.0, entropy_weights=0.1)
+        assert len({x.untyped_storage().data_ptr() for x in results}) == len(results)
+        if edits:
+            with torch.no_grad():
+                for x in results:
+                    x.fill_(7.0)
+        loss.backward()
+        gradients.append([x.grad for x in ours])
+    for plain, edited in zip(*gradients, strict=True):
+        assert plain.equal(edited)
