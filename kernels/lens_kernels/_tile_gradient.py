@@ -112,6 +112,8 @@ def _tile_gradient_kernel(
     SOFTCAP: tl.constexpr,  # or None
     LOWEST_EXPONENT: tl.constexpr,
     DROP: tl.constexpr,
+    LOWERED: tl.constexpr,  # 2**-DROP
+    PASS: tl.constexpr,  # there is an entropy term or a softcap
     # tunables
     BLOCK: tl.constexpr,
 ):
@@ -133,7 +135,7 @@ def _tile_gradient_kernel(
     if exponent < LOWEST_EXPONENT:
         for tile in range(tiles):
             at = out + tile * BLOCK + column
-            tl.store(at, tl.load(at).to(tl.float32) * tl.exp2(-DROP))
+            tl.store(at, tl.load(at).to(tl.float32) * LOWERED)
         exponent += DROP
         fraction -= DROP
     exponent = tl.maximum(exponent, LOWEST_EXPONENT)
@@ -145,7 +147,6 @@ def _tile_gradient_kernel(
     p = exp_accurate(tl.maximum(logp, -80.0))
     at_target = d_logprob * (p - 1.0)
     factor = -c * inverse_tau
-    PASS: tl.constexpr = (d_entropy_ptr is not None) or (SOFTCAP is not None)
     if PASS:
         if d_entropy_ptr is not None:
             d_entropy, entropy = tl.load(d_entropy_ptr + row), tl.load(entropy_ptr + row)
@@ -155,7 +156,7 @@ def _tile_gradient_kernel(
         for tile in range(tiles):
             at = out + tile * BLOCK + column
             e = tl.load(at).to(tl.float32)
-            log2_e = tl.log2(tl.maximum(e, 1e-38))
+            log2_e = tl.log2(tl.maximum(e, 1.2e-38))
             slope = d_logprob
             if d_entropy_ptr is not None:
                 slope += d_entropy * ((log2_e + exponent) * 0.6931471805599453 + entropy)
@@ -196,7 +197,8 @@ def tile_gradient_triton(
                 rows.shard.start,
                 rows.shard.valid,
             ),
-            *(rows.softcap, LOWEST_EXPONENT, DROP, _tiles.TILE_COLUMNS),
+            *(rows.softcap, LOWEST_EXPONENT, DROP, 2.0**-DROP, d_entropy is not None or rows.softcap is not None),
+            _tiles.TILE_COLUMNS,
             num_warps=WARPS,
         )
     return ScaledGradient(out[:, :columns], factor)

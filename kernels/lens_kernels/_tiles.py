@@ -162,22 +162,26 @@ def _update_tile_kernel(
 
     if out_ptr is not None:
         out = out_ptr + row * stride_out + column
-        reference, fraction = new, 0.0
-        if not FIRST:
+        if FIRST:
+            tl.store(out, weights)
+            tl.store(anchor, tl.where(sums == 0, -float("inf"), new))
+            tl.store(anchor + stride_anchor, 0.0)
+        else:
             reference = tl.load(anchor)
             reference = tl.where(reference == -float("inf"), new, reference)
             fraction = tl.load(anchor + stride_anchor)
-        exponent = (new - reference) * scale + fraction
-        if exponent > HIGHEST_EXPONENT:
-            power = tl.floor(exponent)
-            for earlier in range(tile):
-                at = out + earlier * BLOCK
-                tl.store(at, tl.load(at).to(tl.float32) * tl.exp2(-power))
-            exponent -= power
-            reference, fraction = new, exponent
-        tl.store(out + tile * BLOCK, weights * tl.exp2(exponent))
-        tl.store(anchor, tl.where(sums == 0, -float("inf"), reference))
-        tl.store(anchor + stride_anchor, fraction)
+            exponent = (new - reference) * scale + fraction
+            if exponent > HIGHEST_EXPONENT:
+                power = tl.floor(exponent)
+                for earlier in range(tile):
+                    at = out + earlier * BLOCK
+                    tl.store(at, tl.load(at).to(tl.float32) * tl.exp2(-power))
+                exponent -= power
+                reference = new
+                fraction = exponent
+            tl.store(out + tile * BLOCK, weights * tl.exp2(exponent))
+            tl.store(anchor, tl.where(sums == 0, -float("inf"), reference))
+            tl.store(anchor + stride_anchor, fraction)
 
 
 def update_tile_triton(tile: Tensor, offset: int, rows: TokenRows, sums: TileSums) -> None:

@@ -83,12 +83,12 @@ class _LinearPolicyLoss(torch.autograd.Function):
         return _scale(d_hidden, d_loss, hidden), d_weight, _scale(d_bias, d_loss, bias), None, None
 
 
-def _scale(gradient: Tensor | None, factor: Tensor, operand: tuple[torch.Size, torch.dtype]) -> Tensor | None:
+def _scale(gradient: Tensor | None, factor: Tensor, operand: tuple[torch.Size, torch.dtype] | None) -> Tensor | None:
     """Returns gradient * factor in the operand's shape and dtype, without a second float32 tensor of its size.
 
     The result is a tensor of its own: the saved one must survive a second backward.
     """
-    if gradient is None:
+    if gradient is None or operand is None:
         return None
     shape, dtype = operand
     out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
