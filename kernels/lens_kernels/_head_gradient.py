@@ -22,6 +22,13 @@ class HeadGradients(NamedTuple):
     bias: Tensor | None  # [V]
 
 
+class WeightTotal(NamedTuple):
+    """A buffer to which the weight's gradient is added at once, times what the loss's gradient is going to be."""
+
+    buffer: Tensor  # [V, H] float32
+    loss_gradient: float
+
+
 class _Reduction(NamedTuple):
     """A chunk's gradient that is on its way between the ranks."""
 
@@ -36,9 +43,18 @@ class GradientSums:
     The hidden states' gradient of a chunk is summed over the ranks while the next products run.
     """
 
-    def __init__(self, plan: HeadPlan, operands: Operands, needs: tuple[bool, bool, bool]):
-        """Allocates the sums; `needs` says whether hidden states, weight and bias need a gradient."""
-        self._plan, self._operands = plan, operands
+    def __init__(
+        self,
+        plan: HeadPlan,
+        operands: Operands,
+        needs: tuple[bool, bool, bool],
+        into: WeightTotal | None = None,
+    ):
+        """Allocates the sums; `needs` says whether hidden states, weight and bias need a gradient.
+
+        With `into` the weight's gradient has no sum here, and `finish` returns None for it.
+        """
+        self._plan, self._operands, self._into = plan, operands, into
         self._empty = True
         self._reduction: _Reduction | None = None
         options = {"dtype": torch.float32, "device": operands.hidden.device}
@@ -46,7 +62,8 @@ class GradientSums:
         # Without `rows` every row of the gradient is written; with it, some may be added to and others never named.
         allocate = torch.empty if plan.rows is None else torch.zeros
         self._hidden = allocate(operands.hidden.shape, **options) if needs_hidden else None
-        self._weight = torch.empty(operands.weight[0].shape, **options) if needs_weight else None
+        own_sum = needs_weight and into is None
+        self._weight = torch.empty(operands.weight[0].shape, **options) if own_sum else None
         self._bias = torch.empty(operands.columns, **options) if needs_bias else None
 
     def add(self, chunk: Chunk, d_logits: ScaledGradient) -> None:
@@ -59,8 +76,10 @@ class GradientSums:
                 d_hidden *= factor[:, None]
             self._reduce(d_hidden, chunk.part)
         if self._weight is not None:
-            hidden = chunk.factors if factor is None else self._split(chunk.hidden * factor[:, None])
-            multiply_d_weight(matrix, hidden, self._weight, self._empty)
+            multiply_d_weight(matrix, self._scaled_factors(chunk, factor, 1.0), self._weight, self._empty)
+        if self._into is not None:
+            buffer, loss_gradient = self._into
+            multiply_d_weight(matrix, self._scaled_factors(chunk, factor, loss_gradient), buffer, first=False)
         if self._bias is not None:
             ones = torch.ones(len(chunk.hidden), dtype=torch.float32, device=self._bias.device)
             multiply_d_weight(
@@ -79,6 +98,12 @@ class GradientSums:
         if hidden is not None and self._plan.sequence_parallel:
             hidden = scatter_hidden_gradient(hidden, self._plan.tokens.shard)
         return HeadGradients(hidden, self._weight, self._bias)
+
+    def _scaled_factors(self, chunk: Chunk, factor: Tensor | None, loss_gradient: float) -> Parts:
+        """Returns the hidden states times what the gradient of the logits leaves to multiply by."""
+        if factor is None:
+            return chunk.factors if loss_gradient == 1 else self._split(chunk.hidden.float() * loss_gradient)
+        return self._split(chunk.hidden * (factor if loss_gradient == 1 else factor * loss_gradient)[:, None])
 
     def _split(self, factor: Tensor) -> Parts:
         """Returns the parts of a float32 factor of the weight's gradient, whose range float16 would not hold."""

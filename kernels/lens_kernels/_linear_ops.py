@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lens_kernels._head import HeadPlan
-from lens_kernels._head_gradient import HeadGradients
+from lens_kernels._head_gradient import HeadGradients, WeightTotal
 from lens_kernels._linear_passes import (
     HeadLoss,
     Needs,
@@ -72,11 +72,17 @@ def differentiate_logprobs(
 
 
 def evaluate_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: HeadPlan, terms: LossTerms, needs: Needs
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: HeadPlan,
+    terms: LossTerms,
+    needs: Needs,
+    into: WeightTotal | None = None,
 ) -> HeadLoss:
     """Returns `loss_pass` of these arguments with the built-in loss, in a form that torch.compile can take."""
-    if not torch.compiler.is_compiling():
-        return loss_pass(hidden, weight, bias, plan, crpo_evaluator(terms), needs)
+    if not torch.compiler.is_compiling() or into is not None:
+        return loss_pass(hidden, weight, bias, plan, crpo_evaluator(terms), needs, into)
     *results, d_hidden, d_weight, d_bias = _loss_operator(hidden, weight, bias, *_pack(plan), *terms, list(needs))
     return HeadLoss(*results, _needed((d_hidden, d_weight, d_bias), needs))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lens_kernels._chunk import allocate, logits_gradient, project
 from lens_kernels._head import HeadPlan, head_chunks, join_operands
-from lens_kernels._head_gradient import GradientSums, HeadGradients
+from lens_kernels._head_gradient import GradientSums, HeadGradients, WeightTotal
 from lens_kernels._products import exact_products
 from lens_kernels._vocab_parallel import RowTotals, SoftmaxTotals, TokenRows, merge_statistics
 from lens_kernels.clipped_loss import LossTerms, TokenLosses, merge_and_evaluate
@@ -72,14 +72,23 @@ def logprobs_gradient_pass(
 
 
 def loss_pass(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: HeadPlan, evaluate: Evaluator, needs: Needs
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: HeadPlan,
+    evaluate: Evaluator,
+    needs: Needs,
+    into: WeightTotal | None = None,
 ) -> HeadLoss:
-    """Returns the loss and the gradients of the operands. Each chunk takes a collective."""
+    """Returns the loss and the gradients of the operands. Each chunk takes two collectives.
+
+    With `into` the weight's gradient is added there, and the result has none.
+    """
     losses: list[Tensor] = []
     results: list[tuple[Tensor | None, ...]] = []
     with exact_products(hidden.device):
         operands = join_operands(hidden, weight, bias, plan)
-        sums = GradientSums(plan, operands, needs)
+        sums = GradientSums(plan, operands, needs, into)
         buffers = allocate(plan, operands, with_gradient=any(needs))
         for chunk in head_chunks(plan, operands):
             projection = project(plan, operands, chunk, buffers, with_entropy=True)

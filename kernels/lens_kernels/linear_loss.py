@@ -8,6 +8,7 @@ scalar. A sequence-level objective gets chunks that end where its sequences do.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lens_kernels._checks import check_device, check_tensor, require
+from lens_kernels._checks import check_device, check_tensor, may_read_values, require
 from lens_kernels._head import PathName, check_head
+from lens_kernels._head_gradient import WeightTotal
 from lens_kernels._linear_ops import evaluate_loss
 from lens_kernels._linear_passes import Evaluator, HeadLoss, Needs, loss_pass
 from lens_kernels._products import PrecisionName
@@ -58,11 +60,12 @@ class _LinearPolicyLoss(torch.autograd.Function):
         bias: Tensor | None,
         evaluate: Callable[[Tensor, Tensor, Tensor | None], HeadLoss],
         accumulate_into: Tensor | None,
+        loss_gradient: float | None,
     ) -> tuple[Tensor | None, ...]:
         *results, gradients = evaluate(hidden, weight, bias)
         ctx.save_for_backward(*gradients)
         ctx.operands = [None if x is None else (x.shape, x.dtype) for x in (hidden, weight, bias)]
-        ctx.accumulate_into = accumulate_into
+        ctx.accumulate_into, ctx.loss_gradient = accumulate_into, loss_gradient
         ctx.weight = None if accumulate_into is None else weight  # only for the marks that Megatron sets on it
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(x for x in results[1:] if x is not None))
@@ -72,15 +75,31 @@ class _LinearPolicyLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if d_loss is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         d_hidden, d_weight, d_bias = ctx.saved_tensors
         hidden, weight, bias = ctx.operands
-        if d_weight is not None and ctx.accumulate_into is not None:
+        if ctx.loss_gradient is not None:
+            d_loss = _expected(d_loss, ctx)
+            d_weight = _placeholder(ctx.weight)
+        elif d_weight is not None and ctx.accumulate_into is not None:
             ctx.accumulate_into.addcmul_(d_weight, d_loss)
             d_weight = _placeholder(ctx.weight)
         else:
             d_weight = _scale(d_weight, d_loss, weight)
-        return _scale(d_hidden, d_loss, hidden), d_weight, _scale(d_bias, d_loss, bias), None, None
+        return _scale(d_hidden, d_loss, hidden), d_weight, _scale(d_bias, d_loss, bias), None, None, None
+
+
+def _expected(d_loss: Tensor, ctx: Any) -> Tensor:
+    """Returns the loss's gradient, a NaN where it is not the announced one, which the weight's already contains."""
+    if ctx.accumulate_into is None:
+        raise RuntimeError("loss_gradient: the forward added the weight's gradient, so it allows one backward only")
+    ctx.accumulate_into = None
+    if may_read_values(d_loss.device) and d_loss.item() != ctx.loss_gradient:
+        raise RuntimeError(
+            f"loss_gradient: got {ctx.loss_gradient}, but the backward brought {d_loss.item()} and the weight's gradient "
+            "is in its buffer already; pass the true one, or None to have the backward add it"
+        )
+    return torch.where(d_loss == ctx.loss_gradient, d_loss, torch.nan)
 
 
 def _scale(gradient: Tensor | None, factor: Tensor, operand: tuple[torch.Size, torch.dtype] | None) -> Tensor | None:
@@ -109,9 +128,13 @@ def _placeholder(weight: Tensor) -> Tensor | None:
     return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
 
 
-def _check_accumulator(accumulate_into: Tensor | None, weight: Tensor) -> None:
+def _check_accumulator(accumulate_into: Tensor | None, weight: Tensor, loss_gradient: float | None) -> None:
     if accumulate_into is None:
+        need = "None without accumulate_into: only a gradient that is added in the forward must know it"
+        require(loss_gradient is None, "loss_gradient", loss_gradient, need)
         return
+    known = loss_gradient is None or (isinstance(loss_gradient, (int, float)) and math.isfinite(loss_gradient))
+    require(known, "loss_gradient", loss_gradient, "a finite number, or None")
     check_tensor("accumulate_into", accumulate_into)
     got = f"{accumulate_into.dtype} {tuple(accumulate_into.shape)}"
     fits = accumulate_into.dtype == torch.float32 and accumulate_into.shape == weight.shape
@@ -145,6 +168,7 @@ def linear_policy_loss(
     chunk_rows: int | None = None,
     sequence_parallel: bool = False,
     accumulate_into: Tensor | None = None,  # [V, H] float32
+    loss_gradient: float | None = None,  # what the backward will bring for the loss, if it is known
     boundaries: Sequence[int] | None = None,  # rows at which a chunk may end, rising to T
     precision: PrecisionName = "auto",
     path: PathName = "auto",
@@ -161,6 +185,10 @@ def linear_policy_loss(
     The weight's gradient is summed in float32, and added into `accumulate_into` (Megatron's main_grad) when the
     backward runs. weight.grad is then None; where Megatron has set `grad_added_to_main_grad` on the weight, it becomes
     True and weight.grad a placeholder of any values (zeros with `zero_out_wgrad`), as from Megatron's linear layers.
+    With `loss_gradient` (1 for `loss.backward()`) the forward already adds it there: there is no float32 sum of the
+    weight's size, and nothing is left to do for it in the backward. One backward with that gradient must then follow.
+    Another gradient is a RuntimeError on a CPU, and elsewhere makes all gradients of the call NaN. Do not use it under
+    activation checkpointing, which would add twice.
     The gradient of `hidden` is summed over the shard's group while the chunk's next product runs, with tiles in its own
     dtype. Each chunk takes two collectives.
 
@@ -187,7 +215,7 @@ def linear_policy_loss(
         path,
         boundaries,
     )
-    _check_accumulator(accumulate_into, weight)
+    _check_accumulator(accumulate_into, weight, loss_gradient)
     loss_tensors = {
         "old_logprobs": old_logprobs,
         "advantages": advantages,
@@ -207,9 +235,11 @@ def linear_policy_loss(
     else:
         _refuse_loss_arguments(**loss_tensors)
         evaluate = functools.partial(loss_pass, plan=plan, evaluate=_objective_evaluator(objective), needs=needs)
+    if accumulate_into is not None and loss_gradient is not None and needs[1]:
+        evaluate = functools.partial(evaluate, into=WeightTotal(accumulate_into, float(loss_gradient)))
     inside = objective is None and accumulate_into is None
     apply = _LinearPolicyLoss.apply if inside else _apply_outside_graphs
-    loss, logprobs, *optional, entropy = apply(*operands, evaluate, accumulate_into)
+    loss, logprobs, *optional, entropy = apply(*operands, evaluate, accumulate_into, loss_gradient)
     shape = token_ids.shape
     ratio, clipped, kl = (None if x is None else x.view(shape) for x in optional)
     return PolicyLoss(loss, logprobs.view(shape), ratio, clipped, kl, entropy.view(shape))

@@ -43,6 +43,13 @@ class _HeadArguments(TypedDict):
     sequence_parallel: bool
 
 
+class _GradientArguments(TypedDict):
+    """Arguments of `linear_policy_loss` that say where the weight's gradient goes."""
+
+    accumulate_into: Tensor | None
+    loss_gradient: float | None
+
+
 def token_log_probs(policy: Policy, hidden: Tensor, sequences: SequenceBatch, temperature: float) -> Tensor:
     """Computes the log-probabilities [t] float32 of `sequences.target_ids` from the last stage's hidden states."""
     arguments = _head_arguments(policy, sequences, temperature)
@@ -68,10 +75,10 @@ def micro_batch_loss(
         log_probs, entropy = linear_token_logprobs(hidden, weight, ids, **arguments, return_entropy=True)
         return _cut_sequences_loss(policy, log_probs, entropy, batch.sequences.own, batch, objective, algorithm)
 
-    buffer = gradient_buffer(policy)
+    into = _GradientArguments(accumulate_into=gradient_buffer(policy), loss_gradient=_loss_gradient(policy))
     fused = objective.fused(terms, algorithm) if objective.fused else None
     if fused is not None:
-        return _with_all_parts(linear_policy_loss(hidden, weight, ids, **arguments, accumulate_into=buffer, **fused))
+        return _with_all_parts(linear_policy_loss(hidden, weight, ids, **arguments, **into, **fused))
 
     def losses(log_probs: Tensor, entropy: Tensor, part: slice) -> Tensor:
         return objective.losses(log_probs, entropy, _terms_of_chunk(terms, part), algorithm).losses
@@ -81,7 +88,7 @@ def micro_batch_loss(
         weight,
         ids,
         **arguments,
-        accumulate_into=buffer,
+        **into,
         objective=losses,
         boundaries=list(accumulate(batch.sequences.lengths)) if objective.whole_sequences else None,
     )
@@ -136,6 +143,16 @@ def gradient_buffer(policy: Policy) -> Tensor | None:
     """
     buffer = getattr(_head_weight(policy), "main_grad", None)
     return None if buffer is None or buffer.dtype != torch.float32 else buffer
+
+
+def _loss_gradient(policy: Policy) -> float | None:
+    """Returns the gradient that the pipeline will bring for a micro-batch's loss, or None if that is not known.
+
+    It is 1, because Megatron divides no loss by its number of tokens or micro-batches here (`calculate_per_token_loss`),
+    and scales none unless `optimizer.loss_scale` is set.
+    """
+    scaled = policy.optimizer.config.loss_scale
+    return None if gradient_buffer(policy) is None or scaled else 1.0
 
 
 def _head_weight(policy: Policy) -> Tensor:

@@ -54,6 +54,40 @@ def test_accumulate_into_marks_a_weight_as_megatrons_layers_do(tied):
     torch.testing.assert_close(parameter.main_grad, plain.grad)
 
 
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("path", ["chunks", "tiles"])
+def test_a_known_loss_gradient_adds_in_the_forward(path):
+    hidden, weight, bias, ids = make(9, 20)
+    ours, theirs = leaves(hidden, weight, bias), leaves(hidden, weight, bias)
+    buffer, expected = torch.full(weight.shape, 0.5), torch.full(weight.shape, 0.5)
+    settings = {"advantages": 1.0, "entropy_weights": 0.1, "chunk_rows": 4, "path": path}
+    loss = linear_policy_loss(*ours[:2], ids, bias=ours[2], accumulate_into=buffer, loss_gradient=0.25, **settings).loss
+    added = buffer.clone()
+    (loss * 0.25).backward()
+    assert buffer.equal(added) and ours[1].grad is None
+    theirs_loss = linear_policy_loss(*theirs[:2], ids, bias=theirs[2], accumulate_into=expected, **settings).loss
+    (theirs_loss * 0.25).backward()
+    torch.testing.assert_close(buffer, expected)
+    assert ours[0].grad.equal(theirs[0].grad) and ours[2].grad.equal(theirs[2].grad)
+
+
+def test_another_loss_gradient_than_the_announced_one():
+    hidden, weight, _, ids = make(9, 20)
+    ours = leaves(hidden, weight)
+    arguments = {"advantages": 1.0, "accumulate_into": torch.zeros_like(weight), "loss_gradient": 1.0}
+    loss = linear_policy_loss(*ours, ids, **arguments).loss
+    with pytest.raises(RuntimeError, match="loss_gradient: got 1.0, but the backward brought 0.5"):
+        (loss * 0.5).backward()
+    loss = linear_policy_loss(*ours, ids, **arguments).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="loss_gradient: .* one backward only"):
+        loss.backward()
+    with pytest.raises(ValueError, match="loss_gradient: got 1.0, need None without accumulate_into"):
+        linear_policy_loss(*ours, ids, advantages=1.0, loss_gradient=1.0)
+    with pytest.raises(ValueError, match="loss_gradient: got inf, need a finite number"):
+        linear_policy_loss(*ours, ids, **(arguments | {"loss_gradient": float("inf")}))
+
+
 def test_chunks_end_where_sequences_do():
     assert _head.chunk_slices(22, 6, (3, 5, 20, 22)) == [slice(0, 5), slice(5, 20), slice(20, 22)]
     assert _head.chunk_slices(7, 3, None) == [slice(0, 3), slice(3, 6), slice(6, 7)]

@@ -158,10 +158,13 @@ def test_the_head_never_holds_all_logits():
     tile = 4096 * 2048 * 4 + 4096 * 3584 * 2
     assert memory.forward_peaks(shape, te, Packed(4608, 4608), 4096, stage=0).head in (0, tile)
     assert memory.forward_peaks(shape, te, Packed(4 * 4608, 4608), 4 * 4096, stage=0).head in (0, tile)
-    # Updating: exponentials of 152064 / 2 columns in 38 tiles, in bf16; the float32 gradients of weight and hidden
-    # states besides, and the chunk's.
+    # Updating: exponentials of 152064 / 2 columns in 38 tiles, in bf16; the float32 gradient of the hidden states
+    # besides, and the chunk's. The weight's is in Megatron's buffer, or has a float32 sum if that is in bf16.
     updating = memory.update_peaks(shape, te, Packed(4608, 4608), 4096, 1, stage=0)
-    assert updating.head == tile + 4096 * 38 * 2048 * 2 + (76032 + 4608) * 3584 * 4 + 4096 * 3584 * 4
+    expected = tile + 4096 * 38 * 2048 * 2 + 4608 * 3584 * 4 + 4096 * 3584 * 4
+    assert updating.head == expected
+    summed = dataclasses.replace(te, head_sums_gradient=True)
+    assert memory.update_peaks(shape, summed, Packed(4608, 4608), 4096, 1, 0).head == expected + 76032 * 3584 * 4
     # Sequence parallelism gathers the hidden states of all 4608 rows.
     gathers = dataclasses.replace(te, sequence_parallel=True)
     assert memory.update_peaks(shape, gathers, Packed(4608, 4608), 4096, 1, 0).head == updating.head + 4608 * 3584 * 2

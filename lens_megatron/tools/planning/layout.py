@@ -46,6 +46,8 @@ class ParallelLayout:
     recompute_layers: int
     """Layers per checkpoint with recompute=full."""
     fused_swiglu: bool
+    head_sums_gradient: bool
+    """True if the head keeps a float32 sum of its weight's gradient; else it adds to Megatron's buffer at once."""
     engine: str
     engines: int
     """Engines of the whole job."""
@@ -151,6 +153,7 @@ def layout_of(config: Config, world: int, spec: LayerSpec) -> ParallelLayout:
         recompute=transformer.get("recompute_granularity") or "none",
         recompute_layers=int(transformer.get("recompute_num_layers") or 1),
         fused_swiglu=bool(transformer.get("bias_activation_fusion", False)),
+        head_sums_gradient=not megatron.ddp.get("grad_reduce_in_fp32", True) or _cuts_sequences(config),
         engine=config.rollout.engine,
         engines=servers if config.rollout.engine == "vllm_server" else world // config.ranks_per_engine,
         engine_tp=1 if config.rollout.engine == "local" else config.vllm.tensor_parallel_size,
@@ -161,6 +164,12 @@ def layout_of(config: Config, world: int, spec: LayerSpec) -> ParallelLayout:
         if config.rollout.offload_trainer is None
         else config.rollout.offload_trainer,
     )
+
+
+def _cuts_sequences(config: Config) -> bool:
+    """Returns whether the loss needs whole responses that lie on several context-parallel ranks."""
+    whole = config.algorithm.ratio != "token" or load_methods(config).need(Evidence.WHOLE_RESPONSES)
+    return whole and config.megatron.context_parallel_size > 1
 
 
 def workload_of(config: Config) -> Workload:

@@ -211,8 +211,11 @@ def _final_norm(shape: ModelShape, layout: ParallelLayout, rows: int) -> int:
 
 
 def _head_kept(shape: ModelShape, layout: ParallelLayout, rows: int) -> int:
-    """linear_policy_loss forms its gradients in the forward pass and keeps them, in float32, for the backward."""
-    vocabulary = shape.padded_vocab_size(layout.tp) // layout.tp
+    """linear_policy_loss forms its gradients in the forward pass and keeps them, in float32, for the backward.
+
+    The weight's is in Megatron's buffer by then, where that has float32.
+    """
+    vocabulary = shape.padded_vocab_size(layout.tp) // layout.tp if layout.head_sums_gradient else 0
     return (rows + vocabulary) * shape.hidden_size * FLOAT32
 
 
