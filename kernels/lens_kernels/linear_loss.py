@@ -96,8 +96,8 @@ def _expected(d_loss: Tensor, ctx: Any) -> Tensor:
     ctx.accumulate_into = None
     if may_read_values(d_loss.device) and d_loss.item() != ctx.loss_gradient:
         raise RuntimeError(
-            f"loss_gradient: got {ctx.loss_gradient}, but the backward brought {d_loss.item()} and the weight's gradient "
-            "is in its buffer already; pass the true one, or None to have the backward add it"
+            f"loss_gradient: got {ctx.loss_gradient}, but the backward brought {d_loss.item()}, and the weight's "
+            "gradient is in its buffer already; pass the true one, or None to have the backward add it"
         )
     return torch.where(d_loss == ctx.loss_gradient, d_loss, torch.nan)
 

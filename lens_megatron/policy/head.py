@@ -148,7 +148,7 @@ def gradient_buffer(policy: Policy) -> Tensor | None:
 def _loss_gradient(policy: Policy) -> float | None:
     """Returns the gradient that the pipeline will bring for a micro-batch's loss, or None if that is not known.
 
-    It is 1, because Megatron divides no loss by its number of tokens or micro-batches here (`calculate_per_token_loss`),
+    It is 1, because Megatron divides no loss by its number of tokens or micro-batches with `calculate_per_token_loss`,
     and scales none unless `optimizer.loss_scale` is set.
     """
     scaled = policy.optimizer.config.loss_scale
