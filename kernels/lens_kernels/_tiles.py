@@ -107,7 +107,7 @@ def _update_tile_kernel(
     stride_stats,
     stride_anchor,
     stride_out,
-    tile,  # the number of tiles before this one
+    offset,  # columns of the tiles before this one
     start,  # global id of this tile's first column
     valid,  # columns of this tile before the padding
     # constants
@@ -173,13 +173,13 @@ def _update_tile_kernel(
             exponent = (new - reference) * scale + fraction
             if exponent > HIGHEST_EXPONENT:
                 power = tl.floor(exponent)
-                for earlier in range(tile):
-                    at = out + earlier * BLOCK
+                for earlier in range(0, offset, BLOCK):
+                    at = out + earlier
                     tl.store(at, tl.load(at).to(tl.float32) * tl.exp2(-power))
                 exponent -= power
                 reference = new
                 fraction = exponent
-            tl.store(out + tile * BLOCK, weights * tl.exp2(exponent))
+            tl.store(out + offset, weights * tl.exp2(exponent))
             tl.store(anchor, tl.where(sums == 0, -float("inf"), reference))
             tl.store(anchor + stride_anchor, fraction)
 
@@ -194,7 +194,7 @@ def update_tile_triton(tile: Tensor, offset: int, rows: TokenRows, sums: TileSum
         *(tile, rows.token_ids, rows.tau),
         *(stats, anchor, kept),
         *(tile.stride(0), stats.stride(0), anchor.stride(0), 0 if kept is None else kept.stride(0)),
-        *(offset // TILE_COLUMNS, rows.shard.start + offset, min(max(rows.shard.valid - offset, 0), columns)),
+        *(offset, rows.shard.start + offset, min(max(rows.shard.valid - offset, 0), columns)),
         *(rows.softcap, HIGHEST_EXPONENT, offset == 0),
         *(len(stats), TILE_COLUMNS),
         num_warps=WARPS,
