@@ -37,6 +37,7 @@ the bytes that they move (two per logit that no product hides, in place of ten):
 
 Path = Literal["chunks", "tiles"]
 PathName = Literal["auto", "chunks", "tiles"]
+_PATHS = get_args(PathName)  # here, because torch.compile cannot look into typing
 
 
 class HeadPlan(NamedTuple):
@@ -158,8 +159,7 @@ def check_head(
     check_chunk_rows(chunk_rows)
     if chunk_rows is None:
         chunk_rows = CHUNK_ROWS_CPU if hidden.device.type == "cpu" else CHUNK_ROWS
-    known = path == "auto" or path in get_args(Path)
-    require(known, "path", repr(path), f"auto, {' or '.join(get_args(Path))}")
+    require(path in _PATHS, "path", repr(path), f"one of {', '.join(_PATHS)}")
     factors = resolve_precision(precision, hidden, weight)
     return HeadPlan(
         TokenRows(ids, tau, None, resolve_shard(len(weight), ids, valid_vocab_size, shard)),

@@ -20,6 +20,7 @@ from torch import Tensor
 from lens_kernels._checks import require
 
 PrecisionName = Literal["auto", "bfloat16", "bfloat16x2", "bfloat16x3", "float32"]
+_PRECISIONS = get_args(PrecisionName)  # here, because torch.compile cannot look into typing
 BLOCK_ELEMENTS = 1 << 26  # elements of a factor that are turned to another dtype at a time on a GPU: 128 MiB
 BLOCK_ELEMENTS_CPU = 1 << 22  # 16 MiB in float32
 TOTAL_BLOCK_ROWS = 1 << 13  # rows of a float32 total whose addend is formed apart where cuBLAS cannot add in place
@@ -50,7 +51,7 @@ _NAMED = {
 
 def resolve_precision(name: str, hidden: Tensor, weight: Tensor) -> Precision:
     """Returns what a `precision` argument stands for. Raises ValueError for an unknown one, and for mixed operands."""
-    require(name in get_args(PrecisionName), "precision", repr(name), f"one of {', '.join(get_args(PrecisionName))}")
+    require(name in _PRECISIONS, "precision", repr(name), f"one of {', '.join(_PRECISIONS)}")
     if name != "auto":
         return _NAMED[name]
     kind = hidden.device.type
