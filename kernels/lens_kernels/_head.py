@@ -201,9 +201,7 @@ def _refuse_foreign(argument: str, value: object) -> None:
         require(False, argument, "a DTensor", need)
     if hasattr(value, "ds_id") and value.numel() == 0:
         need = f"all of its elements: call inside `with deepspeed.zero.GatheredParameters([{argument}])`"
-        require(
-            False, argument, f"a ZeRO-3 parameter of shape {tuple(value.ds_shape)} that is cut among the ranks", need
-        )
+        require(False, argument, f"a parameter of shape {tuple(value.ds_shape)} that ZeRO-3 has cut into pieces", need)
     if hasattr(value, "__tensor_flatten__") or value.is_quantized or value.element_size() == 1:
         need = "float32, bfloat16 or float16 values: dequantise it, or leave the head out of the quantisation"
         require(False, argument, f"a quantised {type(value).__name__} of {value.dtype}", need)
@@ -215,7 +213,6 @@ def _check_boundaries(boundaries: Sequence[int] | None, shape: torch.Size) -> tu
     ends = tuple(int(end) for end in boundaries)
     rises = all(low <= high for low, high in zip(ends, ends[1:], strict=False))
     fits = rises and (ends[-1] if ends else 0) == shape.numel() and (not ends or ends[0] >= 0)
-    require(
-        fits, "boundaries", list(ends), f"row numbers that never fall and end at the {shape.numel()} rows there are"
-    )
+    need = f"row numbers that never fall, the last of them the number of rows, {shape.numel()}"
+    require(fits, "boundaries", list(ends), need)
     return ends

@@ -7,7 +7,7 @@ from lens_kernels import _products, linear_policy_loss, linear_token_logprobs
 from test_linear import leaves, make
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ERRORS = {"bfloat16": (1e-3, 3e-2), "bfloat16x2": (2e-6, 2e-4), "bfloat16x3": (0.0, 3e-6), "float32": (0.0, 2e-6)}
+ERRORS = {"bfloat16": (3e-4, 3e-2), "bfloat16x2": (1e-6, 2e-4), "bfloat16x3": (0.0, 3e-6), "float32": (0.0, 2e-6)}
 """Bounds of the relative error of operands that bfloat16 does not hold; the lower one shows that something is split."""
 
 
@@ -107,7 +107,7 @@ def test_tf32_is_off_inside_and_comes_back(how):
     def fails(logprobs, entropy, part):
         raise KeyError("the objective's own error")
 
-    before = torch.get_float32_matmul_precision()
+    before, expected = torch.get_float32_matmul_precision(), matmul.fp32_precision if how == "nothing" else "tf32"
     try:
         if how == "allow_tf32":
             matmul.allow_tf32 = True
@@ -120,7 +120,7 @@ def test_tf32_is_off_inside_and_comes_back(how):
         assert matmul.fp32_precision == allowed
         with pytest.raises(KeyError):
             linear_policy_loss(hidden, weight, ids, objective=fails)
-        assert matmul.fp32_precision == allowed == ("none" if how == "nothing" else "tf32")
+        assert matmul.fp32_precision == allowed == expected
         assert not torch.is_autocast_enabled("cpu")
     finally:
         torch.set_float32_matmul_precision(before)

@@ -131,13 +131,13 @@ def test_logprobs_match_oracle(dtype):
     g, e = torch.randn(10), torch.randn(10)
     (expected[0] * g + expected[1] * e).sum().backward()
     (result[0] * g + result[1] * e).sum().backward()
-    assert_near_gradients(ours, exact)
+    assert_near_gradients(ours, exact, of_hidden=3.5e-3)  # the entropy's pass rounds a second time
     assert ours[0].grad[5].eq(0).all()
 
 
-def assert_near_gradients(ours, exact):
+def assert_near_gradients(ours, exact, of_hidden=2.5e-3):
     """Relative Frobenius norm. Half-precision heads round the logits' gradient and scaled hidden states to bfloat16."""
-    bounds = (2e-6, 2e-6, 2e-6) if ours[0].dtype == torch.float32 else (2.5e-3, 3.5e-3, 3.5e-3)
+    bounds = (2e-6, 2e-6, 2e-6) if ours[0].dtype == torch.float32 else (of_hidden, 3.5e-3, 3.5e-3)
     for mine, theirs, bound in zip(ours, exact, bounds, strict=False):
         assert mine.grad.dtype == mine.dtype
         error = (mine.grad.double() - theirs.grad).norm() / theirs.grad.norm()
