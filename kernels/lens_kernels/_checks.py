@@ -68,11 +68,25 @@ def per_row(argument: str, value: Tensor | float, shape: torch.Size, device: tor
     return value.detach().broadcast_to(shape).reshape(-1).float().contiguous()
 
 
-def per_row_or_none(
+def number_or_per_row(argument: str, value: Tensor | float, shape: torch.Size, device: torch.device) -> Tensor | float:
+    """Returns a number as a float, and a tensor as float32 [T], detached; one element gets stride 0.
+
+    A kernel takes numbers as arguments, where filling a tensor would be a launch. torch.compile may make a symbol of a
+    number, which kernels do not take, and fuses the filling.
+    """
+    if isinstance(value, (int, float)) and not torch.compiler.is_compiling():
+        return float(value)
+    if isinstance(value, Tensor) and value.numel() == 1 and value.dim() <= len(shape):
+        one = per_row(argument, value, torch.Size([1] * len(shape)), device)
+        return one.expand(shape.numel())
+    return per_row(argument, value, shape, device)
+
+
+def number_or_per_row_or_none(
     argument: str, value: Tensor | float | None, shape: torch.Size, device: torch.device
-) -> Tensor | None:
-    """Broadcasts as `per_row` does; None stays None."""
-    return None if value is None else per_row(argument, value, shape, device)
+) -> Tensor | float | None:
+    """Does as `number_or_per_row`; None stays None."""
+    return None if value is None else number_or_per_row(argument, value, shape, device)
 
 
 def check_temperature(temperature: Tensor | float, shape: torch.Size, device: torch.device) -> Tensor | None:
@@ -88,13 +102,23 @@ def check_temperature(temperature: Tensor | float, shape: torch.Size, device: to
     return tau
 
 
+def check_softcap(logit_softcap: float | None) -> None:
+    if logit_softcap is not None:
+        is_number = isinstance(logit_softcap, (int, float)) and 0 < logit_softcap < float("inf")
+        require(is_number, "logit_softcap", logit_softcap, "a finite number > 0, or None for logits as they are")
+
+
 def check_valid_vocab_size(valid_vocab_size: int | None) -> None:
     if valid_vocab_size is not None:
         is_count = isinstance(valid_vocab_size, int) and valid_vocab_size >= 1
         require(is_count, "valid_vocab_size", valid_vocab_size, "an integer >= 1 (global vocabulary without padding)")
 
 
-def check_limits(clip_low: float, clip_high: float, dual_clip: float | None, kl_limit: float | None) -> None:
+def check_limits(
+    clip_low: float, clip_high: float, dual_clip: float | None, kl_limit: float | None, kl_estimator: str
+) -> None:
+    known = kl_estimator in ("k1", "k2", "k3")
+    require(known, "kl_estimator", repr(kl_estimator), "'k1', 'k2' or 'k3'; lens_kernels.kl says what they are")
     require(clip_low >= 0, "clip_low", clip_low, "a number >= 0")
     require(clip_high >= 0, "clip_high", clip_high, "a number >= 0")
     if dual_clip is not None:

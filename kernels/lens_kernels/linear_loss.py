@@ -8,7 +8,7 @@ result under autograd and the backward (four GEMMs).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from lens_kernels._checks import check_device, check_tensor, require
 from lens_kernels._dlogits import write_dlogits
+from lens_kernels._objectives import Evaluator, Objective, crpo_evaluator, objective_evaluator, refuse_loss_arguments
 from lens_kernels._statistics import row_statistics
-from lens_kernels._vocab_parallel import RowTotals, TokenRows, merge_statistics
-from lens_kernels.clipped_loss import LossTerms, PolicyLoss, TokenLosses, check_loss_terms, merge_and_evaluate
+from lens_kernels.clipped_loss import PolicyLoss, check_loss_terms
 from lens_kernels.linear_logprobs import (
     HeadRows,
     backproject,
@@ -31,32 +31,6 @@ from lens_kernels.linear_logprobs import (
 )
 from lens_kernels.shard import VocabShard
 
-Objective = Callable[[Tensor, Tensor, slice], Tensor]
-"""Maps (log-probabilities [n], entropies [n], slice of the T rows) to losses [n], under autograd."""
-_Evaluator = Callable[[Tensor, TokenRows, slice], tuple[RowTotals, TokenLosses]]
-"""Maps (statistics [D, 4, n], a chunk's rows, their slice of the T rows) to merged statistics, losses, derivatives."""
-
-
-def differentiate_objective(
-    objective: Objective, logprobs: Tensor, entropy: Tensor, token_ids: Tensor, part: slice
-) -> TokenLosses:
-    """Evaluates the caller's objective on a chunk's statistics and differentiates it by them."""
-    with torch.enable_grad():
-        logprobs, entropy = logprobs.detach().requires_grad_(), entropy.detach().requires_grad_()
-        losses = objective(logprobs, entropy, part)
-        check_tensor("objective", losses)
-        same = losses.shape == logprobs.shape
-        require(same, "objective", f"losses of shape {tuple(losses.shape)}", f"{tuple(logprobs.shape)}")
-        ignored = token_ids < 0
-        d_logprobs = d_entropy = None
-        if losses.requires_grad:
-            total = losses.masked_fill(ignored, 0).sum()
-            d_logprobs, d_entropy = torch.autograd.grad(total, (logprobs, entropy), allow_unused=True)
-    d_logprobs = torch.zeros_like(logprobs) if d_logprobs is None else d_logprobs.masked_fill(ignored, 0)
-    d_entropy = None if d_entropy is None else d_entropy.masked_fill(ignored, 0)
-    losses = losses.detach().float().masked_fill(ignored, 0)
-    return TokenLosses(losses, None, None, None, d_logprobs, d_entropy)
-
 
 class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
@@ -66,7 +40,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         rows: HeadRows,
-        evaluate: _Evaluator,
+        evaluate: Evaluator,
         accumulate_into: Tensor | None,
         needs: list[bool],
     ) -> tuple[Tensor | None, ...]:
@@ -197,9 +171,9 @@ def linear_policy_loss(
             dual_clip=dual_clip,
             kl_limit=kl_limit,
         )
-        evaluate = _crpo_evaluator(terms)
+        evaluate = crpo_evaluator(terms)
     else:
-        _refuse_loss_arguments(
+        refuse_loss_arguments(
             old_logprobs=old_logprobs,
             advantages=advantages,
             reference_logprobs=reference_logprobs,
@@ -207,28 +181,10 @@ def linear_policy_loss(
             kl_weights=kl_weights,
             entropy_weights=entropy_weights,
         )
-        evaluate = _objective_evaluator(objective)
+        evaluate = objective_evaluator(objective)
     operands = hidden, weight, bias
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in operands]
     loss, logprobs, *optional, entropy = _LinearPolicyLoss.apply(*operands, head_rows, evaluate, accumulate_into, needs)
     shape = token_ids.shape
     ratio, clipped, kl = (None if x is None else x.view(shape) for x in optional)
     return PolicyLoss(loss, logprobs.view(shape), ratio, clipped, kl, entropy.view(shape))
-
-
-def _crpo_evaluator(terms: LossTerms) -> _Evaluator:
-    return lambda stats, rows, part: merge_and_evaluate(stats, rows, terms.at(part))
-
-
-def _objective_evaluator(objective: Objective) -> _Evaluator:
-    def evaluate(stats: Tensor, rows: TokenRows, part: slice) -> tuple[RowTotals, TokenLosses]:
-        totals = merge_statistics(stats, rows)
-        entropy = totals.softmax.asked_entropy()
-        return totals, differentiate_objective(objective, totals.logprobs, entropy, rows.token_ids, part)
-
-    return evaluate
-
-
-def _refuse_loss_arguments(**arguments: Tensor | float | None) -> None:
-    given = [name for name, value in arguments.items() if value is not None]
-    require(not given, ", ".join(given), "a value next to objective", "None: the objective replaces the CRPO loss")
