@@ -18,6 +18,7 @@ from lens_kernels._checks import (
     check_device,
     check_matrix,
     check_rows,
+    check_softcap,
     check_temperature,
     check_tensor,
     check_token_ids,
@@ -135,6 +136,7 @@ def check_head(
     bias: Tensor | None,
     rows: Tensor | None,
     temperature: Tensor | float,
+    logit_softcap: float | None,
     valid_vocab_size: int | None,
     shard: VocabShard | None,
     chunk_rows: int | None,
@@ -149,12 +151,14 @@ def check_head(
     if sequence_parallel:
         if shard is None or shard.group is None:
             raise ValueError("sequence_parallel: got True, need a shard with a group to gather the hidden states over")
-        require(len(leading) >= 1, "hidden", f"shape {tuple(hidden.shape)}", "a sequence axis before H")
+        require(len(leading) >= 1, "hidden", lambda: f"shape {tuple(hidden.shape)}", "a sequence axis before H")
         leading = torch.Size([leading[0] * dist.get_world_size(shard.group), *leading[1:]])
     check_rows(rows, leading.numel(), hidden.device)
     shape = leading if rows is None else rows.shape
     ids = check_token_ids(token_ids, shape, hidden.device)
     tau = check_temperature(temperature, shape, hidden.device)
+    check_softcap(logit_softcap)
+    softcap = None if logit_softcap is None else float(logit_softcap)
     check_valid_vocab_size(valid_vocab_size)
     check_chunk_rows(chunk_rows)
     if chunk_rows is None:
@@ -162,7 +166,7 @@ def check_head(
     require(path in _PATHS, "path", repr(path), f"one of {', '.join(_PATHS)}")
     factors = resolve_precision(precision, hidden, weight)
     return HeadPlan(
-        TokenRows(ids, tau, None, resolve_shard(len(weight), ids, valid_vocab_size, shard)),
+        TokenRows(ids, tau, softcap, resolve_shard(len(weight), ids, valid_vocab_size, shard)),
         rows,
         chunk_rows,
         _check_boundaries(boundaries, shape),
@@ -179,7 +183,12 @@ def _check_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None
     check_matrix("weight", weight, "H")
     width = hidden.shape[-1]
     fits = weight.dim() == 2 and weight.shape[1] == width and len(weight) >= 1
-    require(fits, "weight", f"shape {tuple(weight.shape)}", f"[V, {width}] to match hidden {tuple(hidden.shape)}")
+    require(
+        fits,
+        "weight",
+        lambda: f"shape {tuple(weight.shape)}",
+        lambda: f"[V, {width}] to match hidden {tuple(hidden.shape)}",
+    )
     check_device("weight", weight, hidden.device)
     if bias is not None:
         check_tensor("bias", bias)

@@ -16,19 +16,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lens_kernels._crpo import LossTerms
 from lens_kernels._head import HeadPlan
 from lens_kernels._head_gradient import HeadGradients, WeightTotal
 from lens_kernels._linear_passes import (
     HeadLoss,
     Needs,
-    crpo_evaluator,
     logprobs_gradient_pass,
     logprobs_pass,
     loss_pass,
 )
+from lens_kernels._objectives import crpo_evaluator
 from lens_kernels._products import Precision
 from lens_kernels._vocab_parallel import RowTotals, SoftmaxTotals, TokenRows
-from lens_kernels.clipped_loss import LossTerms
 from lens_kernels.shard import VocabShard
 
 _OPERANDS = (
@@ -37,7 +37,7 @@ _OPERANDS = (
 )
 _TERMS = (
     "Tensor? old_logprobs, Tensor advantages, Tensor? reference_logprobs, Tensor? policy_weights, Tensor? kl_weights, "
-    "Tensor? entropy_weights, float clip_low, float clip_high, float? dual_clip, float? kl_limit"
+    "Tensor? entropy_weights, float clip_low, float clip_high, float? dual_clip, float? kl_limit, str kl_estimator"
 )
 _PLAN_ARGUMENTS = 11
 
@@ -48,8 +48,12 @@ def evaluate_logprobs(
     """Returns `logprobs_pass` of these arguments, in a form that torch.compile can take."""
     if not torch.compiler.is_compiling():
         return logprobs_pass(hidden, weight, bias, plan, with_entropy)
-    logprobs, maximum, log_sum, entropy = _logprobs_operator(hidden, weight, bias, *_pack(plan), with_entropy)
-    return RowTotals(SoftmaxTotals(maximum, log_sum, entropy if with_entropy else None), logprobs)
+    maximum, log_sum, kept_entropy, logprobs, entropy = _logprobs_operator(
+        hidden, weight, bias, *_pack(plan), with_entropy
+    )
+    if not with_entropy:
+        return RowTotals(SoftmaxTotals(maximum, log_sum, None), logprobs, None)
+    return RowTotals(SoftmaxTotals(maximum, log_sum, kept_entropy), logprobs, entropy)
 
 
 def differentiate_logprobs(
@@ -125,12 +129,13 @@ def _or_empty(value: Tensor | None, like: Tensor) -> Tensor:
 def _logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     *plan, with_entropy = rest
     totals = logprobs_pass(hidden, weight, bias, _unpack(*plan), with_entropy)
-    return totals.logprobs, totals.softmax.maximum, totals.softmax.log_sum, _or_empty(totals.softmax.entropy, hidden)
+    return tuple(_or_empty(value, hidden) for value in (*totals.softmax, totals.logprobs, totals.entropy))
 
 
 def _logprobs_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     token_ids, with_entropy = rest[0], rest[-1]
-    return *(_row(token_ids) for _ in range(3)), _row(token_ids) if with_entropy else _or_empty(None, hidden)
+    there = True, True, with_entropy, True, with_entropy
+    return tuple(_row(token_ids) if value else _or_empty(None, hidden) for value in there)
 
 
 def _logprobs_gradient(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
@@ -171,7 +176,7 @@ def _operator(name: str, function: Any, shapes: Any, arguments: str, results: in
     return operator
 
 
-_logprobs_operator = _operator("linear_logprobs", _logprobs, _logprobs_shapes, "bool with_entropy", 4)
+_logprobs_operator = _operator("linear_logprobs", _logprobs, _logprobs_shapes, "bool with_entropy", 5)
 _logprobs_gradient_operator = _operator(
     "linear_logprobs_gradient",
     _logprobs_gradient,

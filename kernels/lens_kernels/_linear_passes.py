@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,14 +10,12 @@ from torch import Tensor
 from lens_kernels._chunk import allocate, logits_gradient, project
 from lens_kernels._head import HeadPlan, head_chunks, join_operands
 from lens_kernels._head_gradient import GradientSums, HeadGradients, WeightTotal
+from lens_kernels._objectives import Evaluator
 from lens_kernels._products import exact_products
-from lens_kernels._vocab_parallel import RowTotals, SoftmaxTotals, TokenRows, merge_statistics
-from lens_kernels.clipped_loss import LossTerms, TokenLosses, merge_and_evaluate
+from lens_kernels._vocab_parallel import RowTotals, SoftmaxTotals, merge_statistics
 
 Needs = tuple[bool, bool, bool]
 """Whether hidden states, weight and bias need a gradient."""
-Evaluator = Callable[[Tensor, TokenRows, slice], tuple[RowTotals, TokenLosses]]
-"""Maps (statistics [D, 4, n], a chunk's rows, their slice of the T rows) to merged statistics, losses, derivatives."""
 
 
 class HeadLoss(NamedTuple):
@@ -94,7 +91,7 @@ def loss_pass(
             projection = project(plan, operands, chunk, buffers, with_entropy=True)
             totals, tokens = evaluate(projection.stats, chunk.tokens, chunk.part)
             losses.append(tokens.losses)
-            results.append((totals.logprobs, tokens.ratio, tokens.clipped, tokens.kl, totals.softmax.asked_entropy()))
+            results.append((totals.logprobs, tokens.ratio, tokens.clipped, tokens.kl, totals.asked_entropy()))
             if any(needs):
                 gradient = logits_gradient(
                     plan,
@@ -117,8 +114,3 @@ def _join(parts: tuple[Tensor | None, ...]) -> Tensor | None:
     """Joins the chunks' tensors into [T]; a tensor that the chunks do not have stays None."""
     present = [part for part in parts if part is not None]
     return torch.cat(present) if present else None
-
-
-def crpo_evaluator(terms: LossTerms) -> Evaluator:
-    """Returns the evaluation of the built-in loss on a chunk."""
-    return lambda stats, rows, part: merge_and_evaluate(stats, rows, terms.at(part))

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from lens_kernels import _tiles
-from lens_kernels._backend import jit, tl, uses_triton
+from lens_kernels._backend import jit, launch, tl, uses_triton
+from lens_kernels._kernel_parts import exp_accurate
 from lens_kernels._tiles import TileSums
-from lens_kernels._vocab_parallel import SoftmaxTotals, TokenRows, exp_accurate, local_targets
+from lens_kernels._vocab_parallel import SoftmaxTotals, TokenRows
 
 LOWEST_EXPONENT = -80.0  # of c
 DROP = 60.0  # powers of two by which the exponentials of a row with a smaller c are lowered
@@ -50,7 +51,9 @@ def tile_gradient_reference(
 ) -> ScaledGradient:
     token_ids, tau, softcap, shard = rows
     out = _exponentials(sums)[:, :columns]
-    local, owned = local_targets(token_ids, columns, shard)
+    local = token_ids - shard.start
+    owned = (token_ids >= 0) & (local >= 0) & (local < shard.valid)
+    local = local.clamp(0, columns - 1)
     inverse_tau = torch.ones_like(d_logprobs) if tau is None else 1 / tau
     anchor = sums.anchor[0].masked_fill(sums.anchor[0] == -torch.inf, 0)
     exponent = ((anchor - totals.maximum) * inverse_tau - totals.log_sum) * math.log2(math.e) - sums.anchor[1]
@@ -183,24 +186,18 @@ def tile_gradient_triton(
     """Launches the kernel."""
     out, count, tiles = _exponentials(sums), len(rows.token_ids), -(-columns // _tiles.TILE_COLUMNS)
     factor = torch.empty(count, dtype=torch.float32, device=out.device)
-    if count:
-        _tile_gradient_kernel[(count,)](
-            out,
-            *(rows.token_ids, rows.tau, totals.maximum, totals.log_sum, None if d_entropy is None else totals.entropy),
-            *(sums.stats[2], sums.anchor, d_logprobs.contiguous()),
-            None if d_entropy is None else d_entropy.contiguous(),
-            factor,
-            *(
-                out.stride(0),
-                sums.anchor.stride(0),
-                tiles,
-                rows.shard.start,
-                rows.shard.valid,
-            ),
-            *(rows.softcap, LOWEST_EXPONENT, DROP, 2.0**-DROP, d_entropy is not None or rows.softcap is not None),
-            _tiles.TILE_COLUMNS,
-            num_warps=WARPS,
-        )
+    launch(
+        *(_tile_gradient_kernel, count, out.device),
+        out,
+        *(rows.token_ids, rows.tau, totals.maximum, totals.log_sum, None if d_entropy is None else totals.entropy),
+        *(sums.stats[2], sums.anchor, d_logprobs.contiguous()),
+        None if d_entropy is None else d_entropy.contiguous(),
+        factor,
+        *(out.stride(0), sums.anchor.stride(0), tiles, rows.shard.start, rows.shard.valid),
+        *(rows.softcap, LOWEST_EXPONENT, DROP, 2.0**-DROP, d_entropy is not None or rows.softcap is not None),
+        _tiles.TILE_COLUMNS,
+        warps=WARPS,
+    )
     return ScaledGradient(out[:, :columns], factor)
 
 

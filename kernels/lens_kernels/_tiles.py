@@ -20,7 +20,8 @@ from typing import NamedTuple, no_type_check
 import torch
 from torch import Tensor
 
-from lens_kernels._backend import jit, tl, uses_triton
+from lens_kernels._backend import jit, launch, tl, uses_triton
+from lens_kernels._kernel_parts import soft_cap
 from lens_kernels._vocab_parallel import LOWEST, TokenRows
 
 TILE_COLUMNS = 2048  # a power of two; 32 MiB of logits with 4096 rows
@@ -85,14 +86,6 @@ def update_tile_reference(
 
 @jit
 @no_type_check
-def soft_cap(z, SOFTCAP: tl.constexpr):
-    """Computes SOFTCAP * tanh(z / SOFTCAP)."""
-    doubled = tl.exp2(tl.abs(z) * (-2.8853900817779268 / SOFTCAP))  # exp(-2 |z| / SOFTCAP)
-    return tl.where(z < 0, -SOFTCAP, SOFTCAP) * ((1 - doubled) / (1 + doubled))
-
-
-@jit
-@no_type_check
 def _update_tile_kernel(
     # inputs
     tile_ptr,  # [n, BLOCK] float32
@@ -141,10 +134,8 @@ def _update_tile_kernel(
     z = tl.load(base + column, mask=limit > 0, other=-float("inf"))
     local = token - start
     owned = (local >= 0) & (local < limit)
-    at_target = tl.load(base + local, mask=owned, other=-float("inf"))
-    if SOFTCAP is not None:
-        z, at_target = soft_cap(z, SOFTCAP), tl.where(owned, soft_cap(at_target, SOFTCAP), -float("inf"))
-    z = tl.where(column < limit, z, -float("inf"))
+    at_target = tl.load(base + local, mask=owned, other=0.0)
+    z = tl.where(column < limit, soft_cap(z, SOFTCAP), -float("inf"))
     new = tl.maximum(top, tl.max(z, 0))
     # Both bounds avoid 0 * -inf, a NaN, in the moments.
     shift = tl.maximum((top - new) * scale, -1e30)
@@ -158,7 +149,7 @@ def _update_tile_kernel(
     sums = rescale * sums + tl.sum(weights, 0)
     tl.store(stats, tl.where(sums == 0, -float("inf"), new))
     tl.store(stats + stride_stats, sums)
-    tl.store(stats + 2 * stride_stats, tl.where(owned, at_target, target))
+    tl.store(stats + 2 * stride_stats, tl.where(owned, soft_cap(at_target, SOFTCAP), target))
 
     if out_ptr is not None:
         out = out_ptr + row * stride_out + column
@@ -188,16 +179,15 @@ def update_tile_triton(tile: Tensor, offset: int, rows: TokenRows, sums: TileSum
     """Launches the kernel. `tile` begins a row of a buffer that is TILE_COLUMNS wide, as do the exponentials' tiles."""
     count, columns = tile.shape
     stats, anchor, kept = sums
-    if not count:
-        return
-    _update_tile_kernel[(count,)](
+    launch(
+        *(_update_tile_kernel, count, tile.device),
         *(tile, rows.token_ids, rows.tau),
         *(stats, anchor, kept),
         *(tile.stride(0), stats.stride(0), anchor.stride(0), 0 if kept is None else kept.stride(0)),
         *(offset, rows.shard.start + offset, min(max(rows.shard.valid - offset, 0), columns)),
         *(rows.softcap, HIGHEST_EXPONENT, offset == 0),
         *(len(stats), TILE_COLUMNS),
-        num_warps=WARPS,
+        warps=WARPS,
     )
 
 

@@ -34,8 +34,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, *totals.softmax)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
-        # The entropy is cloned, since it is also saved and a caller may change the results in place.
-        return (totals.logprobs, totals.softmax.asked_entropy().clone()) if return_entropy else totals.logprobs
+        return (totals.logprobs, totals.asked_entropy()) if return_entropy else totals.logprobs
 
     @staticmethod
     @once_differentiable
@@ -59,6 +58,7 @@ def linear_token_logprobs(
     bias: Tensor | None = ...,
     rows: Tensor | None = ...,
     temperature: Tensor | float = ...,
+    logit_softcap: float | None = ...,
     return_entropy: Literal[False] = ...,
     valid_vocab_size: int | None = ...,
     shard: VocabShard | None = ...,
@@ -78,6 +78,7 @@ def linear_token_logprobs(
     bias: Tensor | None = ...,
     rows: Tensor | None = ...,
     temperature: Tensor | float = ...,
+    logit_softcap: float | None = ...,
     return_entropy: Literal[True],
     valid_vocab_size: int | None = ...,
     shard: VocabShard | None = ...,
@@ -96,6 +97,7 @@ def linear_token_logprobs(
     bias: Tensor | None = None,  # [V]
     rows: Tensor | None = None,  # [T] int64: the flattened rows of `hidden` that need a head at all
     temperature: Tensor | float = 1.0,
+    logit_softcap: float | None = None,  # > 0: logits become logit_softcap * tanh(logits / logit_softcap)
     return_entropy: bool = False,
     valid_vocab_size: int | None = None,
     shard: VocabShard | None = None,
@@ -141,6 +143,7 @@ def linear_token_logprobs(
         bias,
         rows,
         temperature,
+        logit_softcap,
         valid_vocab_size,
         shard,
         chunk_rows,

@@ -20,35 +20,12 @@ from lens_kernels._checks import check_device, check_tensor, may_read_values, re
 from lens_kernels._head import PathName, check_head
 from lens_kernels._head_gradient import WeightTotal
 from lens_kernels._linear_ops import evaluate_loss
-from lens_kernels._linear_passes import Evaluator, HeadLoss, Needs, loss_pass
+from lens_kernels._linear_passes import HeadLoss, Needs, loss_pass
+from lens_kernels._objectives import Objective, objective_evaluator, refuse_loss_arguments
 from lens_kernels._products import PrecisionName
-from lens_kernels._vocab_parallel import RowTotals, TokenRows, merge_statistics
-from lens_kernels.clipped_loss import PolicyLoss, TokenLosses, check_loss_terms
+from lens_kernels.clipped_loss import PolicyLoss, check_loss_terms
+from lens_kernels.kl import KlEstimator
 from lens_kernels.shard import VocabShard
-
-Objective = Callable[[Tensor, Tensor, slice], Tensor]
-"""Maps (log-probabilities [n], entropies [n], slice of the T rows) to losses [n], under autograd."""
-
-
-def differentiate_objective(
-    objective: Objective, logprobs: Tensor, entropy: Tensor, token_ids: Tensor, part: slice
-) -> TokenLosses:
-    """Evaluates the caller's objective on a chunk's statistics and differentiates it by them."""
-    with torch.enable_grad():
-        logprobs, entropy = logprobs.detach().requires_grad_(), entropy.detach().requires_grad_()
-        losses = objective(logprobs, entropy, part)
-        check_tensor("objective", losses)
-        same = losses.shape == logprobs.shape
-        require(same, "objective", f"losses of shape {tuple(losses.shape)}", f"{tuple(logprobs.shape)}")
-        ignored = token_ids < 0
-        d_logprobs = d_entropy = None
-        if losses.requires_grad:
-            total = losses.masked_fill(ignored, 0).sum()
-            d_logprobs, d_entropy = torch.autograd.grad(total, (logprobs, entropy), allow_unused=True)
-    d_logprobs = torch.zeros_like(logprobs) if d_logprobs is None else d_logprobs.masked_fill(ignored, 0)
-    d_entropy = None if d_entropy is None else d_entropy.masked_fill(ignored, 0)
-    losses = losses.detach().float().masked_fill(ignored, 0)
-    return TokenLosses(losses, None, None, None, d_logprobs, d_entropy)
 
 
 class _LinearPolicyLoss(torch.autograd.Function):
@@ -161,7 +138,9 @@ def linear_policy_loss(
     clip_high: float = 0.2,
     dual_clip: float | None = None,
     kl_limit: float | None = None,
+    kl_estimator: KlEstimator = "k3",
     temperature: Tensor | float = 1.0,
+    logit_softcap: float | None = None,  # > 0
     valid_vocab_size: int | None = None,
     shard: VocabShard | None = None,
     bias: Tensor | None = None,  # [V]
@@ -207,6 +186,7 @@ def linear_policy_loss(
         bias,
         rows,
         temperature,
+        logit_softcap,
         valid_vocab_size,
         shard,
         chunk_rows,
@@ -230,11 +210,11 @@ def linear_policy_loss(
     if objective is None:
         require(boundaries is None, "boundaries", "rows without an objective", "None: the CRPO loss is one per row")
         limits = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip, "kl_limit": kl_limit}
-        terms = check_loss_terms(token_ids.shape, hidden.device, **loss_tensors, **limits)
+        terms = check_loss_terms(token_ids.shape, hidden.device, **loss_tensors, **limits, kl_estimator=kl_estimator)
         evaluate = functools.partial(evaluate_loss, plan=plan, terms=terms, needs=needs)
     else:
-        _refuse_loss_arguments(**loss_tensors)
-        evaluate = functools.partial(loss_pass, plan=plan, evaluate=_objective_evaluator(objective), needs=needs)
+        refuse_loss_arguments(**loss_tensors)
+        evaluate = functools.partial(loss_pass, plan=plan, evaluate=objective_evaluator(objective), needs=needs)
     if accumulate_into is not None and loss_gradient is not None and needs[1]:
         evaluate = functools.partial(evaluate, into=WeightTotal(accumulate_into, float(loss_gradient)))
     inside = objective is None and accumulate_into is None
@@ -254,17 +234,3 @@ def _needed_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Ne
     if not torch.is_grad_enabled():
         return False, False, False
     return hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad
-
-
-def _objective_evaluator(objective: Objective) -> Evaluator:
-    def evaluate(stats: Tensor, rows: TokenRows, part: slice) -> tuple[RowTotals, TokenLosses]:
-        totals = merge_statistics(stats, rows)
-        entropy = totals.softmax.asked_entropy()
-        return totals, differentiate_objective(objective, totals.logprobs, entropy, rows.token_ids, part)
-
-    return evaluate
-
-
-def _refuse_loss_arguments(**arguments: Tensor | float | None) -> None:
-    given = [name for name, value in arguments.items() if value is not None]
-    require(not given, ", ".join(given), "a value next to objective", "None: the objective replaces the CRPO loss")

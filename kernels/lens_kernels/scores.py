@@ -24,6 +24,7 @@ def interference_scores(
     reference_logprobs: Tensor | None = None,  # [...] float
     signed: bool = False,
     temperature: Tensor | float = 1.0,
+    logit_softcap: float | None = None,  # > 0, of both models
     valid_vocab_size: int | None = None,
     shard: VocabShard | None = None,
 ) -> Tensor:  # [...] float32
@@ -35,9 +36,10 @@ def interference_scores(
     Logits rounded to bfloat16 carry about 0.06 nat of noise, which changes the ranking while policy and reference are
     close: pass float32 logits that were never rounded, or score with linear_token_logprobs.
 
-    Raises ValueError for a wrong shape, dtype, device or temperature, or unless exactly one kind of reference is given.
+    Raises ValueError for a wrong shape, dtype, device, temperature or soft cap, or unless exactly one kind of reference
+    is given.
     """
-    rows = check_logits_arguments(policy_logits, token_ids, temperature, valid_vocab_size, shard, inplace=False)
+    rows = check_logits_arguments(policy_logits, token_ids, temperature, valid_vocab_size, shard, False, logit_softcap)
     ids = rows.token_ids
     got = "neither" if reference_logits is None else "both"
     one = (reference_logits is None) != (reference_logprobs is None)
