@@ -46,7 +46,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
             hidden, weight, bias, ctx.plan, SoftmaxTotals(*saved), d_logprobs, d_entropy, needs
         )
         pairs = zip(gradients, (hidden, weight, bias), strict=True)
-        return *(None if g is None else g.to(x.dtype).view(x.shape) for g, x in pairs), None, None
+        return *(None if g is None else g.to(x.dtype) for g, x in pairs), None, None
 
 
 @overload
@@ -151,5 +151,5 @@ def linear_token_logprobs(
         precision,
         path,
     )
-    results = _LinearTokenLogprobs.apply(hidden, weight, bias, plan, return_entropy)
+    results = _LinearTokenLogprobs.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, plan, return_entropy)
     return shape_results(results, token_ids.shape)

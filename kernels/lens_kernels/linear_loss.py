@@ -32,7 +32,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Tensor,
+        hidden: Tensor,  # [N, H]
         weight: Tensor,
         bias: Tensor | None,
         evaluate: Callable[[Tensor, Tensor, Tensor | None], HeadLoss],
@@ -41,7 +41,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         *results, gradients = evaluate(hidden, weight, bias)
         ctx.save_for_backward(*gradients)
-        ctx.operands = [None if x is None else (x.shape, x.dtype) for x in (hidden, weight, bias)]
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.accumulate_into, ctx.loss_gradient = accumulate_into, loss_gradient
         ctx.weight = None if accumulate_into is None else weight  # only for the marks that Megatron sets on it
         ctx.set_materialize_grads(False)
@@ -54,7 +54,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         if d_loss is None:
             return None, None, None, None, None, None
         d_hidden, d_weight, d_bias = ctx.saved_tensors
-        hidden, weight, bias = ctx.operands
+        hidden, weight, bias = ctx.dtypes
         if ctx.loss_gradient is not None:
             d_loss = _expected(d_loss, ctx)
             d_weight = _placeholder(ctx.weight)
@@ -79,16 +79,15 @@ def _expected(d_loss: Tensor, ctx: Any) -> Tensor:
     return torch.where(d_loss == ctx.loss_gradient, d_loss, torch.nan)
 
 
-def _scale(gradient: Tensor | None, factor: Tensor, operand: tuple[torch.Size, torch.dtype] | None) -> Tensor | None:
-    """Returns gradient * factor in the operand's shape and dtype, without a second float32 tensor of its size.
+def _scale(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+    """Returns gradient * factor in the operand's dtype, without a second float32 tensor of its size.
 
     The result is a tensor of its own: the saved one must survive a second backward.
     """
-    if gradient is None or operand is None:
+    if gradient is None:
         return None
-    shape, dtype = operand
     out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
-    return torch.mul(gradient, factor, out=out).view(shape)
+    return torch.mul(gradient, factor, out=out)
 
 
 def _placeholder(weight: Tensor) -> Tensor | None:
@@ -204,7 +203,7 @@ def linear_policy_loss(
         "kl_weights": kl_weights,
         "entropy_weights": entropy_weights,
     }
-    operands = hidden, weight, bias
+    operands = hidden.reshape(-1, hidden.shape[-1]), weight, bias
     needs = _needed_gradients(*operands)
     evaluate: Callable[..., HeadLoss]
     if objective is None:

@@ -35,7 +35,9 @@ def assert_equal_to_eager(compiled, hidden, weight, ids, **arguments):
     torch.testing.assert_close(loss, expected)
     assert logprobs.equal(expected_logprobs)
     for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine.grad, other.grad)
+        # Two gradients are added, of which a compiler need not round each to bfloat16 first.
+        atol = 2**-7 * other.grad.abs().max().item() if other.grad.dtype == torch.bfloat16 else 1e-6
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-5, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
