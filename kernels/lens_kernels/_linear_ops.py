@@ -147,7 +147,7 @@ def _logprobs_gradient(hidden: Tensor, weight: Tensor, bias: Tensor | None, *res
 
 
 def _gradient_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    shapes = (hidden.shape[:-1].numel(), hidden.shape[-1]), weight.shape, weight.shape[:1]
+    shapes = hidden.shape, weight.shape, weight.shape[:1]
     return tuple(
         hidden.new_empty(shape if needed else 0, dtype=torch.float32)
         for shape, needed in zip(shapes, rest[-1], strict=True)
