@@ -16,6 +16,7 @@ setup(
     license="Apache-2.0",
     classifiers=[
         "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",
@@ -24,6 +25,6 @@ setup(
     ],
     packages=["lens_kernels"],
     package_data={"lens_kernels": ["py.typed"]},
-    python_requires=">=3.11",
+    python_requires=">=3.10",
     install_requires=["torch>=2.8", 'triton; platform_system=="Linux"'],
 )

@@ -11,11 +11,13 @@ from lens_kernels.linear_loss import linear_policy_loss
 from lens_kernels.logprobs import token_logprobs
 from lens_kernels.scores import interference_scores
 from lens_kernels.selection import select_interference_tokens
+from lens_kernels.shard import VocabShard
 
 __version__ = "0.1.0"
 
 __all__ = [
     "PolicyLoss",
+    "VocabShard",
     "interference_scores",
     "k3",
     "linear_policy_loss",

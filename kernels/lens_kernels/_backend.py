@@ -3,7 +3,8 @@
 LENS_KERNELS_BACKEND=reference or triton forces one; unset or `auto` goes by the tensors' device. Triton kernels run on
 CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1, set before the import), which serves to check values only.
 
-Kernels are decorated with `@jit @no_type_check`: Triton compiles their source, which a type checker cannot check.
+Kernels are decorated with `@jit @no_type_check`: Triton compiles their source, which a type checker cannot check. All
+of them are launched by `launch`, on the device of their tensors.
 """
 
 from __future__ import annotations
@@ -22,12 +23,24 @@ except ImportError:  # this platform has no Triton, so that only the reference c
 
 from lens_kernels._checks import require
 
-__all__ = ["jit", "multiprocessors", "tl", "triton", "uses_triton"]
+__all__ = ["jit", "launch", "multiprocessors", "tl", "triton", "uses_triton"]
 
 
 def jit(function: Callable[..., Any]) -> Any:
     """Applies triton.jit, or returns the plain function where Triton is missing."""
     return function if triton is None else triton.jit(function)
+
+
+def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, warps: int = 4) -> None:
+    """Runs `programs` programs of a kernel on the device where its tensors lie; none where there is nothing to do."""
+    if not programs:
+        return
+    if device.type == "cuda" and not torch.compiler.is_compiling():
+        # Triton launches on the current device, which need not be the one of the tensors; compiled code sets it itself.
+        with torch.cuda.device(device):
+            kernel[(programs,)](*arguments, num_warps=warps)
+    else:
+        kernel[(programs,)](*arguments, num_warps=warps)
 
 
 def uses_triton(device: torch.device) -> bool:

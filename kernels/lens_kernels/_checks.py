@@ -7,6 +7,7 @@ elsewhere only with LENS_KERNELS_CHECK_IDS=1. The range of token ids is checked 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,9 +16,19 @@ LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ID_DTYPES = (torch.int64, torch.int32)
 
 
-def require(condition: bool, argument: str, got: object, need: str) -> None:
+def require(condition: bool, argument: str, got: object, need: str | Callable[[], str]) -> None:
+    """Raises ValueError unless the condition holds.
+
+    `got` and `need` may be functions that return the words. Those with numbers of rows must be: torch.compile compiles
+    a graph for every number that is printed, even into words that nobody reads.
+    """
     if not condition:
-        raise ValueError(f"{argument}: got {got}, need {need}")
+        words = [text() if callable(text) else text for text in (got, need)]
+        raise ValueError(f"{argument}: got {words[0]}, need {words[1]}")
+
+
+def _shape_of(value: Tensor) -> Callable[[], str]:
+    return lambda: f"shape {tuple(value.shape)}"
 
 
 def checks_ids() -> bool:
@@ -40,7 +51,7 @@ def check_matrix(argument: str, value: Tensor, columns: str) -> None:
     """Checks a [..., columns] tensor of logits, hidden states or weights, whose dtype must be one that we read."""
     check_tensor(argument, value)
     require(value.dim() >= 1, argument, "a scalar", f"shape [..., {columns}]")
-    require(value.shape[-1] >= 1, argument, f"shape {tuple(value.shape)}", f"at least one column ({columns} >= 1)")
+    require(value.shape[-1] >= 1, argument, _shape_of(value), f"at least one column ({columns} >= 1)")
     require(value.dtype in LOGIT_DTYPES, argument, str(value.dtype), "float32, bfloat16 or float16")
 
 
@@ -48,7 +59,8 @@ def check_token_ids(token_ids: Tensor, shape: torch.Size, device: torch.device) 
     """Returns the ids as a flat, contiguous int64 [T]; `shape` is the rows' leading shape."""
     check_tensor("token_ids", token_ids)
     require(token_ids.dtype in ID_DTYPES, "token_ids", str(token_ids.dtype), "int64 or int32")
-    require(token_ids.shape == shape, "token_ids", f"shape {tuple(token_ids.shape)}", f"one id per row, {tuple(shape)}")
+    same = token_ids.shape == shape
+    require(same, "token_ids", _shape_of(token_ids), lambda: f"one id per row, {tuple(shape)}")
     check_device("token_ids", token_ids, device)
     return token_ids.reshape(-1).long().contiguous()
 
@@ -64,15 +76,29 @@ def per_row(argument: str, value: Tensor | float, shape: torch.Size, device: tor
     fits = value.dim() <= len(shape) and all(
         have in (1, want) for have, want in zip(reversed(value.shape), reversed(shape), strict=False)
     )
-    require(fits, argument, f"shape {tuple(value.shape)}", f"a shape that broadcasts to the rows {tuple(shape)}")
+    require(fits, argument, _shape_of(value), lambda: f"a shape that broadcasts to the rows {tuple(shape)}")
     return value.detach().broadcast_to(shape).reshape(-1).float().contiguous()
 
 
-def per_row_or_none(
+def number_or_per_row(argument: str, value: Tensor | float, shape: torch.Size, device: torch.device) -> Tensor | float:
+    """Returns a number as a float, and a tensor as float32 [T], detached; one element gets stride 0.
+
+    A kernel takes numbers as arguments, where filling a tensor would be a launch. torch.compile may make a symbol of a
+    number, which kernels do not take, and fuses the filling.
+    """
+    if isinstance(value, (int, float)) and not torch.compiler.is_compiling():
+        return float(value)
+    if isinstance(value, Tensor) and value.numel() == 1 and value.dim() <= len(shape):
+        one = per_row(argument, value, torch.Size([1] * len(shape)), device)
+        return one.expand(shape.numel())
+    return per_row(argument, value, shape, device)
+
+
+def number_or_per_row_or_none(
     argument: str, value: Tensor | float | None, shape: torch.Size, device: torch.device
-) -> Tensor | None:
-    """Broadcasts as `per_row` does; None stays None."""
-    return None if value is None else per_row(argument, value, shape, device)
+) -> Tensor | float | None:
+    """Does as `number_or_per_row`; None stays None."""
+    return None if value is None else number_or_per_row(argument, value, shape, device)
 
 
 def check_temperature(temperature: Tensor | float, shape: torch.Size, device: torch.device) -> Tensor | None:
@@ -88,13 +114,23 @@ def check_temperature(temperature: Tensor | float, shape: torch.Size, device: to
     return tau
 
 
+def check_softcap(logit_softcap: float | None) -> None:
+    if logit_softcap is not None:
+        is_number = isinstance(logit_softcap, (int, float)) and 0 < logit_softcap < float("inf")
+        require(is_number, "logit_softcap", logit_softcap, "a finite number > 0, or None for logits as they are")
+
+
 def check_valid_vocab_size(valid_vocab_size: int | None) -> None:
     if valid_vocab_size is not None:
         is_count = isinstance(valid_vocab_size, int) and valid_vocab_size >= 1
         require(is_count, "valid_vocab_size", valid_vocab_size, "an integer >= 1 (global vocabulary without padding)")
 
 
-def check_limits(clip_low: float, clip_high: float, dual_clip: float | None, kl_limit: float | None) -> None:
+def check_limits(
+    clip_low: float, clip_high: float, dual_clip: float | None, kl_limit: float | None, kl_estimator: str
+) -> None:
+    known = kl_estimator in ("k1", "k2", "k3")
+    require(known, "kl_estimator", repr(kl_estimator), "'k1', 'k2' or 'k3'; lens_kernels.kl says what they are")
     require(clip_low >= 0, "clip_low", clip_low, "a number >= 0")
     require(clip_high >= 0, "clip_high", clip_high, "a number >= 0")
     if dual_clip is not None:
@@ -114,7 +150,7 @@ def check_rows(rows: Tensor | None, count: int, device: torch.device) -> None:
     if rows is None:
         return
     check_tensor("rows", rows)
-    require(rows.dim() == 1, "rows", f"shape {tuple(rows.shape)}", "one dimension")
+    require(rows.dim() == 1, "rows", _shape_of(rows), "one dimension")
     require(rows.dtype == torch.int64, "rows", str(rows.dtype), "int64 indices")
     check_device("rows", rows, device)
     if rows.numel() and may_read_values(device):

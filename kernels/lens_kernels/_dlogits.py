@@ -10,17 +10,23 @@ from typing import no_type_check
 import torch
 from torch import Tensor
 
-from lens_kernels._backend import jit, tl, uses_triton
-from lens_kernels._rows import RowLayout, row_chunks, row_layout
-from lens_kernels._vocab_parallel import (
-    LOWEST,
-    SoftmaxTotals,
-    VocabShard,
-    columns_to_read,
-    local_targets,
-    padding_mask,
-    shard_arguments,
+from lens_kernels._backend import jit, launch, tl, uses_triton
+from lens_kernels._kernel_parts import (
+    edge_columns,
+    elements_before_boundary,
+    row_start,
+    soft_cap,
+    through_soft_cap,
 )
+from lens_kernels._rows import (
+    VECTOR_BYTES,
+    addressable_rows,
+    row_chunks,
+    row_layout,
+    rows_begin_at_boundaries,
+    rows_lie_alike,
+)
+from lens_kernels._vocab_parallel import LOWEST, SoftmaxTotals, TokenRows, local_targets
 
 WARPS = 8
 BLOCK = 4096  # columns per program
@@ -29,35 +35,95 @@ BLOCK = 4096  # columns per program
 def write_dlogits_reference(
     out: Tensor,  # [..., V], may be the logits themselves
     logits: Tensor,  # [..., V]
-    token_ids: Tensor,  # [T]
-    tau: Tensor | None,  # [T]
-    shard: VocabShard,
+    rows: TokenRows,
     totals: SoftmaxTotals,
     d_logprobs: Tensor,  # [T] g
     d_entropy: Tensor | None,  # [T] e
+    upstream: Tensor | None,  # scalar
 ) -> None:
-    columns = logits.shape[-1]
-    local, owned = local_targets(token_ids, columns, shard)
-    padding = padding_mask(columns, shard, logits.device)
+    token_ids, tau, softcap, shard = rows
+    if shard.valid == 0:
+        out.zero_()
+        return
+    if upstream is not None:
+        d_logprobs = d_logprobs * upstream
+        d_entropy = None if d_entropy is None else d_entropy * upstream
+    local, owned = local_targets(token_ids, shard)
     at_target = d_logprobs * owned
-    for rows, (z, d) in row_chunks(logits, out):
-        if padding is not None:
-            z = z.masked_fill(padding, -torch.inf)
-        logp = z - totals.maximum[rows, None]
+    for part, (whole, written) in row_chunks(logits, out):
+        z, d = whole[:, : shard.valid], written[:, : shard.valid]
+        slope = None
+        if softcap is not None:
+            y = z.float() / softcap
+            slope = torch.cosh(y).pow_(-2)  # 1 - tanh(y)**2 would cancel
+            z = y.tanh_().mul_(softcap)
+        logp = z - totals.maximum[part, None]
         if tau is not None:
-            logp /= tau[rows, None]
-        logp -= totals.log_sum[rows, None]
+            logp /= tau[part, None]
+        logp -= totals.log_sum[part, None]
         p = logp.exp()
         if d_entropy is None:
-            grad = p.mul_(-d_logprobs[rows, None])
+            grad = p.mul_(-d_logprobs[part, None])
         else:
             # -p * (g + e * (log p + H)). LOWEST replaces -inf, as 0 * -inf is NaN. p before e avoids overflow.
-            logp.clamp_(min=LOWEST).add_(totals.asked_entropy()[rows, None]).mul_(p).mul_(d_entropy[rows, None])
-            grad = p.mul_(d_logprobs[rows, None]).add_(logp).neg_()
-        grad.scatter_add_(1, local[rows, None], at_target[rows, None])
+            logp.clamp_(min=LOWEST).add_(totals.asked_entropy()[part, None]).mul_(p).mul_(d_entropy[part, None])
+            grad = p.mul_(d_logprobs[part, None]).add_(logp).neg_()
+        grad.scatter_add_(1, local[part, None], at_target[part, None])
         if tau is not None:
-            grad /= tau[rows, None]
-        d.copy_(grad.masked_fill_((token_ids[rows] < 0)[:, None], 0))
+            grad /= tau[part, None]
+        if slope is not None:
+            grad *= slope
+        d.copy_(grad.masked_fill_((token_ids[part] < 0)[:, None], 0))
+        written[:, shard.valid :] = 0
+
+
+@jit
+@no_type_check
+def _softmax_gradient(
+    z,  # capped
+    maximum,
+    log_sum,  # in bits, as `scale` and `entropy` are
+    scale,
+    d_logprob,  # over the temperature, as d_entropy is
+    d_entropy,  # per bit
+    entropy,
+    WITH_ENTROPY: tl.constexpr,
+):
+    """Returns -p * (g + e * (log p + H)) / tau, what every column gets; the target gets g / tau beside."""
+    bits = (z - maximum) * scale - log_sum  # log2 p
+    factor = -d_logprob
+    if WITH_ENTROPY:
+        factor -= d_entropy * (tl.maximum(bits, -200.0) + entropy)  # p is 0 below; the bound avoids 0 * -inf, a NaN
+    return tl.exp2(bits) * factor
+
+
+@jit
+@no_type_check
+def _write_where(
+    z_pointers,  # [n]
+    out_pointers,  # [n]
+    column,  # [n]
+    inside,  # [n] whether the row has this column
+    limit,
+    target,
+    maximum,
+    log_sum,
+    scale,
+    d_logprob,
+    d_entropy,
+    entropy,
+    SOFTCAP: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+    PACKS: tl.constexpr,
+):
+    """Writes the gradients of columns among which the target, padding, or columns past the row may be."""
+    z = tl.load(z_pointers, mask=inside & (limit > 0), other=0.0).to(tl.float32)
+    if PACKS:
+        tl.debug_barrier()
+    capped = tl.where(column < limit, soft_cap(z, SOFTCAP), -float("inf"))
+    gradient = _softmax_gradient(capped, maximum, log_sum, scale, d_logprob, d_entropy, entropy, WITH_ENTROPY)
+    gradient = through_soft_cap(tl.where(column == target, gradient + d_logprob, gradient), z, SOFTCAP)
+    tl.store(out_pointers, tl.where(column < limit, gradient, 0.0), mask=inside)
 
 
 @jit
@@ -67,108 +133,148 @@ def _write_dlogits_kernel(
     logits_ptr,  # [outer, inner, V]
     ids_ptr,  # [T] int64
     tau_ptr,  # [T] or None
-    shard_ptr,  # [2] int64 or None, as above
     maximum_ptr,  # [T]
     log_sum_ptr,  # [T]
     entropy_ptr,  # [T] or None
     d_logprobs_ptr,  # [T]
     d_entropy_ptr,  # [T] or None
+    upstream_ptr,  # scalar or None
     # output
     out_ptr,  # [outer, inner, V]
     # shapes
     columns,
-    valid,
+    start,  # global id of column 0
+    valid,  # columns before the padding
     pieces,
     blocks_per_piece,
     inner,
     stride_outer,
     stride_inner,
-    stride_column,
     out_inner,
     out_stride_outer,
     out_stride_inner,
-    out_stride_column,
+    # constants
+    SOFTCAP: tl.constexpr,  # or None
     # tunables
     PACKS: tl.constexpr,  # out overlaps the logits' bytes, with smaller elements: a program must own whole rows
     BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+    EDGES: tl.constexpr,  # see _kernel_parts
 ):
-    row = (tl.program_id(0) // pieces).to(tl.int64)
+    """Runs one program per row and piece. Blocks before the padding and without the target take no comparison."""
+    row, piece = tl.program_id(0) // pieces, tl.program_id(0) % pieces
     token = tl.load(ids_ptr + row)
-    inverse_tau = 1.0
-    if tau_ptr is not None:
-        inverse_tau = 1.0 / tl.load(tau_ptr + row)
-    start, limit = columns_to_read(shard_ptr, valid, columns, token)
+    limit = tl.where(token < 0, 0, valid)  # no column of an ignored row is read
     target = (token - start).to(tl.int32)
-    maximum, log_sum = tl.load(maximum_ptr + row), tl.load(log_sum_ptr + row)
-    d_logprob = tl.load(d_logprobs_ptr + row)
-    base = logits_ptr + (row // inner) * stride_outer + (row % inner) * stride_inner
-    out = out_ptr + (row // out_inner) * out_stride_outer + (row % out_inner) * out_stride_inner
+    factor = 1.0
+    if tau_ptr is not None:
+        factor = 1.0 / tl.load(tau_ptr + row)
+    scale = factor * 1.4426950408889634
+    maximum, log_sum = tl.load(maximum_ptr + row), tl.load(log_sum_ptr + row) * 1.4426950408889634
+    if upstream_ptr is not None:
+        factor *= tl.load(upstream_ptr)
+    d_logprob, d_entropy, entropy = tl.load(d_logprobs_ptr + row) * factor, 0.0, 0.0
+    WITH_ENTROPY: tl.constexpr = d_entropy_ptr is not None
+    if WITH_ENTROPY:
+        d_entropy = tl.load(d_entropy_ptr + row) * factor * 0.6931471805599453
+        entropy = tl.load(entropy_ptr + row) * 1.4426950408889634
 
-    begin = (tl.program_id(0) % pieces) * blocks_per_piece * BLOCK
+    ALIGNED: tl.constexpr = (VECTOR > 1) and (not EDGES)
+    base = row_start(logits_ptr, row, inner, stride_outer, stride_inner, ALIGNED)
+    out_base = row_start(out_ptr, row, out_inner, out_stride_outer, out_stride_inner, ALIGNED)
+    lead, body, out_body, length = 0, base, out_base, columns // VECTOR * VECTOR
+    if EDGES:
+        lead = elements_before_boundary(out_base)
+        body, out_body = tl.multiple_of(base + lead, 16), tl.multiple_of(out_base + lead, 16)
+        length = tl.maximum(columns - lead, 0) // VECTOR * VECTOR
     for block in range(blocks_per_piece):
-        column = begin + block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-        inside = column < columns
-        z = tl.load(base + column.to(tl.int64) * stride_column, mask=inside & (limit > 0), other=-float("inf"))
-        if PACKS:
-            tl.debug_barrier()  # this block's stores overwrite logits that other threads may not have read yet
-        z = tl.where(column < limit, z.to(tl.float32), -float("inf"))
-        logp = (z - maximum) * inverse_tau - log_sum
-        p = tl.exp2(logp * 1.4426950408889634)
-        grad = p * d_logprob
-        if d_entropy_ptr is not None:
-            # p comes first, because with e first the product may overflow. The bound avoids 0 * -inf, a NaN.
-            grad += (p * (tl.maximum(logp, -1e30) + tl.load(entropy_ptr + row))) * tl.load(d_entropy_ptr + row)
-        grad = tl.where(column == target, d_logprob - grad, -grad) * inverse_tau
-        grad = tl.where(column < limit, grad, 0.0)
-        tl.store(out + column.to(tl.int64) * out_stride_column, grad, mask=inside)
+        begin = (piece * blocks_per_piece + block) * BLOCK
+        offset = begin + tl.arange(0, BLOCK)  # [BLOCK], from the body's begin
+        first, last = lead + begin, lead + begin + BLOCK
+        if (last <= limit) & (begin + BLOCK <= length) & ((target < first) | (target >= last)):
+            z = tl.load(body + offset).to(tl.float32)
+            if PACKS:
+                tl.debug_barrier()  # this block's stores overwrite logits that other threads may not have read yet
+            gradient = _softmax_gradient(
+                soft_cap(z, SOFTCAP), maximum, log_sum, scale, d_logprob, d_entropy, entropy, WITH_ENTROPY
+            )
+            tl.store(out_body + offset, through_soft_cap(gradient, z, SOFTCAP))
+        else:
+            column, inside = lead + offset, offset < length
+            _write_where(
+                body + offset, out_body + offset, column, inside, limit, target,
+                maximum, log_sum, scale, d_logprob, d_entropy, entropy, SOFTCAP, WITH_ENTROPY, PACKS,
+            )  # fmt: skip
+    if EDGES:
+        if piece == pieces - 1:
+            column, is_edge = edge_columns(tl.arange(0, 2 * VECTOR), lead, lead + length, columns, VECTOR)
+            _write_where(
+                base + column, out_base + column, column, is_edge, limit, target,
+                maximum, log_sum, scale, d_logprob, d_entropy, entropy, SOFTCAP, WITH_ENTROPY, PACKS,
+            )  # fmt: skip
+
+
+def _vectors(out: Tensor, logits: Tensor) -> tuple[int, bool]:
+    """Returns the kernel's VECTOR and EDGES."""
+    vector = VECTOR_BYTES // out.element_size()
+    if rows_begin_at_boundaries(out) and rows_begin_at_boundaries(logits):
+        return vector, out.shape[-1] % vector != 0
+    return (vector, True) if rows_lie_alike(out, logits) else (1, False)
 
 
 def write_dlogits_triton(
     out: Tensor,
     logits: Tensor,
-    layouts: tuple[RowLayout, RowLayout],
-    token_ids: Tensor,
-    tau: Tensor | None,
-    shard: VocabShard,
+    rows: TokenRows,
     totals: SoftmaxTotals,
     d_logprobs: Tensor,
     d_entropy: Tensor | None,
+    upstream: Tensor | None,
 ) -> None:
-    """Launches the kernel, which reads each element and writes its gradient once."""
-    rows, columns = len(token_ids), logits.shape[-1]
-    if not rows:
-        return
-    packs = out.dtype != logits.dtype  # no other case exists; data_ptr() would break torch.compile
+    """Launches the kernel, which reads each element and writes its gradient once.
+
+    Tensors whose rows it cannot address are copied, `out` after the kernel has filled its copy.
+    """
+    readable, layout = addressable_rows(logits)
+    direct = row_layout(out) is not None
+    written, out_layout = addressable_rows(
+        out if direct else torch.empty(out.shape, dtype=out.dtype, device=out.device)
+    )
+    count, columns = len(rows.token_ids), logits.shape[-1]
+    packs = out.dtype != logits.dtype  # no other case exists, and addresses cannot be compared under torch.compile
     blocks = -(-columns // BLOCK)
     pieces, blocks_per_piece = (1, blocks) if packs else (blocks, 1)
-    shard_bounds, valid = shard_arguments(shard, columns)
-    entropy = None if d_entropy is None else totals.entropy
-    _write_dlogits_kernel[(rows * pieces,)](
-        *(logits, token_ids, tau, shard_bounds, totals.maximum, totals.log_sum, entropy),
-        *(d_logprobs.contiguous(), None if d_entropy is None else d_entropy.contiguous()),
-        out,
-        *(columns, valid, pieces, blocks_per_piece, *layouts[0], *layouts[1]),
-        *(packs, BLOCK),
-        num_warps=WARPS,
+    entropy = None if d_entropy is None else totals.asked_entropy()
+    launch(
+        *(_write_dlogits_kernel, count * pieces, logits.device),
+        *(readable, rows.token_ids, rows.tau, totals.maximum, totals.log_sum, entropy),
+        *(d_logprobs.contiguous(), None if d_entropy is None else d_entropy.contiguous(), upstream),
+        written,
+        *(columns, rows.shard.start, rows.shard.valid, pieces, blocks_per_piece, *layout, *out_layout),
+        rows.softcap,
+        *(packs, BLOCK, *_vectors(written, readable)),
+        warps=WARPS,
     )
-    if not torch.compiler.is_compiling():  # torch.compile tracks writes itself
+    if not direct:
+        out.copy_(written)
+    elif not torch.compiler.is_compiling():  # torch.compile tracks writes itself
         torch.autograd.graph.increment_version(out)  # lets autograd detect a second use of overwritten logits
 
 
 def write_dlogits(
     out: Tensor,  # [..., V]; the logits, other memory, or smaller elements packed into the logits' rows
     logits: Tensor,  # [..., V]
-    token_ids: Tensor,  # [T]
-    tau: Tensor | None,  # [T]
-    shard: VocabShard,
+    rows: TokenRows,
     totals: SoftmaxTotals,
     d_logprobs: Tensor,  # [T] g
     d_entropy: Tensor | None,  # [T] e
+    upstream: Tensor | None = None,  # scalar that multiplies both; None: 1
 ) -> None:
-    """Writes the gradient of this shard's logits; zeros on ignored rows and padding columns."""
-    if uses_triton(logits.device):
-        read, written = row_layout(logits), row_layout(out)
-        if read is not None and written is not None:
-            write_dlogits_triton(out, logits, (read, written), token_ids, tau, shard, totals, d_logprobs, d_entropy)
-            return
-    write_dlogits_reference(out, logits, token_ids, tau, shard, totals, d_logprobs, d_entropy)
+    """Writes the gradient of this shard's logits; zeros on ignored rows and padding columns.
+
+    Rows move 16 bytes at a time where those of `out` and the logits lie alike (`rows_lie_alike`) or both begin at
+    16-byte boundaries. Buffers of one's own get such rows from `empty_with_rows_like`, or from a row stride that is a
+    multiple of 16 bytes.
+    """
+    write = write_dlogits_triton if uses_triton(logits.device) else write_dlogits_reference
+    write(out, logits, rows, totals, d_logprobs, d_entropy, upstream)

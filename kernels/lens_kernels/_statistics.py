@@ -10,48 +10,46 @@ from typing import no_type_check
 import torch
 from torch import Tensor
 
-from lens_kernels._backend import jit, multiprocessors, tl, uses_triton
-from lens_kernels._rows import contiguous_layout, row_chunks, row_layout
-from lens_kernels._vocab_parallel import (
-    LOWEST,
-    VocabShard,
-    columns_to_read,
-    local_targets,
-    padding_mask,
-    shard_arguments,
-)
+from lens_kernels._backend import jit, launch, multiprocessors, tl, uses_triton
+from lens_kernels._kernel_parts import edge_columns, elements_before_boundary, row_start, soft_cap
+from lens_kernels._rows import VECTOR_BYTES, addressable_rows, row_chunks, rows_begin_at_boundaries
+from lens_kernels._vocab_parallel import LOWEST, TokenRows, local_targets
 
 WARPS = 8
-VECTOR_BYTES = 16  # what one thread loads at once
-UNROLL = 2  # such loads in flight per thread
+UNROLL = 2  # loads of VECTOR_BYTES in flight per thread
 WAVES = 4  # programs per multiprocessor below which a row's columns are split among several programs
 
 
 def row_statistics_reference(
     logits: Tensor,  # [..., V]
-    token_ids: Tensor,  # [T]
-    tau: Tensor | None,  # [T]
-    shard: VocabShard,
+    rows: TokenRows,
     with_entropy: bool,
 ) -> Tensor:  # [1, 3 or 4, T] float32, see _vocab_parallel
-    columns = logits.shape[-1]
+    token_ids, tau, softcap, shard = rows
     stats = torch.empty(4 if with_entropy else 3, len(token_ids), dtype=torch.float32, device=logits.device)
-    local, owned = local_targets(token_ids, columns, shard)
-    padding = padding_mask(columns, shard, logits.device)
-    for rows, (z,) in row_chunks(logits):
-        if padding is not None:
-            z = z.masked_fill(padding, -torch.inf)
+    if shard.valid == 0:
+        stats[0], stats[1:], stats[2] = -torch.inf, 0, -torch.inf
+        return stats[None]
+    local, owned = local_targets(token_ids, shard)
+    buffers: list[Tensor] | None = None
+    for part, (whole,) in row_chunks(logits):
+        z = whole[:, : shard.valid]
+        if softcap is not None:
+            z = (z.float() / softcap).tanh_().mul_(softcap)
+        if buffers is None:  # of the first chunk, the largest: memory that the cache already holds is used again
+            buffers = [torch.empty(z.shape, dtype=torch.float32, device=z.device) for _ in range(1 + with_entropy)]
+        x, weights = buffers[0][: len(z)], buffers[-1][: len(z)]
         top = z.amax(-1).float()
-        target = z.gather(1, local[rows, None])[:, 0].float()
+        stats[0, part] = top
+        stats[2, part] = z.gather(1, local[part, None])[:, 0].float().masked_fill(~owned[part], -torch.inf)
         shift = top.masked_fill(top == -torch.inf, 0)  # -inf - -inf would be NaN
-        x = z - shift[:, None]  # promotes to float32 in the same pass
+        torch.sub(z, shift[:, None], out=x)
         if tau is not None:
-            x /= tau[rows, None]
-        weight = x.exp()
-        stats[0, rows], stats[1, rows] = top, weight.sum(-1)
-        stats[2, rows] = target.masked_fill(~owned[rows], -torch.inf)
+            x.div_(tau[part, None])
+        torch.exp(x, out=weights)
+        stats[1, part] = weights.sum(-1)
         if with_entropy:
-            stats[3, rows] = weight.mul_(x.clamp_(min=LOWEST)).sum(-1)
+            stats[3, part] = weights.mul_(x.clamp_(min=LOWEST)).sum(-1)
     return stats[None]
 
 
@@ -83,52 +81,65 @@ def _row_statistics_kernel(
     logits_ptr,  # [outer, inner, V]
     ids_ptr,  # [T] int64
     tau_ptr,  # [T] or None
-    shard_ptr,  # [2] int64: global id of column 0, valid columns; None: 0 and `valid`
     # output
     stats_ptr,  # [pieces, K, T]
     # shapes
     rows,
-    columns,
-    valid,
+    start,  # global id of column 0
+    valid,  # columns before the padding
     pieces,
     blocks_per_piece,
     inner,
     stride_outer,
     stride_inner,
-    stride_column,
+    # constants
+    SOFTCAP: tl.constexpr,  # or None
     # tunables
     K: tl.constexpr,
     UNROLL: tl.constexpr,
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
+    EDGES: tl.constexpr,  # see _kernel_parts
 ):
     """Runs one program per row and piece. Every thread has its own statistics, so the loop needs no barrier."""
     BLOCK: tl.constexpr = UNROLL * THREADS * VECTOR
-    row = (tl.program_id(0) // pieces).to(tl.int64)
+    row = tl.program_id(0) // pieces
     piece = tl.program_id(0) % pieces
     token = tl.load(ids_ptr + row)
     scale = 1.4426950408889634  # log2(e) / tau
     if tau_ptr is not None:
         scale = scale / tl.load(tau_ptr + row)
-    start, limit = columns_to_read(shard_ptr, valid, columns, token)
-    base = logits_ptr + (row // inner) * stride_outer + (row % inner) * stride_inner
-
-    lane = tl.arange(0, THREADS)[None, :, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
-    offsets = tl.arange(0, UNROLL)[:, None, None] * (THREADS * VECTOR) + lane  # [UNROLL, THREADS, VECTOR]
+    limit = tl.where(token < 0, 0, valid)  # no column of an ignored row is read
+    base = row_start(logits_ptr, row, inner, stride_outer, stride_inner, not EDGES)
     top = tl.full((THREADS,), -3.4028234663852886e38, tl.float32)
     sums = tl.zeros((THREADS,), tl.float32)
     moments = tl.zeros((THREADS,), tl.float32)
+    body, length = base, limit  # where the row's body begins, and its columns
+    if EDGES:
+        lead = elements_before_boundary(base)
+        body = tl.multiple_of(base + lead, 16)
+        length = tl.maximum(limit - lead, 0) // VECTOR * VECTOR
+        # Each edge element is its thread's maximum, so that its weight is 1 and its moment 0.
+        thread = tl.arange(0, THREADS)
+        edge_column, is_edge = edge_columns(thread, lead, lead + length, limit, VECTOR)
+        edge = tl.load(base + edge_column, mask=is_edge & (piece == 0), other=-float("inf")).to(tl.float32)
+        edge = tl.where(is_edge & (piece == 0), soft_cap(edge, SOFTCAP), -float("inf"))
+        top = tl.maximum(top, edge)
+        sums = tl.exp2((edge - top) * scale)
+
+    lane = tl.arange(0, THREADS)[None, :, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+    offsets = tl.arange(0, UNROLL)[:, None, None] * (THREADS * VECTOR) + lane  # [UNROLL, THREADS, VECTOR]
     begin = piece * blocks_per_piece * BLOCK
-    end = tl.minimum(begin + blocks_per_piece * BLOCK, limit)
+    end = tl.minimum(begin + blocks_per_piece * BLOCK, length)
     full = tl.maximum(end - begin, 0) // BLOCK
     for block in range(full):
-        column = begin + block * BLOCK + offsets
-        z = tl.load(base + column.to(tl.int64) * stride_column).to(tl.float32)
-        top, sums, moments = _accumulate(z, top, sums, moments, scale, K == 4)
-    column = begin + full * BLOCK + offsets
+        z = tl.load(body + (begin + block * BLOCK + offsets)).to(tl.float32)
+        top, sums, moments = _accumulate(soft_cap(z, SOFTCAP), top, sums, moments, scale, K == 4)
     if begin + full * BLOCK < end:
-        z = tl.load(base + column.to(tl.int64) * stride_column, mask=column < columns, other=-float("inf"))
-        z = tl.where(column < end, z.to(tl.float32), -float("inf"))
+        column = begin + full * BLOCK + offsets
+        whole = tl.cdiv(end, VECTOR) * VECTOR  # reads padding columns, but never past the row
+        z = tl.load(body + column, mask=column < whole, other=-float("inf")).to(tl.float32)
+        z = tl.where(column < end, soft_cap(z, SOFTCAP), -float("inf"))
         top, sums, moments = _accumulate(z, top, sums, moments, scale, K == 4)
 
     highest = tl.max(top, 0)
@@ -137,52 +148,46 @@ def _row_statistics_kernel(
     total = tl.sum(rescale * sums, 0)
     local = token - start
     owned = (token >= 0) & (local >= 0) & (local < limit) & (piece == 0)
-    target = tl.load(base + local * stride_column, mask=owned, other=-float("inf")).to(tl.float32)
+    target = tl.load(base + local, mask=owned, other=0.0).to(tl.float32)
     out = stats_ptr + piece.to(tl.int64) * K * rows + row
     tl.store(out, tl.where(total == 0, -float("inf"), highest))
     tl.store(out + rows, total)
-    tl.store(out + 2 * rows, target)
+    tl.store(out + 2 * rows, tl.where(owned, soft_cap(target, SOFTCAP), -float("inf")))
     if K == 4:
         moment = tl.sum(rescale * (moments + shift * sums), 0)
         tl.store(out + 3 * rows, moment * 0.6931471805599453)
 
 
-def row_statistics_triton(
-    logits: Tensor, token_ids: Tensor, tau: Tensor | None, shard: VocabShard, with_entropy: bool, split_rows: bool
-) -> Tensor:
-    """Launches the kernel, which reads each element once. Copies leading axes that do not fold into two first."""
-    layout = row_layout(logits)
-    if layout is None:
-        logits = logits.contiguous()
-        layout = contiguous_layout(logits)
-    rows, columns, kinds = len(token_ids), logits.shape[-1], 4 if with_entropy else 3
+def row_statistics_triton(logits: Tensor, rows: TokenRows, with_entropy: bool, split_rows: bool) -> Tensor:
+    """Launches the kernel, which reads each element once. Copies logits whose rows it cannot address first."""
+    logits, layout = addressable_rows(logits)
+    count, columns, kinds = len(rows.token_ids), logits.shape[-1], 4 if with_entropy else 3
     vector = VECTOR_BYTES // logits.element_size()
+    edges = columns % vector != 0 or not rows_begin_at_boundaries(logits)
     blocks = -(-columns // (UNROLL * WARPS * 32 * vector))
-    wanted = -(-WAVES * multiprocessors(logits.device) // max(1, rows)) if split_rows else 1
+    wanted = -(-WAVES * multiprocessors(logits.device) // max(1, count)) if split_rows else 1
     blocks_per_piece = -(-blocks // min(blocks, wanted))
     pieces = -(-blocks // blocks_per_piece)
-    stats = torch.empty(pieces, kinds, rows, dtype=torch.float32, device=logits.device)
-    if rows:
-        shard_bounds, valid = shard_arguments(shard, columns)
-        _row_statistics_kernel[(rows * pieces,)](
-            *(logits, token_ids, tau, shard_bounds),
-            stats,
-            *(rows, columns, valid, pieces, blocks_per_piece, *layout),
-            *(kinds, UNROLL, WARPS * 32, vector),
-            num_warps=WARPS,
-        )
+    stats = torch.empty(pieces, kinds, count, dtype=torch.float32, device=logits.device)
+    launch(
+        *(_row_statistics_kernel, count * pieces, logits.device),
+        *(logits, rows.token_ids, rows.tau),
+        stats,
+        *(count, rows.shard.start, rows.shard.valid, pieces, blocks_per_piece, *layout),
+        rows.softcap,
+        *(kinds, UNROLL, WARPS * 32, vector, edges),
+        warps=WARPS,
+    )
     return stats
 
 
 def row_statistics(
     logits: Tensor,  # [..., V]
-    token_ids: Tensor,  # [T]
-    tau: Tensor | None,  # [T]
-    shard: VocabShard,
+    rows: TokenRows,
     *,
     with_entropy: bool,
     split_rows: bool = True,  # let D exceed 1
 ) -> Tensor:  # [D, 3 or 4, T] float32, see _vocab_parallel
     if uses_triton(logits.device):
-        return row_statistics_triton(logits, token_ids, tau, shard, with_entropy, split_rows)
-    return row_statistics_reference(logits, token_ids, tau, shard, with_entropy)
+        return row_statistics_triton(logits, rows, with_entropy, split_rows)
+    return row_statistics_reference(logits, rows, with_entropy)

@@ -1,7 +1,8 @@
-"""Locates vocabulary shards, and merges the ranks' row statistics in one packed collective.
+"""Merges the row statistics of a vocabulary's shards in one packed collective.
 
 A shard's row statistics are float32 [D, K, T]: D pieces the shard was cut into (1, or more where there are too few rows
-to fill an accelerator), K = 3 or 4. With raw logits z, temperature tau and x = (z - max z) / tau, each piece has:
+to fill an accelerator), K = 3 or 4. With logits z (after a soft cap), temperature tau and x = (z - max z) / tau, each
+piece has:
     0  max z    1  sum exp(x)    2  z of the target token, -inf if another piece holds it    3  sum exp(x) * x
 Shifting by the maximum before dividing keeps logits of 1e4 as exact as logits of 1.
 """
@@ -14,25 +15,33 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lens_kernels._backend import jit, tl, uses_triton
+from lens_kernels._backend import jit, launch, tl, uses_triton
 from lens_kernels._checks import checks_ids, require
+from lens_kernels._kernel_parts import exp_accurate
+from lens_kernels.shard import VocabShard
 
 LOWEST = torch.finfo(torch.float32).min
-MERGE_ROWS = 128  # rows per program of the merge kernel
+MERGE_ROWS = 128  # rows per program of the kernels that merge
+ENTROPY_MISSING = "entropy: got statistics without it, need row_statistics(..., with_entropy=True)"
 
 
-class VocabShard(NamedTuple):
-    """This rank's columns of the vocabulary. Tensors are 0-d and stay on the device, so the host need not wait."""
+class TokenRows(NamedTuple):
+    """What is asked of T rows of logits: a token of each, and how logits become log-probabilities."""
 
-    group: dist.ProcessGroup | None
-    start: int | Tensor  # global id of local column 0
-    valid: int | Tensor | None  # local columns from here on are padding; None: none is
+    token_ids: Tensor  # [T] int64, global ids; negative: the row is ignored
+    tau: Tensor | None  # [T] float32 temperatures; None: 1
+    softcap: float | None  # logits become softcap * tanh(logits / softcap) before all else; None: they stay
+    shard: VocabShard
+
+    def at(self, part: slice) -> TokenRows:
+        """Returns some of the rows."""
+        return self._replace(token_ids=self.token_ids[part], tau=None if self.tau is None else self.tau[part])
 
 
 class SoftmaxTotals(NamedTuple):
     """The values of whole rows' softmax that the gradient needs, float32 [T], equal to the bit on every rank."""
 
-    maximum: Tensor  # of the raw logits; some finite number where every logit is -inf
+    maximum: Tensor  # of the logits, after a soft cap; some finite number where every logit is -inf
     log_sum: Tensor  # log sum exp((z - maximum) / tau)
     entropy: Tensor | None  # 0 on ignored rows; None if it was not asked for
 
@@ -44,85 +53,65 @@ class SoftmaxTotals(NamedTuple):
     def asked_entropy(self) -> Tensor:
         """Returns the entropy [T]; the statistics must have been made with it."""
         if self.entropy is None:
-            raise RuntimeError("entropy: got statistics without it, need row_statistics(..., with_entropy=True)")
+            raise RuntimeError(ENTROPY_MISSING)
         return self.entropy
 
 
 class RowTotals(NamedTuple):
-    """Statistics of whole rows, equal to the bit on every rank."""
+    """Statistics of whole rows, equal to the bit on every rank.
 
-    softmax: SoftmaxTotals
-    logprobs: Tensor  # [T] float32, 0 on ignored rows
-
-
-def locate_shard(
-    columns: int, token_ids: Tensor, valid_vocab_size: int | None, group: dist.ProcessGroup | None
-) -> VocabShard:
-    """Finds this rank's offset from all shards' sizes (they may differ) with one gather of 8 bytes per rank.
-
-    The sizes are not cached: a cache that hits on one rank and misses on another would deadlock.
+    Log-probabilities and entropy are for the caller, who may edit them: no other tensor shares their memory.
     """
-    start: int | Tensor = 0
-    vocabulary: int | Tensor = columns
-    if group is not None and dist.get_world_size(group) > 1:
-        size = torch.tensor([columns], dtype=torch.int64, device=token_ids.device)
-        sizes = _all_gather(size, group).view(-1)
-        start, vocabulary = sizes[: dist.get_rank(group)].sum(), sizes.sum()
+
+    softmax: SoftmaxTotals  # what backward saves
+    logprobs: Tensor  # [T] float32, 0 on ignored rows
+    entropy: Tensor | None  # equal to softmax.entropy
+
+    def asked_entropy(self) -> Tensor:
+        """Returns the caller's entropy [T]; the statistics must have been made with it."""
+        if self.entropy is None:
+            raise RuntimeError(ENTROPY_MISSING)
+        return self.entropy
+
+
+def resolve_shard(
+    columns: int, token_ids: Tensor, valid_vocab_size: int | None, shard: VocabShard | None
+) -> VocabShard:
+    """Returns the caller's shard, or one of all columns. Raises ValueError unless it fits the columns there are."""
+    if shard is None:
+        total = columns if valid_vocab_size is None else valid_vocab_size
+        require(total <= columns, "valid_vocab_size", total, f"at most the {columns} columns there are")
+        shard = VocabShard(0, columns, total)
     else:
-        group = None
-        fits = valid_vocab_size is None or valid_vocab_size <= columns
-        require(fits, "valid_vocab_size", valid_vocab_size, f"at most the {columns} columns there are")
-    if valid_vocab_size is not None:
-        vocabulary = valid_vocab_size
+        need = "None beside a shard, whose `total` says where padding begins"
+        require(valid_vocab_size is None, "valid_vocab_size", valid_vocab_size, need)
+        require(shard.size == columns, "shard", f"a shard of {shard.size} columns", f"one of the {columns} there are")
     if checks_ids() and token_ids.numel():
         largest = int(token_ids.max())
-        require(largest < int(vocabulary), "token_ids", f"id {largest}", f"ids below {int(vocabulary)}")
-    return VocabShard(group, start, None if valid_vocab_size is None else valid_vocab_size - start)
+        require(largest < shard.total, "token_ids", f"id {largest}", f"ids below {shard.total}")
+    return shard
 
 
-def shard_arguments(shard: VocabShard, columns: int) -> tuple[Tensor | None, int]:
-    """Returns a shard as kernels receive it: (start and valid as int64 [2] on the device, 0) or (None, valid)."""
-    start, valid = shard.start, shard.valid
-    if isinstance(start, Tensor):
-        return torch.stack([start, valid if isinstance(valid, Tensor) else torch.full_like(start, columns)]), 0
-    return None, min(valid, columns) if isinstance(valid, int) else columns
-
-
-@jit
-@no_type_check
-def columns_to_read(shard_ptr, valid, columns, token):
-    """Returns (global id of column 0, number of columns to read) from `shard_arguments`; 0 columns on ignored rows."""
-    start = tl.zeros((), tl.int64)
-    limit = valid + tl.zeros((), tl.int64)
-    if shard_ptr is not None:
-        start, limit = tl.load(shard_ptr), tl.load(shard_ptr + 1)
-    return start, tl.minimum(tl.where(token < 0, 0, limit), columns).to(tl.int32)
-
-
-def padding_mask(columns: int, shard: VocabShard, device: torch.device) -> Tensor | None:
-    """Returns bool [V], True on padding columns, or None if there is none."""
-    return None if shard.valid is None else torch.arange(columns, device=device) >= shard.valid
-
-
-def local_targets(token_ids: Tensor, columns: int, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """Returns (column of each target, clamped into the shard; whether this shard holds it), both [T]."""
+def local_targets(token_ids: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """Returns (column of each target, clamped to those before the padding; whether this shard holds it), both [T]."""
     local = token_ids - shard.start
-    owned = (token_ids >= 0) & (local >= 0) & (local < columns)
-    if shard.valid is not None:
-        owned &= local < shard.valid
-    return local.clamp(0, columns - 1), owned
+    owned = (token_ids >= 0) & (local >= 0) & (local < shard.valid)
+    return local.clamp(0, shard.valid - 1), owned
 
 
 def merge_statistics(
     stats: Tensor,  # [D, K, T] float32
-    token_ids: Tensor,  # [T]
-    tau: Tensor | None,  # [T]
-    shard: VocabShard,
+    rows: TokenRows,
 ) -> RowTotals:
     """Merges all pieces of all shards in rank order, with one all-gather of 4 * D * K bytes per row and rank."""
-    parts = _all_gather(stats, shard.group).flatten(0, 1)
+    parts = gather_statistics(stats, rows.shard)
     merge = merge_triton if uses_triton(stats.device) else merge_reference
-    return merge(parts, token_ids, tau)
+    return merge(parts, rows.token_ids, rows.tau)
+
+
+def gather_statistics(stats: Tensor, shard: VocabShard) -> Tensor:
+    """Gathers [D, K, T] of every rank into [ranks * D, K, T] in rank order."""
+    return _all_gather(stats, shard.group).flatten(0, 1)
 
 
 def merge_reference(
@@ -140,46 +129,28 @@ def merge_reference(
     total = (scale * sums).sum(0)
     log_sum = total.log()
     ignored = token_ids < 0
-    entropy = None
-    if parts.shape[1] == 4:
-        # A piece without a finite logit has offset -inf and sum 0: LOWEST makes the product 0 instead of NaN.
-        moment = (scale * (parts[:, 3] + offset.clamp(min=LOWEST) * sums)).sum(0)
-        entropy = (log_sum - moment / total).masked_fill(ignored, 0)
-    return RowTotals(SoftmaxTotals(maximum, log_sum, entropy), (target - log_sum).masked_fill(ignored, 0))
+    logprobs = (target - log_sum).masked_fill(ignored, 0)
+    if parts.shape[1] == 3:
+        return RowTotals(SoftmaxTotals(maximum, log_sum, None), logprobs, None)
+    # A piece without a finite logit has offset -inf and sum 0: LOWEST makes the product 0 instead of NaN.
+    moment = (scale * (parts[:, 3] + offset.clamp(min=LOWEST) * sums)).sum(0)
+    entropy = (log_sum - moment / total).masked_fill(ignored, 0)
+    return RowTotals(SoftmaxTotals(maximum, log_sum, entropy), logprobs, entropy.clone())
 
 
 @jit
 @no_type_check
-def exp_accurate(x):
-    """Computes exp to about 1 ulp for |x| < 80; the hardware's exp2 alone loses a digit where |x| is large."""
-    # x = n * ln 2 + r: subtracting n * ln 2 in two parts is exact.
-    n = tl.floor(x * 1.4426950408889634 + 0.5)
-    r = (x - n * 0.693145751953125) - n * 1.42860677000e-6
-    return tl.exp2(n) * tl.exp2(r * 1.4426950408889634)
-
-
-@jit
-@no_type_check
-def _merge_kernel(
-    # inputs
+def merge_rows(
     parts_ptr,  # [pieces, K, T]
-    ids_ptr,  # [T]
-    tau_ptr,  # [T] or None
-    # output
-    totals_ptr,  # [K, T]: maximum, log_sum, logprobs, entropy if K == 4
-    # shapes
+    row,  # [BLOCK]
+    inside,  # [BLOCK]
+    inverse_tau,
     rows,
     pieces,
-    # tunables
     K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    inside = row < rows
-    ignored = tl.load(ids_ptr + row, mask=inside, other=-1) < 0
-    inverse_tau = 1.0
-    if tau_ptr is not None:
-        inverse_tau = 1.0 / tl.load(tau_ptr + row, mask=inside, other=1.0)
+    """Returns (maximum, log_sum, logprobs, entropy) of the rows, each [BLOCK]; the entropy is void unless K == 4."""
     top = tl.full((BLOCK,), -3.4028234663852886e38, tl.float32)
     target = tl.full((BLOCK,), -float("inf"), tl.float32)
     part = parts_ptr + row
@@ -201,22 +172,61 @@ def _merge_kernel(
         part += K * rows
     log_sum = tl.log2(total) * 0.6931471805599453
     log_sum += total * exp_accurate(-log_sum) - 1.0  # one Newton step: the hardware's log2 is accurate to 2**-22 only
-    logprobs = (target - top) * inverse_tau - log_sum
-    tl.store(totals_ptr + row, tl.where(ignored, 0.0, top), mask=inside)
-    tl.store(totals_ptr + rows + row, tl.where(ignored, 0.0, log_sum), mask=inside)
-    tl.store(totals_ptr + 2 * rows + row, tl.where(ignored, 0.0, logprobs), mask=inside)
+    return top, log_sum, (target - top) * inverse_tau - log_sum, log_sum - moment / total
+
+
+@jit
+@no_type_check
+def _merge_kernel(
+    # inputs
+    parts_ptr,  # [pieces, K, T]
+    ids_ptr,  # [T]
+    tau_ptr,  # [T] or None
+    # outputs, [T]
+    maximum_ptr,
+    log_sum_ptr,
+    saved_entropy_ptr,  # or None
+    logprobs_ptr,
+    entropy_ptr,  # or None
+    # shapes
+    rows,
+    pieces,
+    # tunables
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    inside = row < rows
+    ignored = tl.load(ids_ptr + row, mask=inside, other=-1) < 0
+    inverse_tau = 1.0
+    if tau_ptr is not None:
+        inverse_tau = 1.0 / tl.load(tau_ptr + row, mask=inside, other=1.0)
+    maximum, log_sum, logprobs, entropy = merge_rows(parts_ptr, row, inside, inverse_tau, rows, pieces, K, BLOCK)
+    tl.store(maximum_ptr + row, tl.where(ignored, 0.0, maximum), mask=inside)
+    tl.store(log_sum_ptr + row, tl.where(ignored, 0.0, log_sum), mask=inside)
+    tl.store(logprobs_ptr + row, tl.where(ignored, 0.0, logprobs), mask=inside)
     if K == 4:
-        tl.store(totals_ptr + 3 * rows + row, tl.where(ignored, 0.0, log_sum - moment / total), mask=inside)
+        entropy = tl.where(ignored, 0.0, entropy)
+        tl.store(saved_entropy_ptr + row, entropy, mask=inside)
+        tl.store(entropy_ptr + row, entropy, mask=inside)
+
+
+def empty_totals(rows: int, with_entropy: bool, device: torch.device) -> RowTotals:
+    """Allocates the results of a merge kernel."""
+    maximum, log_sum, logprobs = (torch.empty(rows, dtype=torch.float32, device=device) for _ in range(3))
+    saved, entropy = (torch.empty_like(logprobs) if with_entropy else None for _ in range(2))
+    return RowTotals(SoftmaxTotals(maximum, log_sum, saved), logprobs, entropy)
 
 
 def merge_triton(parts: Tensor, token_ids: Tensor, tau: Tensor | None) -> RowTotals:
     pieces, kinds, rows = parts.shape
-    totals = torch.empty(kinds, rows, dtype=torch.float32, device=parts.device)
-    if rows:
-        grid = (-(-rows // MERGE_ROWS),)
-        _merge_kernel[grid](parts, token_ids, tau, totals, rows, pieces, kinds, MERGE_ROWS)
-    maximum, log_sum, logprobs, *entropy = totals.unbind()
-    return RowTotals(SoftmaxTotals(maximum, log_sum, entropy[0] if entropy else None), logprobs)
+    totals = empty_totals(rows, kinds == 4, parts.device)
+    launch(
+        *(_merge_kernel, -(-rows // MERGE_ROWS), parts.device),
+        *(parts, token_ids, tau, *totals.softmax, totals.logprobs, totals.entropy),
+        *(rows, pieces, kinds, MERGE_ROWS),
+    )
+    return totals
 
 
 def reduce_hidden_gradient(d_hidden: Tensor, shard: VocabShard) -> Tensor:
@@ -240,7 +250,7 @@ def scatter_hidden_gradient(d_hidden: Tensor, shard: VocabShard) -> Tensor:
 
 def _all_gather(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Gathers [...] of every rank into [ranks, ...] in rank order."""
-    if group is None or part.numel() == 0:
+    if group is None or dist.get_world_size(group) == 1 or part.numel() == 0:
         return part.unsqueeze(0)
     gathered = part.new_empty((dist.get_world_size(group) * part.shape[0], *part.shape[1:]))
     dist.all_gather_into_tensor(gathered, part.contiguous(), group=group)

@@ -2,139 +2,115 @@
 
 It takes three GEMMs per chunk (logits, hidden gradient, weight gradient): the loss is a sum over rows, so a chunk's
 gradient is known as soon as its logits are, and the forward computes it. The backward only scales by the incoming
-scalar. A sequence-level objective couples chunks and takes two phases: linear_token_logprobs, then the objective on its
-result under autograd and the backward (four GEMMs).
+scalar. A sequence-level objective gets chunks that end where its sequences do.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lens_kernels._checks import check_device, check_tensor, require
-from lens_kernels._dlogits import write_dlogits
-from lens_kernels._statistics import row_statistics
-from lens_kernels._vocab_parallel import merge_statistics
-from lens_kernels.clipped_loss import LossTerms, PolicyLoss, TokenLosses, check_loss_terms, crpo
-from lens_kernels.linear_logprobs import (
-    HeadRows,
-    backproject,
-    check_head,
-    full_precision,
-    gradient_buffer,
-    project,
-    zeros_float32,
-)
-
-Objective = Callable[[Tensor, Tensor, slice], Tensor]
-"""Maps (log-probabilities [n], entropies [n], slice of the T rows) to losses [n], under autograd."""
-_Evaluator = Callable[[Tensor, Tensor, Tensor, slice], TokenLosses]
-"""Maps (log-probabilities [n], entropies [n], token ids [n], slice of the T rows) to losses and derivatives."""
-
-
-def differentiate_objective(
-    objective: Objective, logprobs: Tensor, entropy: Tensor, token_ids: Tensor, part: slice
-) -> TokenLosses:
-    """Evaluates the caller's objective on a chunk's statistics and differentiates it by them."""
-    with torch.enable_grad():
-        logprobs, entropy = logprobs.detach().requires_grad_(), entropy.detach().requires_grad_()
-        losses = objective(logprobs, entropy, part)
-        check_tensor("objective", losses)
-        same = losses.shape == logprobs.shape
-        require(same, "objective", f"losses of shape {tuple(losses.shape)}", f"{tuple(logprobs.shape)}")
-        ignored = token_ids < 0
-        d_logprobs = d_entropy = None
-        if losses.requires_grad:
-            total = losses.masked_fill(ignored, 0).sum()
-            d_logprobs, d_entropy = torch.autograd.grad(total, (logprobs, entropy), allow_unused=True)
-    d_logprobs = torch.zeros_like(logprobs) if d_logprobs is None else d_logprobs.masked_fill(ignored, 0)
-    d_entropy = None if d_entropy is None else d_entropy.masked_fill(ignored, 0)
-    losses = losses.detach().float().masked_fill(ignored, 0)
-    return TokenLosses(losses, None, None, None, d_logprobs, d_entropy)
+from lens_kernels._checks import check_device, check_tensor, may_read_values, require
+from lens_kernels._head import PathName, check_head
+from lens_kernels._head_gradient import WeightTotal
+from lens_kernels._linear_ops import evaluate_loss
+from lens_kernels._linear_passes import HeadLoss, Needs, loss_pass
+from lens_kernels._objectives import Objective, objective_evaluator, refuse_loss_arguments
+from lens_kernels._products import PrecisionName
+from lens_kernels.clipped_loss import PolicyLoss, check_loss_terms
+from lens_kernels.kl import KlEstimator
+from lens_kernels.shard import VocabShard
 
 
 class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Tensor,
+        hidden: Tensor,  # [N, H]
         weight: Tensor,
         bias: Tensor | None,
-        rows: HeadRows,
-        evaluate: _Evaluator,
+        evaluate: Callable[[Tensor, Tensor, Tensor | None], HeadLoss],
         accumulate_into: Tensor | None,
-        needs: list[bool],
+        loss_gradient: float | None,
     ) -> tuple[Tensor | None, ...]:
-        ctx.shape, ctx.dtypes = hidden.shape, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        head = rows.head(hidden, weight, bias)
-        needs_hidden, needs_weight, needs_bias = needs
-        d_hidden = zeros_float32(head.hidden, needs_hidden)
-        d_weight, d_bias = zeros_float32(weight, needs_weight), zeros_float32(bias, needs_bias)
-        buffer = head.empty_logits()
-        losses: list[Tensor] = [torch.zeros(0, dtype=torch.float32, device=hidden.device)]
-        results: list[tuple[Tensor | None, ...]] = []
-        with full_precision(hidden.device):
-            for part, chunk in head.chunks():
-                ids, tau = rows.at(part)
-                logits = project(chunk, head, buffer[: len(chunk)])
-                stats = row_statistics(logits, ids, tau, rows.shard, with_entropy=True, split_rows=False)
-                totals = merge_statistics(stats, ids, tau, rows.shard)
-                entropy = totals.softmax.asked_entropy()
-                tokens = evaluate(totals.logprobs, entropy, ids, part)
-                losses.append(tokens.losses)
-                results.append((totals.logprobs, tokens.ratio, tokens.clipped, tokens.kl, entropy))
-                if not any(needs):
-                    continue
-                d_logits = gradient_buffer(logits, chunk)
-                write_dlogits(
-                    d_logits, logits, ids, tau, rows.shard, totals.softmax, tokens.d_logprobs, tokens.d_entropy
-                )
-                head.scatter(d_hidden, part, backproject(d_logits, chunk, head, d_weight, d_bias, needs_hidden))
-        ctx.save_for_backward(d_hidden, d_weight, d_bias)
-        ctx.rows, ctx.accumulate_into = rows, accumulate_into
-        per_token = _concatenate(results) or [losses[0].clone() for _ in range(5)]
-        ctx.mark_non_differentiable(*(x for x in per_token if x is not None))
-        return torch.cat(losses).sum(), *per_token
+        *results, gradients = evaluate(hidden, weight, bias)
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.accumulate_into, ctx.loss_gradient = accumulate_into, loss_gradient
+        ctx.weight = None if accumulate_into is None else weight  # only for the marks that Megatron sets on it
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(x for x in results[1:] if x is not None))
+        return tuple(results)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if d_loss is None:
+            return None, None, None, None, None, None
         d_hidden, d_weight, d_bias = ctx.saved_tensors
-        if d_hidden is not None:
-            # Scaled into a new tensor: the saved one must survive a second backward.
-            d_hidden = ctx.rows.reduce(d_hidden * d_loss, ctx.shape, ctx.dtypes[0])
-        if d_weight is not None and ctx.accumulate_into is not None:
+        hidden, weight, bias = ctx.dtypes
+        if ctx.loss_gradient is not None:
+            d_loss = _expected(d_loss, ctx)
+            d_weight = _placeholder(ctx.weight)
+        elif d_weight is not None and ctx.accumulate_into is not None:
             ctx.accumulate_into.addcmul_(d_weight, d_loss)
-            d_weight = None
-        elif d_weight is not None:
-            d_weight = _scale(d_weight, d_loss, ctx.dtypes[1])
-        d_bias = None if d_bias is None else _scale(d_bias, d_loss, ctx.dtypes[2])
-        return d_hidden, d_weight, d_bias, None, None, None, None
+            d_weight = _placeholder(ctx.weight)
+        else:
+            d_weight = _scale(d_weight, d_loss, weight)
+        return _scale(d_hidden, d_loss, hidden), d_weight, _scale(d_bias, d_loss, bias), None, None, None
 
 
-def _scale(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns (x * factor).to(dtype) without a second float32 tensor of the weight's size."""
-    return torch.mul(x, factor, out=torch.empty(x.shape, dtype=dtype, device=x.device))
+def _expected(d_loss: Tensor, ctx: Any) -> Tensor:
+    """Returns the loss's gradient, a NaN where it is not the announced one, which the weight's already contains."""
+    if ctx.accumulate_into is None:
+        raise RuntimeError("loss_gradient: the forward added the weight's gradient, so it allows one backward only")
+    ctx.accumulate_into = None
+    if may_read_values(d_loss.device) and d_loss.item() != ctx.loss_gradient:
+        raise RuntimeError(
+            f"loss_gradient: got {ctx.loss_gradient}, but the backward brought {d_loss.item()}, and the weight's "
+            "gradient is in its buffer already; pass the true one, or None to have the backward add it"
+        )
+    return torch.where(d_loss == ctx.loss_gradient, d_loss, torch.nan)
 
 
-def _concatenate(results: Sequence[tuple[Tensor | None, ...]]) -> list[Tensor | None]:
-    """Joins the chunks' tensors into [T] each; a tensor that the chunks do not have stays None."""
-    return [_join(column) for column in zip(*results, strict=True)]
+def _scale(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+    """Returns gradient * factor in the operand's dtype, without a second float32 tensor of its size.
+
+    The result is a tensor of its own: the saved one must survive a second backward.
+    """
+    if gradient is None:
+        return None
+    out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+    return torch.mul(gradient, factor, out=out)
 
 
-def _join(parts: Sequence[Tensor | None]) -> Tensor | None:
-    present = [part for part in parts if part is not None]
-    return torch.cat(present) if present else None
+def _placeholder(weight: Tensor) -> Tensor | None:
+    """Returns what stands for the gradient of a weight whose gradient went into Megatron's buffer.
+
+    Megatron's hook adds `weight.grad` to the buffer unless `grad_added_to_main_grad` is set. It still needs a tensor
+    there to know when the buffer may be reduced, of any values; zeros where `zero_out_wgrad` says that another layer
+    shares the weight, so that autograd adds that layer's gradient to them and the hook uses the sum. Source: Megatron's
+    LinearWithGradAccumulationAndAsyncCommunication. A weight without the mark has no such hook, and gets no gradient.
+    """
+    if not hasattr(weight, "grad_added_to_main_grad"):
+        return None
+    weight.grad_added_to_main_grad = True
+    return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
 
 
-def _check_accumulator(accumulate_into: Tensor | None, weight: Tensor) -> None:
+def _check_accumulator(accumulate_into: Tensor | None, weight: Tensor, loss_gradient: float | None) -> None:
     if accumulate_into is None:
+        need = "None without accumulate_into: only a gradient that is added in the forward must know it"
+        require(loss_gradient is None, "loss_gradient", loss_gradient, need)
         return
+    known = loss_gradient is None or (isinstance(loss_gradient, (int, float)) and math.isfinite(loss_gradient))
+    require(known, "loss_gradient", loss_gradient, "a finite number, or None")
     check_tensor("accumulate_into", accumulate_into)
     got = f"{accumulate_into.dtype} {tuple(accumulate_into.shape)}"
     fits = accumulate_into.dtype == torch.float32 and accumulate_into.shape == weight.shape
@@ -145,8 +121,8 @@ def _check_accumulator(accumulate_into: Tensor | None, weight: Tensor) -> None:
 
 
 def linear_policy_loss(
-    hidden: Tensor,  # [..., H] float32, bfloat16 or float16; the same on all ranks of tp_group
-    weight: Tensor,  # [V, H]; this rank's rows of the LM head if tp_group is given
+    hidden: Tensor,  # [..., H] float32, bfloat16 or float16; the same on all ranks of `shard`
+    weight: Tensor,  # [V, H]; this rank's rows of the LM head if `shard` is given
     token_ids: Tensor,  # [...], or [T] if `rows` is given; as are all per-row arguments
     *,
     rows: Tensor | None = None,  # [T] int64: the flattened rows of `hidden` that need a head at all
@@ -161,71 +137,99 @@ def linear_policy_loss(
     clip_high: float = 0.2,
     dual_clip: float | None = None,
     kl_limit: float | None = None,
+    kl_estimator: KlEstimator = "k3",
     temperature: Tensor | float = 1.0,
+    logit_softcap: float | None = None,  # > 0
     valid_vocab_size: int | None = None,
-    tp_group: dist.ProcessGroup | None = None,
+    shard: VocabShard | None = None,
     bias: Tensor | None = None,  # [V]
     chunk_rows: int | None = None,
     sequence_parallel: bool = False,
     accumulate_into: Tensor | None = None,  # [V, H] float32
+    loss_gradient: float | None = None,  # what the backward will bring for the loss, if it is known
+    boundaries: Sequence[int] | None = None,  # rows at which a chunk may end, rising to T
+    precision: PrecisionName = "auto",
+    path: PathName = "auto",
 ) -> PolicyLoss:
     """Returns policy_loss(hidden.float() @ weight.float().T + bias, ...) with at most a chunk of logits in memory.
 
     `objective(logprobs, entropy, part)` replaces the CRPO loss: it gets a chunk's float32 [n] statistics under autograd
     and their slice of the flattened T rows, and returns the [n] losses to be summed. It must treat rows independently
-    of other chunks, and its result has ratio, clipped and kl None.
-    The weight's gradient is summed in float32, and added into `accumulate_into` (Megatron's main_grad; weight.grad is
-    then None) when the backward runs. The gradient of `hidden` is summed over tp_group. Each chunk takes a collective.
-    Extra memory is chunk_rows * V * 4 bytes, and the float32 gradients of hidden and weight from forward to backward.
+    of other chunks, and its result has ratio, clipped and kl None. An objective whose rows depend on each other, such
+    as one over whole sequences, names the rows at which they stop depending in `boundaries` (the ends of the sequences,
+    as integers of the host): a chunk then ends only there, has as many sequences as fit into chunk_rows, and a longer
+    sequence is a chunk of its own.
 
-    Raises ValueError as linear_token_logprobs and policy_loss do, and for loss arguments next to an objective.
+    The weight's gradient is summed in float32, and added into `accumulate_into` (Megatron's main_grad) when the
+    backward runs. weight.grad is then None; where Megatron has set `grad_added_to_main_grad` on the weight, it becomes
+    True and weight.grad a placeholder of any values (zeros with `zero_out_wgrad`), as from Megatron's linear layers.
+    With `loss_gradient` (1 for `loss.backward()`) the forward already adds it there: there is no float32 sum of the
+    weight's size, and nothing is left to do for it in the backward. One backward with that gradient must then follow.
+    Another gradient is a RuntimeError on a CPU, and elsewhere makes all gradients of the call NaN. Do not use it under
+    activation checkpointing, which would add twice.
+    The gradient of `hidden` is summed over the shard's group while the chunk's next product runs, with tiles in its own
+    dtype. Each chunk takes two collectives.
+
+    `precision` and `path` are as in linear_token_logprobs. Extra memory is chunk_rows * V * 4 bytes, with tiles
+    chunk_rows * (V * 2 + 8192), and the float32 gradients of hidden and weight from forward to backward.
+    Under torch.compile the function is one operator. With `objective` or `accumulate_into` it runs outside the graph,
+    because a graph holds neither a function of the caller's nor a mark on the weight; fullgraph=True refuses it then.
+
+    Raises ValueError as linear_token_logprobs and policy_loss do, for loss arguments next to an objective, and for
+    boundaries without one.
     """
-    head_rows = check_head(
-        hidden, weight, token_ids, bias, rows, temperature, valid_vocab_size, tp_group, chunk_rows, sequence_parallel
+    plan = check_head(
+        hidden,
+        weight,
+        token_ids,
+        bias,
+        rows,
+        temperature,
+        logit_softcap,
+        valid_vocab_size,
+        shard,
+        chunk_rows,
+        sequence_parallel,
+        precision,
+        path,
+        boundaries,
     )
-    _check_accumulator(accumulate_into, weight)
+    _check_accumulator(accumulate_into, weight, loss_gradient)
+    loss_tensors = {
+        "old_logprobs": old_logprobs,
+        "advantages": advantages,
+        "reference_logprobs": reference_logprobs,
+        "policy_weights": policy_weights,
+        "kl_weights": kl_weights,
+        "entropy_weights": entropy_weights,
+    }
+    operands = hidden.reshape(-1, hidden.shape[-1]), weight, bias
+    needs = _needed_gradients(*operands)
+    evaluate: Callable[..., HeadLoss]
     if objective is None:
-        terms = check_loss_terms(
-            token_ids.shape,
-            hidden.device,
-            old_logprobs=old_logprobs,
-            advantages=advantages,
-            reference_logprobs=reference_logprobs,
-            policy_weights=policy_weights,
-            kl_weights=kl_weights,
-            entropy_weights=entropy_weights,
-            clip_low=clip_low,
-            clip_high=clip_high,
-            dual_clip=dual_clip,
-            kl_limit=kl_limit,
-        )
-        evaluate = _crpo_evaluator(terms)
+        require(boundaries is None, "boundaries", "rows without an objective", "None: the CRPO loss is one per row")
+        limits = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip, "kl_limit": kl_limit}
+        terms = check_loss_terms(token_ids.shape, hidden.device, **loss_tensors, **limits, kl_estimator=kl_estimator)
+        evaluate = functools.partial(evaluate_loss, plan=plan, terms=terms, needs=needs)
     else:
-        _refuse_loss_arguments(
-            old_logprobs=old_logprobs,
-            advantages=advantages,
-            reference_logprobs=reference_logprobs,
-            policy_weights=policy_weights,
-            kl_weights=kl_weights,
-            entropy_weights=entropy_weights,
-        )
-        evaluate = _objective_evaluator(objective)
-    operands = hidden, weight, bias
-    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in operands]
-    loss, logprobs, *optional, entropy = _LinearPolicyLoss.apply(*operands, head_rows, evaluate, accumulate_into, needs)
+        refuse_loss_arguments(**loss_tensors)
+        evaluate = functools.partial(loss_pass, plan=plan, evaluate=objective_evaluator(objective), needs=needs)
+    if accumulate_into is not None and loss_gradient is not None and needs[1]:
+        evaluate = functools.partial(evaluate, into=WeightTotal(accumulate_into, float(loss_gradient)))
+    inside = objective is None and accumulate_into is None
+    apply = _LinearPolicyLoss.apply if inside else _apply_outside_graphs
+    loss, logprobs, *optional, entropy = apply(*operands, evaluate, accumulate_into, loss_gradient)
     shape = token_ids.shape
     ratio, clipped, kl = (None if x is None else x.view(shape) for x in optional)
     return PolicyLoss(loss, logprobs.view(shape), ratio, clipped, kl, entropy.view(shape))
 
 
-def _crpo_evaluator(terms: LossTerms) -> _Evaluator:
-    return lambda logprobs, entropy, ids, part: crpo(logprobs, entropy, ids, terms.at(part))
+@torch.compiler.disable
+def _apply_outside_graphs(*arguments: Any) -> tuple[Tensor | None, ...]:
+    return _LinearPolicyLoss.apply(*arguments)
 
 
-def _objective_evaluator(objective: Objective) -> _Evaluator:
-    return lambda logprobs, entropy, ids, part: differentiate_objective(objective, logprobs, entropy, ids, part)
-
-
-def _refuse_loss_arguments(**arguments: Tensor | float | None) -> None:
-    given = [name for name, value in arguments.items() if value is not None]
-    require(not given, ", ".join(given), "a value next to objective", "None: the objective replaces the CRPO loss")
+def _needed_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Needs:
+    if not torch.is_grad_enabled():
+        return False, False, False
+    return hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad

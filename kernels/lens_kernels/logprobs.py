@@ -1,6 +1,7 @@
 """Computes log-probabilities (and entropies) of given tokens from logits.
 
-With x = logits / temperature over the valid columns of the whole vocabulary, p = softmax(x), a = token_ids:
+With x = logits / temperature over the valid columns of the whole vocabulary, p = softmax(x), a = token_ids (and logits
+replaced by logit_softcap * tanh(logits / logit_softcap) first, where a soft cap is given):
     logprob = log p_a                      entropy = - sum_v p_v log p_v        (0 * -inf = 0)
     d logits_v = (1 / temperature) * (g * ([v = a] - p_v) - e * p_v * (log p_v + entropy))
 where g, e are the gradients of the loss by logprob and entropy: the backward needs only two numbers per row, so it
@@ -16,20 +17,49 @@ from __future__ import annotations
 from typing import Any, Literal, overload
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lens_kernels._checks import check_matrix, check_temperature, check_token_ids, check_valid_vocab_size, require
+from lens_kernels._backend import uses_triton
+from lens_kernels._checks import (
+    check_matrix,
+    check_softcap,
+    check_temperature,
+    check_token_ids,
+    check_valid_vocab_size,
+    require,
+)
 from lens_kernels._dlogits import write_dlogits
+from lens_kernels._rows import empty_with_rows_like
 from lens_kernels._statistics import row_statistics
-from lens_kernels._vocab_parallel import SoftmaxTotals, VocabShard, locate_shard, merge_statistics
+from lens_kernels._vocab_parallel import SoftmaxTotals, TokenRows, merge_statistics, resolve_shard
+from lens_kernels.shard import VocabShard
+
+_Derivatives = tuple[Tensor | None, Tensor | None]
+"""Those of a loss by the log-probabilities and by the entropies, [T] each."""
 
 
-def compute_dlogits(ctx: Any, d_logprobs: Tensor, d_entropy: Tensor | None) -> Tensor:
-    """Computes the backward that the losses from logits share; save_rows has filled `ctx`."""
+def save_rows(
+    ctx: Any,
+    logits: Tensor,
+    rows: TokenRows,
+    totals: SoftmaxTotals,
+    inplace: bool,
+    derivatives: _Derivatives = (None, None),  # if the forward knows them
+) -> None:
+    """Saves the logits and a few numbers per row, which compute_dlogits needs."""
+    ctx.save_for_backward(logits, rows.token_ids, rows.tau, *totals, *derivatives)
+    ctx.softcap, ctx.shard, ctx.inplace = rows.softcap, rows.shard, inplace
+
+
+def compute_dlogits(
+    ctx: Any,  # that save_rows has filled
+    derivatives: _Derivatives | None = None,  # None: those that were saved
+    upstream: Tensor | None = None,  # scalar that multiplies them; None: 1
+) -> Tensor:
+    """Computes the gradient of the logits, the backward that the losses from logits share."""
     try:
-        logits, token_ids, tau, maximum, log_sum, entropy = ctx.saved_tensors
+        logits, token_ids, tau, maximum, log_sum, entropy, *saved = ctx.saved_tensors
     except RuntimeError as error:
         if not ctx.inplace:
             raise
@@ -37,19 +67,14 @@ def compute_dlogits(ctx: Any, d_logprobs: Tensor, d_entropy: Tensor | None) -> T
             "inplace_backward=True: the logits were changed after the forward or already used up by a backward. Their "
             "storage receives the gradient, so they allow one backward and no other use; pass inplace_backward=False"
         ) from error
-    totals = SoftmaxTotals(maximum, log_sum, entropy)
+    d_logprobs, d_entropy = saved if derivatives is None else derivatives
+    rows = TokenRows(token_ids, tau, ctx.softcap, ctx.shard)
     logits = logits.detach()
-    out = logits if ctx.inplace else torch.empty_like(logits)
-    write_dlogits(out, logits, token_ids, tau, ctx.shard, totals, d_logprobs, d_entropy)
+    empty = empty_with_rows_like if uses_triton(logits.device) else torch.empty_like
+    out = logits if ctx.inplace else empty(logits)
+    totals = SoftmaxTotals(maximum, log_sum, entropy)
+    write_dlogits(out, logits, rows, totals, zeros_for_none(d_logprobs, d_entropy), d_entropy, upstream)
     return out
-
-
-def save_rows(
-    ctx: Any, logits: Tensor, token_ids: Tensor, tau: Tensor | None, shard: VocabShard, totals: SoftmaxTotals
-) -> None:
-    """Saves the logits and three numbers per row, which compute_dlogits needs."""
-    ctx.save_for_backward(logits, token_ids, tau, totals.maximum, totals.log_sum, totals.entropy)
-    ctx.shard = shard
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -57,26 +82,21 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any,
         logits: Tensor,
-        token_ids: Tensor,
-        tau: Tensor | None,
-        shard: VocabShard,
+        rows: TokenRows,
         return_entropy: bool,
         inplace: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        stats = row_statistics(logits, token_ids, tau, shard, with_entropy=return_entropy)
-        totals = merge_statistics(stats, token_ids, tau, shard)
-        save_rows(ctx, logits, token_ids, tau, shard, totals.softmax)
-        ctx.inplace = inplace
+        stats = row_statistics(logits, rows, with_entropy=return_entropy)
+        totals = merge_statistics(stats, rows)
+        save_rows(ctx, logits, rows, totals.softmax, inplace)
         ctx.set_materialize_grads(False)
-        # The entropy is cloned, since it is also saved and a caller may change the results in place. No result is None,
-        # because torch.compile has no gradient for it.
-        return (totals.logprobs, totals.softmax.asked_entropy().clone()) if return_entropy else totals.logprobs
+        # No result is None, because torch.compile has no gradient for it.
+        return (totals.logprobs, totals.asked_entropy()) if return_entropy else totals.logprobs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_logprobs: Tensor | None, d_entropy: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        d_logprobs = zeros_for_none(d_logprobs, d_entropy)
-        return compute_dlogits(ctx, d_logprobs, d_entropy), None, None, None, None, None
+        return compute_dlogits(ctx, (d_logprobs, d_entropy)), None, None, None
 
 
 def zeros_for_none(d_logprobs: Tensor | None, d_entropy: Tensor | None) -> Tensor:
@@ -94,16 +114,25 @@ def shape_results(results: Tensor | tuple[Tensor, Tensor], shape: torch.Size) ->
 
 
 def check_logits_arguments(
-    logits: Tensor, token_ids: Tensor, temperature: Tensor | float, valid_vocab_size: int | None, inplace: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Checks the arguments that all functions of logits share; returns (flat token ids, temperature per row)."""
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: Tensor | float,
+    valid_vocab_size: int | None,
+    shard: VocabShard | None,
+    inplace: bool,
+    logit_softcap: float | None = None,
+) -> TokenRows:
+    """Checks the arguments that all functions of logits share, and returns what they ask of each row."""
     check_matrix("logits", logits, "V")
     ids = check_token_ids(token_ids, logits.shape[:-1], logits.device)
     check_valid_vocab_size(valid_vocab_size)
     if inplace:
         shared = any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True))
         require(not shared, "logits", f"strides {logits.stride()}", "no expanded axis with inplace_backward=True")
-    return ids, check_temperature(temperature, logits.shape[:-1], logits.device)
+    tau = check_temperature(temperature, logits.shape[:-1], logits.device)
+    check_softcap(logit_softcap)
+    softcap = None if logit_softcap is None else float(logit_softcap)
+    return TokenRows(ids, tau, softcap, resolve_shard(logits.shape[-1], ids, valid_vocab_size, shard))
 
 
 @overload
@@ -112,9 +141,10 @@ def token_logprobs(
     token_ids: Tensor,
     *,
     temperature: Tensor | float = ...,
+    logit_softcap: float | None = ...,
     return_entropy: Literal[False] = ...,
     valid_vocab_size: int | None = ...,
-    tp_group: dist.ProcessGroup | None = ...,
+    shard: VocabShard | None = ...,
     inplace_backward: bool = ...,
 ) -> Tensor: ...
 
@@ -125,39 +155,45 @@ def token_logprobs(
     token_ids: Tensor,
     *,
     temperature: Tensor | float = ...,
+    logit_softcap: float | None = ...,
     return_entropy: Literal[True],
     valid_vocab_size: int | None = ...,
-    tp_group: dist.ProcessGroup | None = ...,
+    shard: VocabShard | None = ...,
     inplace_backward: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
 def token_logprobs(
-    logits: Tensor,  # [..., V] float32, bfloat16 or float16; this rank's shard if tp_group is given
+    logits: Tensor,  # [..., V] float32, bfloat16 or float16; this rank's columns if `shard` is given
     token_ids: Tensor,  # [...] int64 or int32, global ids; negative: ignore the row
     *,
     temperature: Tensor | float = 1.0,  # number > 0, or a tensor that broadcasts to the rows
+    logit_softcap: float | None = None,  # > 0, as Gemma 2 has it; None: logits as they are
     return_entropy: bool = False,
-    valid_vocab_size: int | None = None,  # global; columns from here on are padding
-    tp_group: dist.ProcessGroup | None = None,
+    valid_vocab_size: int | None = None,  # columns from here on are padding; with a shard, its `total` says so
+    shard: VocabShard | None = None,
     inplace_backward: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # [...] float32, or (logprobs, entropy)
     """Returns the log-probability of each row's token, and on request each row's entropy in nats; both differentiable.
 
     The result equals the following, without its float32 copy of the logits:
         `F.log_softmax(logits.float() / temperature, -1).gather(-1, token_ids[..., None])[..., 0]`
+    A `logit_softcap` c replaces the logits by c * tanh(logits / c), before the temperature; the gradient is by the
+    logits given. The results are tensors of their own, which may be edited in place.
     Ignored rows give 0 and get gradient 0. A token outside the vocabulary has log-probability -inf (set
     LENS_KERNELS_CHECK_IDS=1 to have it refused); a row without a finite logit gives NaN, as in PyTorch.
 
-    With `tp_group`, shards are in rank order and may be unequal; every rank gets the same result, and the backward
-    needs no communication because each rank writes its own columns.
+    With a `shard`, every rank of its group gets the same result, and the backward needs no communication because each
+    rank writes its own columns.
     `inplace_backward` writes the gradient over the logits: this avoids a second vocabulary-sized tensor, but the logits
     then allow one backward and no other use (RuntimeError on a second one).
-    The logits and three numbers per row are saved for backward. Forward moves 2 bytes per bf16 element, backward 4.
+    The logits and three numbers per row are saved for backward. Forward moves 2 bytes per bf16 element, backward 4. The
+    gradient's rows lie in memory as the logits' rows do, so that kernels move 16 bytes of both at a time.
 
-    Raises ValueError for a wrong shape, dtype, device, temperature or vocabulary size.
+    Raises ValueError for a wrong shape, dtype, device, temperature, soft cap or vocabulary size.
     """
-    ids, tau = check_logits_arguments(logits, token_ids, temperature, valid_vocab_size, inplace_backward)
-    shard = locate_shard(logits.shape[-1], ids, valid_vocab_size, tp_group)
-    results = _TokenLogprobs.apply(logits, ids, tau, shard, return_entropy, inplace_backward)
+    rows = check_logits_arguments(
+        logits, token_ids, temperature, valid_vocab_size, shard, inplace_backward, logit_softcap
+    )
+    results = _TokenLogprobs.apply(logits, rows, return_entropy, inplace_backward)
     return shape_results(results, token_ids.shape)

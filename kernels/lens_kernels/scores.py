@@ -6,13 +6,13 @@ score_t = | log pi_theta(x_t | x_<t) - log pi_ref(x_t | x_<t) |          LENS, a
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lens_kernels._checks import check_device, check_matrix, per_row, require
 from lens_kernels._statistics import row_statistics
-from lens_kernels._vocab_parallel import locate_shard, merge_statistics
+from lens_kernels._vocab_parallel import merge_statistics
 from lens_kernels.logprobs import check_logits_arguments
+from lens_kernels.shard import VocabShard
 
 
 @torch.no_grad()
@@ -24,8 +24,9 @@ def interference_scores(
     reference_logprobs: Tensor | None = None,  # [...] float
     signed: bool = False,
     temperature: Tensor | float = 1.0,
+    logit_softcap: float | None = None,  # > 0, of both models
     valid_vocab_size: int | None = None,
-    tp_group: dist.ProcessGroup | None = None,
+    shard: VocabShard | None = None,
 ) -> Tensor:  # [...] float32
     """Returns |log-probability under policy - under reference| of each row's token; `signed` keeps the sign.
 
@@ -35,25 +36,26 @@ def interference_scores(
     Logits rounded to bfloat16 carry about 0.06 nat of noise, which changes the ranking while policy and reference are
     close: pass float32 logits that were never rounded, or score with linear_token_logprobs.
 
-    Raises ValueError for a wrong shape, dtype, device or temperature, or unless exactly one kind of reference is given.
+    Raises ValueError for a wrong shape, dtype, device, temperature or soft cap, or unless exactly one kind of reference
+    is given.
     """
-    ids, tau = check_logits_arguments(policy_logits, token_ids, temperature, valid_vocab_size, inplace=False)
+    rows = check_logits_arguments(policy_logits, token_ids, temperature, valid_vocab_size, shard, False, logit_softcap)
+    ids = rows.token_ids
     got = "neither" if reference_logits is None else "both"
     one = (reference_logits is None) != (reference_logprobs is None)
     require(one, "reference_logits, reference_logprobs", got, "exactly one of the two")
-    shard = locate_shard(policy_logits.shape[-1], ids, valid_vocab_size, tp_group)
-    stats = row_statistics(policy_logits, ids, tau, shard, with_entropy=False)
+    stats = row_statistics(policy_logits, rows, with_entropy=False)
     if reference_logprobs is not None:
         reference = per_row("reference_logprobs", reference_logprobs, token_ids.shape, policy_logits.device)
-        difference = merge_statistics(stats, ids, tau, shard).logprobs - reference
+        difference = merge_statistics(stats, rows).logprobs - reference
     elif reference_logits is not None:
         check_matrix("reference_logits", reference_logits, "V")
         same = reference_logits.shape == policy_logits.shape
         require(same, "reference_logits", f"shape {tuple(reference_logits.shape)}", f"{tuple(policy_logits.shape)}")
         check_device("reference_logits", reference_logits, policy_logits.device)
-        other = row_statistics(reference_logits, ids, tau, shard, with_entropy=False)
-        both_tau = None if tau is None else tau.repeat(2)
-        both = merge_statistics(torch.cat([stats, other], dim=2), ids.repeat(2), both_tau, shard).logprobs
+        other = row_statistics(reference_logits, rows, with_entropy=False)
+        twice = rows._replace(token_ids=ids.repeat(2), tau=None if rows.tau is None else rows.tau.repeat(2))
+        both = merge_statistics(torch.cat([stats, other], dim=2), twice).logprobs
         difference = both[: len(ids)] - both[len(ids) :]
     scores = difference if signed else difference.abs()
     return scores.masked_fill(ids < 0, 0).view(token_ids.shape)

@@ -5,18 +5,18 @@ operators as it is; they sum the gradient of the hidden states over the tensor-p
 scatter them under sequence parallelism.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TypedDict
 
 import torch
-from lens_kernels import PolicyLoss, linear_policy_loss, linear_token_logprobs
+from lens_kernels import PolicyLoss, VocabShard, linear_policy_loss, linear_token_logprobs
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from lens_megatron.algorithms.policy_objective import Objective, ObjectiveResult
+from lens_megatron.algorithms.policy_objective import Objective
 from lens_megatron.config import AlgorithmConfig
 from lens_megatron.policy.model import Policy
-from lens_megatron.types import MicroBatch, SequenceBatch
+from lens_megatron.types import MicroBatch, SequenceBatch, TokenTerms
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +39,15 @@ class _HeadArguments(TypedDict):
 
     rows: Tensor
     temperature: float
-    valid_vocab_size: int
-    tp_group: ProcessGroup
+    shard: VocabShard
     sequence_parallel: bool
+
+
+class _GradientArguments(TypedDict):
+    """Arguments of `linear_policy_loss` that say where the weight's gradient goes."""
+
+    accumulate_into: Tensor | None
+    loss_gradient: float | None
 
 
 def token_log_probs(policy: Policy, hidden: Tensor, sequences: SequenceBatch, temperature: float) -> Tensor:
@@ -60,27 +66,41 @@ def micro_batch_loss(
 ) -> MicroBatchLoss:
     """Computes the micro-batch's loss under autograd: the head's weight and the hidden states get their gradients.
 
-    Token-level objectives take one pass over the head, which adds its weight's gradient to Megatron's buffer; an
-    objective over whole sequences takes two, and the weight's gradient goes the ordinary way.
+    One pass over the head forms the gradients too, and adds its weight's to Megatron's buffer. Only an objective over
+    whole sequences that context parallelism has cut takes two passes, and the weight's gradient goes the ordinary way.
     """
     weight, ids, terms = _head_weight(policy), batch.sequences.target_ids, batch.own_terms
     arguments = _head_arguments(policy, batch.sequences, temperature)
-    if objective.whole_sequences:
+    if objective.whole_sequences and batch.sequences.own is not None:
         log_probs, entropy = linear_token_logprobs(hidden, weight, ids, **arguments, return_entropy=True)
-        return _whole_sequences_loss(policy, log_probs, entropy, batch, objective, algorithm)
+        return _cut_sequences_loss(policy, log_probs, entropy, batch.sequences.own, batch, objective, algorithm)
 
-    buffer = gradient_buffer(policy)
+    into = _GradientArguments(accumulate_into=gradient_buffer(policy), loss_gradient=_loss_gradient(policy))
     fused = objective.fused(terms, algorithm) if objective.fused else None
     if fused is not None:
-        return _with_all_parts(linear_policy_loss(hidden, weight, ids, **arguments, accumulate_into=buffer, **fused))
+        return _with_all_parts(linear_policy_loss(hidden, weight, ids, **arguments, **into, **fused))
 
     def losses(log_probs: Tensor, entropy: Tensor, part: slice) -> Tensor:
-        return objective.losses(log_probs, entropy, terms.at(part), algorithm).losses
+        return objective.losses(log_probs, entropy, _terms_of_chunk(terms, part), algorithm).losses
 
-    result = linear_policy_loss(hidden, weight, ids, **arguments, accumulate_into=buffer, objective=losses)
+    result = linear_policy_loss(
+        hidden,
+        weight,
+        ids,
+        **arguments,
+        **into,
+        objective=losses,
+        boundaries=list(accumulate(batch.sequences.lengths)) if objective.whole_sequences else None,
+    )
     with torch.no_grad():
         tokens = objective.losses(result.logprobs, result.entropy, terms, algorithm)
     return MicroBatchLoss(result.loss, result.logprobs, result.entropy, tokens.ratio, tokens.clipped, tokens.kl)
+
+
+def _terms_of_chunk(terms: TokenTerms, part: slice) -> TokenTerms:
+    """Returns the terms of some tokens, in which `first` counts from the first of them."""
+    own = terms.at(part)
+    return replace(own, first=own.first - part.start)
 
 
 def _with_all_parts(result: PolicyLoss) -> MicroBatchLoss:
@@ -91,55 +111,48 @@ def _with_all_parts(result: PolicyLoss) -> MicroBatchLoss:
     return MicroBatchLoss(result.loss, result.logprobs, result.entropy, result.ratio, result.clipped, result.kl)
 
 
-def _whole_sequences_loss(
+def _cut_sequences_loss(
     policy: Policy,
     log_probs: Tensor,  # [t]
     entropy: Tensor,  # [t]
+    own: Tensor,  # [t] int64, which of the T tokens these are
     batch: MicroBatch,
     objective: Objective,
     algorithm: AlgorithmConfig,
 ) -> MicroBatchLoss:
-    """Computes an objective whose tokens depend on each other.
+    """Computes an objective whose tokens depend on each other and lie on several context-parallel ranks.
 
-    Under context parallelism every rank computes the loss of all T tokens, of which its own t carry a gradient: the
-    ranks' gradients add up to the whole. The loss's value counts only the rank's own tokens.
+    Every rank computes the loss of all T tokens, of which its own t carry a gradient: the ranks' gradients add up to
+    the whole. The loss's value counts only the rank's own tokens.
     """
-    own = batch.sequences.own
-    if own is None:
-        tokens = objective.losses(log_probs, entropy, batch.terms, algorithm)
-        return _of_tokens(tokens.losses.sum(), log_probs, entropy, tokens)
     whole = torch.zeros(2, len(batch.terms.first), device=log_probs.device)
     whole[:, own] = torch.stack([log_probs.detach(), entropy.detach()])
     torch.distributed.all_reduce(whole, group=policy.mesh.cp_group)
     all_log_probs, all_entropy = whole[0].index_copy(0, own, log_probs), whole[1].index_copy(0, own, entropy)
     tokens = objective.losses(all_log_probs, all_entropy, batch.terms, algorithm)
     others = tokens.losses.detach().sum() - tokens.losses.detach()[own].sum()
-    owned = ObjectiveResult(*(part[own] for part in tokens))
-    return _of_tokens(tokens.losses.sum() - others, log_probs, entropy, owned)
-
-
-def _of_tokens(loss: Tensor, log_probs: Tensor, entropy: Tensor, tokens: ObjectiveResult) -> MicroBatchLoss:
-    return MicroBatchLoss(
-        loss,
-        log_probs.detach(),
-        entropy.detach(),
-        tokens.ratio.detach(),
-        tokens.clipped.detach(),
-        tokens.kl.detach(),
-    )
+    metrics = (part.detach()[own] for part in (tokens.ratio, tokens.clipped, tokens.kl))
+    return MicroBatchLoss(tokens.losses.sum() - others, log_probs.detach(), entropy.detach(), *metrics)
 
 
 def gradient_buffer(policy: Policy) -> Tensor | None:
     """Returns Megatron's `main_grad` of the head, [V/tp, D] float32, if the operator may add to it, else None.
 
-    After the backward, DDP's hook adds `weight.grad` to the same buffer: nothing, or the embedding's share if they are
-    tied. With overlap_grad_reduce the hook insists on a `weight.grad`; a buffer of another precision cannot take
-    float32 sums.
+    The operator marks the weight as Megatron's own layers do, so that DDP's hook adds nothing to the buffer but the
+    embedding's share where the two are tied. A buffer of another precision cannot take float32 sums.
     """
     buffer = getattr(_head_weight(policy), "main_grad", None)
-    if buffer is None or buffer.dtype != torch.float32 or policy.chunks[-1].ddp_config.overlap_grad_reduce:
-        return None
-    return buffer
+    return None if buffer is None or buffer.dtype != torch.float32 else buffer
+
+
+def _loss_gradient(policy: Policy) -> float | None:
+    """Returns the gradient that the pipeline will bring for a micro-batch's loss, or None if that is not known.
+
+    It is 1, because Megatron divides no loss by its number of tokens or micro-batches with `calculate_per_token_loss`,
+    and scales none unless `optimizer.loss_scale` is set.
+    """
+    scaled = policy.optimizer.config.loss_scale
+    return None if gradient_buffer(policy) is None or scaled else 1.0
 
 
 def _head_weight(policy: Policy) -> Tensor:
@@ -150,7 +163,6 @@ def _head_arguments(policy: Policy, sequences: SequenceBatch, temperature: float
     return _HeadArguments(
         rows=sequences.positions,
         temperature=temperature,
-        valid_vocab_size=policy.vocab_size,
-        tp_group=policy.mesh.tp_group,
+        shard=VocabShard.even(len(_head_weight(policy)), policy.mesh.tp_group, policy.vocab_size),
         sequence_parallel=policy.bridge.config.sequence_parallel,
     )

@@ -7,10 +7,16 @@ from torch import Tensor
 
 
 def statistics(
-    logits: Tensor, token_ids: Tensor, temperature: Tensor | float = 1.0, valid_vocab_size: int | None = None
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: Tensor | float = 1.0,
+    valid_vocab_size: int | None = None,
+    logit_softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(logprobs, entropy), 0 on ignored rows; differentiable by float64 logits [..., V]."""
     assert logits.dtype == torch.float64
+    if logit_softcap is not None:
+        logits = logit_softcap * torch.tanh(logits / logit_softcap)
     if isinstance(temperature, Tensor):
         temperature = temperature.double().expand(token_ids.shape)[..., None]
     if valid_vocab_size is not None:
@@ -36,6 +42,7 @@ def token_losses(
     clip_high=0.2,
     dual_clip=None,
     kl_limit=None,
+    kl_estimator="k3",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(losses, ratio, kl) per row, as algorithms on paper have them."""
     advantages = torch.as_tensor(advantages, dtype=torch.float64).expand(logprobs.shape)
@@ -48,7 +55,8 @@ def token_losses(
     kl = torch.zeros_like(logprobs)
     if reference_logprobs is not None:
         d = (reference_logprobs.double() - logprobs).clamp(-20, 20)
-        kl = (d.expm1() - d).clamp(max=math.inf if kl_limit is None else kl_limit)
+        kl = {"k1": -d, "k2": d * d / 2, "k3": d.expm1() - d}[kl_estimator]
+        kl = kl.clamp(max=math.inf if kl_limit is None else kl_limit)
     return policy_weights * policy + kl_weights * kl - entropy_weights * entropy, ratio, kl
 
 

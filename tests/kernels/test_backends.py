@@ -8,21 +8,30 @@ import sys
 import lens_kernels
 import pytest
 import torch
-from lens_kernels import _dlogits, _statistics, _vocab_parallel, clipped_loss, token_logprobs
-from lens_kernels._vocab_parallel import SoftmaxTotals, VocabShard
-from lens_kernels.linear_logprobs import gradient_buffer
+from lens_kernels import (
+    VocabShard,
+    _crpo,
+    _dlogits,
+    _statistics,
+    _tile_gradient,
+    _tiles,
+    _vocab_parallel,
+    token_logprobs,
+)
+from lens_kernels._chunk import gradient_buffer
+from lens_kernels._vocab_parallel import SoftmaxTotals, TokenRows
+from torch._dynamo.testing import CompileCounterWithBackend
 
 
-@pytest.mark.parametrize("module", [_statistics, _vocab_parallel, _dlogits, clipped_loss])
+@pytest.mark.parametrize("module", [_statistics, _vocab_parallel, _crpo, _dlogits, _tiles, _tile_gradient])
 def test_every_kernel_stands_beside_a_reference_of_its_arguments(module):
-    references = [name.removesuffix("_reference") for name in vars(module) if name.endswith("_reference")]
-    kernels = [
-        name.removesuffix("_triton") for name in vars(module) if name.endswith("_triton") and name != "uses_triton"
-    ]
+    own = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+    references = [name.removesuffix("_reference") for name in own if name.endswith("_reference")]
+    kernels = [name.removesuffix("_triton") for name in own if name.endswith("_triton")]
     assert references == kernels and len(kernels) == 1
     reference, launcher = (getattr(module, f"{kernels[0]}_{kind}") for kind in ("reference", "triton"))
     extra = set(inspect.signature(launcher).parameters) - set(inspect.signature(reference).parameters)
-    assert extra <= {"layouts", "split_rows"}  # which only say how to launch
+    assert extra <= {"split_rows"}  # which only says how to launch
 
 
 def test_triton_runs_where_it_is_asked_for(monkeypatch):
@@ -54,7 +63,8 @@ def test_triton_on_the_cpu_needs_the_interpreter():
 def test_gradient_packed_into_the_logits(columns, with_entropy):
     """bfloat16 gradient in the first half of the bytes of float32 logits' rows, over more columns than a block has."""
     logits, ids = torch.randn(4, columns) * 3, torch.tensor([0, columns - 1, -1, 40])
-    tau, shard = torch.tensor([1.0, 0.5, 1.0, 2.0]), VocabShard(None, 0, columns - 1)
+    tau = torch.tensor([1.0, 0.5, 1.0, 2.0])
+    rows = TokenRows(ids, tau, None, VocabShard(0, columns, columns - 1))
     logp = torch.log_softmax((logits / tau[:, None])[:, :-1], -1)
     maximum, entropy = logits[:, :-1].amax(1), -(logp * logp.exp()).sum(1)
     log_sum = ((logits[:, :-1] - maximum[:, None]) / tau[:, None]).exp().sum(1).log()
@@ -62,10 +72,10 @@ def test_gradient_packed_into_the_logits(columns, with_entropy):
     g, e = torch.randn(4), torch.randn(4) if with_entropy else None
 
     apart = torch.empty_like(logits)
-    _dlogits.write_dlogits(apart, logits, ids, tau, shard, totals, g, e)
-    packed = gradient_buffer(logits, torch.empty(0, dtype=torch.bfloat16))
+    _dlogits.write_dlogits(apart, logits, rows, totals, g, e)
+    packed = gradient_buffer(logits, torch.bfloat16)
     assert packed.data_ptr() == logits.data_ptr() and packed.stride() == (2 * columns, 1)
-    _dlogits.write_dlogits(packed, logits, ids, tau, shard, totals, g, e)
+    _dlogits.write_dlogits(packed, logits, rows, totals, g, e)
     torch.testing.assert_close(packed.float(), apart, rtol=2**-7, atol=1e-30)
     assert packed[2].eq(0).all() and packed[:, -1].eq(0).all()
 
@@ -98,6 +108,29 @@ def test_losses_under_torch_compile(start):
     torch.testing.assert_close(actual, expected)
     for mine, theirs in zip(torch.autograd.grad(actual, (hidden, weight)), wanted, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_no_graph_for_every_number_of_rows():
+    """The first number of rows has a graph of its own and the others share one, forward and backward."""
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+
+    def step(logits, ids, old):
+        scores = lens_kernels.interference_scores(logits, ids, reference_logprobs=old)
+        loss = lens_kernels.policy_loss(logits, ids, old_logprobs=old, advantages=scores, entropy_weights=0.1).loss
+        return loss + lens_kernels.token_logprobs(logits, ids, logit_softcap=30.0).sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for rows in range(3, 23):
+        logits, ids = torch.randn(rows, 11, requires_grad=True), torch.randint(-1, 11, (rows,))
+        actual, expected = (
+            compiled(logits, ids, torch.full((rows,), -2.0)),
+            step(logits, ids, torch.full((rows,), -2.0)),
+        )
+        torch.testing.assert_close(actual, expected)
+        gradients = [torch.autograd.grad(loss, logits)[0] for loss in (actual, expected)]
+        torch.testing.assert_close(*gradients)
+    assert counter.frame_count <= 2
 
 
 def test_scores_and_selection_under_torch_compile():

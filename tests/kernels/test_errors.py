@@ -33,6 +33,8 @@ BOUNDS = torch.tensor([0, 3])
         ({"temperature": torch.tensor([1.0, 0.0, 1.0])}, "temperature: got a tensor with values <= 0"),
         ({"temperature": torch.ones(2)}, r"temperature: got shape \(2,\), need a shape that broadcasts"),
         ({"temperature": None}, "temperature: got None"),
+        ({"logit_softcap": 0.0}, "logit_softcap: got 0.0, need a finite number > 0, or None"),
+        ({"logit_softcap": torch.ones(1)}, "logit_softcap: got tensor"),
         ({"valid_vocab_size": 0}, "valid_vocab_size: got 0, need an integer >= 1"),
         ({"valid_vocab_size": 6}, "valid_vocab_size: got 6, need at most the 5 columns"),
     ],
@@ -82,6 +84,19 @@ def test_loss_arguments(changed, message):
         policy_loss(LOGITS, IDS, **arguments)
     with pytest.raises(ValueError, match=message):
         linear_policy_loss(HIDDEN, WEIGHT, IDS, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"kl_estimator": "k4"}, "kl_estimator: got 'k4', need 'k1', 'k2' or 'k3'"),
+        ({"objective": lambda lp, h, part: lp}, "advantages: got a value next to objective"),
+        ({"objective": lambda lp, h, part: lp.sum(), "advantages": None}, "objective: got losses of shape"),
+    ],
+)
+def test_policy_loss_arguments(changed, message):
+    with pytest.raises(ValueError, match=message):
+        policy_loss(LOGITS, IDS, **({"advantages": 1.0} | changed))
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,25 @@ def test_more_than_2_to_the_31_elements():
     torch.testing.assert_close(logits.grad[-3:].float(), last.grad, rtol=2**-7, atol=1e-6)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("linear", [False, True])
+def test_tensors_of_another_device_than_the_current_one(linear):
+    """Triton launches on the current device, where the pointers of cuda:1 mean nothing."""
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        torch.manual_seed(0)
+        hidden, weight = torch.randn(8, 64).to(device).requires_grad_(), torch.randn(100, 64).to(device)
+        ids = torch.arange(8, device=device)
+        given = (hidden, weight, ids) if linear else (hidden @ weight.T, ids)
+        result = (linear_policy_loss if linear else policy_loss)(*given, advantages=1.0, entropy_weights=0.1)
+        result.loss.backward()
+        assert result.loss.device == hidden.grad.device == torch.device(device)
+        results.append([x.cpu() for x in (result.loss, result.logprobs, hidden.grad)])
+    assert torch.cuda.current_device() == 0
+    for first, second in zip(*results, strict=True):
+        torch.testing.assert_close(second, first)
+
+
 @pytest.mark.parametrize("linear", [False, True])
 def test_cuda_graph(linear):
     """Captured once, replayed on new inputs: nothing waits for the host or remembers a value."""

@@ -37,8 +37,18 @@ def check(logits, ids, d_logprobs=None, d_entropy=None, **options):
     return ours.grad
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("columns", [1, 7, 127, 32000, 50257])  # one column; off any block; vocabularies
+@pytest.mark.parametrize(
+    ("columns", "dtype"),  # one column; off any block; vocabularies
+    [
+        (1, torch.float32),
+        (7, torch.bfloat16),
+        (127, torch.float16),
+        (32000, torch.float32),
+        (32000, torch.float16),
+        (50257, torch.float32),
+        (50257, torch.bfloat16),
+    ],
+)
 def test_matches_oracle(columns, dtype):
     logits, ids = make((5, columns), dtype)
     ids[3] = -100
@@ -265,13 +275,26 @@ def test_activation_checkpointing_and_autocast():
     assert ours.grad.equal(plain.grad)
 
 
-def test_results_do_not_alias_what_backward_needs():
-    """Scaling a result in place is a user's right and must not change the gradient."""
-    logits, ids = make((3, 9))
+def test_results_may_be_edited_in_place():
+    """Clamping or scaling a result in place is a user's right, has a gradient, and must not change the other's."""
+    logits, ids = make((2, 3, 9))
     ours, plain = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     logprobs, entropy = token_logprobs(ours, ids, return_entropy=True)
+    assert logprobs.untyped_storage().data_ptr() != entropy.untyped_storage().data_ptr()
+    logprobs.clamp_(max=-1.5)
     entropy.mul_(2)
     (logprobs + entropy).sum().backward()
     logprobs, entropy = token_logprobs(plain, ids, return_entropy=True)
-    (logprobs + 2 * entropy).sum().backward()
+    (logprobs.clamp(max=-1.5) + 2 * entropy).sum().backward()
     torch.testing.assert_close(ours.grad, plain.grad)
+    alone = token_logprobs(logits.clone().requires_grad_(), ids)
+    alone.clamp_(max=-1.5).sum().backward()
+
+
+@pytest.mark.parametrize("logit_softcap", [3.0, 30])
+def test_soft_cap(logit_softcap):
+    """c * tanh(z / c) before the temperature: logits near 0, around the cap, far beyond it, and masked ones."""
+    logits, ids = make((6, 33))
+    logits *= torch.tensor([0.01, 1.0, 3.0, 10.0, 100.0, 1.0])[:, None]
+    logits[5, :7] = -torch.inf  # the cap makes -c of it
+    check(logits, ids, temperature=0.7, logit_softcap=logit_softcap, valid_vocab_size=33)

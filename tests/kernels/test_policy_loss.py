@@ -18,9 +18,11 @@ def logits_with(logprobs):
     return torch.stack([p.log(), (1 - p).log()], -1).float()
 
 
-def check(logits, ids, temperature=1.0, valid_vocab_size=None, inplace_backward=False, upstream=1.7, **terms):
+def check(logits, ids, inplace_backward=False, upstream=1.7, settings=None, **terms):
+    """Values and gradients beside the oracle; `settings` say how logits become log-probabilities."""
+    settings = settings or {}
     exact = logits.detach().double().requires_grad_()
-    logprobs, entropy = statistics(exact, ids, temperature, valid_vocab_size)
+    logprobs, entropy = statistics(exact, ids, **settings)
     losses, ratio, kl = token_losses(logprobs, entropy, **terms)
     kept = ids >= 0
     loss = losses[kept].sum()
@@ -31,9 +33,8 @@ def check(logits, ids, temperature=1.0, valid_vocab_size=None, inplace_backward=
     result = policy_loss(
         ours * 1,  # a non-leaf: with inplace_backward the leaf itself would be overwritten
         ids,
-        temperature=temperature,
-        valid_vocab_size=valid_vocab_size,
         inplace_backward=inplace_backward,
+        **settings,
         **terms,
     )
     (result.loss * upstream).backward()
@@ -116,15 +117,32 @@ def make(shape, dtype=torch.float32):
     return logits, ids, terms
 
 
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("columns", [1, 7, 127, 32000])
+@pytest.mark.parametrize(
+    ("columns", "dtype", "inplace"),
+    [
+        (1, torch.float32, True),
+        (7, torch.float16, False),
+        (127, torch.float32, False),
+        (127, torch.bfloat16, True),
+        (32000, torch.float32, True),
+        (32000, torch.bfloat16, False),
+    ],
+)
 def test_matches_oracle(columns, dtype, inplace):
     rows = 4 if columns == 32000 else 24
     logits, ids, terms = make((rows, columns), dtype)
     ids[2] = -1
     result = check(logits, ids, inplace_backward=inplace, **terms)
     assert result.clipped[2] == result.ratio[2] == 0
+
+
+def test_soft_cap():
+    """Before the temperature, as Gemma 2 has it; logits near 0, around the cap, and far beyond it."""
+    logits, ids, terms = make((6, 40))
+    logits *= torch.tensor([0.01, 1.0, 3.0, 10.0, 30.0, 1.0])[:, None]
+    settings = {"logit_softcap": 5.0, "temperature": 0.7, "valid_vocab_size": 37}
+    terms["old_logprobs"] = token_logprobs(logits, ids % 37, **settings) + torch.randn(6) * 0.3
+    check(logits, ids % 37, settings=settings, **terms)
 
 
 @pytest.mark.parametrize("left_out", ["reference_logprobs", "policy_weights", "kl_weights", "entropy_weights"])
@@ -153,7 +171,7 @@ def test_broadcast_arguments_temperature_and_padding():
     logits, ids, terms = make((5, 3, 20))
     ids %= 16
     terms |= {"advantages": torch.randn(3), "policy_weights": torch.rand(1, 3), "kl_weights": 0.3}
-    check(logits, ids, temperature=torch.rand(5, 1) + 0.5, valid_vocab_size=16, **terms)
+    check(logits, ids, settings={"temperature": torch.rand(5, 1) + 0.5, "valid_vocab_size": 16}, **terms)
 
 
 def test_transposed_rows():
@@ -218,28 +236,42 @@ def test_extreme_ratios_stay_finite():
 
 
 @pytest.mark.parametrize("kl_limit", [None, 10.0, 0.01])
-@pytest.mark.parametrize("shift", [-25.0, -12.0, -10.0, -2.0, -0.1, 0.1, 2.5, 2.7, 8.0, 19.0, 25.0])
-def test_kl_limit_bounds_the_value_and_takes_the_gradient_away(shift, kl_limit):
-    """Value and gradient beside float64, the reference `shift` nats above the policy: within a limit and beyond it."""
-    logits = torch.tensor([[0.4, -1.0, 2.0]])
-    ids = torch.tensor([1])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_limit_bounds_the_value_and_takes_the_gradient_away(estimator, kl_limit):
+    """Values and gradients beside float64, the reference some nats above the policy: within a limit and beyond it."""
+    shift = torch.tensor([-25.0, -12.0, -10.0, -2.0, -0.1, 0.1, 2.5, 2.7, 8.0, 19.0, 25.0])
+    logits = torch.tensor([[0.4, -1.0, 2.0]]).repeat(len(shift), 1)
+    ids = torch.ones(len(shift), dtype=torch.long)
     reference = token_logprobs(logits, ids) + shift
     ours = logits.clone().requires_grad_()
-    result = policy_loss(
-        ours, ids, old_logprobs=None, advantages=0.0, reference_logprobs=reference, kl_weights=0.5, kl_limit=kl_limit
-    )
+    kl = {"reference_logprobs": reference, "kl_weights": 0.5, "kl_limit": kl_limit, "kl_estimator": estimator}
+    result = policy_loss(ours, ids, advantages=0.0, **kl)
     result.loss.backward()
     exact = logits.double().requires_grad_()
-    log_prob = torch.log_softmax(exact, -1)[0, 1]
-    d = (reference.double()[0] - log_prob).clamp(-20, 20)
-    k3_exact = torch.expm1(d) - d
-    limited = k3_exact if kl_limit is None else k3_exact.clamp(max=kl_limit)
-    (0.5 * limited).backward()
-    torch.testing.assert_close(result.kl.double(), limited.detach()[None], rtol=1e-5, atol=0)
-    torch.testing.assert_close(result.loss.double(), 0.5 * limited.detach(), rtol=1e-5, atol=0)
+    d = (reference.double() - torch.log_softmax(exact, -1)[:, 1]).clamp(-20, 20)
+    value = {"k1": -d, "k2": d * d / 2, "k3": torch.expm1(d) - d}[estimator]
+    limited = value if kl_limit is None else value.clamp(max=kl_limit)
+    (0.5 * limited).sum().backward()
+    torch.testing.assert_close(result.kl.double(), limited.detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(result.loss.double(), 0.5 * limited.detach().sum(), rtol=1e-5, atol=0)
     torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=1e-5, atol=0)
-    flat = abs(shift) > 20 or (kl_limit is not None and bool(k3_exact > kl_limit))
-    assert bool(ours.grad.any()) != flat
+    flat = (shift.abs() > 20) | (value > (kl_limit or math.inf)).to(shift.device)
+    assert ours.grad.any(1).equal(~flat)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "kl", "slope"), [("k1", -0.5, 1.0), ("k2", 0.125, -0.5), ("k3", 0.148721, -0.648721)]
+)
+def test_kl_estimators_worked_by_hand(estimator, kl, slope):
+    """The reference half a nat above a policy of probability exp(-1); the derivative is by the log-probability."""
+    logits = logits_with([-1.0]).requires_grad_()
+    reference = {"reference_logprobs": torch.tensor([-0.5]), "kl_weights": 1.0, "kl_estimator": estimator}
+    result = policy_loss(logits, torch.tensor([0]), advantages=0.0, **reference)
+    result.loss.backward()
+    assert result.kl.item() == pytest.approx(kl, abs=1e-6)
+    assert result.loss.item() == pytest.approx(kl, abs=1e-6)
+    at_target = slope * (1 - math.exp(-1))
+    assert logits.grad.tolist()[0] == pytest.approx([at_target, -at_target], abs=1e-6)
 
 
 def test_minus_infinity_target_has_finite_gradient():
@@ -304,6 +336,58 @@ def test_kl_value_and_gradient_are_accurate_through_the_loss(scale):
     at_target = ours.grad.gather(1, ids[:, None])[:, 0]
     expected = -torch.expm1(d) * (1 - p)
     torch.testing.assert_close(at_target.double(), expected, rtol=3e-6, atol=0)
+
+
+@pytest.mark.parametrize("terms_as", [float, torch.tensor])
+def test_one_number_for_all_rows(terms_as):
+    """Numbers and tensors of one element, which no kernel spreads over the rows first."""
+    logits, ids, terms = make((6, 11))
+    numbers = {"advantages": 0.7, "policy_weights": 0.3, "kl_weights": 0.2, "entropy_weights": 0.1}
+    spread = {name: torch.full((6,), value) for name, value in numbers.items()}
+    given = {name: terms_as(value) for name, value in numbers.items()}
+    results = []
+    for loss_terms in (terms | spread, terms | given):
+        ours = logits.clone().requires_grad_()
+        result = policy_loss(ours, ids, **loss_terms)
+        result.loss.backward()
+        results.append((*result, ours.grad))
+    assert all(a.equal(b) for a, b in zip(*results, strict=True))
+
+
+def test_results_may_be_edited_in_place():
+    """Every result has memory of its own, and none of it serves the backward."""
+    logits, ids, terms = make((6, 11))
+    plain, ours = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    policy_loss(plain, ids, **terms).loss.backward()
+    result = policy_loss(ours, ids, **terms)
+    assert len({x.untyped_storage().data_ptr() for x in result}) == len(result)
+    loss = result.loss * 1
+    for value in result:
+        value.detach().fill_(7.0)
+    result.logprobs.clamp_(max=-1.0)
+    loss.backward()
+    assert ours.grad.equal(plain.grad)
+
+
+def test_objective_of_the_callers_own():
+    """A sequence-level clipped ratio (GSPO), whose rows depend on each other, beside plain autograd."""
+    logits, ids, terms = make((6, 11))
+    ids[1] = -1
+
+    def losses(logprobs, entropy, part):
+        assert part == slice(0, 6)
+        sequence = (logprobs - terms["old_logprobs"]).view(2, 3).mean(1).exp().repeat_interleave(3)
+        return -sequence.clamp(0.9, 1.3) * terms["advantages"] - 0.1 * entropy
+
+    plain, ours = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    expected = losses(*token_logprobs(plain, ids, return_entropy=True), slice(0, 6))
+    (expected[ids >= 0].sum() * 1.7).backward()
+    result = policy_loss(ours, ids, objective=losses)
+    (result.loss * 1.7).backward()
+    torch.testing.assert_close(result.loss, expected[ids >= 0].sum())
+    assert result.ratio is result.clipped is result.kl is None
+    torch.testing.assert_close(ours.grad, plain.grad)
+    assert ours.grad[1].eq(0).all()
 
 
 def test_inplace_backward_refuses_a_second_use():

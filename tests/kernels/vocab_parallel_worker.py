@@ -3,10 +3,13 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from lens_kernels import (
+    VocabShard,
+    _tiles,
     interference_scores,
     linear_policy_loss,
     linear_token_logprobs,
@@ -54,11 +57,20 @@ def make_inputs(valid: int | None) -> dict[str, Tensor]:
     }
 
 
+def vocabulary(valid: int | None, columns: slice, group: dist.ProcessGroup | None) -> dict:
+    """The arguments that say which columns of the vocabulary there are."""
+    if group is None:
+        return {"valid_vocab_size": valid}
+    shard = VocabShard.gather(columns.stop - columns.start, group, valid)
+    assert shard.start == columns.start
+    return {"shard": shard}
+
+
 def run_case(valid: int | None, columns: slice, group: dist.ProcessGroup | None) -> tuple[dict, dict]:
     """({results every rank must share}, {gradients of this rank's columns, which lie first})."""
     given = make_inputs(valid)
     ids, old, reference = given["ids"], given["old"], given["old"].nan_to_num(-2.0) + 0.1
-    settings = {"valid_vocab_size": valid, "tp_group": group, "temperature": given["temperature"]}
+    settings = {"temperature": given["temperature"], **vocabulary(valid, columns, group)}
     terms = {"old_logprobs": old, "advantages": given["advantages"], "reference_logprobs": reference}
     terms |= {"kl_weights": 0.1, "entropy_weights": 0.2, "dual_clip": 3.0, "kl_limit": 0.004}
     shared, local = {}, {}
@@ -101,10 +113,27 @@ def run_case(valid: int | None, columns: slice, group: dist.ProcessGroup | None)
     shared |= {f"linear_loss.{name}": value for name, value in loss._asdict().items()}
     shared["linear_loss.hidden"] = hidden.grad
     local |= {"linear_loss.weight": main_grad, "linear_loss.bias": bias.grad}
+    by_tiles = run_tiles(ids, head, terms, settings)
+    local |= {name: x for name, x in by_tiles.items() if name in ("tiles.weight", "tiles.bias", "tiles.loss.weight")}
+    shared |= {name: x for name, x in by_tiles.items() if name not in local}
     by_rows = run_sequence_parallel(given, head, settings, group)
     local |= {name: x for name, x in by_rows.items() if x.shape != given["ids"][:EVEN].shape}
     shared |= {name: x for name, x in by_rows.items() if name not in local}
     return {k: v.detach() for k, v in shared.items()}, {k: v.detach().clone() for k, v in local.items()}
+
+
+def run_tiles(ids: Tensor, head: Callable, terms: dict, settings: dict) -> dict[str, Tensor]:
+    """Both linear functions over tiles of 16 columns, the results that ranks share and the others."""
+    with mock.patch.object(_tiles, "TILE_COLUMNS", 16):
+        hidden, weight, bias = head()
+        logprobs = linear_token_logprobs(hidden, weight, ids, bias=bias, chunk_rows=4, path="tiles", **settings)
+        logprobs.sum().backward()
+        results = {"tiles.logprobs": logprobs, "tiles.hidden": hidden.grad, "tiles.weight": weight.grad}
+        results["tiles.bias"] = bias.grad
+        hidden, weight, bias = head()
+        loss = linear_policy_loss(hidden, weight, ids, bias=bias, chunk_rows=4, path="tiles", **terms, **settings)
+        loss.loss.backward()
+    return results | {"tiles.loss": loss.loss, "tiles.loss.hidden": hidden.grad, "tiles.loss.weight": weight.grad}
 
 
 def run_sequence_parallel(given: dict, head: Callable, settings: dict, group: dist.ProcessGroup | None) -> dict:

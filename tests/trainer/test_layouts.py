@@ -65,6 +65,7 @@ DENSE = {
         "DP2, a rank without samples": case(share="all on one"),
         "DP2, dealt": case(share="dealt"),
         "DP2, dealt in reverse": case(share="dealt in reverse"),
+        "DP2, overlapped": case(ddp={"overlap_grad_reduce": True}),
         "DP2, distributed optimizer": case(ALONE, use_distributed_optimizer=True),
         "TP2": case(**{TP: 2}),
         "TP2, SP": case(ALONE, **{TP: 2, SP: True}),

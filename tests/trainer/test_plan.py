@@ -154,14 +154,17 @@ def test_what_a_layer_keeps_with_transformer_engine():
 def test_the_head_never_holds_all_logits():
     shape = SHAPES["Qwen2.5-7B"]
     te = layout(LayerSpec.TRANSFORMER_ENGINE, world=2, tensor_model_parallel_size=2)
-    # Scoring: 2048 rows of 152064 / 2 float32 logits, and their hidden states in bf16.
-    chunk = 2048 * 76032 * 4 + 2048 * 3584 * 2
-    assert memory.forward_peaks(shape, te, Packed(4608, 4608), 4096, stage=0).head == chunk
-    longer = memory.forward_peaks(shape, te, Packed(4 * 4608, 4608), 4 * 4096, stage=0)
-    assert longer.head in (0, chunk)
-    # Updating: the float32 gradients of weight and hidden states besides, and the chunk's.
+    # Scoring: a tile of 2048 columns of 4096 rows of float32 logits, and their hidden states in bf16.
+    tile = 4096 * 2048 * 4 + 4096 * 3584 * 2
+    assert memory.forward_peaks(shape, te, Packed(4608, 4608), 4096, stage=0).head in (0, tile)
+    assert memory.forward_peaks(shape, te, Packed(4 * 4608, 4608), 4 * 4096, stage=0).head in (0, tile)
+    # Updating: exponentials of 152064 / 2 columns in 38 tiles, in bf16; the float32 gradient of the hidden states
+    # besides, and the chunk's. The weight's is in Megatron's buffer, or has a float32 sum if that is in bf16.
     updating = memory.update_peaks(shape, te, Packed(4608, 4608), 4096, 1, stage=0)
-    assert updating.head == chunk + (76032 + 4608) * 3584 * 4 + 2048 * 3584 * 4
+    expected = tile + 4096 * 38 * 2048 * 2 + 4608 * 3584 * 4 + 4096 * 3584 * 4
+    assert updating.head == expected
+    summed = dataclasses.replace(te, head_sums_gradient=True)
+    assert memory.update_peaks(shape, summed, Packed(4608, 4608), 4096, 1, 0).head == expected + 76032 * 3584 * 4
     # Sequence parallelism gathers the hidden states of all 4608 rows.
     gathers = dataclasses.replace(te, sequence_parallel=True)
     assert memory.update_peaks(shape, gathers, Packed(4608, 4608), 4096, 1, 0).head == updating.head + 4608 * 3584 * 2

@@ -8,9 +8,9 @@ from lens_megatron.algorithms.methods import load_methods
 from lens_megatron.config import Config
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
-CHUNK_ROWS = 2048
+CHUNK_ROWS = 4096
 CHUNK_ROWS_CPU = 256
-"""Rows of logits at a time, as lens_kernels.linear_logprobs cuts them on a GPU and on a CPU."""
+"""Rows of logits at a time, as lens_kernels._head cuts them on a GPU and on a CPU."""
 
 
 class LayerSpec(StrEnum):
@@ -46,8 +46,8 @@ class ParallelLayout:
     recompute_layers: int
     """Layers per checkpoint with recompute=full."""
     fused_swiglu: bool
-    fused_head_gradient: bool
-    """True if the head adds its weight's gradient to Megatron's buffer; else a second tensor of it is made."""
+    head_sums_gradient: bool
+    """True if the head keeps a float32 sum of its weight's gradient; else it adds to Megatron's buffer at once."""
     engine: str
     engines: int
     """Engines of the whole job."""
@@ -153,8 +153,7 @@ def layout_of(config: Config, world: int, spec: LayerSpec) -> ParallelLayout:
         recompute=transformer.get("recompute_granularity") or "none",
         recompute_layers=int(transformer.get("recompute_num_layers") or 1),
         fused_swiglu=bool(transformer.get("bias_activation_fusion", False)),
-        fused_head_gradient=megatron.ddp.get("grad_reduce_in_fp32", True)
-        and not megatron.ddp.get("overlap_grad_reduce", False),
+        head_sums_gradient=not megatron.ddp.get("grad_reduce_in_fp32", True) or _cuts_sequences(config),
         engine=config.rollout.engine,
         engines=servers if config.rollout.engine == "vllm_server" else world // config.ranks_per_engine,
         engine_tp=1 if config.rollout.engine == "local" else config.vllm.tensor_parallel_size,
@@ -165,6 +164,12 @@ def layout_of(config: Config, world: int, spec: LayerSpec) -> ParallelLayout:
         if config.rollout.offload_trainer is None
         else config.rollout.offload_trainer,
     )
+
+
+def _cuts_sequences(config: Config) -> bool:
+    """Returns whether the loss needs whole responses that lie on several context-parallel ranks."""
+    whole = config.algorithm.ratio != "token" or load_methods(config).need(Evidence.WHOLE_RESPONSES)
+    return whole and config.megatron.context_parallel_size > 1
 
 
 def workload_of(config: Config) -> Workload:

@@ -13,7 +13,9 @@ FRAMEWORK_BYTES = 3 * GIB
 EXPORT_BUCKET_BYTES = 256 << 20
 """A bucket of gathered weights, as policy.export has it on a GPU. A larger tensor has a bucket of its own."""
 WEIGHT_BLOCK_ELEMENTS = 1 << 22
-"""Elements of a half-precision weight that lens_kernels.linear_logprobs turns to float32 at a time on a CPU."""
+"""Elements of a half-precision weight that lens_kernels._products turns to float32 at a time on a CPU."""
+TILE_COLUMNS = 2048
+"""Columns of the logits at a time, as lens_kernels._tiles has them where a half-precision head runs on a GPU."""
 STATISTICS_ELEMENTS = 1 << 20
 """Logits that the plain PyTorch path of lens_kernels._rows works on at a time, in float32."""
 
@@ -111,7 +113,7 @@ def forward_peaks(shape: ModelShape, layout: ParallelLayout, micro_batch: Packed
     micro, rows = micro_batch_bytes(shape, layout, micro_batch), micro_batch.rows(layout)
     if stage < layout.pp - 1:
         return Peaks(0, micro.forward_peak + micro.buffer, 0)
-    head = _logits_chunk(shape, layout, min(rows, responses)) + _gathered(shape, layout, rows)
+    head = _logits_chunk(shape, layout, min(rows, responses), gradient=False) + _gathered(shape, layout, rows)
     if 2 * micro.hidden + head > micro.forward_peak:
         return Peaks(0, 2 * micro.hidden + micro.buffer, head)
     return Peaks(0, micro.forward_peak + micro.buffer, 0)
@@ -209,17 +211,20 @@ def _final_norm(shape: ModelShape, layout: ParallelLayout, rows: int) -> int:
 
 
 def _head_kept(shape: ModelShape, layout: ParallelLayout, rows: int) -> int:
-    """linear_policy_loss forms its gradients in the forward pass and keeps them, in float32, for the backward."""
-    vocabulary = shape.padded_vocab_size(layout.tp) // layout.tp
+    """linear_policy_loss forms its gradients in the forward pass and keeps them, in float32, for the backward.
+
+    The weight's is in Megatron's buffer by then, where that has float32.
+    """
+    vocabulary = shape.padded_vocab_size(layout.tp) // layout.tp if layout.head_sums_gradient else 0
     return (rows + vocabulary) * shape.hidden_size * FLOAT32
 
 
 def _head_update(shape: ModelShape, layout: ParallelLayout, rows: int, responses: int) -> int:
     chunk_rows = min(layout.chunk_rows, responses)
-    chunk = _logits_chunk(shape, layout, responses) + chunk_rows * shape.hidden_size * FLOAT32
-    backward = rows * shape.hidden_size * (FLOAT32 + layout.element_bytes)
-    if not layout.fused_head_gradient:
-        backward += shape.padded_vocab_size(layout.tp) // layout.tp * shape.hidden_size * layout.element_bytes
+    chunk = _logits_chunk(shape, layout, responses, gradient=True) + chunk_rows * shape.hidden_size * FLOAT32
+    # The weight's gradient in its own dtype, or the placeholder for it once it is in Megatron's buffer.
+    placeholder = shape.padded_vocab_size(layout.tp) // layout.tp * shape.hidden_size * layout.element_bytes
+    backward = rows * shape.hidden_size * layout.element_bytes + placeholder
     return _head_kept(shape, layout, rows) + max(chunk + _gathered(shape, layout, rows), backward)
 
 
@@ -228,9 +233,18 @@ def _gathered(shape: ModelShape, layout: ParallelLayout, rows: int) -> int:
     return rows * shape.hidden_size * layout.element_bytes if layout.sequence_parallel else 0
 
 
-def _logits_chunk(shape: ModelShape, layout: ParallelLayout, responses: int) -> int:
-    """chunk_rows x V / tp float32 logits and their hidden states; on a CPU the plain path's temporaries too."""
+def _logits_chunk(shape: ModelShape, layout: ParallelLayout, responses: int, *, gradient: bool) -> int:
+    """What one chunk of chunk_rows holds besides gradients of weight and hidden states.
+
+    A GPU in half precision: a tile of float32 logits, for a gradient the exponentials of V / tp columns in whole
+    tiles, and the chunk's hidden states. Otherwise chunk_rows x V / tp float32 logits and the hidden states; on a CPU
+    the plain path's temporaries too.
+    """
     rows, vocabulary = min(layout.chunk_rows, responses), shape.padded_vocab_size(layout.tp) // layout.tp
+    if layout.spec is not LayerSpec.LOCAL_CPU and layout.element_bytes < FLOAT32:
+        whole_tiles = -(-vocabulary // TILE_COLUMNS) * TILE_COLUMNS if gradient else 0
+        held = TILE_COLUMNS * FLOAT32 + whole_tiles * layout.element_bytes
+        return rows * (held + shape.hidden_size * layout.element_bytes)
     logits = rows * vocabulary * FLOAT32
     if layout.spec is not LayerSpec.LOCAL_CPU:
         return logits + rows * shape.hidden_size * layout.element_bytes
