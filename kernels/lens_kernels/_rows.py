@@ -115,5 +115,5 @@ def _row_strides(x: Tensor) -> list[int]:
 def _misplacement(x: Tensor) -> int:
     """Returns how many elements x begins after a boundary of VECTOR_BYTES."""
     if torch.compiler.is_compiling():  # which refuses to read addresses, and sees to it that storages begin at one
-        return x.storage_offset() % (VECTOR_BYTES // x.element_size())
+        return int(x.storage_offset()) % (VECTOR_BYTES // x.element_size())
     return x.data_ptr() % VECTOR_BYTES // x.element_size()
