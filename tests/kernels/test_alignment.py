@@ -1,11 +1,14 @@
 """Rows that begin anywhere in memory: values and gradients against float64, and nothing written beside the rows."""
 
 import itertools
+import os
 
 import pytest
 import torch
 from kernel_oracle import assert_near, assert_rows_near, statistics
 from lens_kernels import VocabShard, _dlogits, _statistics, token_logprobs
+from lens_kernels._backend import jit, launch, tl
+from lens_kernels._kernel_parts import elements_before_boundary
 from lens_kernels._rows import empty_with_rows_like, row_layout, rows_begin_at_boundaries, rows_lie_alike
 from lens_kernels._vocab_parallel import TokenRows, merge_statistics
 
@@ -83,6 +86,22 @@ def test_padding_of_several_blocks():
     assert_near(our_entropy, entropy.detach(), 5e-6)
     assert_rows_near(ours.grad[:, :300], exact.grad, 4e-6)
     assert ours.grad[:, 300:].eq(0).all() and ours.grad[2].eq(0).all()
+
+
+@jit
+def _distance_kernel(x_ptr, out_ptr):
+    i = tl.program_id(0)
+    tl.store(out_ptr + i, elements_before_boundary(x_ptr + i))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_distance_from_the_next_boundary(dtype):
+    """A GPU faults where this is wrong; the interpreter reads 16 bytes from anywhere."""
+    device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+    x, found = torch.zeros(20, dtype=dtype, device=device)[1:], torch.zeros(17, dtype=torch.int32, device=device)
+    launch(_distance_kernel, 17, x.device, x, found)
+    size = x.element_size()
+    assert found.tolist() == [-(x.data_ptr() + i * size) % 16 // size for i in range(17)]
 
 
 def test_rows_at_boundaries():
