@@ -173,5 +173,7 @@ def policy_loss(
             entropy_weights=entropy_weights,
         )
         evaluate = objective_evaluator(objective)
-    loss, *per_token = _PolicyLoss.apply(logits, rows, evaluate, inplace_backward)
-    return PolicyLoss(loss, *(None if x is None else x.view(token_ids.shape) for x in per_token))
+    loss, logprobs, *optional, entropy = _PolicyLoss.apply(logits, rows, evaluate, inplace_backward)
+    shape = token_ids.shape
+    ratio, clipped, kl = (None if x is None else x.view(shape) for x in optional)
+    return PolicyLoss(loss, logprobs.view(shape), ratio, clipped, kl, entropy.view(shape))
