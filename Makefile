@@ -16,7 +16,8 @@ TEST_WORKERS ?= 3
 # No dependencies: torch, triton, transformers and einops are there, and verl's and Liger's own pins would move them.
 PEERS := liger-kernel==0.8.5 cut-cross-entropy==25.1.1 fla-core==0.6.0 flash-linear-attention==0.6.0 verl==0.9.1
 # With dependencies, which leave an installed torch as it is. The second compiles, and needs CUDA's headers and compiler.
-PEERS_CUDA := quack-kernels[cu13]==0.6.5 nvidia-cutlass-dsl[cu13]==4.8.1 apache-tvm-ffi==0.1.15.post2
+# With nvidia-cutlass-dsl 4.8.1 quack.linear_cross_entropy cannot be imported.
+PEERS_CUDA := quack-kernels[cu13]==0.6.5 nvidia-cutlass-dsl[cu13]==4.7.0 apache-tvm-ffi==0.1.15.post2
 PEERS_CUDA_BUILT := transformer-engine[core-cu13,pytorch]==2.20.2
 
 # The GPU machine's Python, and the folder in which the rehearsal puts a copy of what that machine has.
