@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -165,7 +166,7 @@ class PackedAttention(MegatronModule):
         return out if isinstance(out, Tensor) else out[0]
 
 
-def grouped_keys_argument(attention: Callable[..., object], grouped: bool) -> dict[str, bool]:
+def grouped_keys_argument(attention: Callable[..., object], grouped: bool) -> dict[str, Any]:
     """Returns the argument that tells torch's `varlen_attn` whether keys have fewer heads than queries.
 
     Before torch 2.12 there is no such argument, and it takes both as they are.
