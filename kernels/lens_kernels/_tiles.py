@@ -60,10 +60,10 @@ def update_tile_reference(
     if offset == 0:
         stats[0], stats[1:], stats[2], anchor[0], anchor[1] = -torch.inf, 0, -torch.inf, -torch.inf, 0
     stats[2] = torch.where(owned, z.gather(1, local.clamp(0, columns - 1)[:, None])[:, 0], stats[2])
-    inverse_tau = 1.0 if tau is None else 1 / tau
+    inverse_tau = torch.ones_like(stats[0]) if tau is None else 1 / tau
     top = torch.maximum(stats[0], z.amax(1))
     shift = top.masked_fill(top == -torch.inf, 0)  # -inf - -inf would be NaN
-    x = (z - shift[:, None]) * (inverse_tau if tau is None else inverse_tau[:, None])
+    x = (z - shift[:, None]) * inverse_tau[:, None]
     weights = x.exp()
     moved = ((stats[0] - shift) * inverse_tau).clamp(min=LOWEST)
     rescale = moved.exp()
