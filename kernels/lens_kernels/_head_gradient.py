@@ -57,14 +57,15 @@ class GradientSums:
         self._plan, self._operands, self._into = plan, operands, into
         self._empty = True
         self._reduction: _Reduction | None = None
-        options = {"dtype": torch.float32, "device": operands.hidden.device}
+        device = operands.hidden.device
         needs_hidden, needs_weight, needs_bias = needs
         # Without `rows` every row of the gradient is written; with it, some may be added to and others never named.
         allocate = torch.empty if plan.rows is None else torch.zeros
-        self._hidden = allocate(operands.hidden.shape, **options) if needs_hidden else None
+        self._hidden = allocate(operands.hidden.shape, dtype=torch.float32, device=device) if needs_hidden else None
         own_sum = needs_weight and into is None
-        self._weight = torch.empty(operands.weight[0].shape, **options) if own_sum else None
-        self._bias = torch.empty(operands.columns, **options) if needs_bias else None
+        shape = operands.weight[0].shape
+        self._weight = torch.empty(shape, dtype=torch.float32, device=device) if own_sum else None
+        self._bias = torch.empty(operands.columns, dtype=torch.float32, device=device) if needs_bias else None
 
     def add(self, chunk: Chunk, d_logits: ScaledGradient) -> None:
         """Adds the share of a chunk whose logits have this gradient."""

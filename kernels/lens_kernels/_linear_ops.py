@@ -10,6 +10,7 @@ with the name of its process group. A result that there is not travels as an emp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -87,11 +88,13 @@ def evaluate_loss(
     """Returns `loss_pass` of these arguments with the built-in loss, in a form that torch.compile can take."""
     if not torch.compiler.is_compiling() or into is not None:
         return loss_pass(hidden, weight, bias, plan, crpo_evaluator(terms), needs, into)
-    *results, d_hidden, d_weight, d_bias = _loss_operator(hidden, weight, bias, *_pack(plan), *terms, list(needs))
-    return HeadLoss(*results, _needed((d_hidden, d_weight, d_bias), needs))
+    loss, logprobs, ratio, clipped, kl, entropy, *gradients = _loss_operator(
+        hidden, weight, bias, *_pack(plan), *terms, list(needs)
+    )
+    return HeadLoss(loss, logprobs, ratio, clipped, kl, entropy, _needed(gradients, needs))
 
 
-def _needed(gradients: tuple[Tensor, Tensor, Tensor], needs: Needs) -> HeadGradients:
+def _needed(gradients: Sequence[Tensor], needs: Needs) -> HeadGradients:
     return HeadGradients(*(g if needed else None for g, needed in zip(gradients, needs, strict=True)))
 
 
@@ -116,9 +119,12 @@ def _unpack(
     parts: int,
     path: Any,
 ) -> HeadPlan:
-    # PyTorch has no public way from a name to a group; its own collectives in graphs take this one.
-    ranks = None if group is None else dist.distributed_c10d._resolve_process_group(group)
-    tokens = TokenRows(token_ids, tau, softcap, VocabShard(*shard, ranks))
+    start, size, total = shard
+    ranks = None
+    if group is not None:
+        # PyTorch has no public way from a name to a group; its own collectives in graphs take this one.
+        ranks = dist.distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined,arg-type]  # private
+    tokens = TokenRows(token_ids, tau, softcap, VocabShard(start, size, total, ranks))
     return HeadPlan(tokens, rows, chunk_rows, None, sequence_parallel, Precision(dtype, parts), path)
 
 
@@ -156,8 +162,8 @@ def _gradient_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest:
 
 def _loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     plan, (*terms, needs) = _unpack(*rest[:_PLAN_ARGUMENTS]), rest[_PLAN_ARGUMENTS:]
-    *results, gradients = loss_pass(hidden, weight, bias, plan, crpo_evaluator(LossTerms(*terms)), tuple(needs))
-    return *results, *(_or_empty(gradient, hidden) for gradient in gradients)
+    result = loss_pass(hidden, weight, bias, plan, crpo_evaluator(LossTerms(*terms)), tuple(needs))
+    return tuple(_or_empty(value, hidden) for value in (*result.tensors(), *result.gradients))
 
 
 def _loss_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lens_kernels._chunk import allocate, logits_gradient, project
+from lens_kernels._crpo import TokenLosses
 from lens_kernels._head import HeadPlan, head_chunks, join_operands
 from lens_kernels._head_gradient import GradientSums, HeadGradients, WeightTotal
 from lens_kernels._objectives import Evaluator
@@ -28,6 +29,10 @@ class HeadLoss(NamedTuple):
     kl: Tensor | None
     entropy: Tensor
     gradients: HeadGradients
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Returns the loss and what there is per row."""
+        return self.loss, self.logprobs, self.ratio, self.clipped, self.kl, self.entropy
 
 
 def logprobs_pass(hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: HeadPlan, with_entropy: bool) -> RowTotals:
@@ -81,8 +86,7 @@ def loss_pass(
 
     With `into` the weight's gradient is added there, and the result has none.
     """
-    losses: list[Tensor] = []
-    results: list[tuple[Tensor | None, ...]] = []
+    results: list[tuple[RowTotals, TokenLosses]] = []
     with exact_products(hidden.device):
         operands = join_operands(hidden, weight, bias, plan)
         sums = GradientSums(plan, operands, needs, into)
@@ -90,8 +94,7 @@ def loss_pass(
         for chunk in head_chunks(plan, operands):
             projection = project(plan, operands, chunk, buffers, with_entropy=True)
             totals, tokens = evaluate(projection.stats, chunk.tokens, chunk.part)
-            losses.append(tokens.losses)
-            results.append((totals.logprobs, tokens.ratio, tokens.clipped, tokens.kl, totals.asked_entropy()))
+            results.append((totals, tokens))
             if any(needs):
                 gradient = logits_gradient(
                     plan,
@@ -105,12 +108,18 @@ def loss_pass(
                 sums.add(chunk, gradient)
         gradients = sums.finish()
     none = torch.zeros(0, dtype=torch.float32, device=hidden.device)
-    columns = zip(*results, strict=True) if results else [(none,)] * 5
-    per_token = [_join(column) for column in columns]
-    return HeadLoss(torch.cat([none, *losses]).sum(), *per_token, gradients)
+    return HeadLoss(
+        torch.cat([none, *(tokens.losses for _, tokens in results)]).sum(),
+        torch.cat([none, *(totals.logprobs for totals, _ in results)]),
+        _join([tokens.ratio for _, tokens in results], none),
+        _join([tokens.clipped for _, tokens in results], none),
+        _join([tokens.kl for _, tokens in results], none),
+        torch.cat([none, *(totals.asked_entropy() for totals, _ in results)]),
+        gradients,
+    )
 
 
-def _join(parts: tuple[Tensor | None, ...]) -> Tensor | None:
+def _join(parts: list[Tensor | None], none: Tensor) -> Tensor | None:
     """Joins the chunks' tensors into [T]; a tensor that the chunks do not have stays None."""
     present = [part for part in parts if part is not None]
-    return torch.cat(present) if present else None
+    return None if len(present) < len(parts) else torch.cat([none, *present])

@@ -185,7 +185,7 @@ def exact_products(device: torch.device) -> Iterator[None]:
 @contextlib.contextmanager
 def _float32_as_it_is() -> Iterator[None]:
     """Turns TF32 off, and on a CPU bfloat16 in float32's place; what was allowed is allowed again afterwards."""
-    allowed = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    allowed = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set at run time
     before = [getattr(setting, "fp32_precision", None) for setting in allowed]
     if None in before:
         yield from _float32_as_it_is_before_torch_29()

@@ -60,10 +60,10 @@ def update_tile_reference(
     if offset == 0:
         stats[0], stats[1:], stats[2], anchor[0], anchor[1] = -torch.inf, 0, -torch.inf, -torch.inf, 0
     stats[2] = torch.where(owned, z.gather(1, local.clamp(0, columns - 1)[:, None])[:, 0], stats[2])
-    inverse_tau = 1.0 if tau is None else 1 / tau
+    inverse_tau = torch.ones_like(stats[0]) if tau is None else 1 / tau
     top = torch.maximum(stats[0], z.amax(1))
     shift = top.masked_fill(top == -torch.inf, 0)  # -inf - -inf would be NaN
-    x = (z - shift[:, None]) * (inverse_tau if tau is None else inverse_tau[:, None])
+    x = (z - shift[:, None]) * inverse_tau[:, None]
     weights = x.exp()
     moved = ((stats[0] - shift) * inverse_tau).clamp(min=LOWEST)
     rescale = moved.exp()
@@ -82,6 +82,15 @@ def update_tile_reference(
         exponent -= power
         anchor[0], anchor[1] = torch.where(moves, top, anchor[0]), torch.where(moves, exponent, anchor[1])
     kept[:, offset : offset + columns] = weights * torch.exp2(exponent)[:, None]
+
+
+@jit
+@no_type_check
+def rounded(value, DTYPE: tl.constexpr):
+    """Returns a float32 value as DTYPE, to the nearest; Triton's interpreter cuts the digits off unless it is told."""
+    if DTYPE == tl.bfloat16:
+        value = value.to(tl.bfloat16, fp_downcast_rounding="rtne")
+    return value
 
 
 @jit
@@ -154,7 +163,7 @@ def _update_tile_kernel(
     if out_ptr is not None:
         out = out_ptr + row * stride_out + column
         if FIRST:
-            tl.store(out, weights)
+            tl.store(out, rounded(weights, out_ptr.dtype.element_ty))
             tl.store(anchor, tl.where(sums == 0, -float("inf"), new))
             tl.store(anchor + stride_anchor, 0.0)
         else:
@@ -170,7 +179,7 @@ def _update_tile_kernel(
                 exponent -= power
                 reference = new
                 fraction = exponent
-            tl.store(out + offset, weights * tl.exp2(exponent))
+            tl.store(out + offset, rounded(weights * tl.exp2(exponent), out_ptr.dtype.element_ty))
             tl.store(anchor, tl.where(sums == 0, -float("inf"), reference))
             tl.store(anchor + stride_anchor, fraction)
 

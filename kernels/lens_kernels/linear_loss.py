@@ -39,14 +39,15 @@ class _LinearPolicyLoss(torch.autograd.Function):
         accumulate_into: Tensor | None,
         loss_gradient: float | None,
     ) -> tuple[Tensor | None, ...]:
-        *results, gradients = evaluate(hidden, weight, bias)
-        ctx.save_for_backward(*gradients)
+        result = evaluate(hidden, weight, bias)
+        ctx.save_for_backward(*result.gradients)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.accumulate_into, ctx.loss_gradient = accumulate_into, loss_gradient
         ctx.weight = None if accumulate_into is None else weight  # only for the marks that Megatron sets on it
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(x for x in results[1:] if x is not None))
-        return tuple(results)
+        tensors = result.tensors()
+        ctx.mark_non_differentiable(*(x for x in tensors[1:] if x is not None))
+        return tensors
 
     @staticmethod
     @once_differentiable
@@ -195,24 +196,36 @@ def linear_policy_loss(
         boundaries,
     )
     _check_accumulator(accumulate_into, weight, loss_gradient)
-    loss_tensors = {
-        "old_logprobs": old_logprobs,
-        "advantages": advantages,
-        "reference_logprobs": reference_logprobs,
-        "policy_weights": policy_weights,
-        "kl_weights": kl_weights,
-        "entropy_weights": entropy_weights,
-    }
     operands = hidden.reshape(-1, hidden.shape[-1]), weight, bias
     needs = _needed_gradients(*operands)
     evaluate: Callable[..., HeadLoss]
     if objective is None:
         require(boundaries is None, "boundaries", "rows without an objective", "None: the CRPO loss is one per row")
-        limits = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip, "kl_limit": kl_limit}
-        terms = check_loss_terms(token_ids.shape, hidden.device, **loss_tensors, **limits, kl_estimator=kl_estimator)
+        terms = check_loss_terms(
+            token_ids.shape,
+            hidden.device,
+            old_logprobs=old_logprobs,
+            advantages=advantages,
+            reference_logprobs=reference_logprobs,
+            policy_weights=policy_weights,
+            kl_weights=kl_weights,
+            entropy_weights=entropy_weights,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            dual_clip=dual_clip,
+            kl_limit=kl_limit,
+            kl_estimator=kl_estimator,
+        )
         evaluate = functools.partial(evaluate_loss, plan=plan, terms=terms, needs=needs)
     else:
-        refuse_loss_arguments(**loss_tensors)
+        refuse_loss_arguments(
+            old_logprobs=old_logprobs,
+            advantages=advantages,
+            reference_logprobs=reference_logprobs,
+            policy_weights=policy_weights,
+            kl_weights=kl_weights,
+            entropy_weights=entropy_weights,
+        )
         evaluate = functools.partial(loss_pass, plan=plan, evaluate=objective_evaluator(objective), needs=needs)
     if accumulate_into is not None and loss_gradient is not None and needs[1]:
         evaluate = functools.partial(evaluate, into=WeightTotal(accumulate_into, float(loss_gradient)))
