@@ -14,7 +14,7 @@ TEST_WORKERS ?= 3
 # No dependencies: torch, triton, transformers and einops are there, and verl's and Liger's own pins would move them.
 PEERS := liger-kernel==0.8.5 cut-cross-entropy==25.1.1 fla-core==0.6.0 flash-linear-attention==0.6.0 verl==0.9.1
 
-.PHONY: help setup setup-vllm oracles demo test test-slow bench bench-peers bench-gpu lint format clean
+.PHONY: help setup setup-vllm oracles demo test test-libraries test-slow bench bench-peers bench-gpu lint format clean
 
 help:
 	@echo "make demo            train LENS on CPU, two processes; again: resumes. IF_EXISTS=restart starts over"
@@ -65,9 +65,13 @@ demo: $(VENV)/.ready
 	  model.path=$(DEMO_DATA)/model data.train=$(DEMO_DATA)/train.jsonl data.eval=[$(DEMO_DATA)/eval.jsonl] \
 	  run.directory=$(RUN) run.if_exists=$(IF_EXISTS) $(ARGS)
 
-test: setup lint
-	@$(MAKE) --no-print-directory oracles || echo "verl and TRL cannot be installed: the tests that need them are skipped"
+# Types are checked while the libraries are installed that they do not look into.
+test: $(VENV)/.ready
+	@$(MAKE) --no-print-directory --jobs=2 lint test-libraries
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+
+test-libraries: setup-vllm
+	@$(MAKE) --no-print-directory oracles || echo "verl and TRL cannot be installed: the tests that need them are skipped"
 
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu"
@@ -83,7 +87,7 @@ bench-peers: setup
 bench-gpu:
 	$(BENCH_PYTHON) -m pytest benchmarks --benchmark-only --device cuda --shapes standard --budget-s 450 --out $(OUT) $(BENCH_ARGS)
 
-lint: setup
+lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -43,6 +43,8 @@ LOST_S = 20.0
 """Seconds for which a rank that was told to stop goes on where another one is lost, so that nothing can be saved."""
 REPEAT_S = 5.0
 """Seconds in which further SIGINTs are ignored: one Ctrl-C reaches a process from the terminal and from torchrun."""
+_NO_SIGNAL = b"\0"
+"""A message that wakes the thread and asks for nothing."""
 _PATIENCE = timedelta(days=7)
 """Time limit of a round. A suspended rank is no reason to end anything, and one that dies ends the wait at once."""
 
@@ -129,6 +131,8 @@ class Stop:
         """Does not return once the threads have begun to end the processes: `error` is then only a consequence."""
         self.claim()
         self._leaving, self._alone = True, error is not None
+        with suppress(BlockingIOError):  # signals have filled it, and wake the thread as well
+            self._outbox.send(_NO_SIGNAL)  # otherwise the thread would notice only at the end of its ROUND_S
         self._thread.join(2.0 if self._alone else 20.0)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""One rank of two that write rollouts: `rollout_files_worker.py RANK PORT FOLDER`. Prints what it says and what it is
+"""One rank of two that write rollouts: `rollout_files_worker.py FOLDER`. Prints what it says and what it is
 refused; rank 1's part of step 2 cannot be written, nor can rank 0 join the parts of step 4."""
 
 import os
@@ -13,8 +13,7 @@ from lens_megatron.output.rollout_files import RolloutFileError, RolloutFiles
 
 
 def main() -> None:
-    rank, port, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
     torch.distributed.init_process_group("gloo")
     mesh = SimpleNamespace(rank=rank, model_rank=0, dp_rank=rank, dp_size=2, device=torch.device("cpu"))
     side = RolloutFiles(folder, "rollouts", mesh, required=False)

@@ -1,6 +1,7 @@
 """One process that is told to stop: `stop_worker.py HOW`. It prints what it does, so that tests can see it.
 
 alone      before ranks have met
+nohup      likewise, where hang-ups are ignored
 boundary   its step ends in time
 stuck      its step does not end; a save takes a second
 failing    likewise, and the disk is full
@@ -46,9 +47,11 @@ class Step:
 
 def main(how: str) -> int:
     device = platform.install()
+    if how == "nohup":
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the program nohup does it before the process begins
     with messages_on_console(), Stop() as stop:
         print("listening", flush=True)
-        if how == "alone":
+        if how in ("alone", "nohup"):
             time.sleep(3600)
         platform.init_process_group(device)
         stop.meet()

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_time import PATIENCE_S, wait_until
-from toy_runs import Toy, command, environment, launch
+from toy_runs import Toy, command, environment, launch, start_ranks
 
 from lens_megatron.files import append_whole
 from lens_megatron.output import report
@@ -168,20 +167,9 @@ def test_a_console_on_a_full_disk_ends_no_run():
 
 def test_one_rank_cannot_write_its_part(tmp_path: Path):
     """Nobody waits for it, and no file lacks a part. Files that were asked for are refused on every rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), port, str(tmp_path)],
-            env=environment(),
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [rank.communicate(timeout=PATIENCE_S)[0].splitlines() for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0]
+    with start_ranks(2, WORKER, tmp_path) as ranks:
+        assert ranks.wait() == [0, 0], ranks.stderr()
+        said = [ranks.stdout_of(rank).splitlines() for rank in range(2)]
     lost = f"warning: rollouts cannot be written to {tmp_path} at step "
     refused = f"refused: debug.save_rollouts cannot be written to {tmp_path} at step "
     expected = [

@@ -3,12 +3,12 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,8 @@ import torch
 from checkpoint_policy import config, train_step, writer
 from records import PROMPT
 from safetensors.torch import load_file
-from toy_runs import ROOT, environment
+from toy_runs import ROOT, environment, start_ranks
+from warm_ranks import Ranks
 
 from lens_megatron.algorithms.selection.every_prompt import EveryPrompt
 from lens_megatron.data.prompts import PromptStream
@@ -27,7 +28,7 @@ from lens_megatron.policy.model import Policy, build_policy, reference_weights
 from lens_megatron.policy.offload import TrainerMemory
 from lens_megatron.policy.parallel import Mesh
 from lens_megatron.results import Outcome
-from lens_megatron.supervision import heartbeat
+from lens_megatron.supervision import heartbeat, stop
 
 WORKER = Path(__file__).with_name("stop_worker.py")
 
@@ -211,52 +212,52 @@ def test_the_watchdog_does_not_count_rounds(mesh):
     ],
 )
 def test_a_signal_ends_the_process_in_order(how: str, number: int, code: int, said: list[str]):
-    process = begin(how)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == code, output
+    with begun(how) as process:
+        process.send(number)
+        assert process.wait() == [code], process.stdout() + process.stderr()
+        output = process.stdout()
     places = [output.find(text) for text in said]
     assert -1 not in places and places == sorted(places), output
     assert ("saving" in output) == ("saving" in said), "the main thread was first"
 
 
+def test_a_program_that_ends_does_not_wait_for_its_threads_next_round(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(stop, "ROUND_S", 3600.0)
+    with pytest.raises(ZeroDivisionError), stop.Stop() as listening:
+        raise ZeroDivisionError
+    assert not listening._thread.is_alive()
+
+
 def test_only_a_second_ctrl_c_that_is_meant_kills():
-    process = begin("impatient")
-    for _ in range(2):  # one from the terminal, one from torchrun
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.2)
-    for line in process.stdout:
-        if "saving" in line:
-            break
-    assert process.poll() is None
-    process.send_signal(signal.SIGTERM)  # a scheduler that repeats itself
-    time.sleep(6)
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 128 + signal.SIGINT
+    with begun("impatient") as process:
+        for _ in range(2):  # one from the terminal, one from torchrun
+            process.send(signal.SIGINT)
+            time.sleep(0.2)
+        process.await_stdout("saving")
+        process.send(signal.SIGTERM)  # a scheduler that repeats itself
+        time.sleep(6)
+        assert process.runs()
+        process.send(signal.SIGINT)
+        assert process.wait() == [128 + signal.SIGINT]
 
 
 def test_who_started_it_with_nohup_means_it():
-    process = begin("alone", before=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
-    process.send_signal(signal.SIGHUP)
-    time.sleep(2)
-    assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
+    with begun("nohup") as process:
+        process.send(signal.SIGHUP)
+        time.sleep(2)
+        assert process.runs()
+        process.send(signal.SIGTERM)
+        assert process.wait() == [0]
 
 
 @pytest.mark.slow
 def test_a_rank_that_is_left_alone_does_not_outlive_its_launchers_patience():
     """torchrun tells the others to stop when one fails; this one's main thread would not notice for an hour."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    other = subprocess.Popen([sys.executable, str(WORKER), "lost"], env=environment() | world | {"RANK": "1"})
-    process = begin("lost", **world, RANK="0")
-    assert other.wait(60) == 9
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 1 and "could not be saved: another rank was lost" in output
+    with begun("lost", ranks=2) as processes:
+        processes.await_end_of(1)
+        processes.send(signal.SIGTERM, rank=0)
+        assert processes.wait() == [1, 9]
+        assert "could not be saved: another rank was lost" in processes.stdout()
 
 
 def test_a_signal_while_the_program_is_being_imported_ends_it_with_0():
@@ -274,20 +275,12 @@ def test_a_signal_while_the_program_is_being_imported_ends_it_with_0():
     assert process.returncode == 0
 
 
-def begin(how: str, before: Callable[[], object] | None = None, **variables: str) -> subprocess.Popen:
-    process = subprocess.Popen(
-        [sys.executable, str(WORKER), how],
-        env=environment() | variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=before,
-    )
-    ready = "listening" if how == "alone" else "training"
-    for line in process.stdout:
-        if ready in line:
-            break
-    return process
+@contextmanager
+def begun(how: str, ranks: int = 1) -> Iterator[Ranks]:
+    """The worker, which waits for a signal."""
+    with start_ranks(ranks, WORKER, how, together=False) as processes:
+        processes.await_stdout("listening" if how in ("alone", "nohup") else "training")
+        yield processes
 
 
 def test_slurms_script_passes_a_signal_on_and_waits(tmp_path: Path):

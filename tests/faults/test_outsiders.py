@@ -15,8 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import watchdog_worker
 from torch.distributed import TCPStore
-from toy_runs import ROOT, environment
+from toy_runs import environment, start_ranks
 
 from lens_megatron.rollout.request_store import RequestStore
 from lens_megatron.rollout.servers.process import ServerProcess, private_folder
@@ -219,25 +220,18 @@ def test_the_control_store_ends_with_the_rank_that_started_it():
 
 
 def test_an_alarm_from_outside_does_not_end_a_run(tmp_path: Path):
-    """The alarm is put into torchrun's store, where anyone may write; ranks do not look for it there."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    script = str(ROOT / "tests" / "trainer" / "watchdog_worker.py")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), "2", str(port), str(tmp_path), "fine", "1"],
-            env=environment(),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=DEADLINE_S), wait_for_workers=False)
-    for key in ("watchdog/0/alarm", "watchdog/alarm"):
-        store.add(key, 1)
-        store.set(f"default_pg/0//{key}", "1")
-    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    """The alarm is put into torchrun's store, where anyone may write; ranks do not look for it there.
+
+    Nor does the watchdog end phases that keep to their deadline while all of them together last longer.
+    """
+    limit = timedelta(seconds=DEADLINE_S)
+    with start_ranks(2, Path(watchdog_worker.__file__), tmp_path, "fine", "1", together=False) as ranks:
+        store = TCPStore("127.0.0.1", ranks.port, is_master=False, timeout=limit, wait_for_workers=False)
+        for key in ("watchdog/0/alarm", "watchdog/alarm"):
+            store.add(key, 1)
+            store.set(f"default_pg/0//{key}", "1")
+        assert ranks.wait() == [0, 0], ranks.stderr()
+    assert not (tmp_path / "watchdog").exists()
 
 
 def test_folders_for_servers_sockets_are_private_and_their_paths_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

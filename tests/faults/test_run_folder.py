@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from toy_runs import ROOT, Toy, command, environment, launch, run_program, torchrun
+from toy_runs import ROOT, Toy, command, environment, launch, run_program, start_ranks, torchrun, write_config
 
 from lens_megatron import train
 from lens_megatron.config import Config, from_tree
@@ -348,7 +348,7 @@ def test_a_second_trainer_ends_with_2_and_ranks_end_after_their_torchrun(toy: To
     checkpoints = tmp_path / "run" / "checkpoints"
     with (tmp_path / "first.log").open("wb") as log:
         outputs = {"stdout": log, "stderr": log, "start_new_session": True}
-        words = command(endless(toy, tmp_path), tmp_path / "first", 2)
+        words = command(endless(toy, tmp_path), tmp_path / "first", 1)
         first = subprocess.Popen(words, env=environment(), **outputs)
     try:
         wait_for(lambda: list(checkpoints.glob("iter_*")), first)
@@ -387,12 +387,13 @@ sys.exit(train.main([*sys.argv[1:3], *(sys.argv[3:] if rank == "1" else [])]))
     ],
 )
 def test_a_mistake_on_another_rank_is_said(toy: Toy, tmp_path: Path, override: str, message: str):
-    (tmp_path / "entry.py").write_text(MISTAKE_ON_RANK_1)
-    arguments = command(toy.tree(tmp_path / "run"), tmp_path, 2)
-    arguments[arguments.index(str(ROOT / "pretrain_lens.py"))] = str(tmp_path / "entry.py")
-    result = subprocess.run([*arguments, override], env=environment(), capture_output=True, text=True, timeout=300)
-    assert result.returncode == 1 and "exitcode  : 2" in result.stderr
-    assert f"rank 1: error: {message}" in result.stdout or message in result.stdout.split("rank 1: error: ")[1]
+    entry = tmp_path / "entry.py"
+    entry.write_text(MISTAKE_ON_RANK_1)
+    config = write_config(toy.tree(tmp_path / "run"), tmp_path)
+    with start_ranks(2, entry, "--config", config, override, together=False) as ranks:
+        codes, said = ranks.wait(), ranks.stdout_of(1)
+    assert codes[1] == ExitCode.MISTAKE and codes[0] != 0
+    assert f"rank 1: error: {message}" in said or message in said.split("rank 1: error: ")[1]
     assert not (tmp_path / "run").exists()
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from toy_runs import ROOT, Toy, checkpoint_tensors, command, environment, launch
+from test_time import wait_until
+from toy_runs import ROOT, Toy, checkpoint_tensors, command, environment, launch, start_ranks, write_config
 
 from lens_megatron.output.metrics import read_metrics
 
@@ -107,20 +108,16 @@ def straight(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_step_of_an_hour_is_left_within_seconds_and_its_predecessor_saved(toy: Toy, tmp_path: Path):
     """One rank that computes with the reference policy's weights: what is saved are the policy's own."""
-    arguments = slowly(command(tree_of(toy, tmp_path), tmp_path, 1))
-    program = [arguments[0], *arguments[arguments.index(str(FAULTS / "slow_run.py")) :]]
-    process = subprocess.Popen(
-        program,
-        env=surroundings(tmp_path, "ref", 2),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    await_file(tmp_path / "reached", process)
-    alive = family(process)
-    process.send_signal(signal.SIGTERM)
-    output = await_end(process, alive, 240)
-    assert process.returncode == 0, output
+    config = write_config(tree_of(toy, tmp_path), tmp_path)
+    surroundings_of_ref = surroundings(tmp_path, "ref", 2)
+    with start_ranks(1, FAULTS / "slow_run.py", "--config", config, variables=surroundings_of_ref) as process:
+        wait_until("the phase", lambda: (tmp_path / "reached").exists() or not process.runs())
+        (pid,) = process.pids
+        alive = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+        process.send(signal.SIGTERM)
+        assert process.wait() == [0], process.stdout() + process.stderr()
+        output = process.stdout()
+        assert not psutil.wait_procs(alive, timeout=30)[1], "left behind"
     assert "stopped as asked after step 1; the same command goes on from here" in output
     assert checkpoints(tmp_path) == ["iter_0000001"] and [row["step"] for row in rows_of(tmp_path)] == [0, 1]
     launch(tree_of(toy, tmp_path), tmp_path, 1)

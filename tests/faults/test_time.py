@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from toy_runs import ROOT, Toy, command, environment
+import watchdog_worker
+from toy_runs import Toy, command, environment, start_ranks
 from watchdog_worker import TIMEOUT_S
 
 from lens_megatron.output.metrics import read_metrics
@@ -100,25 +100,12 @@ def test_the_deadman_ends_a_process_that_holds_the_lock():
 
 
 def test_ranks_that_are_suspended_together_go_on(tmp_path: Path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    script = str(ROOT / "tests" / "trainer" / "watchdog_worker.py")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), "2", port, str(tmp_path), "fine", "1"],
-            env=environment(),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
     begun = [tmp_path / f"begun_{rank}" for rank in range(2)]
-    wait_until("both ranks", lambda: all(p.exists() for p in begun) or any(rank.poll() for rank in ranks))
-    with stopped([psutil.Process(rank.pid) for rank in ranks]):
-        time.sleep(3 * TIMEOUT_S)
-    errors = [rank.communicate(timeout=PATIENCE_S)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    with start_ranks(2, Path(watchdog_worker.__file__), tmp_path, "fine", "1", together=False) as ranks:
+        wait_until("both ranks", lambda: all(path.exists() for path in begun) or not ranks.runs())
+        with stopped([psutil.Process(pid) for pid in ranks.pids]):
+            time.sleep(3 * TIMEOUT_S)
+        assert ranks.wait() == [0, 0], ranks.stderr()
     assert not (tmp_path / "watchdog").exists()
 
 

@@ -31,6 +31,11 @@ class Oracle:
         return answer["value"]
 
 
+def make_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets graders import the libraries, which stand behind all that is installed."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(FOLDER)])
+
+
 def start(library: str, folder: Path) -> Iterator[Oracle]:
     if not (FOLDER / library).is_dir():
         pytest.skip(f"{library} is not in {FOLDER.name}; run `make oracles`")

@@ -1,13 +1,17 @@
-"""Advantages and losses equal those of TRL 1.16.0: values and gradients, in float64."""
+"""Advantages, losses and rewards equal those of TRL 1.16.0: values and gradients, in float64."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
-from oracle_client import Oracle
+from oracle_client import Oracle, make_importable
 from our_loss import LIMIT, Responses, assert_equal, our_advantages, our_loss, padded, random_responses
+from prompt_data import write_jsonl
+from test_graders import LIMIT_S, facts_of, whole
 
 from lens_megatron.config import AlgorithmConfig
+from lens_megatron.reward import grade
 
 SEEDS = range(5)
 TEMPERATURES = {"sapo_temperature_pos": 0.8, "sapo_temperature_neg": 1.3}
@@ -100,3 +104,25 @@ def truncated(responses: Responses, per_response: bool) -> torch.Tensor:
     """TRL is given these weights; [N, T], or [N, 1] per response."""
     log_ratio = padded(responses.old) - padded(responses.engine)
     return (log_ratio.sum(-1, keepdim=True) if per_response else log_ratio).exp().clamp(max=1.1)
+
+
+def test_its_own_rewards_are_those_of_our_grading_processes(
+    trl: Oracle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    make_importable(monkeypatch)
+    completions = [
+        r"<think>x</think> \boxed{\frac{2}{4}}",
+        r"\boxed{3}",
+        "<think>x",
+        "",
+        r"<think></think>$\frac{1}{2}$",
+    ]
+    row = {"prompt": [{"role": "user", "content": "How"}], "solution": r"\frac{1}{2}", "answer": "1/2"}
+    (prompt,) = whole(write_jsonl(tmp_path / "rows.jsonl", row))
+    found = grade(
+        completions, [prompt.answer] * len(completions), LIMIT_S, workers=1,
+        grader=("trl.rewards:accuracy_reward", "trl.rewards:think_format_reward"), weights=(1.0, 0.25),
+        facts=[facts_of(prompt)] * len(completions),
+    )  # fmt: skip
+    expected = trl("scores", texts=completions, solution=row["solution"])
+    assert [g.score for g in found] == expected and len(set(expected)) > 2, found

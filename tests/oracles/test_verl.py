@@ -1,11 +1,15 @@
-"""Advantages, losses, aggregations, k3 and corrections equal those of verl 0.9.1: values and gradients, in float64."""
+"""Advantages, losses, aggregations, k3 and corrections equal those of verl 0.9.1: values and gradients, in float64.
+
+So do scores, where its own function grades.
+"""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from lens_kernels import k3
-from oracle_client import Oracle
+from oracle_client import Oracle, make_importable
 from our_loss import (
     LIMIT,
     Responses,
@@ -17,9 +21,12 @@ from our_loss import (
     random_responses,
     token_terms,
 )
+from prompt_data import write_jsonl
+from test_graders import LIMIT_S, facts_of, whole
 
 from lens_megatron.algorithms.aggregation import AGGREGATIONS
 from lens_megatron.config import AlgorithmConfig
+from lens_megatron.reward import GradeStatus, grade
 
 SEEDS = range(5)
 ESTIMATORS = {
@@ -184,3 +191,31 @@ def test_corrections(verl: Oracle, name: str, function: str, arguments: dict):
         assert terms.corrections.tolist() == pytest.approx(expected[responses.mask > 0].tolist(), rel=1e-6)
         kinds.update(terms.limited.tolist())
     assert kinds == {True, False}
+
+
+def test_its_own_scores_are_those_of_our_grading_processes(
+    verl: Oracle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    make_importable(monkeypatch)
+    completions = ["It is #### 72", r"so \boxed{72}", "Answer: 72", "<answer> 72 </answer>", "#### 71", ""]
+    completions += [r"<think>...</think> \boxed{72}", r"\boxed{\frac{144}{2}}", "Answer: $\\boxed{72}$"]
+    sources = ["openai/gsm8k", "lighteval/MATH", "HuggingFaceH4/MATH-500", "math_dapo", "aime2024",
+               "searchR1_nq"]  # fmt: skip
+    truths = {"searchR1_nq": {"target": ["72", "seventy-two"]}}
+    source = write_jsonl(
+        tmp_path / "rows.jsonl",
+        *({"data_source": name, "prompt": "How", "reward_model": {"ground_truth": truths.get(name, "72")}}
+          for name in sources),
+    )  # fmt: skip
+    prompts = [prompt for prompt in whole(source) for _ in completions]
+    found = grade(
+        completions * len(sources), [p.answer for p in prompts], LIMIT_S, workers=1,
+        grader="verl.utils.reward_score:default_compute_score", facts=[facts_of(prompt) for prompt in prompts],
+    )  # fmt: skip
+    cases = [(name, text, truths.get(name, "72")) for name in sources for text in completions]
+    expected = verl("scores", cases=cases)
+    assert {name.status for name in found} == {GradeStatus.CORRECT, GradeStatus.WRONG}
+    assert [g.score for g in found] == [e["score"] for e in expected]
+    assert [g.correct for g in found] == [bool(e["acc"]) for e in expected]
+    # The default's example: math_dapo pays 1 and -1, the others 1 and 0.
+    assert {e["score"] for e in expected} >= {-1.0, 0.0, 1.0}

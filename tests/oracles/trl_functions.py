@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from in_float64 import tensor, with_gradient
 from torch import Tensor
+from trl.rewards import accuracy_reward, think_format_reward
 from trl.trainer import grpo_trainer
 
 TRAINER = grpo_trainer.GRPOTrainer
@@ -80,3 +81,11 @@ def stand_in(log_probs: Tensor, options: dict, arguments: dict) -> SimpleNamespa
         vllm_importance_sampling_correction=True,
         **{"importance_sampling_level": "token", "beta": 0.0, **options},
     )
+
+
+def scores(texts: list, solution: str) -> list[float]:
+    """Accuracy, and a quarter for the right form."""
+    completions = [[{"role": "assistant", "content": text}] for text in texts]
+    right = accuracy_reward(completions=completions, solution=[solution] * len(texts))
+    form = think_format_reward(completions=completions)
+    return [a + 0.25 * b for a, b in zip(right, form, strict=True)]

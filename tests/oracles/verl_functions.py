@@ -7,6 +7,7 @@ import torch
 from in_float64 import tensor, with_gradient
 from torch import Tensor
 from verl.trainer.ppo import core_algos, rollout_corr_helper
+from verl.utils.reward_score import default_compute_score
 from verl.workers.config import ActorConfig
 
 
@@ -59,3 +60,9 @@ def correction(log_ratio: list, mask: list, level: str, threshold: str) -> list:
 def rejection(log_ratio: list, mask: list, mode: str, threshold: str) -> list:
     compute = rollout_corr_helper.compute_rollout_rejection_mask
     return compute(tensor(log_ratio), tensor(mask), mode, threshold)[0].tolist()
+
+
+def scores(cases: list) -> list[dict]:
+    """Scores and verdicts on (data source, solution, ground truth), by the function that verl uses by default."""
+    found = [default_compute_score(*case) for case in cases]
+    return [score if isinstance(score, dict) else {"score": score, "acc": score >= 1} for score in found]

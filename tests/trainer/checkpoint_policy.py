@@ -123,8 +123,7 @@ def run_rank(root: Path) -> None:
         shut_down()
 
 
-def save_half(port: str, root: Path) -> None:
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+def save_half(root: Path) -> None:
     device, built = platform.install(), config(root, {})
     platform.init_process_group(device)
     policy = build_policy(built, build_mesh(built.megatron, 0, device))
@@ -145,6 +144,6 @@ def save_half(port: str, root: Path) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "half":
-        save_half(sys.argv[2], Path(sys.argv[3]))
+        save_half(Path(sys.argv[2]))
     else:
         run_rank(Path(sys.argv[2]))

@@ -11,6 +11,15 @@ def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_
     return float(len(solution_str) % 2 == 0)
 
 
+def patient_score(data_source: str, solution_str: str, ground_truth: str, extra_info: dict | None = None) -> float:
+    """As `compute_score`, but says with a file `waits` in the folder PATIENCE that it waits for a file `go` there."""
+    folder = Path(os.environ["PATIENCE"])
+    while not (folder / "go").exists():
+        (folder / "waits").touch()
+        time.sleep(0.01)
+    return float(len(solution_str) % 2 == 0)
+
+
 def murderous_score(data_source: str, solution_str: str, ground_truth: str, extra_info: dict | None = None) -> float:
     """Kills the trainer once it has kept a group of step 2, if the folder MURDER holds a file `armed`.
 

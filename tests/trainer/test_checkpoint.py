@@ -10,7 +10,6 @@ import random
 import resource
 import signal
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import torch
 from checkpoint_policy import LAYOUTS, SIZES, config, exported, train_step, writer
 from safetensors.torch import load_file
 from test_policy import saved_model
-from toy_runs import environment, run_ranks
+from toy_runs import run_ranks, start_ranks
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from lens_megatron.data.model_files import small_files
@@ -360,13 +359,10 @@ def test_another_models_checkpoint_is_refused(root, mesh, tmp_path, caplog):
 
 
 def test_kill_9_in_the_middle_of_a_save(root, mesh):
-    script = str(Path(checkpoint_policy.__file__))
-    process = subprocess.Popen(
-        [sys.executable, script, "half", "0", str(root)], env=environment(), stdout=-1, text=True
-    )
-    assert process.stdout.readline() == "half written\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with start_ranks(1, Path(checkpoint_policy.__file__), "half", root) as process:
+        process.await_stdout("half written\n")
+        process.send(signal.SIGKILL)
+        assert process.wait() == [-signal.SIGKILL]
     folder = root / "half"
     assert names(folder) == [".writing_iter_0000002", "iter_0000001"]
     policy, _ = fresh(root, mesh)

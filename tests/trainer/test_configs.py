@@ -1,13 +1,11 @@
 """Every configuration in the tree loads, holds the paper's hyper-parameters, fits its cluster, and builds exactly."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from toy_runs import ROOT, environment
+from toy_runs import ROOT, run_ranks
 
 from lens_megatron import config as configuration
 from lens_megatron.config import Config
@@ -124,11 +122,7 @@ def test_no_option_is_said_twice():
 
 
 def test_its_model_builds_without_memory_at_the_exact_parameter_count():
-    worker = Path(__file__).with_name("meta_models.py")
-    result = subprocess.run(
-        [sys.executable, str(worker), *map(str, LENS)], env=environment(), capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    result = run_ranks(1, Path(__file__).with_name("meta_models.py"), *LENS)
     rows = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("[")]
     whole = {Path(name).name: count for name, stage, count in rows if stage is None}
     assert whole == PUBLISHED

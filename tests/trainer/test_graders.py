@@ -3,8 +3,6 @@
 import datetime
 import decimal
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prompt_data import GOOD, error, load, make_tokenizer, write_jsonl, write_parquet
-from toy_runs import ROOT, environment
+from toy_runs import ROOT
 
 from lens_megatron.config import DataConfig, LensConfig, RewardConfig
 from lens_megatron.data.prompts import load_prompts
@@ -308,81 +306,3 @@ def test_frames_come_back_as_they_were(completion: str, answer: str, record: str
 def test_the_graders_of_a_run_travel_as_an_argument():
     chosen = choose(["math_verify", "a:b"], [0.1, 2])
     assert GraderSet.from_argument(chosen.to_argument()) == chosen
-
-
-# ---- verl and TRL themselves ----------------------------------------------------------------------------------------
-
-
-def library(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the library importable for graders, behind all that is installed."""
-    if not (ORACLES / name).is_dir():
-        pytest.skip(f"{name} is not in {ORACLES.name}; run `make oracles`")
-    monkeypatch.setattr(sys, "path", [*sys.path, str(ORACLES)])
-
-
-def called_directly(code: str, cases: object) -> list[float]:
-    """Runs `code` on `cases` in a process of its own and returns its `scores`."""
-    program = f"import json, sys\nsys.path.append({str(ORACLES)!r})\ncases = json.loads(sys.stdin.read())\n{code}\n"
-    program += "print('SCORES', json.dumps(scores))"
-    done = subprocess.run([sys.executable, "-c", program], input=json.dumps(cases), env=environment(), text=True,
-                          capture_output=True)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("SCORES ")]
-    return json.loads(line.removeprefix("SCORES "))
-
-
-def test_verls_own_scores_equal_direct_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    library("verl", monkeypatch)
-    completions = ["It is #### 72", r"so \boxed{72}", "Answer: 72", "<answer> 72 </answer>", "#### 71", ""]
-    completions += [r"<think>...</think> \boxed{72}", r"\boxed{\frac{144}{2}}", "Answer: $\\boxed{72}$"]
-    sources = ["openai/gsm8k", "lighteval/MATH", "HuggingFaceH4/MATH-500", "math_dapo", "aime2024",
-               "searchR1_nq"]  # fmt: skip
-    truths = {"searchR1_nq": {"target": ["72", "seventy-two"]}}
-    source = write_jsonl(
-        tmp_path / "rows.jsonl",
-        *({"data_source": name, "prompt": "How", "reward_model": {"ground_truth": truths.get(name, "72")}}
-          for name in sources),
-    )  # fmt: skip
-    prompts = [prompt for prompt in whole(source) for _ in completions]
-    found = grade(
-        completions * len(sources), [p.answer for p in prompts], LIMIT_S, workers=1,
-        grader="verl.utils.reward_score:default_compute_score", facts=[facts_of(prompt) for prompt in prompts],
-    )  # fmt: skip
-    expected = called_directly(
-        "from verl.utils.reward_score import default_compute_score\n"
-        "found = [default_compute_score(name, text, truth) for name, text, truth in cases]\n"
-        "scores = [f if isinstance(f, dict) else {'score': f, 'acc': f >= 1} for f in found]",
-        [(name, text, truths.get(name, "72")) for name in sources for text in completions],
-    )
-    assert {name.status for name in found} == {CORRECT, WRONG}
-    assert [g.score for g in found] == [e["score"] for e in expected]
-    assert [g.correct for g in found] == [bool(e["acc"]) for e in expected]
-    # The default's example: math_dapo pays 1 and -1, the others 1 and 0.
-    assert {e["score"] for e in expected} >= {-1.0, 0.0, 1.0}
-
-
-def test_trls_own_rewards_equal_direct_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    library("trl", monkeypatch)
-    completions = [
-        r"<think>x</think> \boxed{\frac{2}{4}}",
-        r"\boxed{3}",
-        "<think>x",
-        "",
-        r"<think></think>$\frac{1}{2}$",
-    ]
-    row = {"prompt": [{"role": "user", "content": "How"}], "solution": r"\frac{1}{2}", "answer": "1/2"}
-    (prompt,) = whole(write_jsonl(tmp_path / "rows.jsonl", row))
-    found = grade(
-        completions, [prompt.answer] * len(completions), LIMIT_S, workers=1,
-        grader=("trl.rewards:accuracy_reward", "trl.rewards:think_format_reward"), weights=(1.0, 0.25),
-        facts=[facts_of(prompt)] * len(completions),
-    )  # fmt: skip
-    expected = called_directly(
-        "from trl.rewards import accuracy_reward, think_format_reward\n"
-        "texts = [[{'role': 'assistant', 'content': text}] for text in cases[0]]\n"
-        "right = accuracy_reward(completions=texts, solution=[cases[1]] * len(texts))\n"
-        "form = think_format_reward(completions=texts)\n"
-        "scores = [a + 0.25 * b for a, b in zip(right, form)]",
-        [completions, row["solution"]],
-    )
-    assert [g.score for g in found] == expected and len(set(expected)) > 2, found

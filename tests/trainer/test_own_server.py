@@ -9,15 +9,17 @@ from pathlib import Path
 import psutil
 import pytest
 from server_fleet import PATIENT, Fleet, check, finish, requests_of, sync_both_ways, until
-from toy_runs import Toy, environment, launch, rollout_rows
-from vllm_models import weights
+from toy_runs import ROOT, Toy, environment, rollout_rows, start_ranks, write_config
+from vllm_models import needs_vllm, weights
 
+from lens_megatron.output.metrics import read_metrics
 from lens_megatron.policy.hf_weights import read_hf_config
 from lens_megatron.rollout.engine import Completion
+from lens_megatron.rollout.servers import end_with_parent
 from lens_megatron.rollout.servers.engine import ServerEngine
 from lens_megatron.rollout.servers.process import ServerProcess
 
-pytest.importorskip("vllm", reason="make setup-vllm")
+pytestmark = needs_vllm
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +88,12 @@ def test_where_others_serve_they_get_its_requests_at_once(own: ServerEngine, fle
     engine.alone = engine.pool.waits_for_restarts = True
 
 
-def test_a_server_of_the_trainers_own_answers_on_no_port(own: ServerEngine):
-    process = own.processes[0]
-    assert process.folder.stat().st_mode & 0o777 == 0o700
-    guardian = psutil.Process(process.process.pid)
+def assert_answers_on_no_port(guardian: psutil.Process) -> None:
+    (api,) = guardian.children()
+    words, key = api.cmdline(), api.environ()["VLLM_API_KEY"]
+    assert "--port" not in words and key not in words
+    path = Path(words[words.index("--uds") + 1])
+    assert path.parent.stat().st_mode & 0o777 == 0o700
     hosts = {
         connection.laddr.ip
         for each in (guardian, *guardian.children(recursive=True))
@@ -97,11 +101,9 @@ def test_a_server_of_the_trainers_own_answers_on_no_port(own: ServerEngine):
         if connection.status == psutil.CONN_LISTEN
     }
     assert hosts <= {"127.0.0.1", "::1"}, "gloo's, of vLLM's own groups"
-    (api,) = guardian.children()
-    assert "--port" not in api.cmdline() and process.socket_path in api.cmdline()
-    for head, expected in [("", b"401"), (f"Authorization: Bearer {process.key}\r\n", b"200")]:
+    for head, expected in [("", b"401"), (f"Authorization: Bearer {key}\r\n", b"200")]:
         with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(process.socket_path)
+            connection.connect(str(path))
             connection.sendall(f"GET /weight_info HTTP/1.1\r\nHost: x\r\n{head}Connection: close\r\n\r\n".encode())
             assert expected in connection.recv(100).splitlines()[0]
 
@@ -124,10 +126,21 @@ def test_nothing_that_a_trainer_started_outlives_it(tmp_path: Path):
     until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family))
 
 
-def test_the_program_trains_on_rollouts_of_two_servers(fleet: Fleet, toy: Toy, tmp_path: Path):
+def test_the_program_trains_on_rollouts_of_two_servers_that_answer_on_no_port(fleet: Fleet, toy: Toy, tmp_path: Path):
+    """The graders wait until the servers, one of each rank, have been looked at."""
     model = Toy(fleet.folder / "tied", toy.train, toy.eval)
-    tree = model.tree(tmp_path / "run", rollout={"engine": "vllm_server", "servers": 2})
-    rows = launch(tree, tmp_path, 2)
+    grading = {"grader": "graders:patient_score", "timeout_s": 240}
+    tree = model.tree(tmp_path / "run", rollout={"engine": "vllm_server", "servers": 2}, reward=grading)
+    words, variables = ["--config", write_config(tree, tmp_path)], {"PATIENCE": str(tmp_path)}
+    with start_ranks(2, ROOT / "pretrain_lens.py", *words, variables=variables) as ranks:
+        until(lambda: (tmp_path / "waits").exists() or not ranks.runs())
+        assert ranks.runs(), ranks.stdout() + ranks.stderr()
+        for pid in ranks.pids:
+            (guardian,) = (p for p in psutil.Process(pid).children() if end_with_parent.__name__ in p.cmdline())
+            assert_answers_on_no_port(guardian)
+        (tmp_path / "go").touch()
+        assert ranks.wait() == [0, 0], ranks.stdout() + ranks.stderr()
+    rows = read_metrics(tmp_path / "run")
     assert [row["training/global_step"] for row in rows[1:]] == [1, 2]
     for step, row in enumerate(rows[1:], 1):
         assert row["actor/ratio_min"] == pytest.approx(1.0, abs=1e-4) and row["actor/grad_norm"] > 0

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -33,10 +34,18 @@ def exported(run: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoints" / f"iter_{step:07d}" / "hf" / "model.safetensors")
 
 
-@pytest.mark.parametrize("method", ["every_prompt", pytest.param("greso", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_killed_in_the_middle_of_sampling_and_restarted_equals_straight(
-    toy: Toy, ranks: int, method: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("again", "ranks", "method"),
+    [
+        ("by the user", 1, "every_prompt"),
+        pytest.param("by torchrun", 1, "every_prompt", marks=pytest.mark.slow),
+        pytest.param("by torchrun", 2, "every_prompt", marks=pytest.mark.slow),
+        pytest.param("by torchrun", 1, "greso", marks=pytest.mark.slow),
+        pytest.param("by torchrun", 2, "greso", marks=pytest.mark.slow),
+    ],
+)
+def test_killed_in_the_middle_of_sampling_and_started_again_equals_straight(
+    toy: Toy, again: str, ranks: int, method: str, tmp_path: Path
 ):
     sections = {
         "selection": {"method": method},
@@ -47,11 +56,16 @@ def test_killed_in_the_middle_of_sampling_and_restarted_equals_straight(
     outputs = []
     for name in ("straight", "killed"):
         folder = tmp_path / name
-        tree = toy.tree(folder / "run", **sections, run={"if_exists": "restart"})
-        variables = {"MURDER": str(folder)}
+        folder.mkdir()
+        tree, variables = toy.tree(folder / "run", **sections), {"MURDER": str(folder)}
         if name == "straight":
             result = run_program(tree, folder, ranks, variables=variables)
+        elif again == "by the user":
+            (folder / "armed").touch()
+            run_program(tree, folder, ranks, status=-signal.SIGKILL, variables=variables)
+            result = run_program(tree, folder, ranks, variables=variables)
         else:
+            tree["run"]["if_exists"] = "restart"  # which torchrun's second attempt does not do
             arguments = command(tree, folder, ranks)
             arguments[3:3] = ["--max-restarts", "1"]
             (folder / "armed").touch()

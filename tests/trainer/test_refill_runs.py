@@ -11,6 +11,7 @@ import pytest
 import torch
 from records import group, rollout, sample
 from toy_runs import Toy, checkpoint_tensors, command, environment, rollout_rows, run_program
+from vllm_models import needs_vllm
 
 from lens_megatron.batch.redistribute import Share
 from lens_megatron.output.metrics import read_metrics, selection_metrics
@@ -75,11 +76,11 @@ def test_a_run_that_samples_ahead_takes_the_candidates_after_those_of_the_step_b
     assert [row["training/rollout_staleness/max"] for row in rows] == [0, 1, 1]
 
 
+@needs_vllm
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_engines_over_two_ranks_each_refill(roomy: Toy, ranks: int, tmp_path: Path):
     """One engine counts alone, two count together; the ranks of an engine train on different groups."""
-    pytest.importorskip("vllm", reason="make setup-vllm")
     engine = {"rollout": {"engine": "vllm"}, "vllm": {"tensor_parallel_size": 2}, "train": {"steps": 1}}
     words = command(picky(roomy, tmp_path, "ONE_IN_FOUR", **engine), tmp_path, ranks)
     result = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=300)

@@ -10,7 +10,7 @@ import torch
 from server_fleet import KEY, PATIENT, QUICK, Fleet, check, finish, requests_of, states, sync_both_ways, until
 from servers import Proxy, Rewrite
 from toy_runs import Toy
-from vllm_models import LONG, SHORT, weights
+from vllm_models import LONG, SHORT, needs_vllm, weights
 
 from lens_megatron.config import ConfigError
 from lens_megatron.policy.hf_weights import read_hf_config
@@ -18,7 +18,7 @@ from lens_megatron.rollout.engine import Completion, EnginesLostError, Request, 
 from lens_megatron.rollout.servers.engine import ServerEngine
 from lens_megatron.rollout.servers.health import ServerState
 
-pytest.importorskip("vllm", reason="make setup-vllm")
+pytestmark = needs_vllm
 
 
 @pytest.fixture(scope="module")

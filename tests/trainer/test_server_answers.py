@@ -7,8 +7,6 @@ import pytest
 from lens_megatron.rollout.engine import Completion, Request
 from lens_megatron.rollout.servers.client import Expected, ServerError, completion_of
 
-pytest.importorskip("vllm", reason="make setup-vllm")
-
 
 def answer(**change: object) -> dict:
     choice = {

@@ -11,12 +11,11 @@ import pytest
 import torch
 from servers import announce_plugin
 from toy_runs import Toy, command, environment
-from vllm_models import save
+from vllm_models import needs_vllm, save
 
 from lens_megatron.errors import ExitCode
 
-pytest.importorskip("vllm", reason="make setup-vllm")
-pytestmark = pytest.mark.slow
+pytestmark = [needs_vllm, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

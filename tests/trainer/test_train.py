@@ -14,7 +14,18 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from toy_runs import ROOT, Toy, checkpoint_tensors, command, environment, launch, rollout_rows, run_program
+from toy_runs import (
+    ROOT,
+    Toy,
+    checkpoint_tensors,
+    command,
+    environment,
+    launch,
+    rollout_rows,
+    run_program,
+    start_ranks,
+    write_config,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lens_megatron.output.metrics import read_metrics
@@ -204,16 +215,12 @@ def ranks_of(launcher: int) -> list[int]:
 
 
 def test_sigterm_finishes_the_step_saves_and_exits_0(toy: Toy, tmp_path: Path):
-    tree = toy.tree(tmp_path / "run", train={"steps": 500, "save_interval": 500})
-    arguments = command(tree, tmp_path, 1)
-    program = [arguments[0], *arguments[arguments.index(str(ROOT / "pretrain_lens.py")) :]]
-    process = subprocess.Popen(program, env=environment(), stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if "iteration      2/" in line:
-            process.send_signal(signal.SIGTERM)
-            break
-    output = process.stdout.read()
-    assert process.wait(60) == 0, output
+    config = write_config(toy.tree(tmp_path / "run", train={"steps": 500, "save_interval": 500}), tmp_path)
+    with start_ranks(1, ROOT / "pretrain_lens.py", "--config", config) as process:
+        process.await_stdout("iteration      2/")
+        process.send(signal.SIGTERM)
+        assert process.wait() == [0], process.stdout() + process.stderr()
+        output = process.stdout()
     saved = list((tmp_path / "run" / "checkpoints").glob("iter_*"))
     assert len(saved) == 1 and "the same command goes on from here" in output
 

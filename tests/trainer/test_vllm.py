@@ -12,7 +12,7 @@ import test_streaming
 import torch
 from toy_runs import Toy, launch, rollout_rows
 from transformers import AutoModelForCausalLM
-from vllm_models import LONG, SHORT, error_in_log_probs, other, save, weights
+from vllm_models import LONG, SHORT, error_in_log_probs, needs_vllm, other, save, weights
 
 from lens_megatron.config import ConfigError, from_tree
 from lens_megatron.policy import platform
@@ -23,7 +23,7 @@ from lens_megatron.rollout.local import LocalEngine
 from lens_megatron.rollout.vllm import options as vllm_options
 from lens_megatron.rollout.vllm.engine import VllmEngine
 
-pytest.importorskip("vllm", reason="make setup-vllm")
+pytestmark = needs_vllm
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,8 @@ def world() -> Iterator[list[VllmEngine]]:
 
     All are closed before the world is: one that was not would raise when the interpreter exits.
     """
+    import vllm  # noqa: F401  (sets environment variables, before a test compares them)
+
     platform.init_process_group(platform.install())
     engines: list[VllmEngine] = []
     yield engines

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import tensor_parallel_run
-from toy_runs import Toy, command, environment, rollout_rows, torchrun
+from toy_runs import Toy, command, environment, rollout_rows, start_ranks
 from transformers import AutoModelForCausalLM
-from vllm_models import error_in_log_probs, other, save
+from vllm_models import error_in_log_probs, needs_vllm, other, save
 
 from lens_megatron.config import ConfigError, check_world, from_tree
 from lens_megatron.config.layout_rules import model_mistakes
@@ -16,7 +16,7 @@ from lens_megatron.output.metrics import read_metrics
 from lens_megatron.policy.hf_weights import read_hf_config
 from lens_megatron.rollout.engine import Completion
 
-pytest.importorskip("vllm", reason="make setup-vllm")
+pytestmark = needs_vllm
 
 
 def completions(phase: list[dict]) -> list[Completion]:
@@ -32,12 +32,9 @@ def test_the_ranks_of_an_engine_draw_the_same_and_it_is_the_models(ranks: int, t
         model = other(AutoModelForCausalLM.from_pretrained(path), seed + 1)
         model.save_pretrained(path)
     models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in paths]
-    result = subprocess.run(
-        [*torchrun(ranks), tensor_parallel_run.__file__, *map(str, paths), str(tmp_path)],
-        env=environment(), capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    assert "Traceback" not in result.stderr, "closed in order, vLLM leaves nothing that raises at the exit"
+    with start_ranks(ranks, Path(tensor_parallel_run.__file__), *paths, tmp_path, finalize=True) as started:
+        assert started.wait() == [0] * ranks, started.stdout()[-2000:] + started.stderr()[-4000:]
+        assert "Traceback" not in started.stderr(), "closed in order, vLLM leaves nothing that raises at the exit"
     found = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(ranks)]
     assert [(f["engine"], f["leads"], f["engines"]) for f in found] == [
         (r // 2, r % 2 == 0, ranks // 2) for r in range(ranks)

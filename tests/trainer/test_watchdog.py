@@ -1,19 +1,19 @@
 """Real hangs of one rank of two: everyone prints its stacks, the late one is named, all exit with the same code.
 
-What is not covered: NCCL. Stops of whole jobs, and of the store's host, are in tests/faults/test_time.py.
+What is not covered: NCCL. Stops of whole jobs, and of the store's host, are in tests/faults/test_time.py; that nothing
+ends where nobody hangs, in tests/faults/test_outsiders.py.
 """
 
 import os
 import signal
-import socket
 import subprocess
-import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from toy_runs import ROOT, Toy, command, environment
+import watchdog_worker
+from toy_runs import Toy, command, environment, start_ranks
 from watchdog_worker import LATE
 
 from lens_megatron.errors import ExitCode
@@ -26,24 +26,11 @@ from lens_megatron.supervision.watchdog import watch
 
 def run(folder: Path, how: str, late: int = LATE) -> tuple[list[int], list[str]]:
     """Exit codes and standard error of both ranks."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    script = str(ROOT / "tests" / "trainer" / "watchdog_worker.py")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), "2", port, str(folder), how, str(late)],
-            env=environment(),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    if how == "frozen":  # as torchrun would
-        processes[1 - late].wait(120)
-        processes[late].kill()
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    return [process.returncode for process in processes], errors
+    with start_ranks(2, Path(watchdog_worker.__file__), folder, how, str(late), together=False) as ranks:
+        if how == "frozen":  # as torchrun would
+            ranks.await_end_of(1 - late)
+            ranks.send(signal.SIGKILL, rank=late)
+        return ranks.wait(), [ranks.stderr_of(rank) for rank in range(2)]
 
 
 @pytest.mark.parametrize(
@@ -81,12 +68,6 @@ def test_a_frozen_rank_is_named_by_the_others(late: int, tmp_path: Path):
 def test_zero_minutes_switch_it_off(tmp_path: Path):
     with watch(Clock(), ControlStore(["unused", 0], b""), tmp_path, 0):
         assert "watchdog" not in {thread.name for thread in threading.enumerate()}
-
-
-def test_phases_within_their_deadline_go_on_for_longer_than_it(tmp_path: Path):
-    codes, errors = run(tmp_path, "fine")
-    assert codes == [0, 0], errors
-    assert not (tmp_path / "watchdog").exists()
 
 
 BEAT = Heartbeat(0, 7, "update_actor", 60.0, 14, {"0": 5}, "x.py:1 in f", waiting=True, answered=True)

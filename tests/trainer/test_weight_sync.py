@@ -1,13 +1,10 @@
 """Checksums of what goes to the engines, among ranks: equal replicas pass, others are named."""
 
-import os
-import socket
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
-from toy_runs import environment
+from toy_runs import start_ranks
 
 from lens_megatron.phases.weight_sync import checksum
 
@@ -25,18 +22,17 @@ def test_checksum_sees_one_bit_and_not_where_a_tensor_lies(dtype: torch.dtype):
 
 
 RANK = """
-import sys, torch
+import os, torch
 from lens_megatron.phases.weight_sync import WeightSyncError, push
 
 class Engine:
     def load_weights(self, weights, version):
         self.names = [name for name, _ in weights]
 
-rank = int(sys.argv[1])
-torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{sys.argv[2]}", rank=rank, world_size=3)
+torch.distributed.init_process_group("gloo")
 same, other = torch.ones(5), torch.full((2, 3), -1.0)
 assert push([("same", same), ("other", other)], Engine(), 0, 7).received_bytes == 7
-if rank == 1:
+if os.environ["RANK"] == "1":
     other[1, 2] += 1e-7
 assert push([("same", same), ("other", other)], Engine(), 9).bytes == 44  # not compared
 try:
@@ -47,21 +43,11 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_replicas_that_differ_are_named_on_every_rank():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), port],
-            env={**environment(), "PYTHONWARNINGS": "ignore"},
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=os.getcwd(),
-        )
-        for rank in range(3)
-    ]
-    for process in ranks:
-        said = process.communicate(timeout=120)[0]
-        assert process.returncode == 0
+def test_replicas_that_differ_are_named_on_every_rank(tmp_path: Path):
+    program = tmp_path / "rank.py"
+    program.write_text(RANK)
+    with start_ranks(3, program) as ranks:
+        assert ranks.wait() == [0, 0, 0], ranks.stderr()
+        found = [ranks.stdout_of(rank) for rank in range(3)]
+    for said in found:
         assert "version 10" in said and "1 of 2 tensors differ, the first other: rank(s) [1] have" in said, said

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -125,10 +126,26 @@ def run_ranks(
 
     Fails with its output unless `status` is the exit code of the first rank that does not end with 0.
     """
-    words = [str(program), *map(str, arguments)]
-    result = warm_ranks.run(words, ranks, environment() | dict(variables or {}), timeout_s)
+    result = warm_ranks.run([program, *arguments], ranks, environment() | dict(variables or {}), timeout_s)
     assert result.returncode == status, result.stdout[-3000:] + result.stderr[-6000:]
     return result
+
+
+def start_ranks(
+    ranks: int,
+    program: Path,
+    *arguments: str | Path,
+    variables: Mapping[str, str] | None = None,
+    together: bool = True,
+    finalize: bool = False,
+) -> AbstractContextManager[warm_ranks.Ranks]:
+    """Starts a program as `run_ranks` does, for a block that sends signals or looks at what is printed meanwhile.
+
+    Where `together` is False, a rank that fails does not end the others. With `finalize` a rank ends as the interpreter
+    does, with all that was left open.
+    """
+    given = environment() | dict(variables or {})
+    return warm_ranks.started([program, *arguments], ranks, given, together=together, finalize=finalize)
 
 
 def checkpoint_tensors(directory: Path, step: int, ranks: int) -> dict[str, torch.Tensor]:

@@ -1,13 +1,17 @@
 """Small models that vLLM's attention on a CPU takes, and what transformers says of the same tokens."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 import torch
 from toy_runs import Toy
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from lens_megatron.rollout.engine import Completion, Request
 
+needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="make setup-vllm")
+"""To import it takes seconds, which processes that run other tests need not spend."""
 SHORT, LONG = (5, 17, 9, 60, 33), tuple(3 + 7 * i % 90 for i in range(200))
 """LONG fills a block of 128 tokens, so vLLM caches its keys and values."""
 

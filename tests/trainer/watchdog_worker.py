@@ -1,4 +1,4 @@
-"""One rank of a world that hangs on purpose. Arguments: rank, world size, port, folder, how, late rank.
+"""One rank of a world that hangs on purpose. Arguments: folder, how, late rank.
 
 how: `late` one rank sleeps before a collective; `earlier` it never leaves the phase before; `locked` it holds Python's
 lock in C code; `frozen` it is stopped by a signal; `fine` nobody hangs, and several deadlines pass.
@@ -27,9 +27,9 @@ def hold_lock(seconds: int) -> None:
 
 
 def main() -> None:
-    rank, world_size, port, folder, how, late = sys.argv[1:]
+    folder, how, late = sys.argv[1:]
+    rank = os.environ["RANK"]
     is_late = rank == late
-    os.environ.update(RANK=rank, WORLD_SIZE=world_size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     torch.distributed.init_process_group("gloo")
     if how == "fine":  # shorter than a test stops its ranks for
         torch.distributed.barrier()
