@@ -144,6 +144,7 @@ def test_an_answer_cannot_be_used_twice():
     for message in overheard:
         stranger.sendall(message)
     assert len(everything(stranger)) == 64
+    until(lambda: bool(link.connections and link.door.refused))  # both are its threads' work
     assert list(link.connections) == [0] and "does not have the secret" in link.door.refused[0]
     worker.close()
     link.close()
