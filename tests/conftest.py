@@ -29,8 +29,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # the kernels' tests run them in the interpreter; read when Triton is imported
 
 LONG_FILES = (
-    "test_own_server", "test_layouts", "test_watchdog", "test_server", "test_run_folder", "test_methods",
-    "test_recovery", "test_last_step", "test_vllm_tensor_parallel", "test_refill_runs", "test_train", "test_vllm",
+    "test_layouts", "test_server", "test_methods", "test_own_server", "test_policy_loss", "test_refill_runs",
+    "test_train", "test_last_step", "test_run_folder", "test_vllm", "test_vocab_parallel", "test_linear", "test_scores",
+    "test_watchdog", "test_time", "test_recovery", "test_vllm_tensor_parallel",
 )  # fmt: skip
 
 

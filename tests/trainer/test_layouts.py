@@ -25,6 +25,7 @@ from transformers import (
 )
 
 ALONE = 10**6  # tokens: one micro-batch for all
+SEVERAL = 64  # tokens: three micro-batches for all, two for the fuller of two ranks
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
 VPP, SP = "virtual_pipeline_model_parallel_size", "sequence_parallel"
 EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
@@ -37,7 +38,7 @@ CORRECTED = {"correction": "token_mask", "correction_low": 0.2, "correction_high
 
 
 def case(
-    max_tokens: int = 40,
+    max_tokens: int = SEVERAL,
     ratio: str = "token",
     share: str = "even",
     corrected: bool = False,
@@ -71,7 +72,7 @@ DENSE = {
         "PP2": case(**{PP: 2}),
         "PP2, VPP2": case(**{PP: 2, VPP: 2}),
         "CP2": case(**{CP: 2}),
-        "CP2, sequences": case(40, "sequence_geometric", **{CP: 2}),
+        "CP2, sequences": case(ratio="sequence_geometric", **{CP: 2}),
         "CP2, corrected": case(corrected=True, **{CP: 2}),
         "CP2, sapo": case(objective="sapo", **{CP: 2}),
         "TP2, SP, cispo": case(objective="cispo", **{TP: 2, SP: True}),
