@@ -132,7 +132,7 @@ def policy_loss(
 
     `objective(logprobs, entropy, part)` replaces the CRPO loss, and advantages, which that loss needs: it gets the
     float32 [T] statistics of all rows under autograd and slice(0, T), and returns the [T] losses to be summed, which
-    may depend on several rows each. Its result has ratio, clipped and kl None. torch.compile takes no objective.
+    may depend on several rows each. Its result has ratio, clipped and kl None.
     A row whose old_logprobs is NaN (all rows, if old_logprobs is None) is on-policy: ratio exactly 1, with gradient.
     `kl_limit` bounds the KL estimate from above, in the loss and in the result; above it, the KL term has no gradient.
     Temperature, soft cap, padding, shards, ignored rows and `inplace_backward` are as in token_logprobs.
