@@ -42,7 +42,7 @@ class LossTerms(NamedTuple):
 
     def at(self, rows: slice) -> LossTerms:
         """Returns the terms of some of the rows."""
-        return self._make(x[rows] if isinstance(x, Tensor) else x for x in self)
+        return LossTerms._make(x[rows] if isinstance(x, Tensor) else x for x in self)
 
 
 class TokenLosses(NamedTuple):

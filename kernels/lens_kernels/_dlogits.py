@@ -160,6 +160,7 @@ def _write_dlogits_kernel(
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
     EDGES: tl.constexpr,  # see _kernel_parts
+    ALIKE: tl.constexpr,  # the rows of both surely begin as far from a boundary
 ):
     """Runs one program per row and piece. Blocks before the padding and without the target take no comparison."""
     row, piece = tl.program_id(0) // pieces, tl.program_id(0) % pieces
@@ -191,7 +192,10 @@ def _write_dlogits_kernel(
         begin = (piece * blocks_per_piece + block) * BLOCK
         offset = begin + tl.arange(0, BLOCK)  # [BLOCK], from the body's begin
         first, last = lead + begin, lead + begin + BLOCK
-        if (last <= limit) & (begin + BLOCK <= length) & ((target < first) | (target >= last)):
+        plain = (last <= limit) & (begin + BLOCK <= length) & ((target < first) | (target >= last))
+        if not ALIKE:
+            plain = plain & (elements_before_boundary(base) == lead)
+        if plain:
             z = tl.load(body + offset).to(tl.float32)
             if PACKS:
                 tl.debug_barrier()  # this block's stores overwrite logits that other threads may not have read yet
@@ -201,8 +205,11 @@ def _write_dlogits_kernel(
             tl.store(out_body + offset, through_soft_cap(gradient, z, SOFTCAP))
         else:
             column, inside = lead + offset, offset < length
+            z_pointers, out_pointers = body + offset, out_body + offset
+            if not ALIKE:  # one of the bodies may begin between two boundaries, against what the compiler was told
+                z_pointers, out_pointers = base + column, out_base + column
             _write_where(
-                body + offset, out_body + offset, column, inside, limit, target,
+                z_pointers, out_pointers, column, inside, limit, target,
                 maximum, log_sum, scale, d_logprob, d_entropy, entropy, SOFTCAP, WITH_ENTROPY, PACKS,
             )  # fmt: skip
     if EDGES:
@@ -214,12 +221,13 @@ def _write_dlogits_kernel(
             )  # fmt: skip
 
 
-def _vectors(out: Tensor, logits: Tensor) -> tuple[int, bool]:
-    """Returns the kernel's VECTOR and EDGES."""
+def _vectors(out: Tensor, logits: Tensor) -> tuple[int, bool, bool]:
+    """Returns the kernel's VECTOR, EDGES and ALIKE."""
     vector = VECTOR_BYTES // out.element_size()
     if rows_begin_at_boundaries(out) and rows_begin_at_boundaries(logits):
-        return vector, out.shape[-1] % vector != 0
-    return (vector, True) if rows_lie_alike(out, logits) else (1, False)
+        return vector, out.shape[-1] % vector != 0, True
+    alike = True if out is logits else rows_lie_alike(out, logits)
+    return (1, False, True) if alike is False else (vector, True, alike is True)
 
 
 def write_dlogits_triton(

@@ -78,19 +78,23 @@ def addressable_rows(x: Tensor) -> tuple[Tensor, RowLayout]:
 
 
 def rows_begin_at_boundaries(x: Tensor) -> bool:
-    """Returns whether every row begins at an address that VECTOR_BYTES divides."""
+    """Returns whether every row surely begins at an address that VECTOR_BYTES divides; False under torch.compile."""
     vector = VECTOR_BYTES // x.element_size()
     return _misplacement(x) == 0 and all(stride % vector == 0 for stride in _row_strides(x))
 
 
-def rows_lie_alike(x: Tensor, y: Tensor) -> bool:
-    """Returns whether each row of x begins as far from a boundary of VECTOR_BYTES as the same row of y."""
+def rows_lie_alike(x: Tensor, y: Tensor) -> bool | None:
+    """Returns whether each row of x begins as far from a boundary of VECTOR_BYTES as the same row of y.
+
+    Under torch.compile, which hides where tensors begin, None means that all rows do if the first ones do.
+    """
     if x.element_size() != y.element_size():
         return False
     vector = VECTOR_BYTES // x.element_size()
-    offsets = [_misplacement(x) - _misplacement(y)]
-    offsets += [a - b for a, b in zip(_row_strides(x), _row_strides(y), strict=True)]
-    return all(offset % vector == 0 for offset in offsets)
+    if any((a - b) % vector for a, b in zip(_row_strides(x), _row_strides(y), strict=True)):
+        return False
+    first, second = _misplacement(x), _misplacement(y)
+    return None if first is None or second is None else first == second
 
 
 def empty_with_rows_like(x: Tensor) -> Tensor:
@@ -104,7 +108,7 @@ def empty_with_rows_like(x: Tensor) -> Tensor:
     for axis in sorted(range(x.dim() - 1), key=lambda axis: (x.stride(axis), -axis)):
         strides[axis] = extent + (x.stride(axis) - extent) % vector
         extent = strides[axis] * x.shape[axis]
-    place = _misplacement(x)
+    place = _misplacement(x) or 0
     return x.new_empty(place + extent).as_strided(x.shape, strides, place)
 
 
@@ -112,8 +116,8 @@ def _row_strides(x: Tensor) -> list[int]:
     return [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size != 1]
 
 
-def _misplacement(x: Tensor) -> int:
-    """Returns how many elements x begins after a boundary of VECTOR_BYTES."""
-    if torch.compiler.is_compiling():  # which refuses to read addresses, and sees to it that storages begin at one
-        return x.storage_offset() % (VECTOR_BYTES // x.element_size())
+def _misplacement(x: Tensor) -> int | None:
+    """Returns how many elements x begins after a boundary of VECTOR_BYTES; None under torch.compile."""
+    if torch.compiler.is_compiling():
+        return None
     return x.data_ptr() % VECTOR_BYTES // x.element_size()

@@ -34,16 +34,16 @@ def row_statistics_reference(
     buffers: list[Tensor] | None = None
     for part, (whole,) in row_chunks(logits):
         z = whole[:, : shard.valid]
-        if softcap is not None:
-            z = (z.float() / softcap).tanh_().mul_(softcap)
         if buffers is None:  # of the first chunk, the largest: memory that the cache already holds is used again
             buffers = [torch.empty(z.shape, dtype=torch.float32, device=z.device) for _ in range(1 + with_entropy)]
         x, weights = buffers[0][: len(z)], buffers[-1][: len(z)]
-        top = z.amax(-1).float()
+        x.copy_(z)
+        if softcap is not None:
+            x.div_(softcap).tanh_().mul_(softcap)
+        top = x.amax(-1)
         stats[0, part] = top
-        stats[2, part] = z.gather(1, local[part, None])[:, 0].float().masked_fill(~owned[part], -torch.inf)
-        shift = top.masked_fill(top == -torch.inf, 0)  # -inf - -inf would be NaN
-        torch.sub(z, shift[:, None], out=x)
+        stats[2, part] = x.gather(1, local[part, None])[:, 0].masked_fill(~owned[part], -torch.inf)
+        x.sub_(top.masked_fill(top == -torch.inf, 0)[:, None])  # -inf - -inf would be NaN
         if tau is not None:
             x.div_(tau[part, None])
         torch.exp(x, out=weights)

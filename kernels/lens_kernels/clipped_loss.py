@@ -132,7 +132,7 @@ def policy_loss(
 
     `objective(logprobs, entropy, part)` replaces the CRPO loss, and advantages, which that loss needs: it gets the
     float32 [T] statistics of all rows under autograd and slice(0, T), and returns the [T] losses to be summed, which
-    may depend on several rows each. Its result has ratio, clipped and kl None. torch.compile takes no objective.
+    may depend on several rows each. Its result has ratio, clipped and kl None.
     A row whose old_logprobs is NaN (all rows, if old_logprobs is None) is on-policy: ratio exactly 1, with gradient.
     `kl_limit` bounds the KL estimate from above, in the loss and in the result; above it, the KL term has no gradient.
     Temperature, soft cap, padding, shards, ignored rows and `inplace_backward` are as in token_logprobs.
@@ -173,5 +173,7 @@ def policy_loss(
             entropy_weights=entropy_weights,
         )
         evaluate = objective_evaluator(objective)
-    loss, *per_token = _PolicyLoss.apply(logits, rows, evaluate, inplace_backward)
-    return PolicyLoss(loss, *(None if x is None else x.view(token_ids.shape) for x in per_token))
+    loss, logprobs, *optional, entropy = _PolicyLoss.apply(logits, rows, evaluate, inplace_backward)
+    shape = token_ids.shape
+    ratio, clipped, kl = (None if x is None else x.view(shape) for x in optional)
+    return PolicyLoss(loss, logprobs.view(shape), ratio, clipped, kl, entropy.view(shape))

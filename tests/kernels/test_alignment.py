@@ -1,11 +1,14 @@
 """Rows that begin anywhere in memory: values and gradients against float64, and nothing written beside the rows."""
 
 import itertools
+import os
 
 import pytest
 import torch
 from kernel_oracle import assert_near, assert_rows_near, statistics
 from lens_kernels import VocabShard, _dlogits, _statistics, token_logprobs
+from lens_kernels._backend import jit, launch, tl
+from lens_kernels._kernel_parts import elements_before_boundary
 from lens_kernels._rows import empty_with_rows_like, row_layout, rows_begin_at_boundaries, rows_lie_alike
 from lens_kernels._vocab_parallel import TokenRows, merge_statistics
 
@@ -67,6 +70,40 @@ def test_gradients_are_allocated_so_that_their_rows_lie_as_those_of_the_logits(n
     assert all(row_bytes <= end - begin < row_bytes + 32 for begin, end in zip(begins, ends, strict=True))
 
 
+@pytest.mark.usefixtures("backend", "small_blocks")
+def test_padding_of_several_blocks():
+    """Blocks of nothing but padding, and one that the padding begins in; it is not read, and its gradient is 0."""
+    logits, ids = torch.randn(3, 1024), torch.tensor([3, 299, -1])
+    exact = logits[:, :300].double().requires_grad_()
+    expected, entropy = statistics(exact, ids)
+    (expected + entropy).sum().backward()
+    ours = logits.clone()
+    ours[:, 300:] = torch.nan
+    ours.requires_grad_()
+    logprobs, our_entropy = token_logprobs(ours, ids, return_entropy=True, valid_vocab_size=300)
+    (logprobs + our_entropy).sum().backward()
+    assert_near(logprobs, expected.detach())
+    assert_near(our_entropy, entropy.detach(), 5e-6)
+    assert_rows_near(ours.grad[:, :300], exact.grad, 4e-6)
+    assert ours.grad[:, 300:].eq(0).all() and ours.grad[2].eq(0).all()
+
+
+@jit
+def _distance_kernel(x_ptr, out_ptr):
+    i = tl.program_id(0)
+    tl.store(out_ptr + i, elements_before_boundary(x_ptr + i))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_distance_from_the_next_boundary(dtype):
+    """A GPU faults where this is wrong; the interpreter reads 16 bytes from anywhere."""
+    device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+    x, found = torch.zeros(20, dtype=dtype, device=device)[1:], torch.zeros(17, dtype=torch.int32, device=device)
+    launch(_distance_kernel, 17, x.device, x, found)
+    size = x.element_size()
+    assert found.tolist() == [-(x.data_ptr() + i * size) % 16 // size for i in range(17)]
+
+
 def test_rows_at_boundaries():
     logits = torch.zeros(4, 32, dtype=torch.bfloat16)
     assert rows_begin_at_boundaries(logits) and rows_begin_at_boundaries(logits[1:, 8:-1])
@@ -92,3 +129,22 @@ def test_gradient_into_rows_that_lie_otherwise():
     _dlogits.write_dlogits(out, logits, rows, totals.softmax, g, e, upstream)
     torch.testing.assert_close(out, aligned)
     assert memory[:, :5].eq(9).all() and memory[:, 506:].eq(9).all()
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.usefixtures("backend", "small_blocks")
+def test_gradient_where_the_host_does_not_know_whether_rows_lie_alike(shift, monkeypatch):
+    """As under torch.compile: the kernel compares the addresses of each row."""
+    monkeypatch.setattr(_dlogits, "_vectors", lambda out, logits: (4, True, False))
+    logits, ids = torch.randn(3, 903), torch.tensor([0, 477, -1])
+    rows = TokenRows(ids, None, None, VocabShard(0, 903, 903))
+    totals = merge_statistics(_statistics.row_statistics(logits, rows, with_entropy=True), rows)
+    memory = torch.full((3 * 903 + 8,), 9.0)
+    out = memory[4 + shift :][: 3 * 903].view(3, 903)
+    assert rows_lie_alike(out, logits) is (shift == 0)
+    _dlogits.write_dlogits(out, logits, rows, totals.softmax, torch.ones(3), torch.ones(3))
+    expected = torch.empty_like(out)
+    ours = rows, totals.softmax, torch.ones(3), torch.ones(3), None
+    _dlogits.write_dlogits_reference(expected, logits, *ours)
+    torch.testing.assert_close(out, expected)
+    assert memory[: 4 + shift].eq(9).all() and memory[4 + shift + 3 * 903 :].eq(9).all()

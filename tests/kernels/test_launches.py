@@ -9,18 +9,8 @@ import torch
 from lens_kernels import _backend, _crpo, _dlogits, _statistics, _vocab_parallel, policy_loss, token_logprobs
 from torch.utils._python_dispatch import TorchDispatchMode
 
-WITHOUT_LAUNCH = {
-    "empty",
-    "empty_like",
-    "new_empty",
-    "view",
-    "reshape",
-    "expand",
-    "detach",
-    "as_strided",
-    "alias",
-    "slice",
-}
+TAKE_MEMORY = {"empty", "empty_like", "new_empty"}
+MAKE_VIEWS = {"view", "reshape", "expand", "detach", "as_strided", "alias", "slice", "unsqueeze"}
 ROWS, COLUMNS = 6, 50
 SOURCES = sorted(Path(lens_kernels.__file__).parent.glob("*.py"))
 
@@ -34,7 +24,7 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
-        if name not in WITHOUT_LAUNCH:
+        if name not in TAKE_MEMORY | MAKE_VIEWS:
             self.names.append(name)
         return function(*args, **kwargs or {})
 

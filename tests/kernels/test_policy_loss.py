@@ -147,15 +147,15 @@ def test_soft_cap():
 
 @pytest.mark.parametrize("left_out", ["reference_logprobs", "policy_weights", "kl_weights", "entropy_weights"])
 def test_absent_terms(left_out):
-    logits, ids, terms = make((40, 13))
+    logits, ids, terms = make((16, 13))
     del terms[left_out]
     if left_out == "reference_logprobs":
         del terms["kl_weights"]
     check(logits, ids, **terms)
 
 
-@pytest.mark.parametrize("dual_clip", [1.5, 3.0])
-def test_dual_clip_and_asymmetric_clip(dual_clip):
+def test_dual_clip_and_asymmetric_clip():
+    dual_clip = 1.5
     logits, ids, terms = make((80, 13))
     terms["old_logprobs"] = token_logprobs(logits, ids) + torch.randn(80) * 1.5
     result = check(logits, ids, clip_low=0.1, clip_high=0.4, dual_clip=dual_clip, **terms)
@@ -319,14 +319,14 @@ def test_k3_under_autograd(limit):
     torch.testing.assert_close(d.grad.double(), torch.expm1(clamped).masked_fill(flat, 0), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("scale", [1e-5, 1e-3, 0.1, 0.9, 1.1])
+@pytest.mark.parametrize("scale", [1e-5, 0.1, 1.1])
 def test_kl_value_and_gradient_are_accurate_through_the_loss(scale):
     """Against the float64 k3 of the float32 log-probabilities that the function itself reports."""
-    logits, ids, _ = make((64, 17))
+    logits, ids, _ = make((24, 17))
     ours = logits.requires_grad_()
-    reference = token_logprobs(logits.detach(), ids) + torch.randn(64) * scale
+    reference = token_logprobs(logits.detach(), ids) + torch.randn(24) * scale
     result = policy_loss(
-        ours, ids, old_logprobs=None, advantages=0.0, reference_logprobs=reference, kl_weights=torch.ones(64)
+        ours, ids, old_logprobs=None, advantages=0.0, reference_logprobs=reference, kl_weights=torch.ones(24)
     )
     result.loss.backward()
     d = reference.double() - result.logprobs.double()
