@@ -209,13 +209,9 @@ def _refuse_foreign(argument: str, value: object) -> None:
         )
         require(False, argument, "a DTensor", need)
     if hasattr(value, "ds_id") and value.numel() == 0:
+        got = f"a parameter of shape {tuple(getattr(value, 'ds_shape', ()))} that ZeRO-3 has cut into pieces"
         need = f"all of its elements: call inside `with deepspeed.zero.GatheredParameters([{argument}])`"
-        require(
-            False,
-            argument,
-            f"a parameter of shape {tuple(getattr(value, 'ds_shape', ()))} that ZeRO-3 has cut into pieces",
-            need,
-        )
+        require(False, argument, got, need)
     if hasattr(value, "__tensor_flatten__") or value.is_quantized or value.element_size() == 1:
         need = "float32, bfloat16 or float16 values: dequantise it, or leave the head out of the quantisation"
         require(False, argument, f"a quantised {type(value).__name__} of {value.dtype}", need)

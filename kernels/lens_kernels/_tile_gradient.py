@@ -26,7 +26,7 @@ from torch import Tensor
 from lens_kernels import _tiles
 from lens_kernels._backend import jit, launch, tl, uses_triton
 from lens_kernels._kernel_parts import exp_accurate
-from lens_kernels._tiles import TileSums, rounded
+from lens_kernels._tiles import TileSums
 from lens_kernels._vocab_parallel import SoftmaxTotals, TokenRows
 
 LOWEST_EXPONENT = -80.0  # of c
@@ -166,13 +166,13 @@ def _tile_gradient_kernel(
             if SOFTCAP is not None:
                 capped = reference + (log2_e - fraction) * 0.6931471805599453 / inverse_tau
                 slope *= tl.maximum(1.0 - (capped / SOFTCAP) * (capped / SOFTCAP), 0.0)
-            tl.store(at, rounded(e * slope, out_ptr.dtype.element_ty))
+            tl.store(at, e * slope)
     else:
         at_target = p - 1.0
         factor *= d_logprob
     tl.debug_barrier()  # another thread may have written the token's column
     tl.store(factor_ptr + row, tl.where(empty, 0.0, factor))
-    tl.store(out + local, rounded(at_target / c, out_ptr.dtype.element_ty), mask=owned)
+    tl.store(out + local, at_target / c, mask=owned)
 
 
 def tile_gradient_triton(

@@ -86,15 +86,6 @@ def update_tile_reference(
 
 @jit
 @no_type_check
-def rounded(value, DTYPE: tl.constexpr):
-    """Returns a float32 value as DTYPE, to the nearest; Triton's interpreter cuts the digits off unless it is told."""
-    if DTYPE == tl.bfloat16:
-        value = value.to(tl.bfloat16, fp_downcast_rounding="rtne")
-    return value
-
-
-@jit
-@no_type_check
 def _update_tile_kernel(
     # inputs
     tile_ptr,  # [n, BLOCK] float32
@@ -163,7 +154,7 @@ def _update_tile_kernel(
     if out_ptr is not None:
         out = out_ptr + row * stride_out + column
         if FIRST:
-            tl.store(out, rounded(weights, out_ptr.dtype.element_ty))
+            tl.store(out, weights)
             tl.store(anchor, tl.where(sums == 0, -float("inf"), new))
             tl.store(anchor + stride_anchor, 0.0)
         else:
@@ -179,7 +170,7 @@ def _update_tile_kernel(
                 exponent -= power
                 reference = new
                 fraction = exponent
-            tl.store(out + offset, rounded(weights * tl.exp2(exponent), out_ptr.dtype.element_ty))
+            tl.store(out + offset, weights * tl.exp2(exponent))
             tl.store(anchor, tl.where(sums == 0, -float("inf"), reference))
             tl.store(anchor + stride_anchor, fraction)
 

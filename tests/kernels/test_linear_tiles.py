@@ -1,7 +1,9 @@
 """The path that takes the vocabulary in tiles, against float64: the two kernels alone, then both linear functions."""
 
+import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from kernel_oracle import assert_near, statistics, token_losses
 from lens_kernels import VocabShard, _tiles, linear_policy_loss, linear_token_logprobs
 from lens_kernels._tile_gradient import tile_gradient
@@ -9,6 +11,7 @@ from lens_kernels._tiles import TileSums, update_tile
 from lens_kernels._vocab_parallel import SoftmaxTotals, TokenRows, merge_statistics
 from test_linear import WIDTH, leaves, make, make_terms
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import interpreter
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -18,6 +21,20 @@ COLUMNS = 16  # of a tile
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
     monkeypatch.setattr(_tiles, "TILE_COLUMNS", COLUMNS)
+
+
+@pytest.fixture(autouse=True)
+def _nearest_bfloat16(monkeypatch):
+    """GPUs round a stored float32 to the nearest bfloat16, where Triton's interpreter cuts its digits off."""
+    convert = interpreter._convert_float
+
+    def nearest(values, source, target, rounding):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(values, source, target, rounding)
+        rounded = torch.from_numpy(np.array(values, dtype=np.float32)).bfloat16()
+        return rounded.view(torch.int16).numpy().view(np.uint16)
+
+    monkeypatch.setattr(interpreter, "_convert_float", nearest)
 
 
 def run_tiles(logits, rows, dtype, *, with_entropy=True):
