@@ -128,13 +128,11 @@ def _update_tile_kernel(
         if K == 4:
             moment = tl.load(stats + 3 * stride_stats)
 
-    column = tl.arange(0, BLOCK)
-    base = tile_ptr + row * stride_tile
+    column, base = tl.arange(0, BLOCK), tile_ptr + row * stride_tile
     # The buffer is as wide as a block whatever the tile's width, so that the loads need no mask per column.
     z = tl.load(base + column, mask=limit > 0, other=-float("inf"))
-    local = token - start
-    owned = (local >= 0) & (local < limit)
-    at_target = tl.load(base + local, mask=owned, other=0.0)
+    owned = (token >= start) & (token - start < limit)
+    at_target = tl.load(base + (token - start), mask=owned, other=0.0)
     z = tl.where(column < limit, soft_cap(z, SOFTCAP), -float("inf"))
     new = tl.maximum(top, tl.max(z, 0))
     # Both bounds avoid 0 * -inf, a NaN, in the moments.

@@ -155,77 +155,47 @@ def linear_policy_loss(
     """Returns policy_loss(hidden.float() @ weight.float().T + bias, ...) with at most a chunk of logits in memory.
 
     `objective(logprobs, entropy, part)` replaces the CRPO loss: it gets a chunk's float32 [n] statistics under autograd
-    and their slice of the flattened T rows, and returns the [n] losses to be summed. It must treat rows independently
-    of other chunks, and its result has ratio, clipped and kl None. An objective whose rows depend on each other, such
-    as one over whole sequences, names the rows at which they stop depending in `boundaries` (the ends of the sequences,
-    as integers of the host): a chunk then ends only there, has as many sequences as fit into chunk_rows, and a longer
-    sequence is a chunk of its own.
+    and their slice of the flattened T rows, and returns the [n] losses to be summed; the result has ratio, clipped and
+    kl None. It must treat rows independently of other chunks. Rows that depend on each other, as those of a sequence
+    may, share a chunk if `boundaries` names the rows at which sequences end: a chunk ends only there, has as many
+    sequences as fit into chunk_rows, and a longer sequence is a chunk of its own.
 
     The weight's gradient is summed in float32, and added into `accumulate_into` (Megatron's main_grad) when the
-    backward runs. weight.grad is then None; where Megatron has set `grad_added_to_main_grad` on the weight, it becomes
-    True and weight.grad a placeholder of any values (zeros with `zero_out_wgrad`), as from Megatron's linear layers.
-    With `loss_gradient` (1 for `loss.backward()`) the forward already adds it there: there is no float32 sum of the
-    weight's size, and nothing is left to do for it in the backward. One backward with that gradient must then follow.
-    Another gradient is a RuntimeError on a CPU, and elsewhere makes all gradients of the call NaN. Do not use it under
-    activation checkpointing, which would add twice.
+    backward runs. weight.grad is then None, or a placeholder where Megatron's `grad_added_to_main_grad` is there to be
+    set (zeros with `zero_out_wgrad`). With `loss_gradient` (1 for `loss.backward()`) the forward already adds it, and
+    needs no sum of the weight's size. One backward with that gradient must then follow: another is a RuntimeError on a
+    CPU, and elsewhere makes all gradients of the call NaN; activation checkpointing would add twice.
     The gradient of `hidden` is summed over the shard's group while the chunk's next product runs, with tiles in its own
     dtype. Each chunk takes two collectives.
 
     `precision` and `path` are as in linear_token_logprobs. Extra memory is chunk_rows * V * 4 bytes, with tiles
     chunk_rows * (V * 2 + 8192), and the float32 gradients of hidden and weight from forward to backward.
-    Under torch.compile the function is one operator. With `objective` or `accumulate_into` it runs outside the graph,
-    because a graph holds neither a function of the caller's nor a mark on the weight; fullgraph=True refuses it then.
+    Under torch.compile the function is one operator; with `objective` or `accumulate_into` it runs outside the graph,
+    which holds neither a function nor a mark on the weight, and which fullgraph=True therefore refuses.
 
-    Raises ValueError as linear_token_logprobs and policy_loss do, for loss arguments next to an objective, and for
-    boundaries without one.
+    Raises ValueError as linear_token_logprobs and policy_loss do, for loss arguments next to an objective, for
+    boundaries without one, and for a loss_gradient without accumulate_into.
     """
     plan = check_head(
-        hidden,
-        weight,
-        token_ids,
-        bias,
-        rows,
-        temperature,
-        logit_softcap,
-        valid_vocab_size,
-        shard,
-        chunk_rows,
-        sequence_parallel,
-        precision,
-        path,
-        boundaries,
+        *(hidden, weight, token_ids, bias, rows, temperature, logit_softcap, valid_vocab_size, shard),
+        *(chunk_rows, sequence_parallel, precision, path, boundaries),
     )
     _check_accumulator(accumulate_into, weight, loss_gradient)
+    per_row: dict[str, Any] = {
+        **{"old_logprobs": old_logprobs, "advantages": advantages, "reference_logprobs": reference_logprobs},
+        **{"policy_weights": policy_weights, "kl_weights": kl_weights, "entropy_weights": entropy_weights},
+    }
     operands = hidden.reshape(-1, hidden.shape[-1]), weight, bias
     needs = _needed_gradients(*operands)
     evaluate: Callable[..., HeadLoss]
     if objective is None:
         require(boundaries is None, "boundaries", "rows without an objective", "None: the CRPO loss is one per row")
-        terms = check_loss_terms(
-            token_ids.shape,
-            hidden.device,
-            old_logprobs=old_logprobs,
-            advantages=advantages,
-            reference_logprobs=reference_logprobs,
-            policy_weights=policy_weights,
-            kl_weights=kl_weights,
-            entropy_weights=entropy_weights,
-            clip_low=clip_low,
-            clip_high=clip_high,
-            dual_clip=dual_clip,
-            kl_limit=kl_limit,
-            kl_estimator=kl_estimator,
-        )
+        limits: dict[str, Any] = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
+        limits |= {"kl_limit": kl_limit, "kl_estimator": kl_estimator}
+        terms = check_loss_terms(token_ids.shape, hidden.device, **per_row, **limits)
         evaluate = functools.partial(evaluate_loss, plan=plan, terms=terms, needs=needs)
     else:
-        refuse_loss_arguments(
-            old_logprobs=old_logprobs,
-            advantages=advantages,
-            reference_logprobs=reference_logprobs,
-            policy_weights=policy_weights,
-            kl_weights=kl_weights,
-            entropy_weights=entropy_weights,
-        )
+        refuse_loss_arguments(**per_row)
         evaluate = functools.partial(loss_pass, plan=plan, evaluate=objective_evaluator(objective), needs=needs)
     if accumulate_into is not None and loss_gradient is not None and needs[1]:
         evaluate = functools.partial(evaluate, into=WeightTotal(accumulate_into, float(loss_gradient)))

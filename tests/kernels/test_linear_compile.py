@@ -23,7 +23,7 @@ def step(hidden, weight, ids, shard=None):
     before, entropy = linear_token_logprobs(hidden, weight, ids, return_entropy=True, chunk_rows=4, shard=shard)
     terms = {"reference_logprobs": before.detach() - 1, "kl_weights": 0.1, "entropy_weights": 0.1}
     result = linear_policy_loss(hidden, weight, ids, advantages=1.0, chunk_rows=4, shard=shard, **terms)
-    return result.loss + (before + 0.1 * entropy).sum(), result.logprobs
+    return result.loss - (before + 0.1 * entropy).sum(), result.logprobs
 
 
 def assert_equal_to_eager(compiled, hidden, weight, ids, **arguments):
