@@ -146,32 +146,16 @@ def policy_loss(
     rows = check_logits_arguments(
         logits, token_ids, temperature, valid_vocab_size, shard, inplace_backward, logit_softcap
     )
+    per_row: dict[str, Any] = {
+        **{"old_logprobs": old_logprobs, "advantages": advantages, "reference_logprobs": reference_logprobs},
+        **{"policy_weights": policy_weights, "kl_weights": kl_weights, "entropy_weights": entropy_weights},
+    }
     if objective is None:
-        terms = check_loss_terms(
-            token_ids.shape,
-            logits.device,
-            old_logprobs=old_logprobs,
-            advantages=advantages,
-            reference_logprobs=reference_logprobs,
-            policy_weights=policy_weights,
-            kl_weights=kl_weights,
-            entropy_weights=entropy_weights,
-            clip_low=clip_low,
-            clip_high=clip_high,
-            dual_clip=dual_clip,
-            kl_limit=kl_limit,
-            kl_estimator=kl_estimator,
-        )
-        evaluate = crpo_evaluator(terms)
+        limits: dict[str, Any] = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
+        limits |= {"kl_limit": kl_limit, "kl_estimator": kl_estimator}
+        evaluate = crpo_evaluator(check_loss_terms(token_ids.shape, logits.device, **per_row, **limits))
     else:
-        refuse_loss_arguments(
-            old_logprobs=old_logprobs,
-            advantages=advantages,
-            reference_logprobs=reference_logprobs,
-            policy_weights=policy_weights,
-            kl_weights=kl_weights,
-            entropy_weights=entropy_weights,
-        )
+        refuse_loss_arguments(**per_row)
         evaluate = objective_evaluator(objective)
     loss, logprobs, *optional, entropy = _PolicyLoss.apply(logits, rows, evaluate, inplace_backward)
     shape = token_ids.shape
