@@ -202,6 +202,8 @@ class SequenceLayout:
     context_parallel_size: int = 1
     sequence_parallel_size: int = 1
     """The number of ranks that divide the packed rows among them; 1 without sequence parallelism."""
+    shares_prompts: bool = False
+    """Sequences that follow each other and have the same prompt share its rows; not under context parallelism."""
 
     @property
     def alignment(self) -> int:
@@ -221,7 +223,8 @@ class SequenceBatch:
     position_ids: Tensor
     """[1, S] int64, counted from 0 in each sequence."""
     bounds: tuple[int, ...]
-    """[B + 1] rows at which the padded sequences begin, and the end, before any cut for context parallelism."""
+    """[B + 1] rows at which the padded sequences begin, and the end, before any cut for context parallelism. A sequence
+    that shares the prompt of an earlier one has only the rows of its response."""
     target_ids: Tensor
     """[t] int64, ids of the response tokens, sequence after sequence: only their log-probabilities are computed."""
     positions: Tensor
@@ -230,6 +233,11 @@ class SequenceBatch:
     """[t] int64 under context parallelism, which of the T response tokens these are; None where they are all."""
     lengths: tuple[int, ...]
     """[B] the number of the T response tokens that belong to each sequence."""
+    tokens: int
+    """The rows that hold a token of a sequence, before any cut for context parallelism; the others are padding."""
+    prefixes: tuple[tuple[int, int], ...] = ()
+    """[B] the rows [first, last + 1) of the prompt that a sequence shares with an earlier one; (0, 0) for a sequence
+    that has its prompt itself. Empty where none is shared."""
 
 
 @dataclass(frozen=True, slots=True)

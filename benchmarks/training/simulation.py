@@ -20,21 +20,22 @@ def simulate(samples: int, ranks: int, limit: int = 4096) -> dict:
     """
     sizes = [p + r for p, r in lengths("tail", samples, limit)]
     start = time.perf_counter()
-    shares = balance.assign(sizes, ranks, HIDDEN)
+    costs = [balance.cost(size, HIDDEN) for size in sizes]
+    shares = balance.assign(costs, ranks)
     dealt = time.perf_counter()
     counts = [balance.fewest([sizes[i] for i in share], BUDGET) for share in shares]
     needed, seconds, within = max(counts), [], []
     for share in shares:
-        own = [sizes[i] for i in share]
+        own, own_costs = [sizes[i] for i in share], [costs[i] for i in share]
         begin = time.perf_counter()
-        parts = balance.cut(own, BUDGET, needed, HIDDEN)
+        parts = balance.cut(own, own_costs, BUDGET, needed)
         seconds.append(time.perf_counter() - begin)
-        within.append(balance.imbalance(own, parts, HIDDEN))
+        within.append(balance.imbalance(own_costs, parts))
         assert sorted(i for part in parts for i in part) == list(range(len(own)))
         assert all(len(part) < 2 or sum(own[i] for i in part) <= BUDGET for part in parts)
     stop = time.perf_counter()
     neighbours = [range(samples * r // ranks, samples * (r + 1) // ranks) for r in range(ranks)]
-    shuffled = random.Random(0).sample(sizes, samples)
+    shuffled = random.Random(0).sample(costs, samples)
     padded = sum(-(-n // ALIGNMENT) * ALIGNMENT for n in sizes)
     return {
         "samples": samples,
@@ -45,8 +46,8 @@ def simulate(samples: int, ranks: int, limit: int = 4096) -> dict:
         "cut_s_per_rank": round(statistics.median(seconds), 5),
         "micro_batches_per_rank": needed,
         "fewest_of_any_rank": min(counts),
-        "imbalance": round(balance.imbalance(sizes, shares, HIDDEN), 6),
-        "imbalance_without_dealing": round(balance.imbalance(shuffled, neighbours, HIDDEN), 4),
+        "imbalance": round(balance.imbalance(costs, shares), 6),
+        "imbalance_without_dealing": round(balance.imbalance(shuffled, neighbours), 4),
         "imbalance_of_micro_batches_median": round(statistics.median(within), 4),
         "padding_waste": 0.0,
         "padding_waste_cp2": round(1 - sum(sizes) / padded, 6),

@@ -1,4 +1,7 @@
-"""Decides which samples go to which rank and micro-batch, balanced by cost within a token budget, by pure functions."""
+"""Decides which bundles of samples go to which rank and micro-batch, balanced by cost within a token budget.
+
+All functions are pure. A bundle is one sample, or several that share their prompt: see bundles.py.
+"""
 
 import heapq
 from collections.abc import Sequence
@@ -12,54 +15,58 @@ def cost(length: int, hidden_size: int) -> int:
     return length * (24 * hidden_size + length)
 
 
-def assign(lengths: Sequence[int], ranks: int, hidden_size: int) -> list[list[int]]:
-    """Returns the indices of the samples of each data-parallel rank, in rising order; a rank may have none.
+def assign(costs: Sequence[int], ranks: int) -> list[list[int]]:
+    """Returns the indices of the bundles of each data-parallel rank, in rising order; a rank may have none.
 
-    The costliest sample goes first, each to the rank with the least to do, then the fewest tokens, then the lowest
-    number. The maximum is at most 4/3 of the best possible one (Graham 1969, "Bounds on multiprocessing timing
-    anomalies"). Every rank that knows all lengths comes to the same answer.
+    The costliest bundle goes first, each to the rank with the least to do, of several such ranks to the lowest. The
+    maximum is at most 4/3 of the best possible one (Graham 1969, "Bounds on multiprocessing timing anomalies"). Every
+    rank that knows all costs comes to the same answer.
     """
     shares: list[list[int]] = [[] for _ in range(ranks)]
-    heap = [(0, 0, rank) for rank in range(ranks)]  # (cost so far, tokens so far, rank)
-    for index in _longest_first(lengths):
-        spent, tokens, rank = heap[0]
+    heap = [(0, rank) for rank in range(ranks)]  # (cost so far, rank)
+    for index in _largest_first(costs):
+        spent, rank = heap[0]
         shares[rank].append(index)
-        heapq.heapreplace(heap, (spent + cost(lengths[index], hidden_size), tokens + lengths[index], rank))
+        heapq.heapreplace(heap, (spent + costs[index], rank))
     return [sorted(share) for share in shares]
 
 
-def imbalance(lengths: Sequence[int], shares: Sequence[Sequence[int]], hidden_size: int) -> float:
-    """Returns the cost of the costliest share divided by the mean: 1 is perfect, and 1 is returned for no samples."""
-    costs = [sum(cost(lengths[i], hidden_size) for i in share) for share in shares]
-    total = sum(costs)
-    return max(costs) * len(costs) / total if total else 1.0
+def imbalance(costs: Sequence[int], shares: Sequence[Sequence[int]]) -> float:
+    """Returns the cost of the costliest share divided by the mean: 1 is perfect, and 1 is returned for no bundles."""
+    sums = [sum(costs[i] for i in share) for share in shares]
+    total = sum(sums)
+    return max(sums) * len(sums) / total if total else 1.0
 
 
 def fewest(lengths: Sequence[int], max_tokens: int) -> int:
-    """Returns how many micro-batches first-fit-decreasing takes, which `cut` needs. A sample over budget goes alone."""
-    return len(_first_fit(lengths, _longest_first(lengths), max_tokens))
+    """Returns how many micro-batches first-fit-decreasing takes, which `cut` needs. A bundle over budget goes alone."""
+    return len(_first_fit(lengths, _largest_first(lengths), max_tokens))
 
 
-def cut(lengths: Sequence[int], max_tokens: int, count: int, hidden_size: int) -> list[list[int]]:
-    """Returns the indices of the samples of each of `count` micro-batches, in rising order; some may be empty.
+def cut(lengths: Sequence[int], costs: Sequence[int], max_tokens: int, count: int) -> list[list[int]]:
+    """Returns the indices of the bundles of each of `count` micro-batches, in rising order; some may be empty.
 
-    The costliest sample goes first, each into the cheapest micro-batch with room; where one finds no room, first fit
+    The longest bundle goes first, each into the cheapest micro-batch with room; where one finds no room, first fit
     takes over, which `fewest` promised. Raises ValueError if `count` is less than `fewest`.
+
+    Args:
+        lengths: tokens of every bundle.
+        costs: their costs, as `cost` counts them.
     """
-    order = _longest_first(lengths)
+    order = _largest_first(lengths)
     fitted = _first_fit(lengths, order, max_tokens)
     if count < len(fitted):
         raise ValueError(f"count: got {count} micro-batches, need {len(fitted)} for a budget of {max_tokens} tokens")
-    parts = _cheapest_first(lengths, order, max_tokens, count, hidden_size) or fitted
+    parts = _cheapest_first(lengths, costs, order, max_tokens, count) or fitted
     return [sorted(part) for part in parts] + [[] for _ in range(count - len(parts))]
 
 
-def _longest_first(lengths: Sequence[int]) -> list[int]:
-    return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+def _largest_first(sizes: Sequence[int]) -> list[int]:
+    return sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
 
 
 def _cheapest_first(
-    lengths: Sequence[int], order: Sequence[int], max_tokens: int, count: int, hidden_size: int
+    lengths: Sequence[int], costs: Sequence[int], order: Sequence[int], max_tokens: int, count: int
 ) -> list[list[int]] | None:
     parts: list[list[int]] = [[] for _ in range(count)]
     tokens = [0] * count
@@ -73,7 +80,7 @@ def _cheapest_first(
         spent, part = heapq.heappop(heap)
         parts[part].append(index)
         tokens[part] += lengths[index]
-        for entry in (*full, (spent + cost(lengths[index], hidden_size), part)):
+        for entry in (*full, (spent + costs[index], part)):
             heapq.heappush(heap, entry)
     return parts
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -63,7 +64,12 @@ def pack(
 
 
 def make_sequences(pairs: Sequence[Pair], device: torch.device, layout: SequenceLayout = ONE_RANK) -> SequenceBatch:
-    """Lays prompts with their responses end to end, padded only as `layout` needs, and takes this rank's part."""
+    """Lays prompts with their responses end to end, padded only as `layout` needs, and takes this rank's part.
+
+    With `layout.shares_prompts` the prompt of pairs that follow each other has its rows once, with the first of them.
+    """
+    if layout.shares_prompts:
+        return _extend(_make_sharing_sequences(pairs, device), layout)
     bounds, targets, own, positions, inputs, places = [0], [], [], [], [], []
     for prompt, response in pairs:
         tokens = torch.tensor(prompt + response, dtype=torch.int64)
@@ -88,8 +94,37 @@ def make_sequences(pairs: Sequence[Pair], device: torch.device, layout: Sequence
             torch.cat(positions).to(device),
             torch.cat(own).to(device) if layout.context_parallel_size > 1 else None,
             tuple(len(response) for _, response in pairs),
+            sum(len(prompt) + len(response) for prompt, response in pairs),
         ),
         layout,
+    )
+
+
+def _make_sharing_sequences(pairs: Sequence[Pair], device: torch.device) -> SequenceBatch:
+    bounds, prefixes, inputs, places, positions = [0], [], [], [], []
+    for prompt, alike in groupby(pairs, key=lambda pair: pair[0]):
+        first = bounds[-1]
+        begin = first + len(prompt)  # of the response
+        for number, (_, response) in enumerate(alike):
+            own = response if number else prompt + response
+            inputs.append(torch.tensor(own, dtype=torch.int64))
+            places.append(torch.arange(len(prompt) + len(response) - len(own), len(prompt) + len(response)))
+            begin = bounds[-1] if number else begin
+            if response:
+                positions.append(torch.tensor([first + len(prompt) - 1, *range(begin, begin + len(response) - 1)]))
+            prefixes.append((first, first + len(prompt)) if number else (0, 0))
+            bounds.append(bounds[-1] + len(own))
+    nothing = torch.empty(0, dtype=torch.int64)
+    return SequenceBatch(
+        torch.cat(inputs)[None].to(device),
+        torch.cat(places)[None].to(device),
+        tuple(bounds),
+        torch.tensor([token for _, response in pairs for token in response], dtype=torch.int64).to(device),
+        torch.cat([nothing, *positions]).to(device),
+        None,
+        tuple(len(response) for _, response in pairs),
+        bounds[-1],
+        tuple(prefixes) if any(prefix != (0, 0) for prefix in prefixes) else (),
     )
 
 
@@ -123,6 +158,7 @@ def _extend(batch: SequenceBatch, layout: SequenceLayout) -> SequenceBatch:
         input_ids=pad(batch.input_ids, (0, missing)),
         position_ids=pad(batch.position_ids, (0, missing)),
         bounds=(*batch.bounds, total),
+        prefixes=(*batch.prefixes, (0, 0)) if batch.prefixes else (),
     )
 
 

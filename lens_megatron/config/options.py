@@ -169,6 +169,9 @@ class TrainConfig(Section):
     does so over `steps`."""
     max_tokens_per_micro_batch: int = Field(16384, ge=1)
     """Prompt and response tokens that one forward-backward pass packs together. A longer sample goes alone."""
+    share_prompts: bool | None = None
+    """Compute the tokens of a prompt once for all its rollouts, in updates and in the passes before them. Results
+    differ by rounding. Not with context parallelism. When empty: on a CPU."""
     updates_per_batch: int = Field(1, ge=1)
     """Optimizer steps per batch of rollouts. With more than one the later ones are off-policy."""
     eval_interval: int = Field(20, ge=0)

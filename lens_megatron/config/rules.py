@@ -29,6 +29,12 @@ def mistakes(config: Config) -> Iterator[str]:
         yield ("train.save_best_limit compares evaluations; set data.eval or unset it")
     if config.debug.rollout_only and config.debug.load_rollouts:
         yield ("debug.rollout_only and debug.load_rollouts exclude each other; unset one")
+    cp = config.megatron.context_parallel_size
+    if config.train.share_prompts and cp > 1:
+        yield (
+            f"train.share_prompts=true and megatron.context_parallel_size ({cp}) exclude each other, since the "
+            "ranks cut every sequence; leave share_prompts empty, or set the size to 1"
+        )
     correction, ratio = config.algorithm.correction, config.algorithm.ratio
     if correction.startswith("token") and ratio != "token":
         yield (

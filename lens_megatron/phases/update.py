@@ -142,24 +142,31 @@ def _update_on(run: Run, rows: Sequence[TrainingRow], imbalance: float) -> tuple
     """Makes one optimizer step on this rank's rows and those of the other ranks."""
     config = run.config
     scale = _global_scale(run, pack.count([row.sample for row in rows]))
-    lengths = [len(row.sample.prompt) + len(row.sample.rollout.token_ids) for row in rows]
+    pairs = [(row.sample.prompt, row.sample.rollout.token_ids) for row in rows]
+    parts = micro_batches(run.policy, pairs, config.train.max_tokens_per_micro_batch) or [[]]
     batches = pack.pack(
         rows,
         scale=scale,
         algorithm=config.algorithm,
         max_response_length=config.rollout.max_response_length,
-        parts=micro_batches(run.policy, lengths, config.train.max_tokens_per_micro_batch) or [[]],
+        parts=parts,
         device=run.mesh.device,
         layout=run.policy.layout,
     )
     objective = policy_objective(config.algorithm, run.methods.objective)
     stats = optimizer_step(run.policy, batches, scale, objective, config.algorithm, config.rollout.temperature)
     packed = sum(batch.sequences.bounds[-1] for batch in batches)
-    return stats, Packing(rows=packed, padding=packed - sum(lengths), imbalance=imbalance)
+    filled = sum(batch.sequences.tokens for batch, part in zip(batches, parts, strict=True) if part)
+    return stats, Packing(rows=packed, padding=packed - filled, imbalance=imbalance)
 
 
 def _redistribute(run: Run, samples: Sequence[Sample]) -> redistribute.Share:
-    return redistribute.redistribute(samples, run.mesh.dp_group, run.policy.bridge.config.hidden_size)
+    return redistribute.redistribute(
+        samples,
+        run.mesh.dp_group,
+        run.policy.bridge.config.hidden_size,
+        by_prompt=run.policy.shares_prompts,
+    )
 
 
 def _log_probs(run: Run, pairs: Sequence[pack.Pair]) -> list[Tensor]:

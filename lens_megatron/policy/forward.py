@@ -7,20 +7,24 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from lens_megatron.batch import bundles
+from lens_megatron.batch.bundles import SampleSize
 from lens_megatron.batch.micro_batches import plan_micro_batches
 from lens_megatron.batch.pack import Pair, make_sequences
 from lens_megatron.policy.head import token_log_probs
 from lens_megatron.policy.layers import packed_sequences
 from lens_megatron.policy.model import Policy, reference_weights
-from lens_megatron.types import SequenceBatch
+from lens_megatron.types import SequenceBatch, SequenceLayout
 
 
 def response_log_probs(policy: Policy, pairs: Sequence[Pair], *, max_tokens: int, temperature: float) -> list[Tensor]:
     """Computes log pi(response | prompt) under the weights now in the model, `max_tokens` per micro-batch.
 
+    Where the policy shares prompts, pairs with the same prompt share its rows.
+
     Returns, on every rank of the model-parallel group, one float32 CPU tensor per pair, [tokens of its response].
     """
-    return _run(policy, pairs, pack_pairs(policy, pairs, max_tokens), temperature)
+    return _run(policy, pairs, pack_pairs(policy, pairs, max_tokens, policy.layout), temperature)
 
 
 def prompt_scores(policy: Policy, prompts: Sequence[tuple[int, ...]], *, max_tokens: int) -> list[Tensor]:
@@ -30,7 +34,7 @@ def prompt_scores(policy: Policy, prompts: Sequence[tuple[int, ...]], *, max_tok
     Returns one float32 CPU tensor per prompt, [tokens], 0 at position 0, on every rank of the model-parallel group.
     """
     pairs = [(prompt[:1], prompt[1:]) for prompt in prompts]
-    packed = pack_pairs(policy, pairs, max_tokens)
+    packed = pack_pairs(policy, pairs, max_tokens, policy.layout_of_whole_sequences)
     with reference_weights(policy):
         reference = _run(policy, pairs, packed, temperature=1.0)
     current = _run(policy, pairs, packed, temperature=1.0)
@@ -82,13 +86,22 @@ def run_pipeline(
     )
 
 
-def micro_batches(policy: Policy, lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Calls `plan_micro_batches` for the policy's layout. A collective over data-parallel ranks."""
-    mesh = policy.mesh
+def micro_batches(
+    policy: Policy, pairs: Sequence[Pair], max_tokens: int, layout: SequenceLayout | None = None
+) -> list[list[int]]:
+    """Calls `plan_micro_batches` for `layout`, by default the policy's own. A collective over data-parallel ranks.
+
+    Where the layout shares prompts, pairs of the same prompt stand next to each other.
+    """
+    mesh, hidden_size, layout = policy.mesh, policy.bridge.config.hidden_size, layout or policy.layout
+    sizes = [SampleSize(prompt, len(prompt), len(response)) for prompt, response in pairs]
+    if layout.shares_prompts:
+        together = bundles.by_prompt(sizes, hidden_size, max_tokens=max_tokens)
+    else:
+        together = bundles.single(sizes, hidden_size)
     return plan_micro_batches(
-        lengths,
+        together,
         max_tokens,
-        policy.bridge.config.hidden_size,
         multiple_of=mesh.pp_size if mesh.vp_size > 1 else 1,
         group=mesh.dp_group,
         device=mesh.device,
@@ -103,13 +116,11 @@ class PackedPairs(NamedTuple):
     batches: list[SequenceBatch]
 
 
-def pack_pairs(policy: Policy, pairs: Sequence[Pair], max_tokens: int) -> PackedPairs:
+def pack_pairs(policy: Policy, pairs: Sequence[Pair], max_tokens: int, layout: SequenceLayout) -> PackedPairs:
     """Packs the pairs into micro-batches. A collective over data-parallel ranks."""
-    parts = micro_batches(policy, [len(prompt) + len(response) for prompt, response in pairs], max_tokens)
+    parts = micro_batches(policy, pairs, max_tokens, layout)
     device, nothing = policy.mesh.device, [((0, 0), ())]
-    return PackedPairs(
-        parts, [make_sequences([pairs[i] for i in part] or nothing, device, policy.layout) for part in parts]
-    )
+    return PackedPairs(parts, [make_sequences([pairs[i] for i in part] or nothing, device, layout) for part in parts])
 
 
 def _run(policy: Policy, pairs: Sequence[Pair], packed: PackedPairs, temperature: float) -> list[Tensor]:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig
 
 from lens_megatron.data.model_files import ModelError, in_one_line
-from lens_megatron.policy.layers import use_own_layers
+from lens_megatron.policy.layers import use_own_layers, use_packed_attention
 
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -75,12 +75,23 @@ def _check_rope(where: str, rope: dict) -> None:
 
 
 def build_bridge(
-    hf_config: PretrainedConfig, dtype: torch.dtype, tp_size: int, sequence_parallel: bool = False
+    hf_config: PretrainedConfig,
+    dtype: torch.dtype,
+    tp_size: int,
+    sequence_parallel: bool = False,
+    *,
+    shares_prompts: bool = False,
 ) -> Bridge:
-    """Builds a bridge whose `config` (TransformerConfig) fits this machine; it needs Megatron's parallel state."""
+    """Builds a bridge whose `config` (TransformerConfig) fits this machine; it needs Megatron's parallel state.
+
+    Args:
+        shares_prompts: sequences may share prompts, which Transformer Engine's attention and its fused rotary
+            embeddings cannot; ours take their places.
+    """
     family = _MODEL_REGISTRY[hf_config.model_type]
     local = not transformer_engine_available()
-    bridge_class = type(f"Lens{family.__name__}", (_LensBridge, family), {"local_spec": local})
+    attributes = {"local_spec": local, "shares_prompts": shares_prompts}
+    bridge_class = type(f"Lens{family.__name__}", (_LensBridge, family), attributes)
     padding = tp_size if hf_config.vocab_size % tp_size else None
     bridge = bridge_class(hf_config, dtype=dtype, make_vocab_size_divisible_by=padding)
     extra = {"calculate_per_token_loss": True, "sequence_parallel": sequence_parallel}
@@ -93,6 +104,8 @@ def build_bridge(
             "gradient_accumulation_fusion": False,
             "use_cpu_initialization": not torch.cuda.is_available(),
         }
+    if shares_prompts:
+        extra["apply_rope_fusion"] = False
     if hf_config.model_type == "qwen3_moe":
         extra |= _expert_options(hf_config, local)
     bridge.set_extra_args(**extra)
@@ -125,6 +138,7 @@ class _LensBridge:
     """Is mixed in before an mbridge class, whose hooks it overrides."""
 
     local_spec: bool
+    shares_prompts: bool
     has_vp_stage: bool
     config: TransformerConfig
     hf_config: PretrainedConfig
@@ -143,7 +157,9 @@ class _LensBridge:
     def _get_transformer_layer_spec(self, vp_stage: int | None = None) -> TransformerBlockSubmodules:
         self.has_vp_stage = True
         spec = get_gpt_decoder_block_spec(self.config, use_transformer_engine=not self.local_spec, vp_stage=vp_stage)
-        return use_own_layers(spec) if self.local_spec else spec
+        if self.local_spec:
+            return use_own_layers(spec)
+        return use_packed_attention(spec) if self.shares_prompts else spec
 
     def _get_gptmodel_args(self) -> dict[str, Any]:
         rope = dict(self.hf_config.rope_parameters)

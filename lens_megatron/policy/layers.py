@@ -33,49 +33,67 @@ class PackedSequences(PackedSeqParams):
     """Sequences laid end to end, in the forms that Megatron's layers, Transformer Engine and our layers take."""
 
     segments: tuple[tuple[int, int, int, int], ...]
-    """(first query row, last + 1, first key row, last + 1): runs of this rank's queries, and the keys before and under
-    them, whose last rows are the queries' own. There is one per sequence, and two under context parallelism."""
+    """(first query row, last + 1, first key, last + 1): runs of this rank's queries, and the keys before and under
+    them, whose last ones are the queries' own. There is one per sequence, and two under context parallelism. Keys count
+    among `key_rows`, or are rows where that is None."""
     run_bounds: tuple[Tensor, Tensor]
-    """[segments + 1] int32 each: where the segments' queries begin, and their keys in `key_rows`, and the ends."""
+    """[segments + 1] int32 each: where the segments' queries and keys begin, and the ends."""
     key_order: Tensor | None = None
     """[S] int64 under context parallelism: where each row of the sequences stands among the ranks' gathered keys."""
     key_rows: Tensor | None = None
-    """int64 under context parallelism: the key rows of every segment, one segment after the other."""
+    """int64 under context parallelism, and where sequences share prompts: the key rows of every segment, one segment
+    after the other."""
+    positions: Tensor | None = None
+    """[S] int64 where sequences share prompts: the position of every row in its sequence, for rotary embeddings."""
 
 
 def packed_sequences(batch: SequenceBatch, cp_rank: int, cp_size: int) -> PackedSequences:
     """Works out what attention needs to know of `batch`, once for all layers."""
     device, runs = batch.input_ids.device, list(pairwise(batch.bounds))
     bounds = torch.tensor(batch.bounds, dtype=torch.int32).to(device)
-    longest = max(stop - start for start, stop in runs)
-    segments = [(start, stop, start, stop) for start, stop in runs]
-    run_bounds, key_order, key_rows = (bounds, bounds), None, None
-    if cp_size > 1:
-        segments = list(_held_segments(runs, cp_rank, cp_size))
-        query_lengths, key_lengths = [b - a for a, b, _, _ in segments], [d - c for _, _, c, d in segments]
-        run_bounds = _starts_and_end(query_lengths, device), _starts_and_end(key_lengths, device)
-        key_order = torch.cat(list(_key_order(runs, cp_size))).to(device)
-        key_rows = torch.cat([torch.arange(c, d) for _, _, c, d in segments]).to(device)
+    prefixes = batch.prefixes or ((0, 0),) * len(runs)
+    longest = max(stop - start + last - first for (start, stop), (first, last) in zip(runs, prefixes, strict=True))
+    key_order = torch.cat(list(_key_order(runs, cp_size))).to(device) if cp_size > 1 else None
+    key_rows, run_bounds = None, (bounds, bounds)
+    segments = tuple((start, stop, start, stop) for start, stop in runs)
+    if cp_size > 1 or batch.prefixes:
+        held = list(_held_segments(runs, cp_rank, cp_size) if cp_size > 1 else _sharing_segments(runs, prefixes))
+        key_rows = torch.cat([rows for _, rows in held]).to(device)
+        starts = [[0, *accumulate(lengths)] for lengths in ([b - a for (a, b), _ in held], [len(k) for _, k in held])]
+        segments = tuple((a, b, c, d) for (a, b), (c, d) in zip(*map(pairwise, starts), strict=True))
+        queries, keys = (torch.tensor(start, dtype=torch.int32).to(device) for start in starts)
+        run_bounds = queries, keys
     return PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=bounds,
         cu_seqlens_kv=bounds,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        segments=tuple(segments),
+        segments=segments,
         run_bounds=run_bounds,
         key_order=key_order,
         key_rows=key_rows,
+        positions=batch.position_ids[0] if batch.prefixes else None,
     )
 
 
-def _held_segments(runs: Sequence[tuple[int, int]], cp_rank: int, cp_size: int) -> Iterator[tuple[int, int, int, int]]:
-    """Yields `PackedSequences.segments` of a context-parallel rank, whose queries are two chunks of each sequence."""
+def _sharing_segments(
+    runs: Sequence[tuple[int, int]], prefixes: Sequence[tuple[int, int]]
+) -> Iterator[tuple[tuple[int, int], Tensor]]:
+    """Yields the queries of every sequence with the rows of its keys: the shared prompt's, then its own."""
+    for run, prefix in zip(runs, prefixes, strict=True):
+        yield run, torch.cat([torch.arange(*prefix), torch.arange(*run)])
+
+
+def _held_segments(
+    runs: Sequence[tuple[int, int]], cp_rank: int, cp_size: int
+) -> Iterator[tuple[tuple[int, int], Tensor]]:
+    """Yields a context-parallel rank's queries, two chunks of each sequence, with the rows of the keys of each."""
     for start, stop in runs:
         first, chunk = start // cp_size, (stop - start) // (2 * cp_size)
         for half, index in enumerate(chunks_held(cp_rank, cp_size)):
             begin = first + half * chunk
-            yield begin, begin + chunk, start, start + (index + 1) * chunk
+            yield (begin, begin + chunk), torch.arange(start, start + (index + 1) * chunk)
 
 
 def _key_order(runs: Sequence[tuple[int, int]], cp_size: int) -> Iterator[Tensor]:
@@ -88,11 +106,6 @@ def _key_order(runs: Sequence[tuple[int, int]], cp_size: int) -> Iterator[Tensor
             rank, half = holders[index]
             begin = rank * held + first + half * chunk
             yield torch.arange(begin, begin + chunk)
-
-
-def _starts_and_end(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """Returns [runs + 1] int32: where each run begins that follows the one before it, and where the last one ends."""
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device)
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -135,6 +148,8 @@ class PackedAttention(MegatronModule):
             key, value = (
                 gather_from_sequence_parallel_region(x, group=self.cp_group)[packed.key_order] for x in (key, value)
             )
+        if packed.key_rows is not None:  # every run's keys stand together
+            key, value = key[packed.key_rows], value[packed.key_rows]
         if query.is_cuda and query.dtype != torch.float32:
             return self._flash(query, key, value, packed)
         parts = [self._attend(query[a:b], key[c:d], value[c:d]) for a, b, c, d in packed.segments]
@@ -154,8 +169,6 @@ class PackedAttention(MegatronModule):
     def _flash(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
-        if packed.key_rows is not None:  # flash attention needs each run's keys separately
-            key, value = key[packed.key_rows], value[packed.key_rows]
         longest = max(b - a for a, b, _, _ in packed.segments), max(d - c for _, _, c, d in packed.segments)
         out = varlen_attn(
             *(query, key, value, *packed.run_bounds, *longest),
@@ -181,6 +194,13 @@ class Router(TopKRouter):
         """Computes the logits: [S, B, D] -> [S, B, experts]."""
         dtype = torch.float64 if self.config.moe_router_dtype == "fp64" else torch.float32
         return linear(input.to(dtype), self.weight.to(dtype))
+
+
+def use_packed_attention(spec: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
+    """Puts `PackedAttention` into a layer spec, which it changes and returns."""
+    for layer in spec.layer_specs:
+        layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    return spec
 
 
 def use_own_layers(spec: TransformerBlockSubmodules) -> TransformerBlockSubmodules:

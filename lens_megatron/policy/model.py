@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from lens_megatron.policy import passthrough
 from lens_megatron.policy.export_plan import ExportPlan, plan_export
 from lens_megatron.policy.guard import StateGuard
 from lens_megatron.policy.hf_weights import build_bridge, import_weights, read_hf_config
+from lens_megatron.policy.layers import PackedSequences
 from lens_megatron.policy.parallel import Mesh
 from lens_megatron.types import SequenceLayout
 
@@ -30,7 +31,19 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class HiddenStatesModel(GPTModel):
-    """A GPTModel whose last stage returns hidden states, after the final norm; `policy.head` does what follows."""
+    """A GPTModel whose last stage returns hidden states, after the final norm; `policy.head` does what follows.
+
+    Where sequences share prompts, every row gets the rotary embedding of its position.
+    """
+
+    def _preprocess(
+        self, *args: Any, packed_seq_params: PackedSequences | None = None, **options: Any
+    ) -> tuple[Any, ...]:
+        found = super()._preprocess(*args, packed_seq_params=packed_seq_params, **options)
+        if packed_seq_params is None or packed_seq_params.positions is None:
+            return found
+        embedded, rotary, *others = found
+        return embedded, rotary[packed_seq_params.positions], *others
 
     def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
         """Returns hidden states [S, B, D]; under sequence parallelism this rank's part, [S/tp, B, D]."""
@@ -57,6 +70,8 @@ class Policy:
     """Says which rank holds what of every tensor that `policy.export` streams."""
     reference: dict[str, Tensor] | None
     """The frozen reference policy's parameters of this rank, by Megatron name; None when nothing needs them."""
+    shares_prompts: bool = False
+    """Rollouts of the same prompt share its rows in a micro-batch (`train.share_prompts`)."""
     version: int = 0
     """The number of optimizer steps that have been done."""
     guard: StateGuard = field(default_factory=StateGuard)
@@ -69,8 +84,13 @@ class Policy:
     @property
     def layout(self) -> SequenceLayout:
         """Says how this rank's part is cut out of a packed batch."""
-        shared = self.mesh.tp_size if self.bridge.config.sequence_parallel else 1
-        return SequenceLayout(self.mesh.cp_rank, self.mesh.cp_size, shared)
+        return replace(self.layout_of_whole_sequences, shares_prompts=self.shares_prompts)
+
+    @property
+    def layout_of_whole_sequences(self) -> SequenceLayout:
+        """The layout for passes that need every sequence's own rows of its prompt."""
+        divided = self.mesh.tp_size if self.bridge.config.sequence_parallel else 1
+        return SequenceLayout(self.mesh.cp_rank, self.mesh.cp_size, divided)
 
     def models(self) -> list[HiddenStatesModel]:
         return unwrap_model(self.chunks)
@@ -84,7 +104,14 @@ def build_policy(config: Config, mesh: Mesh) -> Policy:
     """
     hf_config = read_hf_config(config.model.path)
     check_layout(config, hf_config)
-    bridge = build_bridge(hf_config, DTYPES[config.model.dtype], mesh.tp_size, config.megatron.sequence_parallel)
+    shares_prompts = _shares_prompts(config, mesh)
+    bridge = build_bridge(
+        hf_config,
+        DTYPES[config.model.dtype],
+        mesh.tp_size,
+        config.megatron.sequence_parallel,
+        shares_prompts=shares_prompts,
+    )
     _set_passthrough(bridge, config.megatron.transformer)
     models = _build_models(bridge, mesh)
     needs_reference = config.algorithm.kl_coef > 0 or load_methods(config).need(Evidence.PROMPT_SCORES)
@@ -99,7 +126,13 @@ def build_policy(config: Config, mesh: Mesh) -> Policy:
     bridge.config.finalize_model_grads_func = _finalize_without_token_scaling
     bridge.config.grad_scale_func = optimizer.scale_loss
     plan = plan_export(bridge, models, mesh)
-    return Policy(mesh, bridge, chunks, optimizer, _build_scheduler(config, optimizer), plan, reference)
+    scheduler = _build_scheduler(config, optimizer)
+    return Policy(mesh, bridge, chunks, optimizer, scheduler, plan, reference, shares_prompts)
+
+
+def _shares_prompts(config: Config, mesh: Mesh) -> bool:
+    asked = config.train.share_prompts
+    return mesh.device.type == "cpu" and mesh.cp_size == 1 if asked is None else asked
 
 
 def check_layout(config: Config, hf_config: Any) -> None:

@@ -34,7 +34,7 @@ def prompt_gradients(policy: Policy, pairs: Sequence[Pair], *, max_tokens: int) 
     Returns, on every rank of the model-parallel group, one float32 CPU tensor per pair, [tokens of its prompt], in nats
     per unit of the embedding. Source: LENS, arXiv 2601.21244, appendix E.
     """
-    parts, batches = pack_pairs(policy, pairs, max_tokens)
+    parts, batches = pack_pairs(policy, pairs, max_tokens, policy.layout_of_whole_sequences)
     if not parts:
         return []
     with _frozen(policy):

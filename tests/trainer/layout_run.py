@@ -33,6 +33,8 @@ from lens_megatron.types import Origin, Sample
 TEMPERATURE = 0.9
 LENGTHS = [(5, 9), (3, 30), (12, 4), (7, 7), (2, 1), (20, 17), (6, 12), (9, 25)]
 """(prompt, response) tokens of 8 samples, which 1 or 2 data-parallel ranks share."""
+SAME_PROMPT = {4: 2, 6: 5, 7: 5}
+"""Samples that have the prompt of another one."""
 
 
 def samples() -> list[Sample]:
@@ -40,14 +42,16 @@ def samples() -> list[Sample]:
     made = []
     for i, (prompt, response) in enumerate(LENGTHS):
         tokens = tuple(torch.randint(0, 120, (prompt + response,), generator=generator).tolist())
+        own, response_ids = tokens[:prompt], tokens[prompt:]
+        own = made[SAME_PROMPT[i]].prompt if i in SAME_PROMPT else own
         origin = Origin.PURIFIED if i % 3 == 0 else Origin.NATIVE
         made.append(
             Sample(
-                prompt=tokens[:prompt],
-                generation_prompt=tokens[:prompt],
+                prompt=own,
+                generation_prompt=own,
                 rollout=replace(
                     rollout(True, origin),
-                    token_ids=tokens[prompt:],
+                    token_ids=response_ids,
                     log_probs=tuple(-0.9 * (t % 7 + 1) for t in range(response)),
                 ),
                 advantage=(-1.0) ** i * (1 + i / 4),
@@ -66,7 +70,9 @@ def share_of(policy: Policy, kind: str) -> list[int]:
         return [] if mesh.dp_rank else list(range(len(everything)))
     ordered = everything[::-1] if kind == "dealt in reverse" else everything
     sampled = ordered if mesh.dp_size == 1 else ordered[:1] if mesh.dp_rank == 0 else ordered[1:]
-    mine = redistribute.redistribute(sampled, mesh.dp_group, policy.bridge.config.hidden_size).samples
+    mine = redistribute.redistribute(
+        sampled, mesh.dp_group, policy.bridge.config.hidden_size, by_prompt=policy.shares_prompts
+    ).samples
     assert len(mine) > 1  # the rank that sampled one trains on more
     return [everything.index(sample) for sample in mine]  # ValueError if a bit of one was lost on the way
 
@@ -116,7 +122,7 @@ def train(
         scale=scale,
         algorithm=config.algorithm,
         max_response_length=64,
-        parts=micro_batches(policy, [len(s.prompt) + len(s.rollout.token_ids) for s in mine], max_tokens),
+        parts=micro_batches(policy, [(s.prompt, s.rollout.token_ids) for s in mine], max_tokens),
         device=policy.mesh.device,
         layout=policy.layout,
     )
@@ -128,7 +134,8 @@ def main(model: str, out: Path, cases: dict) -> None:
     device, exported = platform.install(), set()
     for name, case in cases.items():
         platform.init_process_group(device)
-        config = configuration(case.get("model", model), case.get("algorithm", {}), case["megatron"])
+        sections = (case.get("algorithm", {}), case["megatron"], case.get("train", {}))
+        config = configuration(case.get("model", model), *sections)
         mesh = build_mesh(config.megatron, config.run.seed, device)
         policy = build_policy(config, mesh)
         if "model" not in case:
@@ -147,7 +154,7 @@ def _expert_sizes(config: Config) -> tuple[int, int | None]:
     return config.megatron.expert_model_parallel_size, config.megatron.expert_tensor_parallel_size
 
 
-def configuration(model: str, algorithm: dict, options: dict) -> Config:
+def configuration(model: str, algorithm: dict, options: dict, train: dict) -> Config:
     return from_tree(
         {
             "run": {"directory": "unused"},
@@ -157,6 +164,7 @@ def configuration(model: str, algorithm: dict, options: dict) -> Config:
             "algorithm": {"kl_coef": 0.1, "entropy_coef": 0.01, **algorithm},
             "optimizer": {"lr": 1e-3, "adam_eps": 1e-3},  # an epsilon at which Adam does not amplify rounding
             "megatron": options,
+            "train": train,
         }
     )
 

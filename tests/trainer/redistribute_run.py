@@ -44,11 +44,11 @@ def main() -> None:
     first = sum(OWNED[:rank])
     group = torch.distributed.group.WORLD
     share = redistribute.redistribute(everything[first : first + OWNED[rank]], group, HIDDEN)
-    lengths = [len(s.prompt) + len(s.rollout.token_ids) for s in everything]
-    shares = balance.assign(lengths, len(OWNED), HIDDEN)
+    costs = [balance.cost(len(s.prompt) + len(s.rollout.token_ids), HIDDEN) for s in everything]
+    shares = balance.assign(costs, len(OWNED))
     assert share.samples == [everything[i] for i in shares[rank]] and len(shares[rank]) >= 2
     assert share.total == len(everything)
-    assert share.imbalance == balance.imbalance(lengths, shares, HIDDEN)
+    assert share.imbalance == balance.imbalance(costs, shares)
     assert redistribute.redistribute([], group, HIDDEN) == redistribute.Share([], 1.0, 0)
     gathered_and_told(group, everything, rank, first)
     torch.distributed.barrier()

@@ -1,8 +1,9 @@
 """Scores, log-probabilities, losses, gradients and trained weights are the same under every layout.
 
-`layout_run.py` is what every rank runs: one set of samples through two updates. Float32, relative 1e-4 of each tensor's
-largest entry (measured: 5e-6). Exported weights equal mbridge's bit for bit (export_check.py). Not covered: bfloat16,
-Transformer Engine, GPUs.
+`layout_run.py` is what every rank runs: one set of samples through two updates. Some have the same prompt, whose rows
+are shared wherever context parallelism does not cut them, but not in the cases called alone. Float32, relative 1e-4 of
+each tensor's largest entry (measured: 5e-6). Exported weights equal mbridge's bit for bit (export_check.py). Not
+covered: bfloat16, Transformer Engine, GPUs.
 """
 
 import json
@@ -43,17 +44,21 @@ def case(
     share: str = "even",
     corrected: bool = False,
     objective: str = "clip",
+    sharing: bool | None = None,
     **megatron: object,
 ) -> dict:
     algorithm = {"ratio": ratio, "objective": objective, **(CORRECTED if corrected else {})}
-    return {"max_tokens": max_tokens, "algorithm": algorithm, "share": share, "megatron": megatron}
+    train = {"share_prompts": sharing}
+    return {"max_tokens": max_tokens, "algorithm": algorithm, "share": share, "megatron": megatron, "train": train}
 
 
 DENSE = {
     1: {
-        "alone": case(ALONE),
-        "alone, sequences": case(ALONE, "sequence_geometric"),
+        "alone": case(ALONE, sharing=False),
+        "alone, sequences": case(ALONE, "sequence_geometric", sharing=False),
         "alone, corrected": case(ALONE, corrected=True),
+        "sharing prompts": case(ALONE, sharing=True),
+        "sharing prompts, sequences": case(ALONE, "sequence_geometric", sharing=True),
         "alone, sapo": case(ALONE, objective="sapo"),
         "alone, cispo": case(ALONE, objective="cispo"),
         "micro-batches": case(),
@@ -88,7 +93,11 @@ DENSE = {
     },
 }
 EXPERTS = {
-    1: {"alone": case(ALONE), "micro-batches": case(), "alone, routers' loss": case(1, transformer=ROUTERS_LOSS)},
+    1: {
+        "alone": case(ALONE, sharing=False),
+        "micro-batches": case(),
+        "alone, routers' loss": case(1, transformer=ROUTERS_LOSS),
+    },
     2: {
         "EP2": case(**{EP: 2}),
         "EP2, distributed optimizer": case(**{EP: 2}, use_distributed_optimizer=True),

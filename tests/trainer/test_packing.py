@@ -26,8 +26,9 @@ def test_every_query_finds_itself_last_among_its_keys(size: int):
         assert torch.equal(keys, rows)
         keys = keys if params.key_rows is None else keys[params.key_rows]
         queries_at, keys_at = ([*pairwise(ends.tolist())] for ends in params.run_bounds)
-        assert queries_at == [(a, b) for a, b, _, _ in params.segments]
         assert queries_at[-1][1] == len(own) and keys_at[-1][1] == len(keys)
         for (a, b), (c, d), segment in zip(queries_at, keys_at, params.segments, strict=True):
-            assert torch.equal(keys[c:d], rows[segment[2] : segment[3]])
-            assert torch.equal(own[a:b], keys[d - (b - a) : d]) and int(keys[c]) in bounds
+            first = int(keys[c])
+            assert segment == (a, b, c, d) and first in bounds
+            assert torch.equal(keys[c:d], rows[first : first + d - c])
+            assert torch.equal(own[a:b], keys[d - (b - a) : d])
