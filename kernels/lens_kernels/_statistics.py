@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lens_kernels._backend import jit, launch, multiprocessors, tl, uses_triton
-from lens_kernels._kernel_parts import edge_columns, elements_before_boundary, row_start, soft_cap
+from lens_kernels._kernel_parts import edge_columns, elements_before_boundary, row_start
 from lens_kernels._rows import VECTOR_BYTES, addressable_rows, row_chunks, rows_begin_at_boundaries
+from lens_kernels._soft_cap import soft_cap
 from lens_kernels._vocab_parallel import LOWEST, TokenRows, local_targets
 
 WARPS = 8

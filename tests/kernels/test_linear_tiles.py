@@ -42,7 +42,8 @@ def run_tiles(logits, rows, dtype, *, with_entropy=True):
     count, columns = logits.shape
     stats = torch.full((1, 4 if with_entropy else 3, count), torch.nan)
     kept = torch.full((count, -(-columns // COLUMNS) * COLUMNS), torch.nan, dtype=dtype)
-    sums = TileSums(stats[0], torch.full((2, count), torch.nan), kept)
+    slopes = None if rows.softcap is None else torch.full_like(kept, torch.nan)
+    sums = TileSums(stats[0], torch.full((2, count), torch.nan), kept, slopes)
     buffer = torch.full((count, COLUMNS), torch.nan)
     for start in range(0, columns, COLUMNS):
         tile = buffer[:, : min(COLUMNS, columns - start)]
@@ -114,6 +115,45 @@ def test_softcap(with_entropy):
     found = gradient(logits, rows, torch.float32, g, e)
     for actual, expected in zip(found, exact, strict=True):
         torch.testing.assert_close(actual.double(), expected, rtol=3e-5, atol=3e-6)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 3 * 2**-9)])
+def test_slopes_near_the_cap(dtype, tolerance):
+    """At 4 to 8 times the cap the slope is 1e-3 to 4e-7 of itself without a cap, and every entry must have it.
+
+    In bfloat16 exponential, slope and product are rounded, by at most 2**-9 each. 1 - (capped / cap)**2 is wrong by a
+    tenth there even in float32, because float32 holds the capped logit with an error of 5e-7.
+    """
+    logits = (40 + 40 * torch.rand(6, 40)) * torch.randn(6, 40).sign()
+    ids = torch.tensor([0, 39, 17, -1, 20, 33])
+    rows = TokenRows(ids, torch.full((6,), 0.7), 10.0, VocabShard(0, 40, 38))
+    rows = rows._replace(token_ids=ids.clamp(max=37))
+    g = torch.randn(6)
+    settings = {"softcap": 10.0, "temperature": 0.7, "valid_vocab_size": 38}
+    exact = exact_gradient(logits, rows.token_ids, g, **settings)[2]
+    found = gradient(logits, rows, dtype, g)[2]
+    torch.testing.assert_close(found, exact, rtol=tolerance, atol=1e-13)
+    assert found[3].eq(0).all() and found[:, 38:].eq(0).all()
+
+
+@pytest.mark.parametrize("path", ["chunks", "tiles"])
+def test_soft_cap_of_a_head(path):
+    """Hidden states so large that most logits are near the cap, and a chunk that is cut."""
+    hidden, weight, _, ids = make(10, 77)
+    hidden *= 10
+    ids[5], hidden[5] = -1, torch.nan
+    exact = leaves(hidden.nan_to_num(), weight, double=True)
+    logprobs, entropy = statistics(exact[0] @ exact[1].T, ids, logit_softcap=9.0)
+    ours = leaves(hidden, weight)
+    options = {"return_entropy": True, "chunk_rows": 4, "path": path, "logit_softcap": 9.0}
+    result = linear_token_logprobs(*ours, ids, **options)
+    g, e = torch.randn(10), torch.randn(10)
+    (logprobs * g + entropy * e).sum().backward()
+    (result[0] * g + result[1] * e).sum().backward()
+    for actual, expected in zip(result, (logprobs, entropy), strict=True):
+        assert_near(actual, expected.detach(), 1e-5)
+    for mine, theirs in zip(ours, exact, strict=True):
+        assert (mine.grad.double() - theirs.grad).norm() < 2e-5 * theirs.grad.norm()
 
 
 @pytest.mark.parametrize("lead", [0.0, 30.0, 100.0, 5000.0])
