@@ -57,6 +57,15 @@ def test_triton_on_the_cpu_needs_the_interpreter():
     assert wanted in result.stderr
 
 
+def test_the_import_does_not_bring_the_compiler():
+    """torch._dynamo takes 1 to 2 seconds to import, which every rank and every worker would pay."""
+    is_there = "print('torch._dynamo' in sys.modules)"
+    code = f"import sys, torch\n{is_there}\nimport lens_kernels\n{is_there}"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.stdout.split() in (["False", "False"], ["True", "True"]), result.stderr
+
+
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("columns", [9000, 50])
 @pytest.mark.parametrize("with_entropy", [False, True])
