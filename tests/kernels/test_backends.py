@@ -142,6 +142,23 @@ def test_no_graph_for_every_number_of_rows():
     assert counter.frame_count <= 2
 
 
+def test_no_graph_for_every_number_of_scores():
+    """Words for an error that hold a number of rows would make a graph of each, if they were made without an error."""
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+
+    def step(policy, reference, ids, bounds):
+        scores = lens_kernels.interference_scores(policy, ids, reference_logits=reference, temperature=0.7)
+        return lens_kernels.select_interference_tokens(scores, bounds, ratio=0.5, eligible=ids >= 0)
+
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for rows in range(3, 23):
+        given = torch.randn(rows, 7), torch.randn(rows, 7), torch.randint(-1, 7, (rows,)), torch.tensor([0, 2, rows])
+        for actual, expected in zip(compiled(*given), step(*given), strict=True):
+            assert actual.equal(expected)
+    assert counter.frame_count <= 2
+
+
 def test_scores_and_selection_under_torch_compile():
     def step(policy, reference, ids, bounds):
         scores = lens_kernels.interference_scores(policy, ids, reference_logits=reference)
