@@ -39,8 +39,9 @@ def gradient_bounds(dtype, path, *, as_is, passes_again):
     """Bounds of the relative error of the gradients of hidden states, weight and bias, in the Frobenius norm.
 
     Each result is rounded to its operand's dtype, which changes it by UNIT at most. Before that half-precision operands
-    cost roundings to bfloat16, float16 operands too. Their errors are independent and uniform, with a root mean square
-    of 2**-8 / sqrt(3) at most, so that n of them add up to 2**-8 * sqrt(n / 3). What is rounded:
+    cost roundings to bfloat16, float16 operands too: each changes an entry by 2**-8 at most and by 0.43 of that in the
+    root mean square, which leaves room for sums of entries that cancel. Errors are independent, so n of them add up to
+    2**-8 * sqrt(n). What is rounded:
     as chunks   nothing on a CPU. On a GPU, which multiplies halves as they are (`as_is`), the logits' gradient, and
                 beside it a float16 factor, because a product has factors of one dtype. The bias's factors are ones.
     as tiles    the exponentials; the gradient that an entropy term or a soft cap makes of them (`passes_again`); for
@@ -54,7 +55,7 @@ def gradient_bounds(dtype, path, *, as_is, passes_again):
         roundings = first + float16_factor, first + 1, first + 1
     else:
         roundings = (1 + float16_factor, 1 + float16_factor, 1) if as_is else (0, 0, 0)
-    return tuple(UNIT[dtype] + 2**-8 * math.sqrt(count / 3) for count in roundings)
+    return tuple(UNIT[dtype] + 2**-8 * math.sqrt(count) for count in roundings)
 
 
 def assert_gradients(ours, exact, path="auto", *, as_is=None, passes_again=True):
