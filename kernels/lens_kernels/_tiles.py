@@ -124,8 +124,7 @@ def _update_tile_kernel(
     sums, moment, target = 0.0, 0.0, -float("inf")
     if not FIRST:
         top = tl.maximum(tl.load(stats), top)
-        sums = tl.load(stats + stride_stats)
-        target = tl.load(stats + 2 * stride_stats)
+        sums, target = tl.load(stats + stride_stats), tl.load(stats + 2 * stride_stats)
         if K == 4:
             moment = tl.load(stats + 3 * stride_stats)
 
@@ -135,8 +134,8 @@ def _update_tile_kernel(
     owned = (token >= start) & (token - start < limit)
     at_target = tl.load(base + (token - start), mask=owned, other=0.0)
     if slopes_ptr is not None:
-        slope = tl.where(column < limit, soft_cap_slope(z, SOFTCAP), 0.0)
-        tl.store(slopes_ptr + row * stride_out + column + offset, slope)
+        slopes = slopes_ptr + row * stride_out + offset + column
+        tl.store(slopes, tl.where(column < limit, soft_cap_slope(z, SOFTCAP), 0.0))
     z = tl.where(column < limit, soft_cap(z, SOFTCAP), -float("inf"))
     new = tl.maximum(top, tl.max(z, 0))
     # Both bounds avoid 0 * -inf, a NaN, in the moments.
@@ -160,9 +159,8 @@ def _update_tile_kernel(
             tl.store(anchor, tl.where(sums == 0, -float("inf"), new))
             tl.store(anchor + stride_anchor, 0.0)
         else:
-            reference = tl.load(anchor)
+            reference, fraction = tl.load(anchor), tl.load(anchor + stride_anchor)
             reference = tl.where(reference == -float("inf"), new, reference)
-            fraction = tl.load(anchor + stride_anchor)
             exponent = (new - reference) * scale + fraction
             if exponent > HIGHEST_EXPONENT:
                 power = tl.floor(exponent)
@@ -170,8 +168,7 @@ def _update_tile_kernel(
                     at = out + earlier
                     tl.store(at, tl.load(at).to(tl.float32) * tl.exp2(-power))
                 exponent -= power
-                reference = new
-                fraction = exponent
+                reference, fraction = new, exponent
             tl.store(out + offset, weights * tl.exp2(exponent))
             tl.store(anchor, tl.where(sums == 0, -float("inf"), reference))
             tl.store(anchor + stride_anchor, fraction)

@@ -18,6 +18,7 @@ Sources: LENS, arXiv 2601.21244, eq. 7; PPO, arXiv 1707.06347; dual clip, arXiv 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -160,7 +161,9 @@ def policy_loss(
     else:
         refuse_loss_arguments(**per_row)
         evaluate = objective_evaluator(objective)
-    apply = _PolicyLoss.apply if objective is None else functools.partial(apply_outside_graphs, _PolicyLoss)
+    apply: Callable[..., Any] = _PolicyLoss.apply
+    if objective is not None:
+        apply = functools.partial(apply_outside_graphs, _PolicyLoss)
     loss, logprobs, *optional, entropy = apply(logits, rows, evaluate, inplace_backward)
     shape = token_ids.shape
     ratio, clipped, kl = (None if x is None else x.view(shape) for x in optional)

@@ -202,7 +202,9 @@ def linear_policy_loss(
     if accumulate_into is not None and loss_gradient is not None and needs[1]:
         evaluate = functools.partial(evaluate, into=WeightTotal(accumulate_into, float(loss_gradient)))
     inside = objective is None and accumulate_into is None
-    apply = _LinearPolicyLoss.apply if inside else functools.partial(apply_outside_graphs, _LinearPolicyLoss)
+    apply: Callable[..., Any] = _LinearPolicyLoss.apply
+    if not inside:
+        apply = functools.partial(apply_outside_graphs, _LinearPolicyLoss)
     loss, logprobs, *optional, entropy = apply(*operands, evaluate, accumulate_into, loss_gradient)
     shape = token_ids.shape
     ratio, clipped, kl = (None if x is None else x.view(shape) for x in optional)
