@@ -23,7 +23,7 @@ except ImportError:  # this platform has no Triton, so that only the reference c
 
 from lens_kernels._checks import require
 
-__all__ = ["jit", "launch", "multiprocessors", "tl", "triton", "uses_triton"]
+__all__ = ["apply_outside_graphs", "jit", "launch", "multiprocessors", "tl", "triton", "uses_triton"]
 
 
 def jit(function: Callable[..., Any]) -> Any:
@@ -56,6 +56,20 @@ def uses_triton(device: torch.device) -> bool:
     runs = device.type != "cpu" or triton.knobs.runtime.interpret
     require(runs, "LENS_KERNELS_BACKEND", "triton with tensors on the CPU", "TRITON_INTERPRET=1 set before the import")
     return True
+
+
+def apply_outside_graphs(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """Returns function.apply(*arguments). Under torch.compile the graph ends before it and another begins after it.
+
+    A graph holds neither an objective of the caller's nor a mark on a weight, so fullgraph=True refuses the call.
+    """
+    return _untraced_apply(function, *arguments) if torch.compiler.is_compiling() else function.apply(*arguments)
+
+
+# Private, but torch.compiler.disable would import torch._dynamo together with this package, which takes 1 to 2 seconds.
+@torch._disable_dynamo
+def _untraced_apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    return function.apply(*arguments)
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -27,7 +27,8 @@ def require(condition: bool, argument: str, got: object, need: str | Callable[[]
         raise ValueError(f"{argument}: got {words[0]}, need {words[1]}")
 
 
-def _shape_of(value: Tensor) -> Callable[[], str]:
+def shape_of(value: Tensor) -> Callable[[], str]:
+    """Returns the words for a tensor's shape, to be made only for an error."""
     return lambda: f"shape {tuple(value.shape)}"
 
 
@@ -51,7 +52,7 @@ def check_matrix(argument: str, value: Tensor, columns: str) -> None:
     """Checks a [..., columns] tensor of logits, hidden states or weights, whose dtype must be one that we read."""
     check_tensor(argument, value)
     require(value.dim() >= 1, argument, "a scalar", f"shape [..., {columns}]")
-    require(value.shape[-1] >= 1, argument, _shape_of(value), f"at least one column ({columns} >= 1)")
+    require(value.shape[-1] >= 1, argument, shape_of(value), f"at least one column ({columns} >= 1)")
     require(value.dtype in LOGIT_DTYPES, argument, str(value.dtype), "float32, bfloat16 or float16")
 
 
@@ -60,7 +61,7 @@ def check_token_ids(token_ids: Tensor, shape: torch.Size, device: torch.device) 
     check_tensor("token_ids", token_ids)
     require(token_ids.dtype in ID_DTYPES, "token_ids", str(token_ids.dtype), "int64 or int32")
     same = token_ids.shape == shape
-    require(same, "token_ids", _shape_of(token_ids), lambda: f"one id per row, {tuple(shape)}")
+    require(same, "token_ids", shape_of(token_ids), lambda: f"one id per row, {tuple(shape)}")
     check_device("token_ids", token_ids, device)
     return token_ids.reshape(-1).long().contiguous()
 
@@ -76,7 +77,7 @@ def per_row(argument: str, value: Tensor | float, shape: torch.Size, device: tor
     fits = value.dim() <= len(shape) and all(
         have in (1, want) for have, want in zip(reversed(value.shape), reversed(shape), strict=False)
     )
-    require(fits, argument, _shape_of(value), lambda: f"a shape that broadcasts to the rows {tuple(shape)}")
+    require(fits, argument, shape_of(value), lambda: f"a shape that broadcasts to the rows {tuple(shape)}")
     return value.detach().broadcast_to(shape).reshape(-1).float().contiguous()
 
 
@@ -150,7 +151,7 @@ def check_rows(rows: Tensor | None, count: int, device: torch.device) -> None:
     if rows is None:
         return
     check_tensor("rows", rows)
-    require(rows.dim() == 1, "rows", _shape_of(rows), "one dimension")
+    require(rows.dim() == 1, "rows", shape_of(rows), "one dimension")
     require(rows.dtype == torch.int64, "rows", str(rows.dtype), "int64 indices")
     check_device("rows", rows, device)
     if rows.numel() and may_read_values(device):

@@ -27,6 +27,7 @@ class Buffers(NamedTuple):
 
     logits: Tensor  # float32 [rows, V], or [rows, TILE_COLUMNS] of a tile
     exponentials: Tensor | None  # [rows, whole tiles] of the gradient's dtype, of `tiles` with a gradient
+    slopes: Tensor | None  # likewise, where a soft cap has any
 
 
 class Projection(NamedTuple):
@@ -41,13 +42,14 @@ def allocate(plan: HeadPlan, operands: Operands, *, with_gradient: bool) -> Buff
     """Allocates the buffers of a pass over all chunks."""
     rows, columns, device = largest_chunk(plan), operands.columns, operands.hidden.device
     if plan.path == "chunks":
-        return Buffers(torch.empty(rows, columns, dtype=torch.float32, device=device), None)
+        return Buffers(torch.empty(rows, columns, dtype=torch.float32, device=device), None, None)
     width = _tiles.TILE_COLUMNS
     tile = torch.empty(rows, width, dtype=torch.float32, device=device)
     if not with_gradient:
-        return Buffers(tile, None)
+        return Buffers(tile, None, None)
     padded = -(-columns // width) * width
-    return Buffers(tile, torch.empty(rows, padded, dtype=gradient_dtype(plan, device), device=device))
+    exponentials = torch.empty(rows, padded, dtype=gradient_dtype(plan, device), device=device)
+    return Buffers(tile, exponentials, None if plan.tokens.softcap is None else torch.empty_like(exponentials))
 
 
 def project(plan: HeadPlan, operands: Operands, chunk: Chunk, buffers: Buffers, *, with_entropy: bool) -> Projection:
@@ -61,10 +63,10 @@ def project(plan: HeadPlan, operands: Operands, chunk: Chunk, buffers: Buffers, 
 
 def _project_tiles(operands: Operands, chunk: Chunk, buffers: Buffers, with_entropy: bool) -> Projection:
     count, device = len(chunk.hidden), buffers.logits.device
-    exponentials = None if buffers.exponentials is None else buffers.exponentials[:count]
+    exponentials, slopes = (None if kept is None else kept[:count] for kept in buffers[1:])
     stats = torch.empty(1, 4 if with_entropy else 3, count, dtype=torch.float32, device=device)
     anchor = torch.empty(2, count, dtype=torch.float32, device=device)
-    sums = TileSums(stats[0], anchor, exponentials)
+    sums = TileSums(stats[0], anchor, exponentials, slopes)
     for start in range(0, operands.columns, _tiles.TILE_COLUMNS):
         columns = slice(start, min(start + _tiles.TILE_COLUMNS, operands.columns))
         update_tile(_logits(operands, chunk, columns, buffers.logits), start, chunk.tokens, sums)

@@ -11,13 +11,7 @@ import torch
 from torch import Tensor
 
 from lens_kernels._backend import jit, launch, tl, uses_triton
-from lens_kernels._kernel_parts import (
-    edge_columns,
-    elements_before_boundary,
-    row_start,
-    soft_cap,
-    through_soft_cap,
-)
+from lens_kernels._kernel_parts import edge_columns, elements_before_boundary, row_start
 from lens_kernels._rows import (
     VECTOR_BYTES,
     addressable_rows,
@@ -26,6 +20,7 @@ from lens_kernels._rows import (
     rows_begin_at_boundaries,
     rows_lie_alike,
 )
+from lens_kernels._soft_cap import capped, slope_of_cap, soft_cap, soft_cap_slope
 from lens_kernels._vocab_parallel import LOWEST, SoftmaxTotals, TokenRows, local_targets
 
 WARPS = 8
@@ -54,9 +49,8 @@ def write_dlogits_reference(
         z, d = whole[:, : shard.valid], written[:, : shard.valid]
         slope = None
         if softcap is not None:
-            y = z.float() / softcap
-            slope = torch.cosh(y).pow_(-2)  # 1 - tanh(y)**2 would cancel
-            z = y.tanh_().mul_(softcap)
+            raw = z.float()
+            slope, z = slope_of_cap(raw, softcap), capped(raw, softcap)
         logp = z - totals.maximum[part, None]
         if tau is not None:
             logp /= tau[part, None]
@@ -120,9 +114,11 @@ def _write_where(
     z = tl.load(z_pointers, mask=inside & (limit > 0), other=0.0).to(tl.float32)
     if PACKS:
         tl.debug_barrier()
-    capped = tl.where(column < limit, soft_cap(z, SOFTCAP), -float("inf"))
-    gradient = _softmax_gradient(capped, maximum, log_sum, scale, d_logprob, d_entropy, entropy, WITH_ENTROPY)
-    gradient = through_soft_cap(tl.where(column == target, gradient + d_logprob, gradient), z, SOFTCAP)
+    z_capped = tl.where(column < limit, soft_cap(z, SOFTCAP), -float("inf"))
+    gradient = _softmax_gradient(z_capped, maximum, log_sum, scale, d_logprob, d_entropy, entropy, WITH_ENTROPY)
+    gradient = tl.where(column == target, gradient + d_logprob, gradient)
+    if SOFTCAP is not None:
+        gradient *= soft_cap_slope(z, SOFTCAP)
     tl.store(out_pointers, tl.where(column < limit, gradient, 0.0), mask=inside)
 
 
@@ -202,7 +198,9 @@ def _write_dlogits_kernel(
             gradient = _softmax_gradient(
                 soft_cap(z, SOFTCAP), maximum, log_sum, scale, d_logprob, d_entropy, entropy, WITH_ENTROPY
             )
-            tl.store(out_body + offset, through_soft_cap(gradient, z, SOFTCAP))
+            if SOFTCAP is not None:
+                gradient *= soft_cap_slope(z, SOFTCAP)
+            tl.store(out_body + offset, gradient)
         else:
             column, inside = lead + offset, offset < length
             z_pointers, out_pointers = body + offset, out_body + offset

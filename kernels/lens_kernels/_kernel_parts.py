@@ -1,4 +1,4 @@
-"""Holds what several kernels share: where rows begin, soft caps, and an accurate exponential.
+"""Holds what several kernels share: where rows begin, and an accurate exponential.
 
 Rows move 16 bytes at a time wherever they begin. Kernels with constants VECTOR and EDGES know three kinds:
     EDGES false, VECTOR > 1     every row begins at a 16-byte boundary and has a multiple of VECTOR elements
@@ -53,31 +53,6 @@ def edge_columns(
     """Returns (column of the i-th edge element [n], whether there is one): first the lead, then the remainder."""
     column = tl.where(i < VECTOR, i, body_end + i - VECTOR)
     return column, (column < columns) & ((i < lead) | (i >= VECTOR))
-
-
-@jit
-@no_type_check
-def soft_cap(z, SOFTCAP: tl.constexpr):
-    """Returns SOFTCAP * tanh(z / SOFTCAP), or z where SOFTCAP is None."""
-    if SOFTCAP is not None:
-        y = z * (1.0 / SOFTCAP)
-        size = tl.abs(y)
-        far = 1.0 - 2.0 / (tl.exp2(size * 2.8853900817779268) + 1.0)
-        square = y * y
-        # The formula above cancels near 0, where Taylor's series is exact to 1e-8.
-        near = 1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
-        z = SOFTCAP * tl.where(size < 0.25, y * near, tl.where(y < 0, -far, far))
-    return z
-
-
-@jit
-@no_type_check
-def through_soft_cap(gradient, z, SOFTCAP: tl.constexpr):
-    """Returns a gradient by the capped logits as one by the logits z, both of z's shape."""
-    if SOFTCAP is not None:
-        rest = 2.0 / (tl.exp2(tl.abs(z) * (2.8853900817779268 / SOFTCAP)) + 1.0)  # 1 - |tanh|, without cancellation
-        gradient = gradient * (rest * (2.0 - rest))
-    return gradient
 
 
 @jit

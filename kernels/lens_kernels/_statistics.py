@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lens_kernels._backend import jit, launch, multiprocessors, tl, uses_triton
-from lens_kernels._kernel_parts import edge_columns, elements_before_boundary, row_start, soft_cap
+from lens_kernels._kernel_parts import edge_columns, elements_before_boundary, row_start
 from lens_kernels._rows import VECTOR_BYTES, addressable_rows, row_chunks, rows_begin_at_boundaries
+from lens_kernels._soft_cap import capped, soft_cap
 from lens_kernels._vocab_parallel import LOWEST, TokenRows, local_targets
 
 WARPS = 8
@@ -31,6 +32,9 @@ def row_statistics_reference(
         stats[0], stats[1:], stats[2] = -torch.inf, 0, -torch.inf
         return stats[None]
     local, owned = local_targets(token_ids, shard)
+    # Once for all rows: what a chunk does for a few numbers costs the host as much as a pass over its logits.
+    at_target = logits.gather(-1, local.view(*logits.shape[:-1], 1)).reshape(-1).float()
+    stats[2] = capped(at_target, softcap).masked_fill(~owned, -torch.inf)
     buffers: list[Tensor] | None = None
     for part, (whole,) in row_chunks(logits):
         z = whole[:, : shard.valid]
@@ -40,10 +44,9 @@ def row_statistics_reference(
         x.copy_(z)
         if softcap is not None:
             x.div_(softcap).tanh_().mul_(softcap)
-        top = x.amax(-1)
-        stats[0, part] = top
-        stats[2, part] = x.gather(1, local[part, None])[:, 0].masked_fill(~owned[part], -torch.inf)
-        x.sub_(top.masked_fill(top == -torch.inf, 0)[:, None])  # -inf - -inf would be NaN
+        top = x.amax(-1, keepdim=True)
+        stats[0, part] = top[:, 0]
+        x.sub_(top.clamp(min=LOWEST))  # -inf - -inf would be NaN
         if tau is not None:
             x.div_(tau[part, None])
         torch.exp(x, out=weights)

@@ -5,7 +5,7 @@ gradients of the loss by log-probability and entropy, and z the logit of which t
     d logits = factor * D      factor = -g * c / tau      D = E,                                   (p_a - 1) / c at a
     with an entropy or softcap term:
                                factor = -c / tau          D = E * (g + e * (log p + entropy)) * u, less g * u / c at a
-where a is the row's token and u = 1 - (z / softcap)**2 the derivative of the cap. The first form touches one element
+where a is the row's token and u the slope of the cap, which _tiles.py kept beside E. The first form touches one element
 of a row, the second takes a pass over the exponentials. The element at the token comes from its unrounded logit.
 
 c is kept above 2**-80, so that 1 / c and the product of `factor` and the hidden states stay within bfloat16. A rank
@@ -49,7 +49,7 @@ def tile_gradient_reference(
     d_logprobs: Tensor,  # [n]
     d_entropy: Tensor | None,  # [n]
 ) -> ScaledGradient:
-    token_ids, tau, softcap, shard = rows
+    token_ids, tau, _, shard = rows
     out = _exponentials(sums)[:, :columns]
     local = token_ids - shard.start
     owned = (token_ids >= 0) & (local >= 0) & (local < shard.valid)
@@ -66,21 +66,18 @@ def tile_gradient_reference(
     c = exponent.exp2()
     z = sums.stats[2].masked_fill(~owned, 0)
     logp = ((z - totals.maximum) * inverse_tau - totals.log_sum).masked_fill(~owned, 0)
-    if d_entropy is None and softcap is None:
+    if d_entropy is None and sums.slopes is None:
         at_target, factor = torch.expm1(logp) / c, -d_logprobs * c * inverse_tau
     else:
-        log2_e = out.float().log2()
         slope, slope_at_target = d_logprobs[:, None], d_logprobs * torch.expm1(logp)
         if d_entropy is not None:
             entropy = totals.asked_entropy()
-            logs = (log2_e + exponent[:, None]) * math.log(2) + entropy[:, None]
+            logs = (out.float().log2() + exponent[:, None]) * math.log(2) + entropy[:, None]
             slope = slope + d_entropy[:, None] * logs
             slope_at_target = slope_at_target + d_entropy * (logp + entropy) * logp.exp()
-        if softcap is not None:
-            power = log2_e + (drop - sums.anchor[1])[:, None]
-            capped = anchor[:, None] + power * math.log(2) / inverse_tau[:, None]
-            slope = slope * (1 - (capped / softcap).square()).clamp(min=0)
-            slope_at_target = slope_at_target * (1 - (z / softcap).square())
+        if sums.slopes is not None:
+            of_cap = sums.slopes[:, :columns].float()
+            slope, slope_at_target = slope * of_cap, slope_at_target * of_cap.gather(1, local[:, None])[:, 0]
         out.copy_(torch.where(out == 0, 0, out * slope))
         at_target, factor = slope_at_target / c, -c * inverse_tau
     current = out.gather(1, local[:, None])[:, 0]
@@ -93,7 +90,8 @@ def tile_gradient_reference(
 def _tile_gradient_kernel(
     # updated
     out_ptr,  # [n, tiles * BLOCK]
-    # inputs, [n]
+    # inputs, [n] but for the first
+    slopes_ptr,  # [n, tiles * BLOCK], with the strides of `out`; or None
     ids_ptr,
     tau_ptr,  # or None
     maximum_ptr,
@@ -112,7 +110,6 @@ def _tile_gradient_kernel(
     start,  # global id of column 0
     valid,  # columns before the padding
     # constants
-    SOFTCAP: tl.constexpr,  # or None
     LOWEST_EXPONENT: tl.constexpr,
     DROP: tl.constexpr,
     LOWERED: tl.constexpr,  # 2**-DROP
@@ -140,7 +137,6 @@ def _tile_gradient_kernel(
             at = out + tile * BLOCK + column
             tl.store(at, tl.load(at).to(tl.float32) * LOWERED)
         exponent += DROP
-        fraction -= DROP
     exponent = tl.maximum(exponent, LOWEST_EXPONENT)
     c = tl.exp2(exponent)
     local = token - start
@@ -154,18 +150,17 @@ def _tile_gradient_kernel(
         if d_entropy_ptr is not None:
             d_entropy, entropy = tl.load(d_entropy_ptr + row), tl.load(entropy_ptr + row)
             at_target += d_entropy * (tl.maximum(logp, -1e30) + entropy) * p
-        if SOFTCAP is not None:
-            at_target *= 1.0 - (z / SOFTCAP) * (z / SOFTCAP)
+        if slopes_ptr is not None:
+            at_target *= tl.load(slopes_ptr + row * stride_out + local, mask=owned, other=0.0).to(tl.float32)
         for tile in range(tiles):
             at = out + tile * BLOCK + column
             e = tl.load(at).to(tl.float32)
-            log2_e = tl.log2(tl.maximum(e, 1.2e-38))
             slope = d_logprob
             if d_entropy_ptr is not None:
+                log2_e = tl.log2(tl.maximum(e, 1.2e-38))
                 slope += d_entropy * ((log2_e + exponent) * 0.6931471805599453 + entropy)
-            if SOFTCAP is not None:
-                capped = reference + (log2_e - fraction) * 0.6931471805599453 / inverse_tau
-                slope *= tl.maximum(1.0 - (capped / SOFTCAP) * (capped / SOFTCAP), 0.0)
+            if slopes_ptr is not None:
+                slope *= tl.load(slopes_ptr + row * stride_out + tile * BLOCK + column).to(tl.float32)
             tl.store(at, e * slope)
     else:
         at_target = p - 1.0
@@ -188,13 +183,13 @@ def tile_gradient_triton(
     factor = torch.empty(count, dtype=torch.float32, device=out.device)
     launch(
         *(_tile_gradient_kernel, count, out.device),
-        out,
+        *(out, sums.slopes),
         *(rows.token_ids, rows.tau, totals.maximum, totals.log_sum, None if d_entropy is None else totals.entropy),
         *(sums.stats[2], sums.anchor, d_logprobs.contiguous()),
         None if d_entropy is None else d_entropy.contiguous(),
         factor,
         *(out.stride(0), sums.anchor.stride(0), tiles, rows.shard.start, rows.shard.valid),
-        *(rows.softcap, LOWEST_EXPONENT, DROP, 2.0**-DROP, d_entropy is not None or rows.softcap is not None),
+        *(LOWEST_EXPONENT, DROP, 2.0**-DROP, d_entropy is not None or sums.slopes is not None),
         _tiles.TILE_COLUMNS,
         warps=WARPS,
     )

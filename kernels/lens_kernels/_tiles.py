@@ -5,6 +5,8 @@ stay in the GPU's cache. With raw logits z, temperature tau and s = log2(e) / ta
     statistics   [K, n], as _vocab_parallel has them; the maximum is that of the tiles so far
     anchor       [2, n]: r, the maximum of the first tile that has a finite logit (-inf until then), and f, at first 0
     exponentials [n, V]: E = 2**((z - r) * s + f), at most 2**60, so that the softmax is E times one number per row
+    slopes       [n, V]: of the soft cap, where there is one; z is then the capped logit. They cannot be read off E:
+                 see _soft_cap.py
 A tile whose logits are so high that E would exceed 2**60 becomes the new anchor: r is then its maximum, f a fraction of
 1, and the row's earlier exponentials are multiplied by a power of two, which is exact. bfloat16 holds all E: its
 exponents are those of float32.
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lens_kernels._backend import jit, launch, tl, uses_triton
-from lens_kernels._kernel_parts import soft_cap
+from lens_kernels._soft_cap import capped, slope_of_cap, soft_cap, soft_cap_slope
 from lens_kernels._vocab_parallel import LOWEST, TokenRows
 
 TILE_COLUMNS = 2048  # a power of two; 32 MiB of logits with 4096 rows
@@ -35,11 +37,7 @@ class TileSums(NamedTuple):
     stats: Tensor  # [3 or 4, n] float32
     anchor: Tensor  # [2, n] float32: r and f
     exponentials: Tensor | None  # [n, columns] float32 or bfloat16, whole tiles in a row; None: no gradient is wanted
-
-
-def softcapped(z: Tensor, softcap: float | None) -> Tensor:
-    """Returns softcap * tanh(z / softcap)."""
-    return z if softcap is None else torch.tanh(z / softcap) * softcap
+    slopes: Tensor | None = None  # like the exponentials; None: no soft cap, or no gradient is wanted
 
 
 def update_tile_reference(
@@ -49,11 +47,11 @@ def update_tile_reference(
     sums: TileSums,
 ) -> None:
     token_ids, tau, softcap, shard = rows
-    stats, anchor, kept = sums
+    stats, anchor, kept, slopes = sums
     columns = tile.shape[1]
     local = token_ids - shard.start - offset
     owned = (token_ids >= 0) & (local >= 0) & (local < min(columns, shard.valid - offset))
-    z = softcapped(tile, softcap)
+    z = capped(tile, softcap)
     if offset + columns > shard.valid:
         z = z.masked_fill(torch.arange(offset, offset + columns, device=z.device) >= shard.valid, -torch.inf)
     z = z.masked_fill((token_ids < 0)[:, None], -torch.inf)
@@ -72,6 +70,8 @@ def update_tile_reference(
     stats[0], stats[1] = top, rescale * stats[1] + weights.sum(1)
     if kept is None:
         return
+    if slopes is not None and softcap is not None:
+        slopes[:, offset : offset + columns] = slope_of_cap(tile, softcap).masked_fill(z == -torch.inf, 0)
     anchor[0] = torch.where(anchor[0] == -torch.inf, top, anchor[0])
     exponent = (top - anchor[0]) * inverse_tau * math.log2(math.e) + anchor[1]
     exponent = exponent.masked_fill(top == -torch.inf, 0)
@@ -95,6 +95,7 @@ def _update_tile_kernel(
     stats_ptr,  # [K, n]
     anchor_ptr,  # [2, n]
     out_ptr,  # [n, tiles * BLOCK] or None
+    slopes_ptr,  # likewise
     # shapes
     stride_tile,
     stride_stats,
@@ -123,8 +124,7 @@ def _update_tile_kernel(
     sums, moment, target = 0.0, 0.0, -float("inf")
     if not FIRST:
         top = tl.maximum(tl.load(stats), top)
-        sums = tl.load(stats + stride_stats)
-        target = tl.load(stats + 2 * stride_stats)
+        sums, target = tl.load(stats + stride_stats), tl.load(stats + 2 * stride_stats)
         if K == 4:
             moment = tl.load(stats + 3 * stride_stats)
 
@@ -133,6 +133,9 @@ def _update_tile_kernel(
     z = tl.load(base + column, mask=limit > 0, other=-float("inf"))
     owned = (token >= start) & (token - start < limit)
     at_target = tl.load(base + (token - start), mask=owned, other=0.0)
+    if slopes_ptr is not None:
+        slopes = slopes_ptr + row * stride_out + offset + column
+        tl.store(slopes, tl.where(column < limit, soft_cap_slope(z, SOFTCAP), 0.0))
     z = tl.where(column < limit, soft_cap(z, SOFTCAP), -float("inf"))
     new = tl.maximum(top, tl.max(z, 0))
     # Both bounds avoid 0 * -inf, a NaN, in the moments.
@@ -156,9 +159,8 @@ def _update_tile_kernel(
             tl.store(anchor, tl.where(sums == 0, -float("inf"), new))
             tl.store(anchor + stride_anchor, 0.0)
         else:
-            reference = tl.load(anchor)
+            reference, fraction = tl.load(anchor), tl.load(anchor + stride_anchor)
             reference = tl.where(reference == -float("inf"), new, reference)
-            fraction = tl.load(anchor + stride_anchor)
             exponent = (new - reference) * scale + fraction
             if exponent > HIGHEST_EXPONENT:
                 power = tl.floor(exponent)
@@ -166,8 +168,7 @@ def _update_tile_kernel(
                     at = out + earlier
                     tl.store(at, tl.load(at).to(tl.float32) * tl.exp2(-power))
                 exponent -= power
-                reference = new
-                fraction = exponent
+                reference, fraction = new, exponent
             tl.store(out + offset, weights * tl.exp2(exponent))
             tl.store(anchor, tl.where(sums == 0, -float("inf"), reference))
             tl.store(anchor + stride_anchor, fraction)
@@ -176,11 +177,11 @@ def _update_tile_kernel(
 def update_tile_triton(tile: Tensor, offset: int, rows: TokenRows, sums: TileSums) -> None:
     """Launches the kernel. `tile` begins a row of a buffer that is TILE_COLUMNS wide, as do the exponentials' tiles."""
     count, columns = tile.shape
-    stats, anchor, kept = sums
+    stats, anchor, kept, slopes = sums
     launch(
         *(_update_tile_kernel, count, tile.device),
         *(tile, rows.token_ids, rows.tau),
-        *(stats, anchor, kept),
+        *(stats, anchor, kept, slopes),
         *(tile.stride(0), stats.stride(0), anchor.stride(0), 0 if kept is None else kept.stride(0)),
         *(offset, rows.shard.start + offset, min(max(rows.shard.valid - offset, 0), columns)),
         *(rows.softcap, HIGHEST_EXPONENT, offset == 0),

@@ -17,12 +17,15 @@ Sources: LENS, arXiv 2601.21244, eq. 7; PPO, arXiv 1707.06347; dual clip, arXiv 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lens_kernels._backend import apply_outside_graphs
 from lens_kernels._checks import check_limits, check_tensor, number_or_per_row, number_or_per_row_or_none
 from lens_kernels._crpo import LossTerms
 from lens_kernels._objectives import Evaluator, Objective, crpo_evaluator, objective_evaluator, refuse_loss_arguments
@@ -132,7 +135,8 @@ def policy_loss(
 
     `objective(logprobs, entropy, part)` replaces the CRPO loss, and advantages, which that loss needs: it gets the
     float32 [T] statistics of all rows under autograd and slice(0, T), and returns the [T] losses to be summed, which
-    may depend on several rows each. Its result has ratio, clipped and kl None.
+    may depend on several rows each. Its result has ratio, clipped and kl None. Under torch.compile such a call runs
+    outside the graph, which holds no function, and which fullgraph=True therefore refuses.
     A row whose old_logprobs is NaN (all rows, if old_logprobs is None) is on-policy: ratio exactly 1, with gradient.
     `kl_limit` bounds the KL estimate from above, in the loss and in the result; above it, the KL term has no gradient.
     Temperature, soft cap, padding, shards, ignored rows and `inplace_backward` are as in token_logprobs.
@@ -157,7 +161,10 @@ def policy_loss(
     else:
         refuse_loss_arguments(**per_row)
         evaluate = objective_evaluator(objective)
-    loss, logprobs, *optional, entropy = _PolicyLoss.apply(logits, rows, evaluate, inplace_backward)
+    apply: Callable[..., Any] = _PolicyLoss.apply
+    if objective is not None:
+        apply = functools.partial(apply_outside_graphs, _PolicyLoss)
+    loss, logprobs, *optional, entropy = apply(logits, rows, evaluate, inplace_backward)
     shape = token_ids.shape
     ratio, clipped, kl = (None if x is None else x.view(shape) for x in optional)
     return PolicyLoss(loss, logprobs.view(shape), ratio, clipped, kl, entropy.view(shape))

@@ -130,7 +130,7 @@ def linear_token_logprobs(
 
     Forward takes one collective for all chunks. Extra memory is chunk_rows * V * 4 bytes, and in the backward the
     weight's gradient in float32. With tiles it is chunk_rows * 8192 bytes in the forward, and chunk_rows * V * 2 more
-    in the backward.
+    in the backward, twice as much with a soft cap.
 
     Raises ValueError for a wrong shape, dtype, device, temperature, vocabulary size, chunk or row index, for operands
     of two dtypes with precision="auto" outside autocast, and for an operand that is a DTensor, cut by ZeRO-3 or

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lens_kernels._backend import apply_outside_graphs
 from lens_kernels._checks import check_device, check_tensor, may_read_values, require
 from lens_kernels._head import PathName, check_head
 from lens_kernels._head_gradient import WeightTotal
@@ -169,7 +170,8 @@ def linear_policy_loss(
     dtype. Each chunk takes two collectives.
 
     `precision` and `path` are as in linear_token_logprobs. Extra memory is chunk_rows * V * 4 bytes, with tiles
-    chunk_rows * (V * 2 + 8192), and the float32 gradients of hidden and weight from forward to backward.
+    chunk_rows * (V * 2 + 8192), or V * 4 with a soft cap, and the float32 gradients of hidden and weight from forward
+    to backward.
     Under torch.compile the function is one operator; with `objective` or `accumulate_into` it runs outside the graph,
     which holds neither a function nor a mark on the weight, and which fullgraph=True therefore refuses.
 
@@ -200,16 +202,13 @@ def linear_policy_loss(
     if accumulate_into is not None and loss_gradient is not None and needs[1]:
         evaluate = functools.partial(evaluate, into=WeightTotal(accumulate_into, float(loss_gradient)))
     inside = objective is None and accumulate_into is None
-    apply = _LinearPolicyLoss.apply if inside else _apply_outside_graphs
+    apply: Callable[..., Any] = _LinearPolicyLoss.apply
+    if not inside:
+        apply = functools.partial(apply_outside_graphs, _LinearPolicyLoss)
     loss, logprobs, *optional, entropy = apply(*operands, evaluate, accumulate_into, loss_gradient)
     shape = token_ids.shape
     ratio, clipped, kl = (None if x is None else x.view(shape) for x in optional)
     return PolicyLoss(loss, logprobs.view(shape), ratio, clipped, kl, entropy.view(shape))
-
-
-@torch.compiler.disable
-def _apply_outside_graphs(*arguments: Any) -> tuple[Tensor | None, ...]:
-    return _LinearPolicyLoss.apply(*arguments)
 
 
 def _needed_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Needs:

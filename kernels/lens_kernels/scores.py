@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lens_kernels._checks import check_device, check_matrix, per_row, require
+from lens_kernels._checks import check_device, check_matrix, per_row, require, shape_of
 from lens_kernels._statistics import row_statistics
 from lens_kernels._vocab_parallel import merge_statistics
 from lens_kernels.logprobs import check_logits_arguments
@@ -51,7 +51,7 @@ def interference_scores(
     elif reference_logits is not None:
         check_matrix("reference_logits", reference_logits, "V")
         same = reference_logits.shape == policy_logits.shape
-        require(same, "reference_logits", f"shape {tuple(reference_logits.shape)}", f"{tuple(policy_logits.shape)}")
+        require(same, "reference_logits", shape_of(reference_logits), lambda: f"{tuple(policy_logits.shape)}")
         check_device("reference_logits", reference_logits, policy_logits.device)
         other = row_statistics(reference_logits, rows, with_entropy=False)
         twice = rows._replace(token_ids=ids.repeat(2), tau=None if rows.tau is None else rows.tau.repeat(2))

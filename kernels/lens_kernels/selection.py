@@ -7,7 +7,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from lens_kernels._checks import ID_DTYPES, check_device, check_tensor, may_read_values, require
+from lens_kernels._checks import ID_DTYPES, check_device, check_tensor, may_read_values, require, shape_of
 
 _FINEST_RATIO = 10**9  # largest denominator: numerator * tokens stays far below 2**63
 
@@ -72,7 +72,6 @@ def _ceil_ratio(ratio: float, count: Tensor) -> Tensor:
     return (count * numerator + denominator - 1) // denominator
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace Fraction
 def _as_fraction(ratio: float) -> tuple[int, int]:
     exact = Fraction(repr(float(ratio))).limit_denominator(_FINEST_RATIO)
     if ratio > 0:
@@ -80,13 +79,18 @@ def _as_fraction(ratio: float) -> tuple[int, int]:
     return exact.numerator, exact.denominator
 
 
+# torch.compile cannot trace Fraction. The mark is all that torch.compiler.assume_constant_result sets, but calling that
+# would import torch._dynamo together with this package, which takes 1 to 2 seconds.
+_as_fraction._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a function's own attribute
+
+
 def _check(scores: Tensor, cu_seqlens: Tensor, ratio: float, eligible: Tensor | None, min_score: float) -> None:
     check_tensor("scores", scores)
-    require(scores.dim() == 1, "scores", f"shape {tuple(scores.shape)}", "one dimension: packed prompts")
+    require(scores.dim() == 1, "scores", shape_of(scores), "one dimension: packed prompts")
     require(scores.is_floating_point(), "scores", str(scores.dtype), "a floating-point dtype")
     check_tensor("cu_seqlens", cu_seqlens)
     is_list = cu_seqlens.dim() == 1 and len(cu_seqlens) >= 1
-    require(is_list, "cu_seqlens", f"shape {tuple(cu_seqlens.shape)}", "[prompts + 1]")
+    require(is_list, "cu_seqlens", shape_of(cu_seqlens), "[prompts + 1]")
     require(cu_seqlens.dtype in ID_DTYPES, "cu_seqlens", str(cu_seqlens.dtype), "int32 or int64")
     check_device("cu_seqlens", cu_seqlens, scores.device)
     require(0 <= ratio <= 1, "ratio", ratio, "a number from 0 to 1")
@@ -94,7 +98,8 @@ def _check(scores: Tensor, cu_seqlens: Tensor, ratio: float, eligible: Tensor | 
     if eligible is not None:
         check_tensor("eligible", eligible)
         require(eligible.dtype == torch.bool, "eligible", str(eligible.dtype), "bool")
-        require(eligible.shape == scores.shape, "eligible", f"shape {tuple(eligible.shape)}", f"{tuple(scores.shape)}")
+        same = eligible.shape == scores.shape
+        require(same, "eligible", shape_of(eligible), lambda: f"{tuple(scores.shape)}")
         check_device("eligible", eligible, scores.device)
     if may_read_values(scores.device):
         bounds = cu_seqlens.tolist()

@@ -144,11 +144,11 @@ def launches() -> Iterator[tuple[str, Any]]:
         weight = torch.empty(columns, 64, device="meta", requires_grad=True)
         linear_token_logprobs(hidden, weight, ids).sum().backward()
 
-    def in_tiles(entropy: bool) -> None:
+    def in_tiles(entropy: bool, softcap: float | None = None) -> None:
         hidden = torch.empty(rows, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
         weight = torch.empty(columns, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
         terms = {"advantages": row, "entropy_weights": row if entropy else None, "temperature": row + 1}
-        linear_policy_loss(hidden, weight, ids, path="tiles", **terms).loss.backward()
+        linear_policy_loss(hidden, weight, ids, path="tiles", logit_softcap=softcap, **terms).loss.backward()
 
     def packed() -> None:  # what bfloat16 hidden states launch on a GPU
         logits = torch.empty(rows, columns, device="meta")
@@ -168,6 +168,7 @@ def launches() -> Iterator[tuple[str, Any]]:
     yield "bfloat16 hidden states", packed
     yield "tiles of bfloat16 hidden", functools.partial(in_tiles, False)
     yield "tiles, with entropy", functools.partial(in_tiles, True)
+    yield "tiles, entropy and soft cap", functools.partial(in_tiles, True, 30.0)
     yield "bfloat16 logits, in place", functools.partial(logprobs_only, torch.bfloat16, True)
     bfloat16_terms = functools.partial(every_term, torch.bfloat16)
     yield "bfloat16 logits, soft cap", functools.partial(bfloat16_terms, columns, logit_softcap=30.0)

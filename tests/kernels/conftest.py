@@ -7,6 +7,7 @@ cannot run in the same process; TRITON_INTERPRET=1 chooses it).
 import contextlib
 import os
 
+import numpy
 import pytest
 import torch
 
@@ -41,6 +42,37 @@ def backend(request, monkeypatch):
         torch.use_deterministic_algorithms(True)
         yield name
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def nearest_bfloat16(monkeypatch):
+    """GPUs round a stored float32 to the nearest bfloat16, where Triton's interpreter cuts its digits off."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def nearest(values, source, target, rounding):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(values, source, target, rounding)
+        rounded = torch.from_numpy(numpy.array(values, dtype=numpy.float32)).bfloat16()
+        return rounded.view(torch.int16).numpy().view(numpy.uint16)
+
+    monkeypatch.setattr(interpreter, "_convert_float", nearest)
+
+
+@pytest.fixture
+def multiplied_as_on_a_gpu(monkeypatch):
+    """Half-precision factors are multiplied as they are, in exact products and float32 sums, as tensor cores do."""
+    from lens_kernels import _head, _products
+
+    def multiply(a, b, out, add):
+        product = a.float() @ b.float()
+        out.copy_(out + product if add else product)
+
+    for module in (_products, _head):
+        monkeypatch.setattr(module, "multiplies_as_is", lambda device: True)
+    monkeypatch.setattr(_products, "_multiply", multiply)
 
 
 @pytest.fixture(autouse=True)

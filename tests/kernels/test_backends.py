@@ -57,6 +57,15 @@ def test_triton_on_the_cpu_needs_the_interpreter():
     assert wanted in result.stderr
 
 
+def test_the_import_does_not_bring_the_compiler():
+    """torch._dynamo takes 1 to 2 seconds to import, which every rank and every worker would pay."""
+    is_there = "print('torch._dynamo' in sys.modules)"
+    code = f"import sys, torch\n{is_there}\nimport lens_kernels\n{is_there}"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.stdout.split() in (["False", "False"], ["True", "True"]), result.stderr
+
+
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("columns", [9000, 50])
 @pytest.mark.parametrize("with_entropy", [False, True])
@@ -130,6 +139,23 @@ def test_no_graph_for_every_number_of_rows():
         torch.testing.assert_close(actual, expected)
         gradients = [torch.autograd.grad(loss, logits)[0] for loss in (actual, expected)]
         torch.testing.assert_close(*gradients)
+    assert counter.frame_count <= 2
+
+
+def test_no_graph_for_every_number_of_scores():
+    """Words for an error that hold a number of rows would make a graph of each, if they were made without an error."""
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+
+    def step(policy, reference, ids, bounds):
+        scores = lens_kernels.interference_scores(policy, ids, reference_logits=reference, temperature=0.7)
+        return lens_kernels.select_interference_tokens(scores, bounds, ratio=0.5, eligible=ids >= 0)
+
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for rows in range(3, 23):
+        given = torch.randn(rows, 7), torch.randn(rows, 7), torch.randint(-1, 7, (rows,)), torch.tensor([0, 2, rows])
+        for actual, expected in zip(compiled(*given), step(*given), strict=True):
+            assert actual.equal(expected)
     assert counter.frame_count <= 2
 
 

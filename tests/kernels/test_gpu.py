@@ -28,16 +28,19 @@ def test_more_than_2_to_the_31_elements():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("linear", [False, True])
-def test_tensors_of_another_device_than_the_current_one(linear):
+@pytest.mark.parametrize("start", ["logits", "chunks", "tiles"])
+def test_tensors_of_another_device_than_the_current_one(start):
     """Triton launches on the current device, where the pointers of cuda:1 mean nothing."""
     results = []
     for device in ("cuda:0", "cuda:1"):
         torch.manual_seed(0)
         hidden, weight = torch.randn(8, 64).to(device).requires_grad_(), torch.randn(100, 64).to(device)
         ids = torch.arange(8, device=device)
-        given = (hidden, weight, ids) if linear else (hidden @ weight.T, ids)
-        result = (linear_policy_loss if linear else policy_loss)(*given, advantages=1.0, entropy_weights=0.1)
+        terms = {"advantages": 1.0, "entropy_weights": 0.1, "logit_softcap": 20.0}
+        if start == "logits":
+            result = policy_loss(hidden @ weight.T, ids, **terms)
+        else:
+            result = linear_policy_loss(hidden, weight, ids, path=start, **terms)
         result.loss.backward()
         assert result.loss.device == hidden.grad.device == torch.device(device)
         results.append([x.cpu() for x in (result.loss, result.logprobs, hidden.grad)])
@@ -46,8 +49,8 @@ def test_tensors_of_another_device_than_the_current_one(linear):
         torch.testing.assert_close(second, first)
 
 
-@pytest.mark.parametrize("linear", [False, True])
-def test_cuda_graph(linear):
+@pytest.mark.parametrize("start", ["logits", "chunks", "tiles"])
+def test_cuda_graph(start):
     """Captured once, replayed on new inputs: nothing waits for the host or remembers a value."""
     hidden = torch.randn(64, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(1000, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -56,10 +59,10 @@ def test_cuda_graph(linear):
 
     def step():
         arguments = {"old_logprobs": old, "advantages": advantages, "kl_weights": 0.1, "reference_logprobs": old}
-        if linear:
-            loss = linear_policy_loss(hidden, weight, ids, **arguments).loss
-        else:
+        if start == "logits":
             loss = policy_loss(hidden @ weight.T, ids, **arguments).loss
+        else:
+            loss = linear_policy_loss(hidden, weight, ids, chunk_rows=40, path=start, **arguments).loss
         return loss, *torch.autograd.grad(loss, (hidden, weight))
 
     stream = torch.cuda.Stream()
@@ -82,10 +85,13 @@ def test_cuda_graph(linear):
 def test_nothing_waits_for_the_gpu():
     logits = torch.randn(64, 1000, device="cuda", requires_grad=True)
     ids, row = torch.randint(0, 1000, (64,), device="cuda"), torch.ones(64, device="cuda")
+    halves = logits.detach().bfloat16().requires_grad_()
     policy_loss(logits, ids, old_logprobs=row, advantages=row).loss.backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
         policy_loss(logits, ids, old_logprobs=row, advantages=row, temperature=row).loss.backward()
-        linear_policy_loss(logits, logits.detach(), ids, advantages=row).loss.backward()
+        for path in ("chunks", "tiles"):
+            terms = {"advantages": row, "entropy_weights": row, "logit_softcap": 20.0, "path": path}
+            linear_policy_loss(halves, halves.detach(), ids.remainder(64), **terms).loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -6,7 +6,19 @@ from pathlib import Path
 import lens_kernels
 import pytest
 import torch
-from lens_kernels import _backend, _crpo, _dlogits, _statistics, _vocab_parallel, policy_loss, token_logprobs
+from lens_kernels import (
+    _backend,
+    _crpo,
+    _dlogits,
+    _statistics,
+    _tile_gradient,
+    _tiles,
+    _vocab_parallel,
+    linear_policy_loss,
+    linear_token_logprobs,
+    policy_loss,
+    token_logprobs,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 TAKE_MEMORY = {"empty", "empty_like", "new_empty"}
@@ -34,7 +46,7 @@ def launched(monkeypatch):
     """The names of kernels and operations, in the order in which they would run."""
     monkeypatch.setenv("LENS_KERNELS_BACKEND", "triton")
     names = []
-    for module in (_statistics, _vocab_parallel, _crpo, _dlogits):
+    for module in (_statistics, _vocab_parallel, _crpo, _dlogits, _tiles, _tile_gradient):
         monkeypatch.setattr(module, "launch", lambda kernel, *_, **__: names.append(kernel.__name__))
     with Operations(names):
         yield names
@@ -66,6 +78,44 @@ def test_log_probabilities_take_three_launches(launched):
     logprobs, entropy = token_logprobs(logits, ids, return_entropy=True, temperature=row)
     torch.autograd.grad((logprobs, entropy), logits, (row, row))
     assert launched == ["_row_statistics_kernel", "_merge_kernel", "_write_dlogits_kernel"]
+
+
+def operations_of_a_head(launched, path, rows, chunk_rows, function=linear_policy_loss, gradient=True):
+    """What the forward and backward from hidden states run; a value that the host read would be an error here."""
+    hidden, weight = (
+        torch.empty(n, 16, dtype=torch.bfloat16, device="meta", requires_grad=gradient) for n in (rows, COLUMNS)
+    )
+    ids, row = torch.empty(rows, dtype=torch.int64, device="meta"), torch.empty(rows, device="meta")
+    launched.clear()
+    terms = {"advantages": row, "entropy_weights": 0.1} if function is linear_policy_loss else {}
+    result = function(hidden, weight, ids, path=path, chunk_rows=chunk_rows, temperature=row, **terms)
+    if gradient:
+        result = result if isinstance(result, torch.Tensor) else result.loss
+        torch.autograd.grad(result, (hidden, weight), torch.empty(result.shape, device="meta"))
+    return list(launched)
+
+
+@pytest.mark.parametrize("path", ["chunks", "tiles"])
+@pytest.mark.parametrize("function", [linear_policy_loss, linear_token_logprobs])
+def test_a_head_launches_as_often_for_any_number_of_rows_in_a_chunk(launched, monkeypatch, path, function):
+    """And reads no value on the host. Two chunks launch what one does twice, two tiles likewise."""
+    monkeypatch.setattr(_tiles, "TILE_COLUMNS", 32)  # 50 columns are two tiles
+    few, many, two = (operations_of_a_head(launched, path, *size, function) for size in ((6, 6), (600, 600), (12, 6)))
+    assert few == many
+    logits = {"chunks": ["mm", "_row_statistics_kernel"], "tiles": ["mm", "_update_tile_kernel"] * 2}[path]
+    gradient = [{"chunks": "_write_dlogits_kernel", "tiles": "_tile_gradient_kernel"}[path], "mm", "mm"]
+    for found, chunks in ((few, 1), (two, 2)):
+        kernels = [name.replace("addmm_", "mm") for name in found if name.endswith(("mm", "mm_", "_kernel"))]
+        if function is linear_policy_loss:
+            assert kernels == (logits + ["_merge_and_evaluate_kernel"] + gradient) * chunks
+        else:  # all chunks are merged at once, and the backward forms their logits again
+            assert kernels == logits * chunks + ["_merge_kernel"] + (logits + gradient) * chunks
+
+
+@pytest.mark.parametrize("function", [linear_policy_loss, linear_token_logprobs])
+def test_a_forward_alone_makes_no_gradient(launched, function):
+    names = operations_of_a_head(launched, "tiles", 6, 6, function, gradient=False)
+    assert "_update_tile_kernel" in names and "_tile_gradient_kernel" not in names and names.count("mm") == 1
 
 
 def _launches(path):

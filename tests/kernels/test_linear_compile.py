@@ -9,6 +9,7 @@ import torch.distributed as dist
 from lens_kernels import VocabShard, linear_policy_loss, linear_token_logprobs
 from test_linear import make
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @pytest.fixture(autouse=True)
@@ -19,10 +20,11 @@ def _fresh_compiler(monkeypatch):
     torch._dynamo.reset()
 
 
-def step(hidden, weight, ids, shard=None):
-    before, entropy = linear_token_logprobs(hidden, weight, ids, return_entropy=True, chunk_rows=4, shard=shard)
+def step(hidden, weight, ids, shard=None, **settings):
+    settings |= {"chunk_rows": 4, "shard": shard}
+    before, entropy = linear_token_logprobs(hidden, weight, ids, return_entropy=True, **settings)
     terms = {"reference_logprobs": before.detach() - 1, "kl_weights": 0.1, "entropy_weights": 0.1}
-    result = linear_policy_loss(hidden, weight, ids, advantages=1.0, chunk_rows=4, shard=shard, **terms)
+    result = linear_policy_loss(hidden, weight, ids, advantages=1.0, **terms, **settings)
     return result.loss - (before + 0.1 * entropy).sum(), result.logprobs
 
 
@@ -41,14 +43,49 @@ def assert_equal_to_eager(compiled, hidden, weight, ids, **arguments):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_many_numbers_of_rows_make_two_graphs(dtype):
+@pytest.mark.parametrize("picks", [False, True])
+def test_many_numbers_of_rows_make_two_graphs(dtype, picks):
     """The chunks' loop would be unrolled for each, and given up at the ninth."""
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, fullgraph=True, backend=counter)
-    for tokens in range(2, 22):
+    for tokens in range(3, 23):
         hidden, weight, _, ids = make(tokens, 20, dtype)
-        assert_equal_to_eager(compiled, hidden, weight, ids)
+        picked = {"rows": torch.arange(tokens - 1), "temperature": torch.rand(tokens - 1) + 0.5} if picks else {}
+        assert_equal_to_eager(compiled, hidden, weight, ids[1:] if picks else ids, **picked)
     assert counter.frame_count <= 2
+
+
+def targets(counter):
+    """The names of all operations in the graphs that a compiler was given, those of nested graphs included."""
+    graphs = [module for graph in counter.graphs for module in graph.modules() if hasattr(module, "graph")]
+    return {str(node.target) for module in graphs for node in module.graph.nodes}
+
+
+def test_a_graph_sees_operators_where_a_call_sees_functions():
+    """An operator hides the passes from a compiler, and costs a call outside of graphs several times a function's."""
+    hidden, weight, _, ids = make(6, 20)
+    counter = CompileCounterWithBackend("aot_eager")
+    assert_equal_to_eager(torch.compile(step, fullgraph=True, backend=counter), hidden, weight, ids)
+    names = targets(counter)
+    for operator in ("linear_logprobs", "linear_logprobs_gradient", "linear_loss"):
+        assert any(name.startswith(f"lens_kernels.{operator}") for name in names), names
+    assert not [name for name in names if "mm" in name.split(".")]
+    with Namespaces() as seen:
+        loss, _ = step(hidden.requires_grad_(), weight.requires_grad_(), ids)
+        loss.backward()
+    assert seen.names == {"aten"}
+
+
+class Namespaces(TorchDispatchMode):
+    """Records of which libraries the operators are that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.namespace)
+        return func(*args, **(kwargs or {}))
 
 
 def test_inductor_takes_bfloat16():

@@ -30,8 +30,18 @@ def test_accumulate_into(dtype):
     torch.testing.assert_close(main_grad.double(), exact[1].grad + 0.5, rtol=1e-5, atol=5e-3 if rounded else 1e-6)
 
 
+@pytest.fixture
+def _memory_is_filled():
+    """Deterministic mode makes uninitialised memory NaN: a placeholder whose values count shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_memory_is_filled")
+@pytest.mark.parametrize("loss_gradient", [None, 1.0])
 @pytest.mark.parametrize("tied", [False, True])
-def test_accumulate_into_marks_a_weight_as_megatrons_layers_do(tied):
+def test_accumulate_into_marks_a_weight_as_megatrons_layers_do(tied, loss_gradient):
     """With a hook like that of Megatron's DDP; an embedding that shares the weight gets its gradient through it."""
     hidden, weight, _, ids = make(6, 20)
     parameter = torch.nn.Parameter(weight.clone())
@@ -46,7 +56,10 @@ def test_accumulate_into_marks_a_weight_as_megatrons_layers_do(tied):
 
     parameter.register_post_accumulate_grad_hook(hook)
     states = torch.nn.functional.embedding(ids, parameter) if tied else hidden
-    linear_policy_loss(states, parameter, ids, advantages=1.0, accumulate_into=parameter.main_grad).loss.backward()
+    into = {"accumulate_into": parameter.main_grad, "loss_gradient": loss_gradient}
+    loss = linear_policy_loss(states, parameter, ids, advantages=1.0, **into).loss
+    assert not parameter.grad_added_to_main_grad  # the hook has not run, and another layer's must not be held up
+    loss.backward()
     plain = weight.clone().requires_grad_()
     states = torch.nn.functional.embedding(ids, plain) if tied else hidden
     linear_policy_loss(states, plain, ids, advantages=1.0).loss.backward()
@@ -55,18 +68,21 @@ def test_accumulate_into_marks_a_weight_as_megatrons_layers_do(tied):
 
 
 @pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("scale", [0.25, 1.0])
 @pytest.mark.parametrize("path", ["chunks", "tiles"])
-def test_a_known_loss_gradient_adds_in_the_forward(path):
+def test_a_known_loss_gradient_adds_in_the_forward(path, scale):
     hidden, weight, bias, ids = make(9, 20)
     ours, theirs = leaves(hidden, weight, bias), leaves(hidden, weight, bias)
     buffer, expected = torch.full(weight.shape, 0.5), torch.full(weight.shape, 0.5)
     settings = {"advantages": 1.0, "entropy_weights": 0.1, "chunk_rows": 4, "path": path}
-    loss = linear_policy_loss(*ours[:2], ids, bias=ours[2], accumulate_into=buffer, loss_gradient=0.25, **settings).loss
+    loss = linear_policy_loss(
+        *ours[:2], ids, bias=ours[2], accumulate_into=buffer, loss_gradient=scale, **settings
+    ).loss
     added = buffer.clone()
-    (loss * 0.25).backward()
+    (loss * scale).backward()
     assert buffer.equal(added) and ours[1].grad is None
     theirs_loss = linear_policy_loss(*theirs[:2], ids, bias=theirs[2], accumulate_into=expected, **settings).loss
-    (theirs_loss * 0.25).backward()
+    (theirs_loss * scale).backward()
     torch.testing.assert_close(buffer, expected)
     assert ours[0].grad.equal(theirs[0].grad) and ours[2].grad.equal(theirs[2].grad)
 

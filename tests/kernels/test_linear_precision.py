@@ -1,5 +1,7 @@
 """What the linear functions multiply: `precision`, autocast, TF32."""
 
+import contextlib
+
 import pytest
 import torch
 from kernel_oracle import statistics
@@ -122,6 +124,42 @@ def test_tf32_is_off_inside_and_comes_back(how):
             linear_policy_loss(hidden, weight, ids, objective=fails)
         assert matmul.fp32_precision == allowed == expected
         assert not torch.is_autocast_enabled("cpu")
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_bfloat16_in_float32s_place_is_off_inside_and_comes_back(fails):
+    """oneDNN multiplies float32 on a CPU as bfloat16 where the user allows it."""
+    matmul = torch.backends.mkldnn.matmul
+    hidden, weight, _, ids = make(4, 20)
+    inside = []
+
+    def objective(logprobs, entropy, part):
+        inside.append(matmul.fp32_precision)
+        if fails:
+            raise KeyError("the objective's own error")
+        return logprobs
+
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "bf16"
+        with pytest.raises(KeyError) if fails else contextlib.nullcontext():
+            linear_policy_loss(hidden, weight, ids, objective=objective)
+        assert inside == ["ieee"] and matmul.fp32_precision == "bf16"
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_the_older_way_to_forbid_tf32():
+    """PyTorch 2.8 has one setting for all, which a failing objective must leave as it was."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with pytest.raises(KeyError), contextlib.contextmanager(_products._float32_as_it_is_before_torch_29)():
+            assert torch.get_float32_matmul_precision() == "highest"
+            raise KeyError
+        assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from kernel_oracle import assert_near, assert_rows_near, statistics, token_losses
 from lens_kernels import k3, policy_loss, token_logprobs
+from torch._dynamo.testing import CompileCounterWithBackend
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -388,6 +389,32 @@ def test_objective_of_the_callers_own():
     assert result.ratio is result.clipped is result.kl is None
     torch.testing.assert_close(ours.grad, plain.grad)
     assert ours.grad[1].eq(0).all()
+
+
+def test_objective_under_torch_compile(monkeypatch):
+    """No graph holds the function: it runs between graphs, with equal results, and fullgraph=True is refused."""
+    monkeypatch.setenv("LENS_KERNELS_BACKEND", "reference")  # interpreted kernels cannot be traced
+    logits, ids, terms = make((6, 11))
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+
+    def losses(logprobs, entropy, part):
+        return logprobs.square() - 0.1 * entropy * terms["advantages"]
+
+    def train(logits, ids):
+        result = policy_loss(logits * 2, ids, objective=losses)
+        return result.loss * 3 + result.entropy.sum()
+
+    plain, ours = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    expected = train(plain, ids)
+    expected.backward()
+    actual = torch.compile(train, backend=counter)(ours, ids)
+    actual.backward()
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(ours.grad, plain.grad)
+    assert counter.frame_count >= 2  # what comes before the call and after it
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="apply_outside_graphs"):
+        torch.compile(train, fullgraph=True, backend="aot_eager")(ours, ids)
 
 
 def test_inplace_backward_refuses_a_second_use():
