@@ -29,18 +29,13 @@ def mistakes(config: Config) -> Iterator[str]:
         yield ("train.save_best_limit compares evaluations; set data.eval or unset it")
     if config.debug.rollout_only and config.debug.load_rollouts:
         yield ("debug.rollout_only and debug.load_rollouts exclude each other; unset one")
-    cp = config.megatron.context_parallel_size
-    if config.train.share_prompts and cp > 1:
-        yield (
-            f"train.share_prompts=true and megatron.context_parallel_size ({cp}) exclude each other, since the "
-            "ranks cut every sequence; leave share_prompts empty, or set the size to 1"
-        )
     correction, ratio = config.algorithm.correction, config.algorithm.ratio
     if correction.startswith("token") and ratio != "token":
         yield (
             f"algorithm.correction={correction} weighs tokens, algorithm.ratio={ratio} whole responses; "
             "choose a sequence_ correction or algorithm.ratio=token"
         )
+    yield from _packing_mistakes(config)
     if config.rollout.off_policy_steps:
         yield from _off_policy_mistakes(config)
     if narrowed := config.vllm.narrowed():
@@ -75,6 +70,15 @@ def mistakes(config: Config) -> Iterator[str]:
         )
     if config.optimizer.min_lr > config.optimizer.lr:
         yield (f"optimizer.min_lr ({config.optimizer.min_lr}) exceeds optimizer.lr ({config.optimizer.lr}); lower it")
+
+
+def _packing_mistakes(config: Config) -> Iterator[str]:
+    cp = config.megatron.context_parallel_size
+    if config.train.share_prompts and cp > 1:
+        yield (
+            f"train.share_prompts=true and megatron.context_parallel_size ({cp}) exclude each other, since the "
+            "ranks cut every sequence; leave share_prompts empty, or set the size to 1"
+        )
 
 
 def _off_policy_mistakes(config: Config) -> Iterator[str]:
