@@ -172,3 +172,34 @@ def grade_answer(completion: str, answer: str) -> Verdict:
     except Exception as error:
         return Verdict(GradeStatus.WRONG, 0.0, box, f"not comparable with the expected answer: {type(error).__name__}")
     return Verdict(GradeStatus.CORRECT if same else GradeStatus.WRONG, float(same), box)
+
+
+def is_read(answer: str) -> bool:
+    """Returns whether an expected answer is read as a plain number or by math-verify, so that equal forms can agree."""
+    return plain_number(answer) is not None or bool(_read_gold(answer, letters_in_both_cases(answer)).parsed)
+
+
+def numbers(latex: str) -> tuple[float, ...] | None:
+    r"""Returns the real numbers that an answer lists, in its order; None for anything else.
+
+    `\frac{1}{4}, 2` is (0.25, 2.0). It has no limit on time or memory, as `grade_answer`.
+    """
+    if too_complex(latex):
+        return None
+    parsed = _parse_whole(latex)
+    if not parsed or is_too_large(parsed[0]):
+        return None
+    members = getattr(parsed[0], "_unsorted_args", parsed[0].args) if isinstance(parsed[0], _LISTS) else parsed
+    values = [_real(member) for member in (members[:1] if members is parsed else members)]
+    return None if None in values else tuple(value for value in values if value is not None)
+
+
+_LISTS = (sympy.FiniteSet, sympy.Tuple)
+
+
+def _real(expression: object) -> float | None:
+    value = expression.rhs if isinstance(expression, sympy.Eq) else expression
+    if not isinstance(value, sympy.Expr) or not value.is_number:
+        return None
+    number = sympy.N(value)
+    return float(number) if number.is_real and number.is_finite else None

@@ -13,6 +13,7 @@ _SYMBOLS = {
 _TO_LATEX = str.maketrans(_SYMBOLS)
 _ROOT_SIGN = re.compile("\u221a" + r"\s?(?:\(([^()]*)\)|([0-9]+|[a-zA-Z]))")
 _DELIMITER = re.compile(r"\\?\$|(?<!\\)\\[()\[\]]")
+_SPACE_BEFORE_PERCENT = re.compile(r"\s+(?=\\?%)")
 _LINE_END = re.compile(r"(?:\\[,;:!]?|\s)+$")
 _FINAL_STOP = re.compile(r"(?<!\.)\.$")
 _LEADING_RELATION = re.compile(r"^(?:=|\\approx(?![a-zA-Z]))\s*")
@@ -55,7 +56,8 @@ def readings(latex: str) -> tuple[str, ...]:
     """
     text = latex.translate(_TO_LATEX)
     text = _ROOT_SIGN.sub(lambda match: rf"\sqrt{{{match[1] or match[2]}}}", text)
-    text = _LEADING_RELATION.sub("", _DELIMITER.sub(" ", text).strip())
+    text = _SPACE_BEFORE_PERCENT.sub("", _DELIMITER.sub(" ", text)).strip()
+    text = _LEADING_RELATION.sub("", text)
     text = _LINE_END.sub("", _FINAL_STOP.sub("", _LINE_END.sub("", text)))
     text = text.replace("\\left\\{", "\\{").replace("\\right\\}", "\\}")
     if number := _TEXT_NUMBER.fullmatch(text):

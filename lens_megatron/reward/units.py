@@ -18,7 +18,9 @@ _WORDS = (
 )
 _POWER = r"(?:\s?\^\s?(?:\{-?[0-9]\}|[0-9]))?"
 _GAP = r"(?:\\[,;:! ]|\\quad(?![a-zA-Z])|\s){0,5}"
-_WRAPPED = re.compile(rf"(?<!\^)(?<!\^\{{)\\(?:text|textrm|mbox|mathrm)\s?\{{(?!\s*[ei]\s*\}})(?:[^{{}}0-9^]|\^-?[0-9])*\}}{_POWER}$")
+_WRAPPED = re.compile(
+    rf"(?<!\^)(?<!\^\{{)\\(?:text(?:rm|bf|it)?|mbox|mathrm)\s?\{{(?!\s*[ei]\s*\}})(?:[^{{}}0-9^]|\^-?[0-9])*\}}{_POWER}$"
+)
 _WORD = re.compile(rf"(?<=\s)(?:(?:square|cubic|sq\.?|cu\.?)\s)?(?:{'|'.join(_WORDS.split())})$")
 _SYMBOL = re.compile(rf"(?<![a-zA-Z\\])(?:{'|'.join(_SYMBOLS.split())}){_POWER}$")
 _OPERATOR = re.compile(rf"{_GAP}(?:/|\\cdot|\\times|(?<=\s)per){_GAP}$")
