@@ -31,7 +31,11 @@ WRONG = {
     "units": [("7.5cm^{2}", "75"), ("12", r"12 \text{ or } 13"), ("2ab", "2"), (r"\pi r^2 h", r"\pi r^2")],
     "magnitudes": [(r"3 \text{ million}", "3"), ("3", r"3 \text{ hundred}"), ("5000", r"5 \text{ million}")],
     "capitals": [(r"\frac{R}{r}", "1"), (r"\frac{R}{r}", r"\frac{r}{R}"), ("R+r", "2r"), ("2r", "R+r")],
-    "tiny numbers": [(r"2.5 \times 10^{-9}", "0"), (r"2.5 \times 10^{-9}", "2.6e-9"), ("0.0004", "0.00041")],
+    "tiny numbers": [
+        (r"2.5 \times 10^{-9}", "0"),
+        (r"1.3 \times 10^{-27}", r"1.4 \times 10^{-27}"),
+        ("0.0004", "0.00041"),
+    ],
     "imaginary unit": [(r"\frac{1}{1-i}", r"\frac{1-i}{2}"), ("i^3", "i"), ("4+5i", "4-5i")],
     "decimal commas": [("1,2", "1.2"), ("2", "2,5"), ("1500.5", "1,500"), ("2.5", "2,6")],
     "choices": [("A", "B) A"), ("A", "A) 3 B) 4"), ("C", "(A)")],
