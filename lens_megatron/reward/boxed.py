@@ -116,7 +116,7 @@ def normalise(latex: str) -> str:
 
 
 _NUMBER_LAYOUT = re.compile(r"\\[!$]|\$")
-_NUMBER = re.compile(r"([+-]?)([0-9]{1,3}(?:(?:,|\{,\}|\\,)[0-9]{3})+|[0-9]+)?(\.[0-9]*)?")
+_NUMBER = re.compile(r"([+-]?)([1-9][0-9]{0,2}(?:(?:,|\{,\}|\\,)[0-9]{3})+|[0-9]+)?(\.[0-9]*)?")
 _SEPARATORS = str.maketrans("", "", "{},\\")
 
 

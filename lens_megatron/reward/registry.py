@@ -17,7 +17,13 @@ def _math_verify() -> Grader:
     return lambda submission: grade_answer(submission.completion, submission.answer)
 
 
-GRADERS: dict[str, Callable[[], Grader]] = {"math_verify": _math_verify}
+def _math_verify_row() -> Grader:
+    from lens_megatron.reward.tolerance import grade_by_row  # imports math_verify
+
+    return grade_by_row
+
+
+GRADERS: dict[str, Callable[[], Grader]] = {"math_verify": _math_verify, "math_verify_row": _math_verify_row}
 
 
 @dataclass(frozen=True, slots=True)
