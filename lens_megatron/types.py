@@ -62,8 +62,8 @@ class PurifiedPrompt:
     """[k] positions of the deleted tokens in the original prompt, ascending."""
     scores: tuple[float, ...]
     """[L] the number of every token of the original prompt by which the purifier decided. interference: its score in
-    nats, 0 at position 0. gradient: the norm of its gradient, of which the smallest decide. random: its draw from [0,
-    1). oracle: 1 if the data marks it as noise, else 0. resampling: 0."""
+    nats, of the kind that its options name. gradient: the norm of its gradient, of which the smallest decide. random:
+    its draw from [0, 1). oracle: 1 if the data marks it as noise, else 0. resampling: 0."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,7 +98,8 @@ def test_it_trains(training: Training, name: str):
 
 
 PURIFYING = {"lens", "lens_literal", "lens_keep_one", "lens_grpo_advantage", "lens_dapo", "lens_greso", "lens_dr_grpo",
-             "lens_imitation", "lens_ratio_floor", "lens_original_ratio", "lens_acl", "random_pruning", "gradient_pruning", "oracle_pruning"}  # fmt: skip
+             "lens_imitation", "lens_ratio_floor", "lens_original_ratio", "lens_acl", "random_pruning",
+             "gradient_pruning", "oracle_pruning"}  # fmt: skip
 FILTERING = {"dapo", "dapo_extended", "greso", "greso_extended", "lens_dapo", "lens_greso"}
 
 
