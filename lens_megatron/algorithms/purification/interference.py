@@ -19,8 +19,8 @@ class InterferenceOptions(Section):
     """The number of each token by which the deletion goes. All need the same two passes."""
 
     score: Literal["interference", "signed", "surprisal", "smoothed"] = "interference"
-    """interference: |log pi_theta - log pi_ref| (LENS, eq. 1). signed: log pi_theta - log pi_ref: tokens go that training
-    has made more likely. surprisal: -log pi_theta. smoothed: the mean of interference over a window."""
+    """interference: |log pi_theta - log pi_ref| (LENS, eq. 1). signed: log pi_theta - log pi_ref, so that tokens go
+    which training has made more likely. surprisal: -log pi_theta. smoothed: the mean of interference over a window."""
     window: int = Field(3, ge=1, le=99)
     """The tokens of the window of `smoothed`, an odd number: each token and as many on either side. Only those that may
     be deleted count in the mean, so that a template's scores do not spread into the problem."""
