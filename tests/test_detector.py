@@ -136,6 +136,13 @@ def test_the_sign_flip_test_counts_all_flips():
     sums = [abs(a + 2 * b - c) for a, b, c in product((1, -1), repeat=3)]
     assert detector.sign_flip_p_value([1.0, 2.0, -1.0]) == sum(x >= 2 for x in sums) / 8
     assert detector.sign_flip_p_value([0.5] * 8) == pytest.approx(0.0078125)
-    assert detector.sign_flip_p_value([0.1, 0.2, 0.3]) == 2 / 8, "rounding is no difference"
     with pytest.raises(ValueError, match="got 0 paired differences"):
         detector.sign_flip_p_value([])
+
+
+def test_rounding_neither_adds_nor_loses_a_flip():
+    """Tenths beside the same sums of whole numbers, among them sums that are 0 in exact arithmetic alone."""
+    for numbers in product(range(-4, 5), repeat=4):
+        sums = [abs(sum(s * x for s, x in zip(signs, numbers, strict=True))) for signs in product((1, -1), repeat=4)]
+        expected = sum(x >= abs(sum(numbers)) for x in sums) / 16
+        assert detector.sign_flip_p_value([x / 10 for x in numbers]) == expected, numbers
