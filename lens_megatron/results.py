@@ -38,6 +38,24 @@ class MismatchSums:
 
 
 @dataclass(frozen=True, slots=True)
+class RescuedRatios:
+    """What the original prompt x leaves of the rescued responses of one optimizer step, of all ranks.
+
+    rho_t = pi(y_t | x) / pi_old(y_t | x') at a token, x' being the purified prompt, whatever ratio the loss uses. Every
+    rho here is within exp(+-20), the bounds of all ratios.
+    """
+
+    least: tuple[float, ...] = ()
+    """The least rho of each response, ascending."""
+    products: tuple[float, ...] = ()
+    """The product of rho over each response, ascending."""
+    gradient: float = 0.0
+    """The sum over tokens of |derivative of the weighted policy loss by the token's log-probability|."""
+    on_policy_gradient: float = 0.0
+    """What `gradient` would be with every ratio at 1."""
+
+
+@dataclass(frozen=True, slots=True)
 class UpdateStats:
     """Statistics of the response tokens of one optimizer step over all ranks, and the values the optimizer reported."""
 
@@ -64,7 +82,9 @@ class UpdateStats:
     """True when loss or gradient were not finite, so that no update was made."""
     mismatch_native: MismatchSums = MismatchSums()
     mismatch_rescued: MismatchSums = MismatchSums()
-    """The sums over rescued tokens. The trainer's probabilities are under the purified prompt, as are the engine's."""
+    """The sums over rescued tokens. The trainer's probabilities are under the purified prompt, as are the engine's;
+    tokens of which the trainer computes none, as with `algorithm.rescued_ratio=original_prompt`, are left out."""
+    rescued: RescuedRatios = RescuedRatios()
 
 
 @dataclass(frozen=True, slots=True)

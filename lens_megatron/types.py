@@ -62,8 +62,8 @@ class PurifiedPrompt:
     """[k] positions of the deleted tokens in the original prompt, ascending."""
     scores: tuple[float, ...]
     """[L] the number of every token of the original prompt by which the purifier decided. interference: its score in
-    nats, 0 at position 0. gradient: the norm of its gradient, of which the smallest decide. random: its draw from [0,
-    1). oracle: 1 if the data marks it as noise, else 0. resampling: 0."""
+    nats, of the kind that its options name. gradient: the norm of its gradient, of which the smallest decide. random:
+    its draw from [0, 1). oracle: 1 if the data marks it as noise, else 0. resampling: 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,11 +176,13 @@ class TrainingRow:
 
     sample: Sample
     old_log_probs: Tensor | None
-    """[L] float32, log pi_old under the prompt that generated the response. None marks the row as on-policy: its ratio
-    is exactly 1, while two passes over the same weights would give only nearly 1."""
+    """[L] float32, log pi_old under the prompt that generated the response, or the original one where
+    `algorithm.rescued_ratio` says so. None marks the row as on-policy: its ratio is exactly 1, while two passes over
+    the same weights would give only nearly 1."""
     trainer_log_probs: Tensor | None
     """[L] float32, the trainer's log-probabilities before the update, under the prompt that generated the response: the
-    engine's are compared with these and corrected to them. None where the update's own pass serves as well."""
+    engine's are compared with these and corrected to them. None where the update's own pass serves as well, or where
+    nothing needs them."""
     reference_log_probs: Tensor | None
     """[L] float32, log pi_ref under the original prompt; None without a KL term."""
 
@@ -263,7 +265,8 @@ class TokenTerms:
     engine_log_probs: Tensor
     """The log-probabilities that the engine reported, under the prompt that generated the response."""
     trainer_log_probs: Tensor
-    """The trainer's log-probabilities under the same prompt. Where one is NaN, the current log-probability is used."""
+    """The trainer's log-probabilities under the same prompt. Where one is NaN, the current log-probability is used, if
+    that is under the same prompt."""
     corrections: Tensor
     """Weights of `algorithm.correction`; `policy_weights` contain them already."""
     limited: Tensor

@@ -14,7 +14,8 @@ class Evidence(StrEnum):
     """What a method needs to be computed for it. A step computes each of them once if a method needs it, else never."""
 
     PROMPT_SCORES = "prompt_scores"
-    """|log pi_theta - log pi_ref| of every token of a prompt: two forward passes over the prompts of a step."""
+    """log pi_theta, log pi_ref and |their difference| of every token of a prompt: two forward passes over the prompts
+    of a step."""
     PROMPT_GRADIENTS = "prompt_gradients"
     """The norm of the gradient of the answer's negative log-likelihood at every token of a prompt: a forward and a
     backward pass over the prompts of a step."""

@@ -27,7 +27,13 @@ MEANING = {
     Kind.ADVANTAGES: "how the rollouts of a group are judged",
     Kind.OBJECTIVES: "the loss of a token with a given ratio",
 }
-CLOSED = ("algorithm.aggregation", "algorithm.correction", "algorithm.ratio", "algorithm.weights")
+CLOSED = (
+    "algorithm.aggregation",
+    "algorithm.correction",
+    "algorithm.ratio",
+    "algorithm.rescued_ratio",
+    "algorithm.weights",
+)
 """Options with a closed table of choices."""
 FILES = Path(__file__).resolve().parents[2] / "configs" / "methods"
 """Each file begins with a comment that says what it is. Where the package is installed without them there are none."""

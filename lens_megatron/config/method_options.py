@@ -118,6 +118,13 @@ class AlgorithmConfig(Section):
     """The importance ratio: one per token (PPO), the geometric mean of a response (GSPO), or the response's product."""
     ratio_form: Literal["v1", "acl"] = "v1"
     """Says what w~ changes. v1: it multiplies the loss. acl: it divides the old probability instead."""
+    rescued_ratio: Literal["generation_prompt", "original_prompt"] = "generation_prompt"
+    """The prompt of pi_old in the ratio of a rescued response. generation_prompt: the purified one that it was sampled
+    from (LENS, eq. 5). original_prompt: the one that is trained on, so that the ratio is exactly 1 in the first update
+    after sampling."""
+    rescued_ratio_floor: float = Field(0.0, ge=0, le=1)
+    """Smaller ratios of rescued responses with a positive advantage count as this one, and keep the gradient of log pi
+    that goes with it. 0: no floor, as in LENS, eq. 7."""
     clip_low: float = Field(0.2, ge=0, lt=1)
     """Ratios are clipped at 1 - clip_low."""
     clip_high: float = Field(0.2, ge=0)

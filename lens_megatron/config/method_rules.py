@@ -45,8 +45,23 @@ def _about_purification(config: Config) -> Iterator[str]:
             "lens.purifier=oracle deletes what the data marks as noise, and data.noise_key is empty; name the column "
             "that holds the noise's [start, end) characters, or choose another purifier"
         )
+    if algorithm.rescued_ratio_floor and algorithm.rescued_ratio == "original_prompt":
+        yield (
+            f"algorithm.rescued_ratio_floor ({algorithm.rescued_ratio_floor:g}) raises ratios against the purified "
+            "prompt, algorithm.rescued_ratio=original_prompt has none; set the floor to 0, or choose generation_prompt"
+        )
     if lens.enabled:
         return
+    if algorithm.rescued_ratio_floor:
+        yield (
+            f"algorithm.rescued_ratio_floor ({algorithm.rescued_ratio_floor:g}) raises ratios of responses to purified "
+            "prompts, lens.enabled=false has none; set it to 0"
+        )
+    if algorithm.rescued_ratio != "generation_prompt":
+        yield (
+            f"algorithm.rescued_ratio={algorithm.rescued_ratio} is about responses to purified prompts, "
+            "lens.enabled=false has none; choose generation_prompt"
+        )
     if algorithm.imitation_coef:
         yield (
             f"algorithm.imitation_coef ({algorithm.imitation_coef:g}) weighs successes from purified prompts, "

@@ -4,9 +4,11 @@ Names are verl's, plus `lens/*`. Every rank adds the same names in the same orde
 """
 
 import json
+import math
 import os
 import resource
 import socket
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import astuple
@@ -20,7 +22,15 @@ from lens_megatron.output.second_wave_metrics import tally_second_waves
 from lens_megatron.output.side_log import SideLog
 from lens_megatron.output.tally import Metrics as Metrics
 from lens_megatron.output.tally import Tally
-from lens_megatron.results import MismatchSums, Outcome, SamplingStats, StepResult, SyncStats, UpdateStats
+from lens_megatron.results import (
+    MismatchSums,
+    Outcome,
+    RescuedRatios,
+    SamplingStats,
+    StepResult,
+    SyncStats,
+    UpdateStats,
+)
 from lens_megatron.reward.types import GradeStatus
 
 MISMATCH_WARNING, MISMATCH_ALARM = 0.005, 0.01
@@ -70,7 +80,7 @@ def update_metrics(updates: tuple[UpdateStats, ...], kl_coef: float) -> Metrics:
     def mean(name: str) -> float:
         return sum(getattr(u, name) for u in updates) / len(updates)
 
-    return {
+    return rescued_metrics([u.rescued for u in updates]) | {
         "actor/loss": mean("loss"),
         "actor/pg_loss": mean("policy_loss"),
         "actor/kl_loss": mean("kl"),
@@ -86,6 +96,34 @@ def update_metrics(updates: tuple[UpdateStats, ...], kl_coef: float) -> Metrics:
         "lens/clip_fraction_rescued": mean("clip_fraction_rescued"),
         "lens/abs_log_ratio_rescued": mean("abs_log_ratio_rescued"),
     }
+
+
+def rescued_metrics(updates: Sequence[RescuedRatios]) -> Metrics:
+    """Returns what the original prompt leaves of rescued responses, over all of the step's updates and ranks.
+
+    With rho_t = pi(y_t | x) / pi_old(y_t | x') for the original prompt x and the purified one x':
+
+    * `lens/rho_min` is the mean over responses of their least rho, `lens/rho_min_median` the median;
+    * `lens/rho_product` is the median over responses of the product of rho, whose mean a few responses would decide;
+    * `lens/rescued_gradient_share` is sum |g_t| / sum |g'_t| over tokens, g_t being the derivative of the weighted
+      policy loss by log pi(y_t | x), with 0 where a clip holds, and g'_t what it would be with every ratio at 1. It is
+      1 where nothing is lost, and may exceed 1 in the acl form, whose ratio contains 1 / w~.
+
+    A step without rescued responses has none of them. One whose rescued responses have advantages of 0 alone has no
+    share.
+    """
+    least, products = ([value for u in updates for value in getattr(u, name)] for name in ("least", "products"))
+    if not least:
+        return {}
+    found = {
+        "lens/rho_min": math.fsum(least) / len(least),
+        "lens/rho_min_median": statistics.median(least),
+        "lens/rho_product": statistics.median(products),
+    }
+    on_policy = sum(u.on_policy_gradient for u in updates)
+    if on_policy:
+        found["lens/rescued_gradient_share"] = sum(u.gradient for u in updates) / on_policy
+    return found
 
 
 def mismatch_metrics(updates: tuple[UpdateStats, ...], correction: str) -> Metrics:

@@ -38,7 +38,8 @@ BEFORE_THE_OPTION: dict[str, dict[str, Any]] = {
     "reward": {"weights": [], "success_threshold": None, "rules": {}},
     "lens": {"purifier": "interference", "purifier_options": {}},
     "algorithm": {"kl_limit": 10.0, "advantage_options": {}, "weights": None, "mask_truncated": False,
-                  "objective": "clip", "objective_options": {}},
+                  "objective": "clip", "objective_options": {}, "rescued_ratio": "generation_prompt",
+                  "rescued_ratio_floor": 0.0},
     "train": {"epochs": None},
 }  # fmt: skip
 """Values that versions without these options used. A record that lacks one of them is read as if it contained it."""

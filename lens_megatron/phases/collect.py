@@ -20,7 +20,7 @@ from lens_megatron.algorithms.entry import Evidence
 from lens_megatron.algorithms.purification import PromptEvidence
 from lens_megatron.algorithms.purify import purify_prompts
 from lens_megatron.phases import engine_turn
-from lens_megatron.policy.forward import prompt_scores
+from lens_megatron.policy.forward import prompt_log_probs
 from lens_megatron.policy.prompt_gradients import prompt_gradients
 from lens_megatron.records import between_ranks
 from lens_megatron.results import CollectedGroups, Outcome, SyncStats
@@ -211,8 +211,11 @@ def _evidence(run: Run, prompts: Sequence[Prompt]) -> list[PromptEvidence]:
     found = [PromptEvidence()] * len(prompts)
     budget = run.config.train.max_tokens_per_micro_batch
     if run.methods.need(Evidence.PROMPT_SCORES):
-        scores = prompt_scores(run.policy, [p.token_ids for p in prompts], max_tokens=budget)
-        found = [replace(evidence, scores=score) for evidence, score in zip(found, scores, strict=True)]
+        both = prompt_log_probs(run.policy, [p.token_ids for p in prompts], max_tokens=budget)
+        found = [
+            replace(evidence, scores=of.scores, log_probs=of.policy, reference_log_probs=of.reference)
+            for evidence, of in zip(found, both, strict=True)
+        ]
     if run.methods.need(Evidence.PROMPT_GRADIENTS):
         longest = run.config.rollout.max_response_length  # the model's context holds a prompt and this much
         pairs = [(p.token_ids, run.tokenizer.boxed(p.answer)[:longest]) for p in prompts]

@@ -2,9 +2,10 @@
 
 import logging
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,40 +64,73 @@ def train_on(
 
 def training_rows(run: Run, samples: Sequence[Sample]) -> list[TrainingRow]:
     """Makes rows with the log-probabilities that the loss needs, by the weights before the update. A collective."""
-    version = run.policy.version
     with run.clock("old_log_prob"):
-        trainer = trainer_log_probs(run, samples)
+        before = trainer_log_probs(run, samples)
     with run.clock("ref"):
         reference = reference_log_probs(run, samples)
     return [
-        TrainingRow(sample, None if is_on_policy(run.config, sample, version) else own, own, of_reference)
-        for sample, own, of_reference in zip(samples, trainer, reference, strict=True)
+        TrainingRow(sample, old, trainer, of_reference)
+        for sample, (old, trainer), of_reference in zip(samples, before, reference, strict=True)
     ]
 
 
-def trainer_log_probs(run: Run, samples: Sequence[Sample]) -> list[Tensor | None]:
-    """Returns per sample [L] the trainer's log-probabilities under the prompt that generated it, or None if not needed.
+class LogProbsBefore(NamedTuple):
+    """The log-probabilities [L] of a sample's response by the weights before the update, None where not needed."""
+
+    old: Tensor | None
+    """Under the prompt of pi_old in the ratio; None for an on-policy row."""
+    trainer: Tensor | None
+    """Under the prompt that generated the response."""
+
+
+def trainer_log_probs(run: Run, samples: Sequence[Sample]) -> list[LogProbsBefore]:
+    """Returns per sample the trainer's log-probabilities that are needed before the loss, in one pass. A collective.
 
     With one update per batch the update's own pass gives those of on-policy rows, so only other rows are computed. A
-    correction needs them before the loss for all rows, at the cost of one more forward pass: a third of an update.
+    correction needs them under the generating prompt for all rows, at the cost of one more forward pass: a third of an
+    update. A row takes part in the pass once for each prompt that it is needed under, which is seldom more than one.
     """
-    everyone, version = run.config.algorithm.correction != "none", run.policy.version
-    wanted = [i for i, sample in enumerate(samples) if everyone or not is_on_policy(run.config, sample, version)]
-    values = _log_probs(run, [(samples[i].generation_prompt, samples[i].rollout.token_ids) for i in wanted])
+    config, version = run.config, run.policy.version
+    wanted = [
+        (i, prompt)
+        for i, sample in enumerate(samples)
+        for prompt in dict.fromkeys(prompts_before(config, sample, version))
+    ]
+    values = _log_probs(run, [(prompt, samples[i].rollout.token_ids) for i, prompt in wanted])
     found = dict(zip(wanted, values, strict=True))
-    return [found.get(i) for i in range(len(samples))]
+    return [
+        LogProbsBefore(
+            None if is_on_policy(config, sample, version) else found[i, ratio_prompt(config, sample)],
+            found.get((i, sample.generation_prompt)),
+        )
+        for i, sample in enumerate(samples)
+    ]
+
+
+def prompts_before(config: Config, sample: Sample, version: int) -> Iterator[tuple[int, ...]]:
+    """Yields the prompts under which the response's log-probabilities are needed before the update; equal ones too."""
+    if not is_on_policy(config, sample, version):
+        yield ratio_prompt(config, sample)
+    if config.algorithm.correction != "none":
+        yield sample.generation_prompt
+
+
+def ratio_prompt(config: Config, sample: Sample) -> tuple[int, ...]:
+    """Returns the prompt of pi_old in the sample's ratio, by `algorithm.rescued_ratio`."""
+    return sample.prompt if config.algorithm.rescued_ratio == "original_prompt" else sample.generation_prompt
 
 
 def is_on_policy(config: Config, sample: Sample, version: int) -> bool:
-    """Returns whether the weights of `version`, which an update follows, sampled it from the prompt it is trained on.
+    """Returns whether the sample's ratio is exactly 1 in the update that follows the weights of `version`.
 
-    The ratio is then 1. Rows that older weights have sampled (`rollout.off_policy_steps`, loaded rollouts) are not
-    on-policy: for them too pi_old is the policy before this update, and is computed; `algorithm.correction` accounts
-    for the weights that sampled them. Loaded rollouts are on-policy if they were saved with this version.
+    It is where these weights have sampled the response, and pi_old is under the prompt that is trained on. Rows that
+    older weights have sampled (`rollout.off_policy_steps`, loaded rollouts) are not on-policy: for them too pi_old is
+    the policy before this update, and is computed; `algorithm.correction` accounts for the weights that sampled them.
+    Loaded rollouts are on-policy if they were saved with this version.
     """
     several_updates = config.train.updates_per_batch > 1 or config.algorithm.ratio_form == "acl"
-    sampled_alike = sample.generation_prompt == sample.prompt and sample.rollout.weight_version == version
-    return sampled_alike and not several_updates
+    same_prompt = ratio_prompt(config, sample) == sample.prompt
+    return same_prompt and sample.rollout.weight_version == version and not several_updates
 
 
 def reference_log_probs(run: Run, samples: Sequence[Sample]) -> list[Tensor | None]:

@@ -27,18 +27,40 @@ def response_log_probs(policy: Policy, pairs: Sequence[Pair], *, max_tokens: int
     return _run(policy, pairs, pack_pairs(policy, pairs, max_tokens, policy.layout), temperature)
 
 
-def prompt_scores(policy: Policy, prompts: Sequence[tuple[int, ...]], *, max_tokens: int) -> list[Tensor]:
-    """Computes the score |log pi_theta - log pi_ref| of every prompt token given its prefix (LENS, eq. 1).
+class PromptLogProbs(NamedTuple):
+    """Log-probabilities of a prompt's L tokens given their prefixes, in nats; float32 on the CPU, 0 at position 0."""
 
-    Both passes use the same code, batches and un-rounded float32 logits, so that equal weights give exactly 0.
-    Returns one float32 CPU tensor per prompt, [tokens], 0 at position 0, on every rank of the model-parallel group.
+    policy: Tensor
+    """[L]"""
+    reference: Tensor
+    """[L]"""
+
+    @property
+    def scores(self) -> Tensor:
+        """Returns the interference score |log pi_theta - log pi_ref| of every token, [L] (LENS, eq. 1)."""
+        return (self.policy - self.reference).abs()
+
+
+def prompt_scores(policy: Policy, prompts: Sequence[tuple[int, ...]], *, max_tokens: int) -> list[Tensor]:
+    """Returns the interference scores of `prompt_log_probs`, one [L] per prompt. A collective."""
+    return [found.scores for found in prompt_log_probs(policy, prompts, max_tokens=max_tokens)]
+
+
+def prompt_log_probs(policy: Policy, prompts: Sequence[tuple[int, ...]], *, max_tokens: int) -> list[PromptLogProbs]:
+    """Computes log pi_theta and log pi_ref of every prompt token given its prefix. A collective.
+
+    Both passes use the same code, batches and un-rounded float32 logits, so that equal weights give equal numbers.
+    Returns one record per prompt on every rank of the model-parallel group.
     """
     pairs = [(prompt[:1], prompt[1:]) for prompt in prompts]
     packed = pack_pairs(policy, pairs, max_tokens, policy.layout_of_whole_sequences)
     with reference_weights(policy):
         reference = _run(policy, pairs, packed, temperature=1.0)
     current = _run(policy, pairs, packed, temperature=1.0)
-    return [torch.cat([torch.zeros(1), (a - b).abs()]) for a, b in zip(current, reference, strict=True)]
+    first = torch.zeros(1)
+    return [
+        PromptLogProbs(torch.cat([first, a]), torch.cat([first, b])) for a, b in zip(current, reference, strict=True)
+    ]
 
 
 def model_output(

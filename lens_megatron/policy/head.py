@@ -13,7 +13,7 @@ import torch
 from lens_kernels import PolicyLoss, VocabShard, linear_policy_loss, linear_token_logprobs
 from torch import Tensor
 
-from lens_megatron.algorithms.policy_objective import Objective
+from lens_megatron.algorithms.policy_objective import Objective, PolicySlopes
 from lens_megatron.config import AlgorithmConfig
 from lens_megatron.policy.model import Policy
 from lens_megatron.types import MicroBatch, SequenceBatch, TokenTerms
@@ -32,6 +32,7 @@ class MicroBatchLoss:
     clipped: Tensor
     """1.0 where a clip holds, else 0."""
     kl: Tensor
+    slopes: PolicySlopes
 
 
 class _HeadArguments(TypedDict):
@@ -78,7 +79,8 @@ def micro_batch_loss(
     into = _GradientArguments(accumulate_into=gradient_buffer(policy), loss_gradient=_loss_gradient(policy))
     fused = objective.fused(terms, algorithm) if objective.fused else None
     if fused is not None:
-        return _with_all_parts(linear_policy_loss(hidden, weight, ids, **arguments, **into, **fused))
+        found = linear_policy_loss(hidden, weight, ids, **arguments, **into, **fused)
+        return _with_all_parts(found, objective.slopes(found.logprobs, terms, algorithm))
 
     def losses(log_probs: Tensor, entropy: Tensor, part: slice) -> Tensor:
         return objective.losses(log_probs, entropy, _terms_of_chunk(terms, part), algorithm).losses
@@ -94,7 +96,8 @@ def micro_batch_loss(
     )
     with torch.no_grad():
         tokens = objective.losses(result.logprobs, result.entropy, terms, algorithm)
-    return MicroBatchLoss(result.loss, result.logprobs, result.entropy, tokens.ratio, tokens.clipped, tokens.kl)
+    slopes = objective.slopes(result.logprobs, terms, algorithm)
+    return MicroBatchLoss(result.loss, result.logprobs, result.entropy, tokens.ratio, tokens.clipped, tokens.kl, slopes)
 
 
 def _terms_of_chunk(terms: TokenTerms, part: slice) -> TokenTerms:
@@ -103,12 +106,12 @@ def _terms_of_chunk(terms: TokenTerms, part: slice) -> TokenTerms:
     return replace(own, first=own.first - part.start)
 
 
-def _with_all_parts(result: PolicyLoss) -> MicroBatchLoss:
+def _with_all_parts(result: PolicyLoss, slopes: PolicySlopes) -> MicroBatchLoss:
     if result.ratio is None or result.clipped is None or result.kl is None:
         raise RuntimeError(
             "lens_kernels' own loss came without ratio, clipped or kl, which only an objective leaves out"
         )
-    return MicroBatchLoss(result.loss, result.logprobs, result.entropy, result.ratio, result.clipped, result.kl)
+    return MicroBatchLoss(result.loss, result.logprobs, result.entropy, result.ratio, result.clipped, result.kl, slopes)
 
 
 def _cut_sequences_loss(
@@ -131,8 +134,10 @@ def _cut_sequences_loss(
     all_log_probs, all_entropy = whole[0].index_copy(0, own, log_probs), whole[1].index_copy(0, own, entropy)
     tokens = objective.losses(all_log_probs, all_entropy, batch.terms, algorithm)
     others = tokens.losses.detach().sum() - tokens.losses.detach()[own].sum()
-    metrics = (part.detach()[own] for part in (tokens.ratio, tokens.clipped, tokens.kl))
-    return MicroBatchLoss(tokens.losses.sum() - others, log_probs.detach(), entropy.detach(), *metrics)
+    ratio, clipped, kl = (part.detach()[own] for part in (tokens.ratio, tokens.clipped, tokens.kl))
+    slopes = PolicySlopes(*(part[own] for part in objective.slopes(all_log_probs, batch.terms, algorithm)))
+    loss = tokens.losses.sum() - others
+    return MicroBatchLoss(loss, log_probs.detach(), entropy.detach(), ratio, clipped, kl, slopes)
 
 
 def gradient_buffer(policy: Policy) -> Tensor | None:

@@ -4,23 +4,33 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from typing import NamedTuple
 
 import torch
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from torch import Tensor
 
 from lens_megatron.algorithms.mismatch import mismatch_sums, sums_record
-from lens_megatron.algorithms.policy_objective import Objective
+from lens_megatron.algorithms.policy_objective import Objective, generation_log_ratio
 from lens_megatron.config import AlgorithmConfig
 from lens_megatron.policy.forward import model_output, run_pipeline
 from lens_megatron.policy.head import MicroBatchLoss, micro_batch_loss
 from lens_megatron.policy.model import Policy
-from lens_megatron.results import MismatchSums, UpdateStats
+from lens_megatron.policy.rescued_ratios import ResponseRatios, gather_rescued, response_ratios
+from lens_megatron.results import MismatchSums, RescuedRatios, UpdateStats
 from lens_megatron.types import LossScale, MicroBatch, TokenTerms
 
 COMPARED = len(fields(MismatchSums)) - 1
-SUMS, EXTREMES = 9 + 2 * COMPARED, 4
+SUMS, EXTREMES = 11 + 2 * COMPARED, 4
 """Lengths of the two parts of the vector that `_sums` makes of a micro-batch."""
+
+
+class _Numbers(NamedTuple):
+    """The numbers of a micro-batch that metrics are made of."""
+
+    sums: Tensor
+    """[SUMS + EXTREMES] float64"""
+    ratios: ResponseRatios
 
 
 def optimizer_step(
@@ -42,8 +52,10 @@ def optimizer_step(
         chunk.zero_grad_buffer()
     policy.optimizer.zero_grad()
     with _router_losses_averaged(policy, batches):
-        vectors = _forward_backward(policy, batches, objective, algorithm, temperature)
-    sums, extremes = _reduce(policy, vectors)
+        numbers = _forward_backward(policy, batches, objective, algorithm, temperature)
+    sums, extremes = _reduce(policy, [part.sums for part in numbers])
+    least, products = gather_rescued(policy.mesh, [part.ratios for part in numbers], scale.rescued_sequences)
+    rescued = RescuedRatios(least, products, *sums[9:11].tolist())
     learning_rate = get_canonical_lr_for_logging(policy.optimizer.param_groups)
     policy.optimizer.prepare_grads()
     grad_norm = float(policy.optimizer.get_grad_norm())
@@ -53,7 +65,7 @@ def optimizer_step(
             policy.optimizer.step()
             policy.scheduler.step(increment=1)
             policy.version += 1
-    return _stats(sums, extremes, scale, grad_norm, learning_rate, skipped=not finite)
+    return _stats(sums, extremes, scale, rescued, grad_norm, learning_rate, skipped=not finite)
 
 
 def _forward_backward(
@@ -62,18 +74,20 @@ def _forward_backward(
     objective: Objective,
     algorithm: AlgorithmConfig,
     temperature: float,
-) -> list[Tensor]:
-    """Returns one vector [SUMS + EXTREMES] per micro-batch on the last stage, nothing elsewhere."""
+) -> list[_Numbers]:
+    """Returns the numbers of each micro-batch on the last stage, nothing elsewhere."""
 
     def forward_step(
         iterator: Iterator[MicroBatch], model: torch.nn.Module, *_: object
-    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, _Numbers]]]:
         batch = next(iterator)
 
-        def loss_function(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def loss_function(hidden: Tensor) -> tuple[Tensor, Tensor, _Numbers]:
             result = micro_batch_loss(policy, hidden, batch, objective, algorithm, temperature)
+            ratios = response_ratios(generation_log_ratio(result.log_probs, batch.own_terms, algorithm), batch)
+            numbers = _Numbers(_sums(result, batch.own_terms, algorithm), ratios)
             # Megatron divides the loss in place, so the metric must not share its storage.
-            return result.loss, torch.tensor(1, dtype=torch.int), _sums(result, batch.own_terms)
+            return result.loss, torch.tensor(1, dtype=torch.int), numbers
 
         return model_output(policy, model, batch.sequences), loss_function
 
@@ -105,10 +119,13 @@ def _router_losses_averaged(policy: Policy, batches: Sequence[MicroBatch]) -> It
             setattr(config, name, coefficient)
 
 
-def _sums(result: MicroBatchLoss, terms: TokenTerms) -> Tensor:
+def _sums(result: MicroBatchLoss, terms: TokenTerms, algorithm: AlgorithmConfig) -> Tensor:
     """Returns [SUMS + EXTREMES] float64: sums over the micro-batch's response tokens, those of MismatchSums for native
     and for rescued ones last; then max of -ratio and of ratio (native), and of |p - q| for either."""
     rescued, native = terms.rescued, ~terms.rescued
+    comparable = rescued
+    if algorithm.rescued_ratio == "original_prompt":  # the update's own pass is under another prompt than the engine's
+        comparable = rescued & ~terms.trainer_log_probs.isnan()
     log_ratio = result.ratio.log()
     sums = [
         result.loss.detach(),
@@ -120,12 +137,14 @@ def _sums(result: MicroBatchLoss, terms: TokenTerms) -> Tensor:
         (result.clipped * rescued).sum(),
         (log_ratio * rescued).abs().sum(),
         native.sum(),
+        (result.slopes.taken.abs() * rescued).sum(),
+        (result.slopes.on_policy.abs() * rescued).sum(),
     ]
     extremes = [torch.full_like(result.loss, -math.inf)] * 2
     if native.numel():  # a tensor without elements has no maximum
         extremes = [torch.where(native, ratio, -math.inf).max() for ratio in (-result.ratio, result.ratio)]
     (*compared_native, largest_native), (*compared_rescued, largest_rescued) = (
-        _compared(result, terms, chosen) for chosen in (native, rescued)
+        _compared(result, terms, chosen) for chosen in (native, comparable)
     )
     vector = (*sums, *compared_native, *compared_rescued, *extremes, largest_native, largest_rescued)
     return torch.stack([value.double() for value in vector])
@@ -155,11 +174,15 @@ def _reduce(policy: Policy, vectors: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _stats(
-    sums: Tensor, extremes: Tensor, scale: LossScale, grad_norm: float, learning_rate: float, skipped: bool
+    sums: Tensor,
+    extremes: Tensor,
+    scale: LossScale,
+    ratios: RescuedRatios,
+    grad_norm: float,
+    learning_rate: float,
+    skipped: bool,
 ) -> UpdateStats:
-    loss, kl_loss, kl, entropy, ppo_kl, clipped_native, clipped_rescued, abs_log_ratio, native = sums[
-        : -2 * COMPARED
-    ].tolist()
+    loss, kl_loss, kl, entropy, ppo_kl, clipped_native, clipped_rescued, abs_log_ratio, native = sums[:9].tolist()
     tokens = max(1, scale.response_tokens)
     rescued = max(1, scale.response_tokens - native)
     any_native = native > 0
@@ -179,4 +202,5 @@ def _stats(
         skipped=skipped,
         mismatch_native=sums_record(sums[-2 * COMPARED : -COMPARED].tolist(), float(extremes[2])),
         mismatch_rescued=sums_record(sums[-COMPARED:].tolist(), float(extremes[3])),
+        rescued=ratios,
     )

@@ -102,7 +102,9 @@ def run(policy: Policy, config: Config, max_tokens: int, kind: str) -> dict[str,
 def numbers(stats: UpdateStats) -> Iterator[tuple[str, float]]:
     for name, value in asdict(stats).items():
         inner = value if isinstance(value, dict) else {"": value}
-        yield from ((f"{name}{part and '.'}{part}", float(number)) for part, number in inner.items())
+        for part, number in inner.items():
+            numbered = {f".{i}": x for i, x in enumerate(number)} if isinstance(number, tuple) else {"": number}
+            yield from ((f"{name}{part and '.'}{part}{place}", float(x)) for place, x in numbered.items())
 
 
 def train(

@@ -45,9 +45,11 @@ def case(
     corrected: bool = False,
     objective: str = "clip",
     sharing: bool | None = None,
+    floor: float = 0.0,
     **megatron: object,
 ) -> dict:
-    algorithm = {"ratio": ratio, "objective": objective, **(CORRECTED if corrected else {})}
+    algorithm = {"ratio": ratio, "objective": objective, "rescued_ratio_floor": floor}
+    algorithm |= CORRECTED if corrected else {}
     train = {"share_prompts": sharing}
     return {"max_tokens": max_tokens, "algorithm": algorithm, "share": share, "megatron": megatron, "train": train}
 
@@ -61,6 +63,7 @@ DENSE = {
         "sharing prompts, sequences": case(ALONE, "sequence_geometric", sharing=True),
         "alone, sapo": case(ALONE, objective="sapo"),
         "alone, cispo": case(ALONE, objective="cispo"),
+        "alone, floored": case(ALONE, floor=0.95),
         "micro-batches": case(),
         "selective recomputation": case(transformer={"recompute_granularity": "selective"}),
         "full recomputation": case(transformer=FULL),
@@ -83,6 +86,8 @@ DENSE = {
         "CP2, sapo": case(objective="sapo", **{CP: 2}),
         "TP2, SP, cispo": case(objective="cispo", **{TP: 2, SP: True}),
         "DP2, corrected": case(corrected=True),
+        "DP2, floored": case(floor=0.95),
+        "CP2, floored": case(floor=0.95, **{CP: 2}),
         "PP2, corrected": case(corrected=True, **{PP: 2}),
     },
     4: {
@@ -213,7 +218,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 @pytest.mark.parametrize("name", [name for cases in DENSE.values() for name in cases])
 def test_same_under(name: str, dense: Found):
-    kinds = (", sequences", ", corrected", ", sapo", ", cispo")
+    kinds = (", sequences", ", corrected", ", sapo", ", cispo", ", floored")
     kind = next((kind for kind in kinds if name.endswith(kind)), "")
     assert_same(dense[name], dense[f"alone{kind}"])
 
@@ -230,6 +235,13 @@ def test_the_comparison_sees_training(dense: Found, experts: Found):
         assert found["update0.kl"] > 0 and found["update1.clip_fraction"] > 0 and found["scores.2"].max() > 0.1
     losses = {float(dense[f"alone{kind}"]["update1.loss"]) for kind in ("", ", sequences", ", sapo", ", cispo")}
     assert len(losses) == 4
+    for update in ("update0", "update1"):  # three rescued responses, of 9, 7 and 12 tokens
+        least, products = (
+            [float(dense["alone"][f"{update}.rescued.{name}.{i}"]) for i in range(3)] for name in ("least", "products")
+        )
+        assert least == sorted(least) and products == sorted(products) and products[0] < least[0] < 0.95
+    literal, floored = (dense[name]["update0.rescued.gradient"] for name in ("alone", "alone, floored"))
+    assert 0.5 < literal / floored < 0.97 and floored <= dense["alone"]["update0.rescued.on_policy_gradient"]
     corrected = dense["alone, corrected"]
     assert dense["alone"]["update0.loss"] != corrected["update0.loss"]
     for origin in ("native", "rescued"):

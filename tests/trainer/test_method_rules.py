@@ -36,6 +36,21 @@ REQUIRED = {"run": {"directory": "runs/a"}, "model": {"path": "model"}, "data": 
             "it to 0",
         ),
         (
+            ["algorithm.rescued_ratio_floor=0.5", "algorithm.rescued_ratio=original_prompt"],
+            "algorithm.rescued_ratio_floor (0.5) raises ratios against the purified prompt, "
+            "algorithm.rescued_ratio=original_prompt has none; set the floor to 0, or choose generation_prompt",
+        ),
+        (
+            ["lens.enabled=false", "algorithm.rescued_ratio_floor=0.5"],
+            "algorithm.rescued_ratio_floor (0.5) raises ratios of responses to purified prompts, lens.enabled=false "
+            "has none; set it to 0",
+        ),
+        (
+            ["lens.enabled=false", "algorithm.rescued_ratio=original_prompt"],
+            "algorithm.rescued_ratio=original_prompt is about responses to purified prompts, lens.enabled=false has "
+            "none; choose generation_prompt",
+        ),
+        (
             ["lens.enabled=false", "algorithm.weights_scope=purified_only"],
             "algorithm.weights_scope=purified_only weighs groups with a second wave, lens.enabled=false has none; "
             "choose all, or algorithm.weights=none",

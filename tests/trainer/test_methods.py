@@ -98,7 +98,8 @@ def test_it_trains(training: Training, name: str):
 
 
 PURIFYING = {"lens", "lens_literal", "lens_keep_one", "lens_grpo_advantage", "lens_dapo", "lens_greso", "lens_dr_grpo",
-             "random_pruning", "gradient_pruning", "oracle_pruning"}  # fmt: skip
+             "lens_imitation", "lens_ratio_floor", "lens_original_ratio", "lens_acl", "random_pruning",
+             "gradient_pruning", "oracle_pruning"}  # fmt: skip
 FILTERING = {"dapo", "dapo_extended", "greso", "greso_extended", "lens_dapo", "lens_greso"}
 
 
@@ -174,6 +175,24 @@ def test_the_advantages_of_a_group(training: Training):
         return {f"{row['advantage']:.4f}" for group in groups for row in group if row["reward"] and len(group) == 4}
 
     assert unlike("grpo") == {"1.5000"} and unlike("dr_grpo") == {"0.7500"} and unlike("rloo") == {"1.0000"}
+
+
+def test_what_the_ratio_leaves_of_rescued_responses(training: Training):
+    """All of their gradient where the ratio is against the original prompt, and more of it with a floor than without.
+    The purified prompt of step 1, its weights and its seeds are the same under all of these methods."""
+    names = ("lens", "lens_ratio_floor", "lens_original_ratio", "lens_imitation")
+    literal, floored, original, imitation = (training(name).steps for name in names)
+    assert sum("lens/rescued_gradient_share" in row for row in original) > 0
+    for row in original:
+        assert row.get("lens/rescued_gradient_share", 1.0) == 1.0 and row["lens/abs_log_ratio_rescued"] == 0
+        assert not 0 < row.get("training/rollout_probs_diff_max_rescued", 0.0), "another prompt's are no mismatch"
+    first = [steps[0] for steps in (literal, floored, original, imitation)]
+    assert 0 < first[0]["lens/rho_min"] < 1
+    for row in first[1:]:
+        for name in ("lens/rho_min", "lens/rho_min_median", "lens/rho_product"):
+            assert row[name] == pytest.approx(first[0][name], rel=1e-4)
+    shares = [row["lens/rescued_gradient_share"] for row in first]
+    assert shares[0] <= shares[1] <= 1.2 and shares[3] == pytest.approx(shares[0])
 
 
 # ---- the files ------------------------------------------------------------------------------------------------------

@@ -353,6 +353,17 @@ def test_speculation_ends_both_waves_together_and_samples_some_tokens_for_nothin
     assert rollout_seconds("speculative") == pytest.approx((1000 * weights + 15 * 500 * token) / bandwidth)
 
 
+def test_rescued_rows_cost_a_pass_unless_their_ratio_is_against_the_original_prompt():
+    def log_probs(**algorithm: object) -> list[str]:
+        settings = config(cluster={"gpus_per_node": 1}, algorithm={"kl_coef": 0, **algorithm})
+        made, cluster = layout_of(settings, 1, LayerSpec.TRANSFORMER_ENGINE), cluster_of(settings.cluster)
+        times = step_times(SHAPES["Qwen2.5-7B"], made, workload_of(settings), cluster, Assumptions(), 8)
+        return [time.how for time in times if time.phase == "log-probs"]
+
+    assert log_probs() == ["old for 10% of the rollouts"] and log_probs(rescued_ratio="original_prompt") == []
+    assert log_probs(rescued_ratio="original_prompt", ratio_form="acl") == ["old for 100% of the rollouts"]
+
+
 # ---- the program --------------------------------------------------------------------------------------------------
 
 

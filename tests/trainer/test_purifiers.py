@@ -1,8 +1,8 @@
 """What each purifier deletes, by numbers worked by hand, and what is computed for it."""
 
 from collections import Counter
-from dataclasses import replace
-from itertools import combinations
+from dataclasses import fields, replace
+from itertools import combinations, product
 from types import SimpleNamespace
 
 import pytest
@@ -15,8 +15,9 @@ from lens_megatron.algorithms.methods import load_methods
 from lens_megatron.algorithms.purification import PromptEvidence, deletion_count
 from lens_megatron.algorithms.purify import purify_prompts
 from lens_megatron.algorithms.registry import Kind, names
-from lens_megatron.config import LensConfig, from_tree
+from lens_megatron.config import ConfigError, LensConfig, from_tree
 from lens_megatron.phases import collect
+from lens_megatron.policy.forward import PromptLogProbs
 from lens_megatron.types import Prompt, PurifiedPrompt
 
 QUARTER = LensConfig(deletion_ratio=0.25)  # PROMPT has 6 tokens, of which the 4 at places 1 to 4 are eligible
@@ -26,9 +27,14 @@ EVIDENCE = PromptEvidence(
 
 
 def purified(
-    name: str, lens: LensConfig = QUARTER, prompt: Prompt = PROMPT, evidence: PromptEvidence = EVIDENCE, seed: int = 0
+    name: str,
+    lens: LensConfig = QUARTER,
+    prompt: Prompt = PROMPT,
+    evidence: PromptEvidence = EVIDENCE,
+    seed: int = 0,
+    **options: object,
 ) -> PurifiedPrompt | None:
-    (found,) = purify_prompts([prompt], [evidence], method(Kind.PURIFICATION, name), lens, seeds=[seed])
+    (found,) = purify_prompts([prompt], [evidence], method(Kind.PURIFICATION, name, **options), lens, seeds=[seed])
     return found
 
 
@@ -65,6 +71,55 @@ def test_gradient_deletes_the_smallest_norms_and_keeps_the_norms():
     }
     assert drawn == {(2,), (4,)}
     assert purified("gradient", evidence=replace(EVIDENCE, gradients=torch.zeros(6))).deleted == (1,)  # no noise floor
+
+
+SCORED = PromptEvidence(
+    log_probs=torch.tensor([0.0, -2.0, -0.5, -3.0, -0.25, -9.0]),
+    reference_log_probs=torch.tensor([0.0, -2.5, -1.5, -0.75, -0.5, -1.0]),
+    scores=torch.tensor([0.0, 0.5, 1.0, 2.25, 0.25, 8.0]),
+)
+"""Places 1 to 4 are eligible: differences .5, 1, -2.25, .25, surprisals 2, .5, 3, .25."""
+
+
+@pytest.mark.parametrize(
+    ("options", "scores", "one", "two"),
+    [
+        ({}, (0.0, 0.5, 1.0, 2.25, 0.25, 8.0), (3,), (2, 3)),
+        ({"score": "signed"}, (0.0, 0.5, 1.0, -2.25, 0.25, -8.0), (2,), (1, 2)),
+        ({"score": "surprisal"}, (0.0, 2.0, 0.5, 3.0, 0.25, 9.0), (3,), (1, 3)),
+        # Means of (.5), (.5 1), (.5 1 2.25), (1 2.25 .25), (2.25 .25), (.25): the ends' scores do not count.
+        ({"score": "smoothed"}, (0.5, 0.75, 1.25, 3.5 / 3, 1.25, 0.25), (2,), (2, 4)),
+        ({"score": "smoothed", "window": 1}, (0.0, 0.5, 1.0, 2.25, 0.25, 0.0), (3,), (2, 3)),
+        ({"score": "smoothed", "window": 99}, (1.0,) * 6, (1,), (1, 2)),  # ties go by position
+    ],
+)
+def test_scores_of_interference_worked_by_hand(options: dict, scores: tuple, one: tuple, two: tuple):
+    found = purified("interference", evidence=SCORED, **options)
+    assert found.deleted == one and found.scores == pytest.approx(scores)
+    assert purified("interference", LensConfig(deletion_ratio=0.5), evidence=SCORED, **options).deleted == two
+
+
+@pytest.mark.parametrize("score", ["interference", "signed", "surprisal", "smoothed"])
+def test_the_floor_and_the_eligible_rules_hold_for_every_score(score: str):
+    """The highest numbers of eligible tokens are 2.25, 1, 3 and 1.25; place 5 has more and is protected."""
+    highest = {"interference": 2.25, "signed": 1.0, "surprisal": 3.0, "smoothed": 1.25}[score]
+    for floor, deleted in ((highest, True), (highest + 0.01, False)):
+        lens = QUARTER.model_copy(update={"min_score": floor})
+        assert (purified("interference", lens, evidence=SCORED, score=score) is not None) == deleted
+    still = PromptEvidence(torch.zeros(6), log_probs=-torch.ones(6), reference_log_probs=-torch.ones(6))
+    assert (purified("interference", evidence=still, score=score) is None) == (score != "surprisal")
+    random_ties = QUARTER.model_copy(update={"tie_break": "random", "min_score": 0.0})
+    assert {purified("interference", random_ties, evidence=still, score=score, seed=s).deleted for s in range(40)} == {
+        (1,), (2,), (3,), (4,)
+    }  # fmt: skip
+
+
+def test_a_score_says_what_it_lacks_and_a_window_has_a_middle():
+    for score, name in (("signed", "log_probs"), ("surprisal", "log_probs"), ("smoothed", "scores")):
+        with pytest.raises(ValueError, match=f"needs the prompt's {name}, got None"):
+            purified("interference", evidence=PromptEvidence(), score=score)
+    with pytest.raises(ConfigError, match="options.window: 4: expected an odd number"):
+        method(Kind.PURIFICATION, "interference", score="smoothed", window=4)
 
 
 def test_resampling_keeps_the_prompt_and_still_wants_a_second_wave():
@@ -142,17 +197,17 @@ def test_evidence_is_computed_once_where_it_is_needed_and_nowhere_else(
 ):
     calls: list[str] = []
 
-    def scores(policy: object, prompts: list[tuple[int, ...]], *, max_tokens: int) -> list[torch.Tensor]:
+    def scores(policy: object, prompts: list[tuple[int, ...]], *, max_tokens: int) -> list[PromptLogProbs]:
         calls.append("scores")
         assert prompts == [PROMPT.token_ids] * 2 and max_tokens == 77
-        return [EVIDENCE.scores] * 2
+        return [PromptLogProbs(SCORED.log_probs, SCORED.reference_log_probs)] * 2
 
     def gradients(policy: object, pairs: list, *, max_tokens: int) -> list[torch.Tensor]:
         calls.append("gradients")
         assert pairs == [(PROMPT.token_ids, (40, 41, 42))] * 2 and max_tokens == 77  # as long as a response at most
         return [EVIDENCE.gradients] * 2
 
-    monkeypatch.setattr(collect, "prompt_scores", scores)
+    monkeypatch.setattr(collect, "prompt_log_probs", scores)
     monkeypatch.setattr(collect, "prompt_gradients", gradients)
     sections = {"train": {"max_tokens_per_micro_batch": 77}, "rollout": {"max_response_length": 3}, "lens": lens}
     required = {
@@ -165,11 +220,11 @@ def test_evidence_is_computed_once_where_it_is_needed_and_nowhere_else(
     run = SimpleNamespace(policy=None, methods=load_methods(config), tokenizer=tokenizer, config=config)
     found = collect._evidence(run, [PROMPT, PROMPT])
     assert calls == computed
-    expected = PromptEvidence(
-        scores=EVIDENCE.scores if "scores" in computed else None,
-        gradients=EVIDENCE.gradients if "gradients" in computed else None,
-    )
-    assert found == [expected] * 2
+    expected = SCORED if "scores" in computed else PromptEvidence()
+    expected = replace(expected, gradients=EVIDENCE.gradients if "gradients" in computed else None)
+    for evidence, field in product(found, fields(PromptEvidence)):
+        value, wanted = getattr(evidence, field.name), getattr(expected, field.name)
+        assert value is wanted or value.equal(wanted)
 
 
 def test_every_purifier_is_tested_here():

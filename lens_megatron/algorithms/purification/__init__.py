@@ -27,6 +27,10 @@ class PromptEvidence:
     gradients: Tensor | None = None
     """[L] float32: the norm of the gradient of the answer's negative log-likelihood at every token's embedding, in nats
     per unit of the embedding."""
+    log_probs: Tensor | None = None
+    """[L] float32: log pi_theta of every token given its prefix, in nats; 0 at position 0. Known where `scores` are."""
+    reference_log_probs: Tensor | None = None
+    """[L] float32: log pi_ref likewise."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,6 +107,8 @@ class Workload:
     kl: bool
     old_log_probs: bool
     """True if old log-probabilities are computed for all samples, not only for those from purified prompts."""
+    rescued_log_probs: bool
+    """True if those from purified prompts need theirs, because their ratio is against the purified prompt."""
 
     @property
     def sequence_tokens(self) -> int:
@@ -190,6 +192,7 @@ def workload_of(config: Config) -> Workload:
         old_log_probs=config.train.updates_per_batch > 1
         or config.algorithm.ratio_form == "acl"
         or config.algorithm.correction != "none",
+        rescued_log_probs=config.lens.enabled and config.algorithm.rescued_ratio == "generation_prompt",
     )
 
 

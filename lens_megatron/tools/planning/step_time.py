@@ -143,7 +143,7 @@ def _offload(shape: ModelShape, layout: ParallelLayout, assumed: Assumptions) ->
 def _log_probs(
     shape: ModelShape, layout: ParallelLayout, work: Workload, cluster: Cluster, assumed: Assumptions
 ) -> PhaseTime:
-    old = 1.0 if work.old_log_probs else assumed.rescued_share * work.lens
+    old = 1.0 if work.old_log_probs else assumed.rescued_share * work.rescued_log_probs
     passes = old + work.kl
     response = work.response_tokens * assumed.mean_length_share
     length = response + work.prompt_tokens * assumed.mean_length_share
