@@ -133,14 +133,20 @@ class DataPlaces:
         )
 
 
-def read_problems(name: str, source: str, *, limit: int | None = None) -> tuple[EvalProblem, ...]:
-    """Reads a file or hub dataset as the benchmark `name`; `limit` keeps the first problems only.
+def read_problems(
+    name: str, source: str, *, data: DataConfig | None = None, limit: int | None = None
+) -> tuple[EvalProblem, ...]:
+    """Reads a file or hub dataset as the benchmark `name`.
 
     A row may be a conversation with one user turn. Its system turn is not used: that is the protocol's.
 
+    Args:
+        data: names the columns of problem and answer, if they have other names.
+        limit: keeps the first problems only.
+
     Raises DataError for what cannot be read, a row with several user turns, or two rows with one id.
     """
-    records = read_records(source, DataConfig(train=source), whole_rows=True)
+    records = read_records(source, data or DataConfig(train=source), whole_rows=True)
     problems = tuple(_problem(name, record) for record in records)
     (most, count), *_ = Counter(problem.id for problem in problems).most_common(1)
     if count > 1:

@@ -117,7 +117,7 @@ def solve(text: str) -> sympy.Expr | None:
     if "arithmetic sequence" in text:
         count, first, step = values
         return sympy.Integer(sum(first + i * step for i in range(count)))
-    if "dice" in text and values[2] ** values[0] < 2000:
+    if "dice" in text and values[2] ** values[0] < 1000:
         dice, _, sides_, total = values
         rolls = list(product(range(1, sides_ + 1), repeat=dice))
         return sympy.Rational(sum(sum(roll) == total for roll in rolls), len(rolls))
@@ -126,13 +126,13 @@ def solve(text: str) -> sympy.Expr | None:
 
 def test_answers_agree_with_a_second_computation():
     checked = 0
-    for problem in generate(7, 108):
+    for problem in generate(7, 36):
         expected = solve(problem.problem)
         if expected is not None:
             fraction = re.sub(r"\\frac\{(\d+)\}\{(\d+)\}", r"\1/\2", problem.answer)
             assert sympy.Rational(Fraction(fraction)) == expected, problem.problem
             checked += 1
-    assert checked > 60
+    assert checked > 20
 
 
 def test_answers_grade_as_themselves():
