@@ -105,7 +105,7 @@ def identity_to_json(identity: EvaluationIdentity) -> str:
 
 
 def read_identity(folder: Path) -> EvaluationIdentity | None:
-    """Returns the identity of a folder's samples, None without a file. Raises EvaluationFolderError for other content."""
+    """Returns the identity of a folder's samples, None without a file. Raises EvaluationFolderError if it is broken."""
     path = folder / IDENTITY
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
