@@ -134,9 +134,9 @@ def test_a_folder_in_use_and_broken_files_are_refused(toy: Toy, protocol: Path, 
 def test_mistakes_are_messages(toy: Toy, tmp_path: Path, capsys):
     model = ["--model", str(toy.model), "--out", str(tmp_path / "out")]
     for words, message in (
-        (["--benchmarks", "olympiadbench", *model], "benchmark olympiadbench: no data"),
-        (["--benchmarks", "mine", "--protocol", "none", *model], "no protocol is called 'none'"),
-        (["--benchmarks", "mine", "--model", str(tmp_path), "--data", f"mine={toy.eval}"], "no config.json there"),
+        ([*model, "--benchmarks", "olympiadbench"], "benchmark olympiadbench: no data"),
+        ([*model, "--benchmarks", "mine", "--protocol", "none"], "no protocol is called 'none'"),
+        ([*model, "--benchmarks", "mine", "--model", str(tmp_path)], "no config.json there"),
     ):
         assert main(words) == 2
         assert message in capsys.readouterr().err

@@ -41,6 +41,19 @@ from lens_megatron.tools.evaluate.engines import (
 
 logger = logging.getLogger(__name__)
 
+DESCRIPTION = """\
+Evaluates a model: lens-eval --model DIR --benchmarks math500,aime24 --data DIR, and its companions.
+
+    lens-eval --model DIR --benchmarks NAME,...   samples, grades, and writes results.json and table.md
+    lens-eval compare A B                         compares two evaluations problem by problem
+    lens-eval regrade FILE ...                    grades the sample logs of lm-eval-harness or lighteval again
+    lens-eval overlap --train FILE --benchmarks   looks for training problems that stand in benchmarks
+    lens-eval protocols                           lists the named protocols with their hashes
+
+docs/EVALUATION.md describes protocols, data and statistics. Exit status: 0 done, 2 something cannot be used as it
+stands, 130 interrupted (the same command goes on).
+"""
+
 GENERATED = 96
 """Problems of the generated set: eight rounds of its twelve kinds, or 32 of each level."""
 
@@ -122,10 +135,7 @@ def read_options(words: Sequence[str]) -> EvaluationOptions:
 
 
 def _parser() -> ArgumentParser:
-    from lens_megatron.tools.evaluate import main as command
-
-    description = command.__doc__
-    parser = ArgumentParser(prog="lens-eval", description=description, formatter_class=RawDescriptionHelpFormatter)
+    parser = ArgumentParser(prog="lens-eval", description=DESCRIPTION, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="Hugging Face model directory; a checkpoint's hf/ is one")
     add("--benchmarks", default="", metavar="NAME,...", help="math500, amc23, aime24, aime25, gaokao2023en, minerva, "

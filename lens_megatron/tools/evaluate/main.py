@@ -1,13 +1,4 @@
-"""The command `lens-eval`: `lens-eval --model DIR --benchmarks math500,aime24 --data DIR`, and its companions.
-
-    lens-eval --model DIR --benchmarks NAME,...   samples, grades, and writes results.json and table.md
-    lens-eval compare A B                         compares two evaluations problem by problem
-    lens-eval regrade FILE ...                    grades the sample logs of lm-eval-harness or lighteval again
-    lens-eval overlap --train FILE --benchmarks   looks for training problems that stand in benchmarks
-    lens-eval protocols                           lists the named protocols with their hashes
-
-Exit status: 0 done, 2 something cannot be used as it stands, 130 interrupted (the same command goes on).
-"""
+"""Finds out which part of `lens-eval` is asked for; evaluation.py describes all of them."""
 
 import sys
 from collections.abc import Sequence
