@@ -80,8 +80,8 @@ def _json_lines(path: Path) -> Iterator[Any]:
 
 def _lighteval(path: Path) -> Iterator[LoggedSample]:
     try:
-        with open_regular(path) as opened:
-            rows = pyarrow.parquet.read_table(opened).to_pylist()
+        with open_regular(path) as opened, pyarrow.parquet.ParquetFile(opened) as file:
+            rows = [row for batch in file.iter_batches() for row in batch.to_pylist()]
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as parquet: {error}") from error
     for number, raw in enumerate(rows, 1):
