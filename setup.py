@@ -56,6 +56,7 @@ setup(
             "lens-plan = lens_megatron.tools.plan:main",
             "lens-doctor = lens_megatron.tools.doctor:main",
             "lens-report = lens_megatron.output.report:main",
+            "lens-eval = lens_megatron.tools.evaluate.main:main",
         ],
         # vLLM's processes load it: servers receive weights by it (rollout.engine=vllm_server).
         "vllm.general_plugins": ["lens_megatron = lens_megatron.rollout.servers.weight_transfer:register"],

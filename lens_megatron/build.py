@@ -17,6 +17,7 @@ from lens_megatron.config import Config, ConfigError
 from lens_megatron.config.rules import machine_mistakes
 from lens_megatron.data.prompts import DataError, PromptStream, load_prompts
 from lens_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from lens_megatron.evaluation.plan import EvalPlan, plan_as_in_training, plan_by_protocol, warn_of_overlap
 from lens_megatron.files import why_no_folder
 from lens_megatron.output import metrics, run_folder
 from lens_megatron.output.progress_bar import ProgressBar
@@ -65,7 +66,7 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
     tokenizer = load_tokenizer(config.model.path, hf_config.vocab_size)
     _check_replay(config, hf_config.vocab_size)
     graders = _start_graders(config)
-    prompts, eval_prompts = _load_data(config, methods, tokenizer)
+    prompts, eval_plan = _load_data(config, methods, tokenizer, hf_config)
     rewarding = _build_rewarding(config, methods, prompts)
     patience = collective_patience(config)
     control = platform.open_control_store(device)
@@ -97,7 +98,7 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
         tokenizer=tokenizer,
         prompts=prompts,
         selection=methods.selection.call(prompts, config.run.seed, methods.selection.options),
-        eval_prompts=eval_prompts,
+        eval_plan=eval_plan,
         engine=engine,
         engine_group=engine_group,
         graders=graders,
@@ -204,11 +205,14 @@ def _await_graders(graders: GraderPool, device: torch.device) -> None:
     together(graders.wait_ready, GraderStartError, elsewhere, device)
 
 
-def _load_data(config: Config, methods: Methods, tokenizer: Tokenizer) -> tuple[PromptStream, tuple[Prompt, ...]]:
+def _load_data(
+    config: Config, methods: Methods, tokenizer: Tokenizer, hf_config: PretrainedConfig
+) -> tuple[PromptStream, EvalPlan]:
     load = partial(
         load_prompts, tokenizer=tokenizer.hf, data=config.data, lens=config.lens, whole_rows=config.reward.needs_rows
     )
-    training, held_out = load(config.data.train), [load(source) for source in config.data.eval]
+    training = load(config.data.train)
+    held_out = [] if config.train.eval_protocol else [load(source) for source in config.data.eval]
     for loaded in (training, *held_out):
         dropped = f", {loaded.dropped_too_long} longer than data.max_prompt_length dropped"
         logger.info(f"{loaded.source}: {len(loaded.prompts)} prompts" + dropped * bool(loaded.dropped_too_long))
@@ -219,12 +223,23 @@ def _load_data(config: Config, methods: Methods, tokenizer: Tokenizer) -> tuple[
         )
     _check_noise_marks(config, methods, training.prompts)
     stream = PromptStream(training.prompts, config.run.seed, config.data.shuffle)
-    eval_prompts = tuple(prompt for loaded in held_out for prompt in loaded.prompts)
-    names = sorted({metrics.accuracy_name(p.source, config.train.eval_samples) for p in eval_prompts})
+    if config.train.eval_protocol:
+        plan = plan_by_protocol(config, tokenizer, _context(config, hf_config))
+    else:
+        plan = plan_as_in_training(config, [prompt for loaded in held_out for prompt in loaded.prompts])
+    names = sorted({metrics.accuracy_name(task.prompt.source, task.samples) for task in plan.tasks})
     wanted = config.train.metric_for_best_model
     if wanted is not None and wanted not in names:
         raise ConfigError(f"train.metric_for_best_model: no metric {wanted!r}; data.eval gives {', '.join(names)}")
-    return stream, eval_prompts
+    if int(os.environ.get("RANK", 0)) == 0:
+        warn_of_overlap(training.prompts, plan.tasks, config.data.train)
+    return stream, plan
+
+
+def _context(config: Config, hf_config: PretrainedConfig) -> int:
+    """Returns the tokens of prompt and completion together that the engine takes."""
+    limit = config.vllm.model_dump().get("max_model_len") if config.rollout.engine != "local" else None
+    return min(limit or hf_config.max_position_embeddings, hf_config.max_position_embeddings)
 
 
 def _check_noise_marks(config: Config, methods: Methods, prompts: Sequence[Prompt]) -> None:

@@ -7,6 +7,7 @@ from lens_megatron.algorithms.selection import Selection
 from lens_megatron.config import Config
 from lens_megatron.data.prompts import PromptStream
 from lens_megatron.data.tokenizer import Tokenizer
+from lens_megatron.evaluation.plan import EvalPlan
 from lens_megatron.output.run_lease import RunLease
 from lens_megatron.policy.model import Policy
 from lens_megatron.policy.offload import TrainerMemory
@@ -19,7 +20,6 @@ from lens_megatron.rollout.unfinished import UnfinishedGroups
 from lens_megatron.rollout.vllm.tensor_parallel import EngineGroup
 from lens_megatron.supervision.clock import Clock
 from lens_megatron.supervision.control_store import ControlStore
-from lens_megatron.types import Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Run:
     prompts: PromptStream
     selection: Selection
     """Decides which prompts a step samples; its state is equal on every rank."""
-    eval_prompts: tuple[Prompt, ...]
+    eval_plan: EvalPlan
     engine: RolloutEngine
     engine_group: EngineGroup
     """The ranks that hold the engine together with this one."""

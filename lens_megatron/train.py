@@ -18,7 +18,7 @@ from lens_megatron.config import Config
 from lens_megatron.errors import ExitCode, UserError
 from lens_megatron.output import console, metrics, report, rollout_files, run_folder, second_wave_metrics
 from lens_megatron.output.rollout_files import RolloutFiles
-from lens_megatron.phases.evaluate import evaluate
+from lens_megatron.phases.evaluate import Accuracy, evaluate
 from lens_megatron.policy import checkpoint, checkpoint_files, platform, selection_state
 from lens_megatron.policy.checkpoint import CheckpointWriter
 from lens_megatron.policy.last_step import PolicyLastStep, is_exported
@@ -229,22 +229,36 @@ def _saver(run: Run) -> CheckpointWriter:
 
 
 def _evaluate(run: Run) -> metrics.Metrics:
-    if not run.eval_prompts:
+    if not run.eval_plan.tasks:
         return {}
     if run.background:
         with run.clock("gen"):
             run.background.settle()
     with run.clock("testing"):
         evaluation = evaluate(run)
-    samples = run.config.train.eval_samples
     found = metrics.sync_metrics(evaluation.sync)
     for result in evaluation.accuracies:
-        found[metrics.accuracy_name(result.source, samples)] = result.mean
-        found[f"val-aux/{result.source}/acc/standard_error"] = result.standard_error
+        found |= _accuracy_metrics(result)
         logger.info(
-            f" {result.source}: accuracy {100 * result.mean:.1f} % +- {100 * result.standard_error:.1f} "
-            f"over {result.prompts} problems"
+            f" {result.source}: accuracy {100 * result.correct.mean:.1f} % +- "
+            f"{100 * result.correct.standard_error:.1f} over {result.prompts} problems"
         )
+    return found
+
+
+def _accuracy_metrics(result: Accuracy) -> metrics.Metrics:
+    aux = f"val-aux/{result.source}"
+    found = {
+        metrics.accuracy_name(result.source, result.samples): result.correct.mean,
+        f"{aux}/acc/standard_error": result.correct.standard_error,
+        f"{aux}/truncated": result.truncated,
+        f"{aux}/unparsed": result.unparsed,
+        f"{aux}/grading_failed": result.grading_failed,
+    }
+    if result.samples > 1:
+        found[f"{aux}/acc/pass@{result.samples}"] = result.pass_at
+    if result.majority is not None:
+        found[f"{aux}/acc/maj@{result.samples}"] = result.majority
     return found
 
 

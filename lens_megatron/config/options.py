@@ -180,6 +180,9 @@ class TrainConfig(Section):
     """Completions of every problem in an evaluation."""
     eval_temperature: float = Field(1.0, ge=0, le=1e3)
     """The temperature of evaluations: 0 for greedy decoding, else 0.001 or more."""
+    eval_protocol: str | None = None
+    """A protocol of lens-eval, by its name or as a YAML file: evaluations then ask and sample as it says, so that they
+    can be compared with published numbers. When empty: as in training, with eval_samples and eval_temperature."""
     save_interval: int = Field(20, ge=1)
     """Steps between checkpoints. The last step is always saved."""
     async_save: bool = True

@@ -255,7 +255,7 @@ def _record(index: int, row: _Row, data: DataConfig, name: str, *, whole: bool) 
     # A `solution` column that is found by default has worked solutions; one that the user names may have bare answers.
     worked = key == "solution" and data.answer_key is None
     answer = _whole_answer(value, row.where) if whole and key == ANSWER_KEYS[0] else None
-    answer = answer or _answer(value, f"{row.where}: {key}", needs_mark=worked)
+    answer = answer or read_answer(value, f"{row.where}: {key}", needs_mark=worked)
     ground_truth = value if key == ANSWER_KEYS[0] else answer
     source = row.values.get(SOURCE_KEY)
     return Record(
@@ -371,7 +371,8 @@ def _noise(row: _Row, key: str | None, problem: str) -> tuple[Span, ...]:
     return tuple((start, end) for start, end in value)
 
 
-def _answer(value: Any, where: str, needs_mark: bool) -> str:
+def read_answer(value: Any, where: str, *, needs_mark: bool = False) -> str:
+    """Returns the answer in a column's value, as the module's docstring says; `where` names the value in DataErrors."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise DataError(f"{where}: expected text or a number, got {type(value).__name__} ({reprlib.repr(value)})")
     if isinstance(value, float):

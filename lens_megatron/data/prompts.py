@@ -24,7 +24,7 @@ from lens_megatron.types import Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["DataError", "LoadedPrompts", "PromptStream", "load_prompts"]
+__all__ = ["DataError", "LoadedPrompts", "PromptStream", "load_prompts", "render_chat"]
 
 _BATCH, _BATCH_CHARACTERS = 512, 1_000_000
 _PROGRESS_FROM = 2_000
@@ -176,6 +176,31 @@ class _Draft:
     """The characters that the data marks as noise."""
 
 
+def render_chat(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], where: str) -> str:
+    """Returns the text of a conversation up to where the model answers: by the chat template, else line by line.
+
+    Args:
+        where: the name of the row in errors.
+
+    Raises DataError where the template refuses the messages, or writes far too much.
+    """
+    if not tokenizer.chat_template:
+        return "".join(f"{message.content}\n" for message in messages)
+    conversation = [{"role": message.role, "content": message.content} for message in messages]
+    try:
+        text = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # a template is a program: `1 / 0` in it raises ZeroDivisionError here
+        roles = textwrap.shorten(", ".join(message.role for message in messages), 200)
+        why = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+        raise DataError(f"{where}: the chat template refuses the messages ({roles}): {why}") from error
+    if len(text) > _LONGEST_RENDERED:
+        raise DataError(
+            f"{where}: the chat template makes {len(text):,} characters of the messages, the most is "
+            f"{_LONGEST_RENDERED:,}; shorten the row, or correct the template"
+        )
+    return str(text)
+
+
 class _Renderer:
     """Renders a record as the text that the model reads, with the spans of characters that `lens.eligible` selects."""
 
@@ -217,21 +242,7 @@ class _Renderer:
         return text, problem, tuple(spans)
 
     def _render(self, messages: tuple[Message, ...], where: str) -> str:
-        if not self.tokenizer.chat_template:
-            return "".join(f"{message.content}\n" for message in messages)
-        conversation = [{"role": message.role, "content": message.content} for message in messages]
-        try:
-            text = self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # a template is a program: `1 / 0` in it raises ZeroDivisionError here
-            roles = textwrap.shorten(", ".join(message.role for message in messages), 200)
-            why = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
-            raise DataError(f"{where}: the chat template refuses the messages ({roles}): {why}") from error
-        if len(text) > _LONGEST_RENDERED:
-            raise DataError(
-                f"{where}: the chat template makes {len(text):,} characters of the messages, the most is "
-                f"{_LONGEST_RENDERED:,}; shorten the row, or correct the template"
-            )
-        return text
+        return render_chat(self.tokenizer, messages, where)
 
     def _frame(self, earlier: tuple[Message, ...], where: str) -> tuple[str, str]:
         """Returns the template's text before and after the user's last message, which it must contain exactly once."""

@@ -24,7 +24,16 @@ class Request:
     temperature: float
     """0 means that every token is the most probable one."""
     seed: int
-    """The completion is a function of weights, prompt, temperature and seed."""
+    """The completion is a function of weights, prompt, seed, and what says how it is sampled."""
+    top_p: float = 1.0
+    """Only the most probable tokens with at least this probability together are drawn from. Only evaluations narrow the
+    distribution: the trainer's log-probabilities are of the whole one."""
+    top_k: int = 0
+    """Only this many most probable tokens are drawn from. 0: all."""
+    stop: tuple[int, ...] = ()
+    """Token ids that end the completion as the model's own end tokens do."""
+    certainty: bool = False
+    """Report `Completion.certainty`, if the engine can."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +48,9 @@ class Completion:
     finished: bool
     """True when it ended with an end-of-sequence token, False when it was cut at `max_new_tokens`."""
     weight_version: int
+    certainty: float | None = None
+    """The mean self-certainty of the distributions at temperature 1, see `narrowing.certainty`. None unless it was
+    asked for, and from engines that know only the probabilities of sampled tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +132,11 @@ def check_request(request: Request, in_flight: Container[int], *, context: tuple
         raise ValueError(f"request {request.request_id}: token ids must lie in 0..{vocabulary - 1}")
     if request.temperature < 0:
         raise ValueError(f"request {request.request_id}: temperature {request.temperature}; give 0 or more")
+    if not 0 < request.top_p <= 1 or request.top_k < 0:
+        raise ValueError(
+            f"request {request.request_id}: top_p {request.top_p}, top_k {request.top_k}; give a top_p above 0 and at "
+            "most 1, and a top_k of 0 or more"
+        )
 
 
 class RolloutEngine(Protocol):

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 
 from lens_megatron.data.model_files import configured_end_tokens
 from lens_megatron.rollout.engine import Completion, EngineProgress, Request, WeightManifest, check_request
+from lens_megatron.rollout.narrowing import certainty, narrowed
 
 
 @dataclass(slots=True)
@@ -24,6 +25,8 @@ class _Sequence:
     """[max_new_tokens] float64, one draw from [0, 1) per token."""
     token_ids: list[int]
     log_probs: list[float]
+    certainty: float = 0.0
+    """The sum over the tokens so far; 0 unless it was asked for."""
 
 
 class LocalEngine:
@@ -146,7 +149,7 @@ class LocalEngine:
         temperatures = torch.tensor([s.request.temperature for s in self.running], device=self.device)
         greedy = temperatures == 0
         scaled = logits.float() / torch.where(greedy, 1.0, temperatures)[:, None]
-        log_probs = scaled.log_softmax(-1)
+        log_probs = self._narrow(scaled.log_softmax(-1))
         uniforms = torch.stack([s.uniforms[len(s.token_ids)] for s in self.running]).to(self.device)
         cumulative = log_probs.double().exp().cumsum(-1)
         # Scaled by the total, so that rounding of the sum can never put a draw past the last token of non-zero mass.
@@ -156,14 +159,32 @@ class LocalEngine:
         for sequence, token, log_prob in zip(self.running, tokens[:, 0].tolist(), chosen, strict=True):
             sequence.token_ids.append(token)
             sequence.log_probs.append(log_prob)
+        self._note_certainty(logits)
         self.generated += len(self.running)
+
+    def _narrow(self, log_probs: Tensor) -> Tensor:
+        """Narrows the distributions of the sequences that ask for it; the others are not sorted."""
+        rows = [row for row, s in enumerate(self.running) if s.request.top_p < 1 or s.request.top_k]
+        if rows:
+            asked = [self.running[row].request for row in rows]
+            top_p = torch.tensor([r.top_p for r in asked], dtype=torch.float64, device=self.device)
+            top_k = torch.tensor([r.top_k for r in asked], device=self.device)
+            log_probs[rows] = narrowed(log_probs[rows], top_p, top_k)
+        return log_probs
+
+    def _note_certainty(self, logits: Tensor) -> None:
+        rows = [row for row, s in enumerate(self.running) if s.request.certainty]
+        if rows:
+            values = certainty(logits[rows].float().log_softmax(-1)).tolist()
+            for row, value in zip(rows, values, strict=True):
+                self.running[row].certainty += value
 
     def _retire(self) -> list[Completion]:
         """Takes the sequences that ended out of the batch and of the cache, and returns their completions."""
         eos = set(self.eos.tolist())
         completions, staying = [], []
         for row, sequence in enumerate(self.running):
-            finished = sequence.token_ids[-1] in eos
+            finished = sequence.token_ids[-1] in eos or sequence.token_ids[-1] in sequence.request.stop
             if finished or len(sequence.token_ids) == sequence.request.max_new_tokens:
                 completions.append(_completion(sequence, finished, self._whole_version()))
             else:
@@ -253,8 +274,9 @@ def _join_rows(old: Tensor, new: Tensor, dim: int) -> Tensor:
 
 
 def _completion(sequence: _Sequence, finished: bool, version: int) -> Completion:
-    request = sequence.request
-    return Completion(request.request_id, tuple(sequence.token_ids), tuple(sequence.log_probs), finished, version)
+    request, tokens = sequence.request, tuple(sequence.token_ids)
+    mean = sequence.certainty / len(tokens) if request.certainty else None
+    return Completion(request.request_id, tokens, tuple(sequence.log_probs), finished, version, mean)
 
 
 def end_tokens(model_path: str) -> set[int]:

@@ -151,7 +151,7 @@ def test_the_device_changes_hands_in_the_one_right_order(mesh: Mesh, tmp_path: P
         tokenizer=None,
         prompts=PromptStream((prompt,), seed=0, shuffle=False),
         selection=None,
-        eval_prompts=(),
+        eval_plan=None,
         engine=engine,
         engine_group=build_engine_group(1),
         graders=None,

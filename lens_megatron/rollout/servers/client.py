@@ -104,10 +104,12 @@ def generate_body(request: Request, end_tokens: Collection[int]) -> dict[str, An
         "token_ids": list(request.prompt),
         "sampling_params": {
             "temperature": request.temperature,
+            "top_p": request.top_p,
+            "top_k": request.top_k,
             "seed": request.seed,
             "max_tokens": request.max_new_tokens,
             "logprobs": 0,  # the sampled token's alone
-            "stop_token_ids": sorted(end_tokens),
+            "stop_token_ids": sorted({*end_tokens, *request.stop}),
             "ignore_eos": True,  # the server knows only those of config.json; the project's are in stop_token_ids
             "detokenize": False,
         },
@@ -161,7 +163,7 @@ def _what_is_wrong(
     for _, log_prob in entries:
         if type(log_prob) not in (int, float) or not math.isfinite(log_prob) or not -9999 < log_prob <= 0:
             return f"a log-probability of {log_prob}"  # vLLM writes NaN as -9999
-    ends = [place for place, token in enumerate(tokens) if token in expected.end_tokens]
+    ends = [place for place, token in enumerate(tokens) if token in expected.end_tokens or token in request.stop]
     if reason == "stop" and ends == [len(tokens) - 1] and len(tokens) <= request.max_new_tokens:
         return None
     if reason == "length" and not ends and len(tokens) == request.max_new_tokens:

@@ -96,11 +96,13 @@ class VllmEngine:
     def _sampling(self, request: Request) -> Any:
         return self.sampling_class(
             temperature=request.temperature,
+            top_p=request.top_p,
+            top_k=request.top_k,
             seed=request.seed,
             max_tokens=request.max_new_tokens,
             logprobs=0,  # the sampled token's alone
             flat_logprobs=True,
-            stop_token_ids=self.eos,
+            stop_token_ids=sorted({*self.eos, *request.stop}),
             ignore_eos=True,  # vLLM knows only those of config.json; the project's are in stop_token_ids
             detokenize=False,
             output_kind=self.only_final,
