@@ -67,7 +67,7 @@ def apply_outside_graphs(function: type[torch.autograd.Function], *arguments: An
 
 
 # Private, but torch.compiler.disable would import torch._dynamo together with this package, which takes 1 to 2 seconds.
-@torch._disable_dynamo
+@torch._disable_dynamo  # type: ignore[attr-defined]  # not exported
 def _untraced_apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     return function.apply(*arguments)
 
