@@ -15,6 +15,7 @@ from lens_megatron.algorithms.methods import Methods, load_methods
 from lens_megatron.algorithms.reward_rules import try_rules
 from lens_megatron.config import Config, ConfigError
 from lens_megatron.config.rules import machine_mistakes
+from lens_megatron.data.model_hub import with_local_models
 from lens_megatron.data.prompts import DataError, PromptStream, load_prompts
 from lens_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from lens_megatron.files import why_no_folder
@@ -58,6 +59,10 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
     """
     _check_machine(config)
     methods = load_methods(config)
+    asked, config = (
+        config,
+        with_local_models(config),
+    )  # the run's folder keeps a name of the hub, not where it lies here
     hf_config = check_model(config)
     check_layout(config, hf_config)
     if config.rollout.engine in ("vllm", "vllm_server"):
@@ -77,7 +82,7 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
         on_failure.callback(stop_all, servers)
         policy = build_policy(config, mesh)
         _await_graders(graders, device)
-        resuming, lease = _take_folder(config, mesh, on_failure)
+        resuming, lease = _take_folder(asked, mesh, on_failure)
         memory = TrainerMemory(policy, enabled=is_enabled(config, device))
         memory.to_host()  # vLLM measures the free memory before it takes its share
         engine = _build_engine(config, hf_config, device, engine_group, servers)

@@ -24,7 +24,7 @@ ROOMS = ["errors", "seeds", "files", "records", "reward", "types", "results", "c
          "algorithms", "command_line", "batch", "rollout", "policy", "output", "run", "phases", "step", "build",
          "train", "tools"]  # fmt: skip
 """Lowest first: a module imports from its own room and from rooms before it."""
-COMMANDS = {"__main__", "plan", "doctor", "report", "demo"}
+COMMANDS = {"__main__", "plan", "doctor", "report", "demo", "llm"}
 """`python -m lens_megatron.NAME`; nothing imports them."""
 
 
