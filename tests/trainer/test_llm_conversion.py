@@ -17,7 +17,7 @@ from lens_megatron.data.tokenizer import load_tokenizer
 from lens_megatron.policy.hf_weights import read_hf_config
 from lens_megatron.policy.model_check import check_weights
 from lens_megatron.tools.llm import command, fetch
-from lens_megatron.tools.llm.convert import run_conversion
+from lens_megatron.tools.llm.convert import convert, run_conversion
 from lens_megatron.tools.llm.folders import LlmError, LlmFolder
 
 CACHED = Path("~/.cache/lens_megatron/llm/converter").expanduser()
@@ -79,7 +79,17 @@ def test_transformers_computes_with_it(converted: Path):
     assert logits.shape == (1, 3, 261) and logits.isfinite().all()
 
 
-def test_a_damaged_file_is_refused_in_one_line(libraries: Path, tmp_path: Path):
+def test_a_damaged_file_is_not_converted(tmp_path: Path):
+    folder = LlmFolder(tmp_path)
+    folder.gguf.mkdir()
+    fetch.gguf_file(folder).write_bytes(b"GGUF")
+    with pytest.raises(LlmError, match=r"Q4_1\.gguf is damaged: its SHA-256 is .* run fetch again"):
+        convert(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["gguf"]
+
+
+@pytest.mark.slow  # only because of what the converting process imports
+def test_what_the_converting_process_says_is_passed_on(libraries: Path, tmp_path: Path):
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(50))
     with pytest.raises(LlmError, match=r"bad\.gguf cannot be converted.*run fetch again"):
         run_conversion(tmp_path / "bad.gguf", tmp_path / "model", libraries)

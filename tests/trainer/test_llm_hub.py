@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from toy_runs import Toy, run_program
+from toy_runs import Toy, run_ranks, write_config
 
 from lens_megatron.config import from_tree
 from lens_megatron.data.model_files import ModelError
@@ -63,7 +63,7 @@ def test_both_models_of_a_configuration(cache: Path, toy: Toy, tmp_path: Path):
 
 def test_a_run_keeps_the_name(cache: Path, toy: Toy, tmp_path: Path):
     tree = toy.tree(tmp_path / "run", model={"path": "owner/tiny"}, train={"steps": 1})
-    tree |= {"reward": {"grader": "graders:compute_score"}}
-    run_program(tree, tmp_path, 1, variables={"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"})
+    program = Path(__file__).with_name("hub_run.py")
+    run_ranks(1, program, "--config", write_config(tree, tmp_path), variables={"TEST_HUB_CACHE": str(cache)})
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["path"] == "owner/tiny"
     assert list(tmp_path.glob("run/checkpoints/iter_*/hf/tokenizer.json"))

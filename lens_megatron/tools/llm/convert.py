@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lens_megatron.tools.llm.fetch import CONVERTER_WHEELS, gguf_file
+from lens_megatron.tools.llm.fetch import CONVERTER_WHEELS, SMOLLM2, checksum, gguf_file
 from lens_megatron.tools.llm.folders import LlmError, LlmFolder, tail, whole_folder
 
 PARAMETERS = 134_515_008
@@ -26,6 +26,8 @@ def convert(folder: LlmFolder) -> None:
     file = gguf_file(folder)
     if not file.is_file():
         raise LlmError(f"{file} is not there; run python -m lens_megatron.llm fetch --out {folder.root} first")
+    if (found := checksum(file)) != SMOLLM2.sha256:
+        raise LlmError(f"{file} is damaged: its SHA-256 is {found}, expected {SMOLLM2.sha256}; run fetch again")
     if not folder.converter.is_dir():
         _install(folder)
     with whole_folder(folder.model) as target:
