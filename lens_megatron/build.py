@@ -57,12 +57,8 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
 
     Checks model, tokenizer and data, then takes the device's memory, and only then creates the run folder.
     """
-    _check_machine(config)
+    asked, config = config, _for_this_machine(config)  # the run's folder keeps a hub's name, not where it lies here
     methods = load_methods(config)
-    asked, config = (
-        config,
-        with_local_models(config),
-    )  # the run's folder keeps a name of the hub, not where it lies here
     hf_config = check_model(config)
     check_layout(config, hf_config)
     if config.rollout.engine in ("vllm", "vllm_server"):
@@ -117,13 +113,17 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
     return run, resuming
 
 
-def _check_machine(config: Config) -> None:
-    """Raises ConfigError or RunFolderError if this machine cannot run the configuration."""
+def _for_this_machine(config: Config) -> Config:
+    """Returns `config` with this machine's folders in place of models that are named as on the hub.
+
+    Raises ConfigError, RunFolderError or ModelError if this machine cannot run the configuration.
+    """
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
     for mistake in machine_mistakes(config, ranks_here, os.cpu_count() or 1):
         raise ConfigError(mistake)
     if why := why_no_folder(Path(config.run.directory)):
         raise RunFolderError(f"run.directory {config.run.directory}: {why}; choose another folder")
+    return with_local_models(config)
 
 
 def collective_patience(config: Config) -> float:
