@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_DATA ?= $(HOME)/.cache/lens_megatron/demo
 RUN ?= runs/demo
+LLM_DATA ?= $(HOME)/.cache/lens_megatron/llm
+LLM_RUN ?= runs/llm
 IF_EXISTS ?= resume
 ARGS ?=
 BENCH_ARGS ?=
@@ -24,10 +26,11 @@ PEERS_CUDA_BUILT := transformer-engine[core-cu13,pytorch]==2.20.2
 GPU_PYTHON ?= python3.12
 REHEARSAL := .gpu-rehearsal
 
-.PHONY: help setup setup-vllm oracles demo test test-libraries test-slow bench bench-peers bench-peers-cuda bench-gpu gpu-pack gpu-rehearsal lint format clean
+.PHONY: help setup setup-vllm oracles demo llm test test-libraries test-slow bench bench-peers bench-peers-cuda bench-gpu gpu-pack gpu-rehearsal lint format clean
 
 help:
 	@echo "make demo            train LENS on CPU, two processes; again: resumes. IF_EXISTS=restart starts over"
+	@echo "make llm             train LENS on a real language model of 135 M parameters, on CPU: docs/LLM.md"
 	@echo "make test            lint, types, and all tests but the slow ones"
 	@echo "make test-slow       the slow tests; an hour of faults at random among them (tests/faults/campaign.py)"
 	@echo "make bench           the operators of lens_kernels beside their peers; BENCH_ARGS='-k policy_loss --rounds 9'"
@@ -77,6 +80,17 @@ demo: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 --shutdown-timeout 120 pretrain_lens.py --config configs/demo.yaml \
 	  model.path=$(DEMO_DATA)/model data.train=$(DEMO_DATA)/train.jsonl data.eval=[$(DEMO_DATA)/eval.jsonl] \
 	  run.directory=$(RUN) run.if_exists=$(IF_EXISTS) $(ARGS)
+
+# Parts that are done already say so at once. The model before training is evaluated beside the trained one.
+llm: $(VENV)/.ready
+	for part in fetch convert data cold-start evaluate; do \
+	  $(BIN)/python -m lens_megatron.llm $$part --out $(LLM_DATA) || exit; \
+	done
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 --shutdown-timeout 120 pretrain_lens.py --config configs/llm.yaml \
+	  model.path=$(LLM_DATA)/cold_start data.train=$(LLM_DATA)/data/train.jsonl data.eval=[$(LLM_DATA)/data/eval.jsonl] \
+	  run.directory=$(LLM_RUN) run.if_exists=$(IF_EXISTS) $(ARGS)
+	$(BIN)/python -m lens_megatron.llm evaluate --out $(LLM_DATA) --model $(LLM_RUN)
+	$(BIN)/python -m lens_megatron.report $(LLM_RUN)
 
 # Types are checked while the libraries are installed that they do not look into.
 test: $(VENV)/.ready

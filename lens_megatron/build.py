@@ -15,6 +15,7 @@ from lens_megatron.algorithms.methods import Methods, load_methods
 from lens_megatron.algorithms.reward_rules import try_rules
 from lens_megatron.config import Config, ConfigError
 from lens_megatron.config.rules import machine_mistakes
+from lens_megatron.data.model_hub import with_local_models
 from lens_megatron.data.prompts import DataError, PromptStream, load_prompts
 from lens_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from lens_megatron.evaluation.plan import EvalPlan, plan_as_in_training, plan_by_protocol, warn_of_overlap
@@ -57,7 +58,7 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
 
     Checks model, tokenizer and data, then takes the device's memory, and only then creates the run folder.
     """
-    _check_machine(config)
+    asked, config = config, _for_this_machine(config)  # the run's folder keeps a hub's name, not where it lies here
     methods = load_methods(config)
     hf_config = check_model(config)
     check_layout(config, hf_config)
@@ -78,7 +79,7 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
         on_failure.callback(stop_all, servers)
         policy = build_policy(config, mesh)
         _await_graders(graders, device)
-        resuming, lease = _take_folder(config, mesh, on_failure)
+        resuming, lease = _take_folder(asked, mesh, on_failure)
         memory = TrainerMemory(policy, enabled=is_enabled(config, device))
         memory.to_host()  # vLLM measures the free memory before it takes its share
         engine = _build_engine(config, hf_config, device, engine_group, servers)
@@ -113,13 +114,17 @@ def build_run(config: Config, device: torch.device) -> tuple[Run, bool]:
     return run, resuming
 
 
-def _check_machine(config: Config) -> None:
-    """Raises ConfigError or RunFolderError if this machine cannot run the configuration."""
+def _for_this_machine(config: Config) -> Config:
+    """Returns `config` with this machine's folders in place of models that are named as on the hub.
+
+    Raises ConfigError, RunFolderError or ModelError if this machine cannot run the configuration.
+    """
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
     for mistake in machine_mistakes(config, ranks_here, os.cpu_count() or 1):
         raise ConfigError(mistake)
     if why := why_no_folder(Path(config.run.directory)):
         raise RunFolderError(f"run.directory {config.run.directory}: {why}; choose another folder")
+    return with_local_models(config)
 
 
 def collective_patience(config: Config) -> float:

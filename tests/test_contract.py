@@ -21,10 +21,10 @@ OWNERS = {
     "matplotlib": "lens_megatron/output/report.py",
 }
 ROOMS = ["errors", "seeds", "files", "records", "reward", "types", "results", "config", "supervision", "data",
-         "algorithms", "command_line", "batch", "rollout", "evaluation", "policy", "output", "run", "phases", "step", "build",
-         "train", "tools"]  # fmt: skip
+         "algorithms", "command_line", "batch", "rollout", "evaluation", "policy", "output", "run", "phases", "step",
+         "build", "train", "tools"]  # fmt: skip
 """Lowest first: a module imports from its own room and from rooms before it."""
-COMMANDS = {"__main__", "plan", "doctor", "report", "demo", "evaluate"}
+COMMANDS = {"__main__", "plan", "doctor", "report", "demo", "evaluate", "llm"}
 """`python -m lens_megatron.NAME`; nothing imports them."""
 
 

@@ -42,7 +42,8 @@ class ModelConfig(Section):
     """The policy, and the reference policy that it is held to."""
 
     path: UserPath
-    """A Hugging Face model directory (Qwen2, Qwen3, Qwen3-MoE or Llama family) with its tokenizer."""
+    """A Hugging Face model directory (Qwen2, Qwen3, Qwen3-MoE or Llama family) with its tokenizer, or the name of one
+    on the hub (`owner/name` or `owner/name@revision`)."""
     reference_path: UserPath | None = None
     """The frozen reference policy. When empty it is the policy that training begins with."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -9,12 +9,15 @@ import logging
 import sys
 from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from lens_megatron import command_line
 from lens_megatron import config as configuration
 from lens_megatron.algorithms.methods import load_methods
 from lens_megatron.config import Config, ConfigError
+from lens_megatron.data.model_files import ModelError
+from lens_megatron.data.model_hub import with_local_models
 from lens_megatron.errors import UserError
 from lens_megatron.tools.diagnosis import checkpoints, machine, project
 from lens_megatron.tools.diagnosis.check import Check, CheckStatus
@@ -71,6 +74,8 @@ def examine(config: Config) -> Iterator[Check]:
     yield machine.devices(cluster, gpus)
     yield machine.link_bandwidth(cluster, len(gpus))
     yield machine.shared_memory(len(gpus))
+    with suppress(ModelError):  # a model of the hub that training would download; what is not here yet fails below
+        config = with_local_models(config, download=False)
     try:
         shape = read_shape(config.model.path)
     except ConfigError as error:

@@ -32,6 +32,8 @@ from transformers import AutoConfig, PretrainedConfig
 from lens_megatron import command_line
 from lens_megatron import config as configuration
 from lens_megatron.config import Config, ConfigError
+from lens_megatron.data.model_files import ModelError
+from lens_megatron.data.model_hub import with_local_models
 from lens_megatron.errors import ExitCode
 from lens_megatron.rollout.servers import weight_transfer
 from lens_megatron.rollout.vllm import options as vllm_options
@@ -283,14 +285,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     given = command_line.split(parsed.config)
     try:
-        config = configuration.load(given.files, [*parsed.overrides, *given.overrides])
+        config = with_local_models(configuration.load(given.files, [*parsed.overrides, *given.overrides]))
         hf_config = AutoConfig.from_pretrained(config.model.path, trust_remote_code=False)
         vllm_options.check(config, hf_config)
         check_plugin()
         if not (key := os.environ.get(KEY_VARIABLE)):
             raise ConfigError(f"{KEY_VARIABLE} is not set; set it to one secret, here and where the trainer runs")
         socket.create_server((parsed.host, parsed.port)).close()
-    except (ConfigError, OSError) as error:
+    except (ConfigError, ModelError, OSError) as error:
         taken = f"--host {parsed.host} --port {parsed.port}: " * isinstance(error, OSError)
         print(f"error: {taken}{error}", file=sys.stderr)
         return ExitCode.MISTAKE
