@@ -27,7 +27,7 @@ setup(
     ],
     license_files=["LICENSE"],
     packages=find_packages(include=["lens_megatron", "lens_megatron.*"]),
-    package_data={"lens_megatron": ["py.typed"]},
+    package_data={"lens_megatron": ["py.typed"], "lens_megatron.tools.report": ["page.*"]},
     python_requires=">=3.11,<3.14",
     install_requires=[
         "lens-kernels",
@@ -49,13 +49,16 @@ setup(
         "tqdm>=4.70",
         "einops>=0.8",
         "aiohttp>=3.14",
+        "altair>=6.3",
+        "vl-convert-python>=1.9",
+        "jinja2>=3.1",
     ],
     entry_points={
         "console_scripts": [
             "lens-train = lens_megatron.__main__:main",
             "lens-plan = lens_megatron.tools.plan:main",
             "lens-doctor = lens_megatron.tools.doctor:main",
-            "lens-report = lens_megatron.output.report:main",
+            "lens-report = lens_megatron.tools.report.command:main",
         ],
         # vLLM's processes load it: servers receive weights by it (rollout.engine=vllm_server).
         "vllm.general_plugins": ["lens_megatron = lens_megatron.rollout.servers.weight_transfer:register"],
