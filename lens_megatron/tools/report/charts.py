@@ -8,7 +8,7 @@ import altair
 
 from lens_megatron.tools.report.browser import script_json
 from lens_megatron.tools.report.phases import NAMES, PhaseSeconds
-from lens_megatron.tools.report.seeds import Band
+from lens_megatron.tools.report.seeds import Band, BandPoint
 from lens_megatron.tools.report.shares import ScoreBin, StepShares
 
 HEIGHT, ROW_HEIGHT = 230, 34
@@ -63,12 +63,7 @@ def curves(
         percent: the values are shares, shown in per cent.
         zero: the axis begins at 0.
     """
-    rows = [
-        {"step": p.step, "value": _short(p.mean), "low": _short(p.low), "high": _short(p.high), "runs": p.runs}
-        | {"configuration": curve.band.configuration, "kind": curve.kind}
-        for curve in found
-        for p in curve.band.points
-    ]
+    rows = [_row(curve, point, percent) for curve in found for point in curve.band.points]
     style = ".1%" if percent else ".4~g"
     names = _unique(curve.band.configuration for curve in found)
     kinds = _unique(curve.kind for curve in found)
@@ -78,13 +73,13 @@ def curves(
     # Of one configuration the kinds differ in colour too; two kinds of dashes alone are hard to tell apart.
     coloured, sort = ("kind:N", kinds) if len(names) == 1 else ("configuration:N", names)
     colour = altair.Color(coloured, sort=sort, title=None, legend=_legend(len(sort) > 1))
-    dash = altair.StrokeDash("kind:N", sort=kinds, title=None, legend=_legend(len(kinds) > 1))
+    dash = altair.StrokeDash("kind:N", sort=kinds, title=None, legend=_legend(len(kinds) > 1 and len(names) > 1))
     tip = [
         altair.Tooltip("configuration:N"),
         *([altair.Tooltip("kind:N")] if len(kinds) > 1 else []),
         altair.Tooltip("step:Q", format="d"),
         altair.Tooltip("value:Q", format=style),
-        altair.Tooltip("low:Q", format=style, title="interval from"),
+        altair.Tooltip("low:Q", format=style, title="band from"),
         altair.Tooltip("high:Q", format=style, title="to"),
         altair.Tooltip("runs:Q", format="d"),
     ]
@@ -99,6 +94,21 @@ def curves(
         base.mark_point(filled=True, size=40).encode(x=x, y=y, color=colour, opacity=opacity, tooltip=tip),
     )
     return _figure(title, caption, altair.LayerChart(layer=layers))
+
+
+def _row(curve: Curve, point: BandPoint, share: bool) -> dict[str, Any]:
+    low, high = point.low, point.high
+    if share and low is not None and high is not None:  # an interval around a share may leave 0 to 1, the share cannot
+        low, high = max(0.0, low), min(1.0, high)
+    return {
+        "step": point.step,
+        "value": _short(point.mean),
+        "low": _short(low),
+        "high": _short(high),
+        "runs": point.runs,
+        "configuration": curve.band.configuration,
+        "kind": curve.kind,
+    }
 
 
 def shares(title: str, caption: str, found: NamedShares) -> Figure:
@@ -198,7 +208,11 @@ def _few_labels(steps: Sequence[int]) -> altair.Axis:
 
 
 def _legend(shown: bool) -> altair.Legend | None:
-    return altair.Legend(orient="top", direction="horizontal", columns=3, labelLimit=180) if shown else None
+    return (
+        altair.Legend(orient="top", direction="horizontal", columns=2, labelLimit=180, symbolOpacity=1)
+        if shown
+        else None
+    )
 
 
 def _figure(title: str, caption: str, chart: altair.Chart | altair.LayerChart, height: int = HEIGHT) -> Figure:

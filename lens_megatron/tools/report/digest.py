@@ -75,9 +75,7 @@ class RolloutReader:
         files = rollout_files(run.folder)
         chosen = _affordable(list(files.items()))
         digests, notes = [], []
-        if not files:
-            notes.append(f"{run.name} has no rollout files (run.save_rollout_files), so its groups cannot be shown.")
-        elif len(chosen) < len(files):
+        if len(chosen) < len(files):
             notes.append(
                 f"Of {run.name} the rollouts of {len(chosen)} of {len(files)} steps were read, evenly chosen: all "
                 f"together have more than {MOST_BYTES >> 20} MiB."

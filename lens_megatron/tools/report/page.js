@@ -110,6 +110,7 @@
     group.found ??= [group.tokens.join(""), group.answer, ...group.completions.map((c) => c.text)].join("\n").toLowerCase();
     return group.found;
   }
+  const preview = (group) => group.tokens.slice(0, 60).join("").replace(/<\|[^|]*\|>(user|system)?/g, " ").trim();
   function matches(group, wanted) {
     return group.run === wanted.run
       && (!wanted.step || String(group.step) === wanted.step)
@@ -197,7 +198,7 @@
     const items = listed.slice(0, LISTED).map((group, place) => {
       const sign = { open: "rescued", closed: "not rescued", none: "" }[gateOf(group)];
       const button = node("button", "", `step ${group.step}, prompt ${group.prompt} ${sign && `(${sign})`}`,
-        node("small", "", group.tokens.slice(0, 60).join("")));
+        node("small", "", preview(group)));
       button.type = "button";
       button.dataset.place = place;
       button.addEventListener("click", () => show(place));

@@ -76,7 +76,7 @@ def make(folders: tuple[Path, ...], reader: RolloutReader, reload_seconds: int =
         runs=[_line(run, configuration) for configuration in found for run in configuration.runs],
         configurations=[configuration.name for configuration in found],
         differences=_differences(found),
-        notes=[*notes, *_unequal(found)],
+        notes=[*notes, *_without_rollouts(evidence), *_unequal(found)],
     )
 
 
@@ -89,7 +89,8 @@ def _library() -> str:
     """Returns Vega, Vega-Lite and Vega-Embed as one script, for the version of Vega-Lite that altair writes."""
     version = ".".join(altair.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
     known = vl_convert.get_vegalite_versions()
-    script = vl_convert.javascript_bundle(None, version if version in known else known[-1])
+    chosen = version if version in known else known[-1]
+    script = vl_convert.javascript_bundle(vl_version=chosen)  # type: ignore[call-arg]  # the stub lacks a default
     return str(script).replace("</script", "<\\/script")
 
 
@@ -120,6 +121,12 @@ def _differences(found: Sequence[Configuration]) -> tuple[Difference, ...]:
     return tuple(
         Difference(name, tuple(options.get(name, "-") for options in known)) for name in names[:MOST_DIFFERENCES]
     )
+
+
+def _without_rollouts(evidence: Evidence) -> list[str]:
+    names = [name for name, digest in evidence.digests.items() if not digest.steps]
+    what = "is nothing to read in the folder rollouts/ (run.save_rollout_files), so no groups can be shown of"
+    return [f"There {what}: {', '.join(names)}."] if names else []
 
 
 def _unequal(found: Sequence[Configuration]) -> list[str]:

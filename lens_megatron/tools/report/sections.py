@@ -11,6 +11,7 @@ from lens_megatron.tools.report.charts import Curve, Figure, NamedScores, NamedS
 from lens_megatron.tools.report.digest import RunDigest
 from lens_megatron.tools.report.run_data import Row, RunData
 from lens_megatron.tools.report.seeds import (
+    FEWEST_FOR_INTERVAL,
     Band,
     Configuration,
     Value,
@@ -18,6 +19,7 @@ from lens_megatron.tools.report.seeds import (
     band,
     metric,
     thinned,
+    without_bounds,
 )
 from lens_megatron.tools.report.shares import NoisePrecision, StepShares, added
 from lens_megatron.tools.report.speed_up import SpeedUp, speed_ups
@@ -80,8 +82,9 @@ def learning(evidence: Evidence) -> PageSection:
     found = [curve for curve in map(accuracy_band, evidence.configurations) if curve.points]
     several = any(len(configuration.runs) > 1 for configuration in evidence.configurations)
     caption = (
-        "Bands are 95 % intervals: over seeds (Student's t) where a configuration has several runs, else over the "
-        "problems of one evaluation (normal approximation)."
+        "Bands are 95 % intervals of the mean over seeds (Student's t) where a configuration has at least "
+        f"{FEWEST_FOR_INTERVAL} runs; the range of two runs; and of one run the 95 % interval of an evaluation over "
+        "its problems (normal approximation)."
     )
     title = "Accuracy on held-out problems" + (", mean over seeds" if several else "")
     figures = [charts.curves(title, caption, "accuracy", [Curve(c) for c in found], percent=True)] if found else []
@@ -270,9 +273,14 @@ def _kinds(
     *,
     percent: bool = True,
 ) -> list[Figure]:
-    """Draws several curves of every configuration in one chart; none where nothing was measured."""
+    """Draws several curves of every configuration in one chart; none where nothing was measured.
+
+    The bands of several configurations with several kinds would hide each other, and are left out.
+    """
+    plain = len(evidence.configurations) > 1
     found = [curve for kind, value in kinds for curve in evidence.curves(value, kind)]
-    return _figure(title, caption, unit, found, percent=percent, zero=True)
+    shown = [Curve(without_bounds(curve.band), curve.kind) if plain else curve for curve in found]
+    return _figure(title, caption, unit, shown, percent=percent, zero=True)
 
 
 def _of_shares(evidence: Evidence, pick: Callable[[StepShares], float]) -> Value:

@@ -5,7 +5,7 @@ import os.path
 import re
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lens_megatron.output import conclusion
 from lens_megatron.tools.report.run_data import RunData
@@ -15,6 +15,9 @@ T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2
                2.042)  # fmt: skip
 """The 97.5 % quantile of Student's t distribution with 1, 2, ... 30 degrees of freedom."""
 NORMAL_QUANTILE = 1.960
+FEWEST_FOR_INTERVAL = 3
+"""Of two runs the interval is nine times as wide as the distance between them, and says nothing that the range does
+not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +30,13 @@ class Configuration:
 
 @dataclass(frozen=True, slots=True)
 class BandPoint:
-    """A metric after a step: its mean over the runs, and a 95 % interval of the mean."""
+    """A metric after a step: its mean over the runs, with a 95 % interval of the mean or the range of the runs."""
 
     step: int
     mean: float
     low: float | None
-    """The bounds are None where nothing is known of the spread."""
+    """The bounds are those of the interval with FEWEST_FOR_INTERVAL runs or more, and with fewer the least and the
+    greatest value. None where nothing is known of the spread."""
     high: float | None
     runs: int
 
@@ -103,6 +107,8 @@ def _point(step: int, values: Sequence[float]) -> BandPoint:
     mean = statistics.fmean(values)
     if len(values) < 2:
         return BandPoint(step, mean, None, None, len(values))
+    if len(values) < FEWEST_FOR_INTERVAL:
+        return BandPoint(step, mean, min(values), max(values), len(values))
     half = t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return BandPoint(step, mean, mean - half, mean + half, len(values))
 
@@ -117,3 +123,8 @@ def thinned(curve: Band, most: int) -> Band:
     stride = math.ceil(len(curve.points) / most)
     last = len(curve.points) - 1
     return Band(curve.configuration, tuple(p for i, p in enumerate(curve.points) if (last - i) % stride == 0))
+
+
+def without_bounds(curve: Band) -> Band:
+    """Returns the means alone."""
+    return replace(curve, points=tuple(replace(point, low=None, high=None) for point in curve.points))
