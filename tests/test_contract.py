@@ -19,6 +19,9 @@ OWNERS = {
     "math_verify": "lens_megatron/reward/",
     "yaml": ("lens_megatron/config/files.py", "lens_megatron/output/run_folder.py"),
     "matplotlib": "lens_megatron/output/report.py",
+    "altair": "lens_megatron/tools/report/",
+    "vl_convert": "lens_megatron/tools/report/",
+    "jinja2": "lens_megatron/tools/report/",
 }
 ROOMS = ["errors", "seeds", "files", "records", "reward", "types", "results", "config", "supervision", "data",
          "algorithms", "command_line", "batch", "rollout", "policy", "output", "run", "phases", "step", "build",

@@ -125,7 +125,7 @@ def shares(title: str, caption: str, found: NamedShares) -> Figure:
         .encode(
             x=altair.X("step:O", title="optimizer step", axis=_few_labels([s.step for s in found.steps])),
             y=altair.Y("share:Q", title="share of groups", axis=altair.Axis(format="%")).stack("normalize"),
-            color=altair.Color("kind:N", sort=kinds, title=None, legend=_legend(True)),
+            color=altair.Color("kind:N", sort=kinds, title=None, legend=_legend(True, columns=3)),
             order=altair.Order("order:Q"),
             tooltip=["step:O", "kind:N", altair.Tooltip("share:Q", format=".1%"), "groups:Q"],
         )
@@ -145,11 +145,12 @@ def scores(title: str, caption: str, found: NamedScores) -> Figure:
     logarithmic = altair.Scale(type="log")
     chart = (
         altair.Chart(altair.InlineData(values=rows))
-        .mark_bar(opacity=0.55)
+        .mark_rect(opacity=0.55)
         .encode(
             x=altair.X("low:Q", title="score (interference: nats)", scale=logarithmic),
             x2="high:Q",
             y=altair.Y("share:Q", title="share of the tokens", axis=altair.Axis(format="%")).stack(None),
+            y2=altair.datum(0),
             color=altair.Color("kind:N", sort=["deleted", "kept"], title=None, legend=_legend(True)),
             tooltip=[
                 "kind:N",
@@ -207,12 +208,10 @@ def _few_labels(steps: Sequence[int]) -> altair.Axis:
     return altair.Axis(values=list(steps[::stride]), labelAngle=0)
 
 
-def _legend(shown: bool) -> altair.Legend | None:
-    return (
-        altair.Legend(orient="top", direction="horizontal", columns=2, labelLimit=180, symbolOpacity=1)
-        if shown
-        else None
-    )
+def _legend(shown: bool, columns: int = 2) -> altair.Legend | None:
+    if not shown:
+        return None
+    return altair.Legend(orient="top", direction="horizontal", columns=columns, labelLimit=180, symbolOpacity=1)
 
 
 def _figure(title: str, caption: str, chart: altair.Chart | altair.LayerChart, height: int = HEIGHT) -> Figure:
