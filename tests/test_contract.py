@@ -22,6 +22,9 @@ OWNERS = {
     "altair": "lens_megatron/tools/report/",
     "vl_convert": "lens_megatron/tools/report/",
     "jinja2": "lens_megatron/tools/report/",
+    "tensorboard": "lens_megatron/output/tensorboard_events.py",
+    "wandb": "lens_megatron/output/trackers/",
+    "trackio": "lens_megatron/output/trackers/",
 }
 ROOMS = ["errors", "seeds", "files", "records", "reward", "types", "results", "config", "supervision", "data",
          "algorithms", "command_line", "batch", "rollout", "policy", "output", "run", "phases", "step", "build",
