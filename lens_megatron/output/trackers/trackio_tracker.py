@@ -23,6 +23,8 @@ class TrackioTracker:
             resume="allow",
             config=dict(options),
             embed=False,  # it is for notebooks
+            auto_log_cpu=False,  # perf/* says what the run takes; other processes of the machine are not its matter
+            auto_log_gpu=False,
         )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -24,7 +24,7 @@ class WandbTracker:
             dir=str(folder),
             resume="allow",
             config=dict(options),
-            settings=wandb.Settings(console="off"),  # the console belongs to the run
+            settings=wandb.Settings(console="off", quiet=True),  # the console belongs to the run
         )
         # wandb's own step only grows and it drops what comes late, but steps are done again where a run resumes.
         self._run.define_metric("step")
@@ -34,4 +34,4 @@ class WandbTracker:
         self._run.log({"step": step, **metrics})
 
     def close(self) -> None:
-        self._run.finish(quiet=True)
+        self._run.finish()
