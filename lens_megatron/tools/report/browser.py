@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lens_megatron.tools.report.digest import RunDigest, interest
-from lens_megatron.tools.report.rollout_groups import Completion, RolloutGroup
+from lens_megatron.tools.report.rollout_groups import ShownCompletion, RolloutGroup
 
 MOST_BYTES = 5_500_000
 """The groups' share of a page, which must stay under 10 MB together with the charts and their library."""
@@ -99,7 +99,7 @@ def _has_scores(group: RolloutGroup) -> bool:
     return any(token.score is not None for token in group.tokens)
 
 
-def _completion(completion: Completion) -> dict[str, Any]:
+def _completion(completion: ShownCompletion) -> dict[str, Any]:
     return {
         "text": completion.text,
         "status": completion.status,

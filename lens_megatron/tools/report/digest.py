@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lens_megatron.tools.report import shares
 from lens_megatron.tools.report.rollout_groups import (
-    Completion,
+    ShownCompletion,
     PromptToken,
     RolloutGroup,
     StepRollouts,
@@ -144,7 +144,7 @@ def shortened(group: RolloutGroup) -> RolloutGroup:
     return replace(group, tokens=tokens, completions=tuple(map(_shortened, completions[:MOST_COMPLETIONS])))
 
 
-def _shortened(completion: Completion) -> Completion:
+def _shortened(completion: ShownCompletion) -> ShownCompletion:
     return replace(completion, text=_cut(completion.text))
 
 

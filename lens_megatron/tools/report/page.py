@@ -16,7 +16,7 @@ from lens_megatron.config.files import differing_keys
 from lens_megatron.tools.report import browser
 from lens_megatron.tools.report.digest import RolloutReader
 from lens_megatron.tools.report.run_data import RunData, read_runs
-from lens_megatron.tools.report.sections import Evidence, sections
+from lens_megatron.tools.report.sections import ReportInput, sections
 from lens_megatron.tools.report.seeds import Configuration, accuracy, configurations
 
 MOST_DIFFERENCES = 60
@@ -60,7 +60,7 @@ def make(folders: tuple[Path, ...], reader: RolloutReader, reload_seconds: int =
     """
     runs = read_runs(folders)
     found = configurations(runs)
-    evidence = Evidence(found, {run.name: reader.read(run) for run in runs})
+    evidence = ReportInput(found, {run.name: reader.read(run) for run in runs})
     groups = browser.choose(list(evidence.digests.values()))
     notes = [note for run in runs for note in (*run.notes, *evidence.digests[run.name].notes)]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -123,7 +123,7 @@ def _differences(found: Sequence[Configuration]) -> tuple[Difference, ...]:
     )
 
 
-def _without_rollouts(evidence: Evidence) -> list[str]:
+def _without_rollouts(evidence: ReportInput) -> list[str]:
     names = [name for name, digest in evidence.digests.items() if not digest.steps]
     what = "is nothing to read in the folder rollouts/ (run.save_rollout_files), so no groups can be shown of"
     return [f"There {what}: {', '.join(names)}."] if names else []

@@ -36,7 +36,7 @@ class PromptToken:
 
 
 @dataclass(frozen=True, slots=True)
-class Completion:
+class ShownCompletion:
     """A rollout of a group."""
 
     text: str
@@ -73,15 +73,15 @@ class RolloutGroup:
     second_wave: bool
     """True where the prompt was sampled again."""
     tokens: tuple[PromptToken, ...]
-    completions: tuple[Completion, ...]
+    completions: tuple[ShownCompletion, ...]
     """Those that were trained on, and then the others of both waves; older files have the former only."""
 
     @property
-    def first_wave(self) -> tuple[Completion, ...]:
+    def first_wave(self) -> tuple[ShownCompletion, ...]:
         return tuple(c for c in self.completions if not c.second)
 
     @property
-    def trained(self) -> tuple[Completion, ...]:
+    def trained(self) -> tuple[ShownCompletion, ...]:
         return tuple(c for c in self.completions if c.trained)
 
     @property
@@ -168,12 +168,12 @@ def _group(samples: Sequence[Mapping[str, Any]]) -> RolloutGroup | None:
         return None
 
 
-def _trained(sample: Mapping[str, Any]) -> Completion:
+def _trained(sample: Mapping[str, Any]) -> ShownCompletion:
     return replace(_completion(sample), weight=_number(sample["weight"]), advantage=_number(sample["advantage"]))
 
 
-def _completion(rollout: Mapping[str, Any]) -> Completion:
-    return Completion(
+def _completion(rollout: Mapping[str, Any]) -> ShownCompletion:
+    return ShownCompletion(
         text=str(rollout["completion"]),
         status=str(rollout["status"]),
         reward=_number(rollout["reward"]),

@@ -51,7 +51,7 @@ class PageSection:
 
 
 @dataclass(frozen=True, slots=True)
-class Evidence:
+class ReportInput:
     """All that was read, by configurations."""
 
     configurations: tuple[Configuration, ...]
@@ -71,13 +71,13 @@ class Evidence:
         return [Curve(curve, kind) for curve in self.bands(value)]
 
 
-def sections(evidence: Evidence) -> tuple[PageSection, ...]:
+def sections(evidence: ReportInput) -> tuple[PageSection, ...]:
     """Returns the sections of the page in order, without those that have nothing to show."""
     made = (learning(evidence), dynamics(evidence), rescue(evidence), noise(evidence), cost(evidence))
     return tuple(section for section in made if section.figures or section.sentences)
 
 
-def learning(evidence: Evidence) -> PageSection:
+def learning(evidence: ReportInput) -> PageSection:
     """Shows held-out accuracy, and how much sooner one configuration reaches the best of another."""
     found = [curve for curve in map(accuracy_band, evidence.configurations) if curve.points]
     several = any(len(configuration.runs) > 1 for configuration in evidence.configurations)
@@ -98,7 +98,7 @@ def learning(evidence: Evidence) -> PageSection:
     return PageSection("learning", "Learning", tuple(sentences), tuple(figures), speed_ups(found))
 
 
-def dynamics(evidence: Evidence) -> PageSection:
+def dynamics(evidence: ReportInput) -> PageSection:
     """Shows how training went: reward, entropy, length, divergence, gradient."""
     wanted = (
         ("critic/rewards/mean", "Training reward of the first wave", "mean reward of a rollout"),
@@ -115,7 +115,7 @@ def dynamics(evidence: Evidence) -> PageSection:
     return PageSection("dynamics", "Training dynamics", (), tuple(figures))
 
 
-def rescue(evidence: Evidence) -> PageSection:
+def rescue(evidence: ReportInput) -> PageSection:
     """Shows how hard prompts were, and what second waves changed."""
     again = "A hard prompt has a success rate below lens.tau in the first wave, and is sampled again from its "
     figures = [
@@ -172,7 +172,7 @@ def _said(conclude: Callable[[Sequence[Row]], str | None], run: RunData, name: s
         return None
 
 
-def _share_panels(evidence: Evidence) -> list[Figure]:
+def _share_panels(evidence: ReportInput) -> list[Figure]:
     caption = "By the first wave: failure has no correct rollout, mid some, high only correct ones."
     figures = []
     for configuration in evidence.configurations[:MOST_PANELS]:
@@ -183,7 +183,7 @@ def _share_panels(evidence: Evidence) -> list[Figure]:
     return figures
 
 
-def _score_panels(evidence: Evidence) -> list[Figure]:
+def _score_panels(evidence: ReportInput) -> list[Figure]:
     figures = []
     for configuration in evidence.configurations[:MOST_PANELS]:
         bins = added(digest.scores for digest in evidence.digests_of(configuration))
@@ -205,7 +205,7 @@ def _score_panels(evidence: Evidence) -> list[Figure]:
     return figures
 
 
-def noise(evidence: Evidence) -> PageSection:
+def noise(evidence: ReportInput) -> PageSection:
     """Shows, where the data marks planted noise, whether it is what was deleted, and what the probe measured."""
     in_training = (("deleted", "lens/noise_share_deleted"), ("eligible", "lens/noise_share_eligible"))
     logged = any(name in row for run in _runs(evidence) for row in run.rows for _, name in in_training)
@@ -239,7 +239,7 @@ def probe_topics(runs: Sequence[RunData]) -> dict[str, list[str]]:
     return topics
 
 
-def cost(evidence: Evidence) -> PageSection:
+def cost(evidence: ReportInput) -> PageSection:
     """Shows the seconds of a step by phase."""
     caption = "Seconds of rank 0. An evaluation is spread over all steps."
     means = [part for configuration in evidence.configurations for part in phases.mean_seconds(configuration)]
@@ -265,7 +265,7 @@ def _figure(
 
 
 def _kinds(
-    evidence: Evidence,
+    evidence: ReportInput,
     title: str,
     caption: str,
     unit: str,
@@ -283,11 +283,11 @@ def _kinds(
     return _figure(title, caption, unit, shown, percent=percent, zero=True)
 
 
-def _of_shares(evidence: Evidence, pick: Callable[[StepShares], float]) -> Value:
+def _of_shares(evidence: ReportInput, pick: Callable[[StepShares], float]) -> Value:
     return lambda run: {found.step: pick(found) for found in evidence.digests[run.name].shares}
 
 
-def _of_precision(evidence: Evidence, pick: Callable[[NoisePrecision], tuple[int, int]]) -> Value:
+def _of_precision(evidence: ReportInput, pick: Callable[[NoisePrecision], tuple[int, int]]) -> Value:
     def value(run: RunData) -> dict[int, float]:
         counts = {found.step: pick(found) for found in evidence.digests[run.name].precision}
         return {step: part / whole for step, (part, whole) in counts.items() if whole}
@@ -317,7 +317,7 @@ def _mean_of(found: Sequence[StepShares]) -> StepShares:
     )
 
 
-def _runs(evidence: Evidence) -> list[RunData]:
+def _runs(evidence: ReportInput) -> list[RunData]:
     return [run for configuration in evidence.configurations for run in configuration.runs]
 
 
