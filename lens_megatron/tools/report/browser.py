@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lens_megatron.tools.report.digest import RunDigest, interest
-from lens_megatron.tools.report.rollout_groups import ShownCompletion, RolloutGroup
+from lens_megatron.tools.report.rollout_groups import RolloutGroup, ShownCompletion
 
 MOST_BYTES = 5_500_000
 """The groups' share of a page, which must stay under 10 MB together with the charts and their library."""

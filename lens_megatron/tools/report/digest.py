@@ -8,9 +8,9 @@ from pathlib import Path
 
 from lens_megatron.tools.report import shares
 from lens_megatron.tools.report.rollout_groups import (
-    ShownCompletion,
     PromptToken,
     RolloutGroup,
+    ShownCompletion,
     StepRollouts,
     read_step,
     rollout_files,
