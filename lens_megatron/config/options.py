@@ -5,13 +5,17 @@ own names, other options under `vllm` to vLLM. Rules over more than one option a
 loading.py makes a `Config` from both.
 """
 
+import logging
 import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from lens_megatron.config.method_options import AlgorithmConfig, LensConfig, RewardConfig, SelectionConfig
 from lens_megatron.config.section import Section, UserPath
+
+logger = logging.getLogger(__name__)
 
 BOXED_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
@@ -32,10 +36,28 @@ class RunConfig(Section):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """The least important messages that the console shows. Other ranks than 0 show warnings and errors, and what is
     about their own servers and files."""
-    tensorboard: bool = True
-    """Write the metrics for TensorBoard too, into tensorboard/."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    """Write the metrics for these too: TensorBoard, into tensorboard/, Weights & Biases and trackio. The last two need
+    a library of their own. None of them can end a run, and metrics.jsonl has everything that they get."""
     save_rollout_files: bool = True
     """Write every rollout with its grade into rollouts/."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def read_tensorboard(cls, section: Any) -> Any:
+        """Reads `tensorboard: true` or `false`, the option before there were `trackers`."""
+        if not isinstance(section, Mapping) or "tensorboard" not in section:
+            return section
+        rest = {name: value for name, value in section.items() if name != "tensorboard"}
+        wanted = section["tensorboard"]
+        if not isinstance(wanted, bool):
+            raise ValueError(f"run.tensorboard: {wanted!r}: expected true or false; better, set run.trackers instead")
+        if "trackers" in rest:
+            raise ValueError("run.tensorboard and run.trackers are both set; remove run.tensorboard, the older one")
+        trackers = ["tensorboard"] if wanted else []
+        # As information and not as a warning: every rank shows its warnings.
+        logger.info(f"run.tensorboard={str(wanted).lower()} is deprecated; set run.trackers=[{', '.join(trackers)}]")
+        return rest | {"trackers": trackers}
 
 
 class ModelConfig(Section):

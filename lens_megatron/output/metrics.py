@@ -1,15 +1,12 @@
-"""Names and computes all metrics, reduces them over data-parallel ranks, and writes JSONL, TensorBoard and console.
+"""Names and computes all metrics, reduces them over data-parallel ranks, and writes JSONL, trackers and console.
 
 Names are verl's, plus `lens/*`. Every rank adds the same names in the same order, so a step costs one sum and one max.
 """
 
 import json
 import math
-import os
 import resource
-import socket
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
@@ -17,11 +14,11 @@ from pathlib import Path
 import torch
 
 from lens_megatron.algorithms.mismatch import mismatch, pooled
-from lens_megatron.output import tensorboard_events
 from lens_megatron.output.second_wave_metrics import tally_second_waves
 from lens_megatron.output.side_log import SideLog
 from lens_megatron.output.tally import Metrics as Metrics
 from lens_megatron.output.tally import Tally
+from lens_megatron.output.trackers.tracker import Tracker
 from lens_megatron.results import (
     MismatchSums,
     Outcome,
@@ -254,12 +251,15 @@ def with_more_seconds(metrics: Metrics, seconds: dict[str, float]) -> Metrics:
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl and TensorBoard. When a run resumes, lines of steps that will be repeated are dropped.
+    """Appends to metrics.jsonl and to trackers. When a run resumes, lines of steps that will be repeated are dropped.
 
     No error of the disk ends the run: see `side_log.SideLog`.
+
+    Args:
+        trackers: they get every metric too, and are closed with the writer. They must not raise: see `GuardedTracker`.
     """
 
-    def __init__(self, folder: Path, *, first_step: int, tensorboard: bool):
+    def __init__(self, folder: Path, *, first_step: int, trackers: Sequence[Tracker] = ()):
         self._last: dict = {}
         try:
             rows = [row for row in read_metrics(folder) if row["step"] < first_step]
@@ -267,10 +267,7 @@ class MetricsWriter:
         except OSError:
             kept = None  # a file that cannot be read must not be replaced; readers take the last row of a step
         self.rows = SideLog(folder / "metrics.jsonl", kept)
-        self.events = None
-        if tensorboard:
-            name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
-            self.events = SideLog(folder / "tensorboard" / name, tensorboard_events.head(first_step))
+        self.trackers = trackers
 
     def write(self, step: int, metrics: Metrics) -> None:
         self._last = {"step": step, **metrics}
@@ -287,13 +284,13 @@ class MetricsWriter:
         self._show(step, metrics)
 
     def _show(self, step: int, metrics: Metrics) -> None:
-        if self.events:
-            self.events.append(tensorboard_events.scalars(step, metrics))
+        for tracker in self.trackers:
+            tracker.log(step, metrics)
 
     def close(self) -> None:
         self.rows.close()
-        if self.events:
-            self.events.close()
+        for tracker in self.trackers:
+            tracker.close()
 
 
 def _line(row: dict) -> bytes:

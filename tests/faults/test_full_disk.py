@@ -19,6 +19,7 @@ from lens_megatron.files import append_whole
 from lens_megatron.output import report
 from lens_megatron.output.metrics import MetricsWriter, read_metrics
 from lens_megatron.output.side_log import SideLog
+from lens_megatron.output.trackers.tensorboard_tracker import TensorBoardTracker
 from lens_megatron.rollout.servers.process import ServerProcess
 
 WORKER = Path(__file__).with_name("rollout_files_worker.py")
@@ -106,7 +107,7 @@ def test_metrics_and_tensorboard_outlive_a_full_disk(
     small_disk: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level("INFO", "lens_megatron")
-    writer = MetricsWriter(small_disk, first_step=1, tensorboard=True)
+    writer = MetricsWriter(small_disk, first_step=1, trackers=[TensorBoardTracker(small_disk, 1)])
     values = {f"name_{i}": float(i) for i in range(200)}
     writer.write(1, values)
     filler = fill(small_disk)
@@ -123,7 +124,7 @@ def test_metrics_and_tensorboard_outlive_a_full_disk(
 
 def test_tensorboard_forgets_steps_that_are_done_again(tmp_path: Path):
     for first, value in ((1, 0.5), (2, 0.75)):
-        writer = MetricsWriter(tmp_path, first_step=first, tensorboard=True)
+        writer = MetricsWriter(tmp_path, first_step=first, trackers=[TensorBoardTracker(tmp_path, first)])
         for step in range(first, 4):
             writer.write(step, {"name": value})
         writer.close()
@@ -138,7 +139,7 @@ def test_garbage_among_metrics_is_dropped_and_every_step_is_kept_once(tmp_path: 
             b'{"step": 1, "a": 2}', b'{"step": 2}', b'{"step": 3']  # fmt: skip
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(rows))
     assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1, 2]
-    writer = MetricsWriter(tmp_path, first_step=2, tensorboard=False)
+    writer = MetricsWriter(tmp_path, first_step=2)
     writer.write(2, {"a": 3.0})
     text = (tmp_path / "metrics.jsonl").read_text()
     assert [json.loads(line) for line in text.splitlines()] == [{"step": 0}, {"step": 1, "a": 2}, {"step": 2, "a": 3.0}]
@@ -218,7 +219,7 @@ def test_a_restart_before_the_first_checkpoint_has_one_row_of_step_0(toy: Toy, t
 def test_a_run_goes_on_while_its_disk_is_full(toy: Toy, tmp_path: Path, small_disk: Path):
     """The run's folder is the mount point of a small disk, which is full for a while between two checkpoints."""
     train = {"steps": 100_000, "save_interval": 100_000}
-    tree = toy.tree(small_disk / "", run={"tensorboard": True}, train=train)
+    tree = toy.tree(small_disk / "", run={"trackers": ["tensorboard"]}, train=train)
     output = (tmp_path / "output").open("w+")
     process = subprocess.Popen(command(tree, tmp_path, 2), env=environment(), stdout=output, stderr=output)
 

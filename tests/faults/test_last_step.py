@@ -176,7 +176,7 @@ def test_a_full_disk_leaves_what_was_there_and_says_so(root, mesh, tmp_path, mon
 
 
 def test_a_row_is_added_to_and_never_written_twice(tmp_path):
-    writer = metrics.MetricsWriter(tmp_path, first_step=1, tensorboard=False)
+    writer = metrics.MetricsWriter(tmp_path, first_step=1)
     writer.add(0, {"val": 0.5})
     writer.add(0, {"val": 0.6})
     writer.write(1, {"loss": 1.0, "timing_s/gen": 2.0})

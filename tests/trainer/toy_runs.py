@@ -34,7 +34,7 @@ class Toy:
     def tree(self, directory: Path, **sections: dict) -> dict:
         """A configuration; `sections` are merged over it."""
         tree = {
-            "run": {"directory": str(directory), "tensorboard": False, "seed": 4},  # each of four steps rescues
+            "run": {"directory": str(directory), "trackers": [], "seed": 4},  # each of four steps rescues
             "model": {"path": str(self.model)},
             "data": {"train": str(self.train), "max_prompt_length": 160, "instruction": "Answer in \\boxed{}."},
             "rollout": {"prompts_per_step": 4, "rollouts_per_prompt": 4, "max_response_length": 6},
