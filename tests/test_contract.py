@@ -21,7 +21,7 @@ OWNERS = {
     "matplotlib": "lens_megatron/output/report.py",
     "altair": "lens_megatron/tools/report/",
     "vl_convert": "lens_megatron/tools/report/",
-    "jinja2": "lens_megatron/tools/report/",
+    "jinja2": ("lens_megatron/data/", "lens_megatron/tools/report/"),
     "tensorboard": "lens_megatron/output/tensorboard_events.py",
     "wandb": "lens_megatron/output/trackers/",
     "trackio": "lens_megatron/output/trackers/",

@@ -89,7 +89,7 @@ def test_nothing_in_a_file_becomes_part_of_the_page(runs: tuple[Path, ...]):
     (runs[0] / "config.yaml").write_text(json.dumps({"run": {"seed": 0}, "lens": {"purifier": "<img src=z>"}}))
     page = make(runs, RolloutReader())
     assert "dataset.hacked" in page, "the completion is there"
-    assert "<script>document.body" not in page and "<img src=" not in page and "<b>nuts" not in page
+    assert "<script>document.body" not in page and "<img src=z" not in page and "<b>nuts" not in page
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium in PATH (apt-get install chromium)")

@@ -41,7 +41,7 @@ class RunLine:
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class OptionDifference:
     """An option that has not the same value in all configurations."""
 
     option: str
@@ -111,7 +111,7 @@ def _line(run: RunData, configuration: Configuration) -> RunLine:
     )
 
 
-def _differences(found: Sequence[Configuration]) -> tuple[Difference, ...]:
+def _differences(found: Sequence[Configuration]) -> tuple[OptionDifference, ...]:
     """Returns the options in which configurations differ; none where fewer than two of them are known."""
     known = [dict(configuration.runs[0].settings) for configuration in found]
     if sum(map(bool, known)) < 2:
@@ -119,7 +119,7 @@ def _differences(found: Sequence[Configuration]) -> tuple[Difference, ...]:
     first = next(filter(None, known))
     names = sorted({name for other in known if other for name in differing_keys(first, other)})
     return tuple(
-        Difference(name, tuple(options.get(name, "-") for options in known)) for name in names[:MOST_DIFFERENCES]
+        OptionDifference(name, tuple(options.get(name, "-") for options in known)) for name in names[:MOST_DIFFERENCES]
     )
 
 
