@@ -49,6 +49,7 @@ setup(
         "tqdm>=4.70",
         "einops>=0.8",
         "aiohttp>=3.14",
+        "scipy>=1.17",
     ],
     entry_points={
         "console_scripts": [
@@ -56,6 +57,7 @@ setup(
             "lens-plan = lens_megatron.tools.plan:main",
             "lens-doctor = lens_megatron.tools.doctor:main",
             "lens-report = lens_megatron.output.report:main",
+            "lens-compare = lens_megatron.tools.compare.command:main",
         ],
         # vLLM's processes load it: servers receive weights by it (rollout.engine=vllm_server).
         "vllm.general_plugins": ["lens_megatron = lens_megatron.rollout.servers.weight_transfer:register"],

@@ -19,12 +19,13 @@ OWNERS = {
     "math_verify": "lens_megatron/reward/",
     "yaml": ("lens_megatron/config/files.py", "lens_megatron/output/run_folder.py"),
     "matplotlib": "lens_megatron/output/report.py",
+    "scipy": "lens_megatron/tools/compare/paired.py",
 }
 ROOMS = ["errors", "seeds", "files", "records", "reward", "types", "results", "config", "supervision", "data",
          "algorithms", "command_line", "batch", "rollout", "policy", "output", "run", "phases", "step", "build",
          "train", "tools"]  # fmt: skip
 """Lowest first: a module imports from its own room and from rooms before it."""
-COMMANDS = {"__main__", "plan", "doctor", "report", "demo"}
+COMMANDS = {"__main__", "plan", "doctor", "report", "demo", "compare"}
 """`python -m lens_megatron.NAME`; nothing imports them."""
 
 
