@@ -20,7 +20,7 @@ from lens_megatron.types import Origin
 
 SIZES = {
     **{"vocab_size": 131, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
-    **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 64},
+    **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 1024},
     **{"eos_token_id": 0, "bos_token_id": None, "tie_word_embeddings": True},
 }
 

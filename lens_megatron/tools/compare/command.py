@@ -25,7 +25,7 @@ from lens_megatron.tools.compare.arms import Arm, make_arm, progress
 from lens_megatron.tools.compare.curves import MethodComparison, compare_methods, read_curve
 from lens_megatron.tools.compare.forks import ForkPoint, find_fork
 from lens_megatron.tools.compare.methods import ComparedMethod, find_methods
-from lens_megatron.tools.compare.request import Budget, CompareError, Request, read_budget
+from lens_megatron.tools.compare.request import Budget, CompareError, ComparisonRequest, read_budget
 
 MARKER = "lens_comparison.json"
 """Marks a folder as a comparison's, and names the checkpoint that its arms began from."""
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse(arguments: Sequence[str] | None) -> Request:
+def parse(arguments: Sequence[str] | None) -> ComparisonRequest:
     """Reads the command line. Raises SystemExit, CompareError."""
     parser = ArgumentParser(
         prog="lens-compare", description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False
@@ -79,7 +79,7 @@ def parse(arguments: Sequence[str] | None) -> Request:
             parser.error(f"--{name.replace('_', '-')} {value}: expected a number from 1 to {MOST_ARMS}")
     if parsed.budget is None and not parsed.gradients:
         parser.error("give --budget steps=K or tokens=K to train arms, --gradients to compare gradients, or both")
-    return Request(
+    return ComparisonRequest(
         fork=parsed.fork,
         methods=parsed.methods,
         out=parsed.out,
@@ -92,7 +92,7 @@ def parse(arguments: Sequence[str] | None) -> Request:
     )
 
 
-def run(request: Request) -> None:
+def run(request: ComparisonRequest) -> None:
     """Makes the comparison. Raises a UserError; whatever can be checked is checked before anything is written."""
     methods, fork, out = find_methods(request.methods), find_fork(request.fork), _folder(request.out)
     baseline = _baseline(request, methods)
@@ -124,7 +124,7 @@ def _folder(path: Path) -> Path:
     return out
 
 
-def _baseline(request: Request, methods: Sequence[ComparedMethod]) -> str:
+def _baseline(request: ComparisonRequest, methods: Sequence[ComparedMethod]) -> str:
     names = [method.name for method in methods]
     if request.baseline is None:
         return "grpo" if "grpo" in names else names[0]
@@ -134,7 +134,7 @@ def _baseline(request: Request, methods: Sequence[ComparedMethod]) -> str:
 
 
 def _arms(
-    request: Request, fork: ForkPoint, methods: Sequence[ComparedMethod], out: Path, ranks: int
+    request: ComparisonRequest, fork: ForkPoint, methods: Sequence[ComparedMethod], out: Path, ranks: int
 ) -> tuple[Arm, ...]:
     """Returns the arms seed by seed, so that an interrupted comparison has whole pairs."""
     if request.budget is None:
@@ -205,7 +205,12 @@ def _compare(
 
 
 def _publish(
-    out: Path, fork: ForkPoint, budget: Budget, request: Request, baseline: str, found: Sequence[MethodComparison]
+    out: Path,
+    fork: ForkPoint,
+    budget: Budget,
+    request: ComparisonRequest,
+    baseline: str,
+    found: Sequence[MethodComparison],
 ) -> None:
     text = table.render(str(fork), budget, baseline, found, request.seeds)
     content = {

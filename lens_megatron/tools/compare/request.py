@@ -34,7 +34,7 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class ComparisonRequest:
     """A comparison as it was asked for on the command line."""
 
     fork: str
