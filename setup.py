@@ -52,6 +52,7 @@ setup(
         "altair>=6.3",
         "vl-convert-python>=1.9",
         "jinja2>=3.1",
+        "scipy>=1.17",
     ],
     entry_points={
         "console_scripts": [
@@ -60,6 +61,7 @@ setup(
             "lens-doctor = lens_megatron.tools.doctor:main",
             "lens-report = lens_megatron.tools.report.command:main",
             "lens-eval = lens_megatron.tools.evaluate.main:main",
+            "lens-compare = lens_megatron.tools.compare.command:main",
         ],
         # vLLM's processes load it: servers receive weights by it (rollout.engine=vllm_server).
         "vllm.general_plugins": ["lens_megatron = lens_megatron.rollout.servers.weight_transfer:register"],

@@ -25,12 +25,13 @@ OWNERS = {
     "tensorboard": "lens_megatron/output/tensorboard_events.py",
     "wandb": "lens_megatron/output/trackers/",
     "trackio": "lens_megatron/output/trackers/",
+    "scipy": "lens_megatron/tools/compare/paired.py",
 }
 ROOMS = ["errors", "seeds", "files", "records", "reward", "types", "results", "config", "supervision", "data",
          "algorithms", "command_line", "batch", "rollout", "evaluation", "policy", "output", "run", "phases", "step",
          "build", "train", "tools"]  # fmt: skip
 """Lowest first: a module imports from its own room and from rooms before it."""
-COMMANDS = {"__main__", "plan", "doctor", "report", "demo", "evaluate", "llm"}
+COMMANDS = {"__main__", "plan", "doctor", "report", "demo", "evaluate", "llm", "compare"}
 """`python -m lens_megatron.NAME`; nothing imports them."""
 
 

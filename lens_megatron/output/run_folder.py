@@ -8,9 +8,11 @@ import json
 import os
 import platform
 import secrets
+import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,7 +23,7 @@ import yaml
 from lens_megatron.config import Config, ConfigError
 from lens_megatron.config.files import differing_keys, merge, parse_yaml
 from lens_megatron.errors import UserError
-from lens_megatron.files import write_atomically
+from lens_megatron.files import flush, write_atomically
 from lens_megatron.output.run_lease import LEASE, LOCK, RunLease, refuse_if_in_use
 from lens_megatron.supervision.parent import launcher
 
@@ -150,6 +152,59 @@ def check_shared(config: Config, token: str, patience_s: float = SHARED_S) -> No
         time.sleep(0.2)
 
 
+def read_options(folder: Path) -> dict[str, Any]:
+    """Returns the options that the run in `folder` has recorded, as nested mappings. Raises RunFolderError."""
+    recorded = folder / "config.yaml"
+    try:
+        _marker(folder)
+        return merge(BEFORE_THE_OPTION, _read_record(recorded))
+    except (OSError, UnicodeDecodeError, ConfigError) as error:
+        raise RunFolderError(f"{recorded} cannot be read: {error}; restore it") from error
+
+
+def begin_fork(config: Config, fork: str, fill: Callable[[Path], None]) -> None:
+    """Makes the folder of a run that goes on from a checkpoint of another run; it is whole or not there.
+
+    Only here does a run go on with other options than those it began with: `take` knows the new run by the options of
+    `config`, as if it had trained with them from the beginning.
+
+    Args:
+        fork: where the run comes from, RUN@STEP; the marker keeps it.
+        fill: is given the folder, under another name until it is whole, and puts the checkpoint into it.
+
+    Raises:
+        RunFolderError: there is something at `run.directory` already, or it cannot be written.
+    """
+    folder = _resolved(config)
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        if _names(folder):
+            raise RunFolderError(f"run.directory {folder} holds files already; choose another folder")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        marker = {"format": FORMAT, "id": secrets.token_hex(8), "fork": fork}
+        write_atomically(partial / MARKER, json.dumps(marker, indent=1) + "\n")
+        write_atomically(partial / "config.yaml", as_yaml(config))
+        fill(partial)
+        partial.rename(folder)
+        flush(folder.parent)
+    except OSError as error:
+        raise _not_writable(folder, error) from error
+
+
+def as_yaml(config: Config) -> str:
+    """Returns the file that `config` can be loaded from again."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """Reads a run's config.yaml. Raises OSError, UnicodeDecodeError, ConfigError."""
+    tree = parse_yaml(path.read_text(encoding="utf-8"), "it is not YAML")
+    if not isinstance(tree, dict):
+        raise ConfigError(f"it holds no configuration but {type(tree).__name__}")
+    return tree
+
+
 def _resolved(config: Config) -> Path:
     name = config.run.directory
     if not name.strip():
@@ -198,11 +253,9 @@ def _check_run(folder: Path, config: Config) -> bool:
         return True  # killed before it had recorded anything
     remedy = "restore it, choose another folder, or set run.if_exists=restart to move that run aside"
     try:
-        old = parse_yaml(recorded.read_text(encoding="utf-8"), "it is not YAML")
+        old = _read_record(recorded)
     except (OSError, UnicodeDecodeError, ConfigError) as error:
         raise RunFolderError(f"{recorded} cannot be read: {error}; {remedy}") from error
-    if not isinstance(old, dict):
-        raise RunFolderError(f"{recorded} holds no configuration but {type(old).__name__}; {remedy}")
     differing = _differing(old, config)
     if differing:
         raise RunFolderError(
@@ -306,8 +359,7 @@ def _write_records(folder: Path, config: Config, topology: dict[str, int]) -> st
     marker = _marker(folder) if MARKER in _names(folder) else {"format": FORMAT, "id": secrets.token_hex(8)}
     token = secrets.token_hex(16)
     write_atomically(folder / MARKER, json.dumps(marker | {"launch": launch(), "token": token}, indent=1) + "\n")
-    content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    write_atomically(folder / "config.yaml", content)
+    write_atomically(folder / "config.yaml", as_yaml(config))
     write_atomically(folder / "environment.json", json.dumps(environment() | {"topology": topology}, indent=1) + "\n")
     for name in ("checkpoints", "rollouts"):
         (folder / name).mkdir(exist_ok=True)

@@ -3,6 +3,7 @@
 import logging
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from lens_megatron.policy.optimizer_step import optimizer_step
 from lens_megatron.results import Packing, UpdateStats
 from lens_megatron.run import Run
 from lens_megatron.supervision import non_finite
-from lens_megatron.types import LossScale, Sample, TrainingGroup, TrainingRow
+from lens_megatron.types import LossScale, MicroBatch, Sample, TrainingGroup, TrainingRow
 
 logger = logging.getLogger(__name__)
 
@@ -172,8 +173,18 @@ def _shares(
     return shares
 
 
-def _update_on(run: Run, rows: Sequence[TrainingRow], imbalance: float) -> tuple[UpdateStats, Packing]:
-    """Makes one optimizer step on this rank's rows and those of the other ranks."""
+@dataclass(frozen=True, slots=True)
+class PackedUpdate:
+    """The micro-batches of one optimizer step on this data-parallel rank."""
+
+    batches: tuple[MicroBatch, ...]
+    scale: LossScale
+    parts: tuple[Sequence[int], ...]
+    """The places of the rows of each micro-batch; empty for one that only keeps step with other ranks."""
+
+
+def pack_update(run: Run, rows: Sequence[TrainingRow]) -> PackedUpdate:
+    """Packs this rank's rows for one optimizer step on them and those of the other ranks. A collective."""
     config = run.config
     scale = _global_scale(run, pack.count([row.sample for row in rows]))
     pairs = [(row.sample.prompt, row.sample.rollout.token_ids) for row in rows]
@@ -187,10 +198,17 @@ def _update_on(run: Run, rows: Sequence[TrainingRow], imbalance: float) -> tuple
         device=run.mesh.device,
         layout=run.policy.layout,
     )
+    return PackedUpdate(tuple(batches), scale, tuple(parts))
+
+
+def _update_on(run: Run, rows: Sequence[TrainingRow], imbalance: float) -> tuple[UpdateStats, Packing]:
+    """Makes one optimizer step on this rank's rows and those of the other ranks."""
+    config, update = run.config, pack_update(run, rows)
+    batches, scale = update.batches, update.scale
     objective = policy_objective(config.algorithm, run.methods.objective)
     stats = optimizer_step(run.policy, batches, scale, objective, config.algorithm, config.rollout.temperature)
     packed = sum(batch.sequences.bounds[-1] for batch in batches)
-    filled = sum(batch.sequences.tokens for batch, part in zip(batches, parts, strict=True) if part)
+    filled = sum(batch.sequences.tokens for batch, part in zip(batches, update.parts, strict=True) if part)
     return stats, Packing(rows=packed, padding=packed - filled, imbalance=imbalance)
 
 

@@ -35,6 +35,7 @@ from lens_megatron.policy import checkpoint_files, hf_export, shards
 from lens_megatron.policy.checked_files import DamageError
 from lens_megatron.policy.checkpoint_files import (
     EXPORT,
+    TRACKER,
     Checkpoint,
     CheckpointError,
     TrainingState,
@@ -59,7 +60,6 @@ from lens_megatron.supervision.agreement import shared_failure
 
 logger = logging.getLogger(__name__)
 
-TRACKER = "latest_checkpointed_iteration.txt"
 _PATIENCE = timedelta(hours=6)
 """The time that one rank's writer waits for the slowest; a rank that dies ends the wait at once."""
 _FAILURES = (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError, SafetensorError)

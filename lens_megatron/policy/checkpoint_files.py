@@ -9,18 +9,22 @@ folder's name. Nothing that a file says is believed before that.
 import json
 import os
 import re
+import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from lens_megatron.errors import UserError
+from lens_megatron.files import flush
 from lens_megatron.policy.checked_files import DamageError, FileRecord, check_content, check_size, checksum, write_file
 from lens_megatron.policy.shards import StoredPiece, read_pieces
 
 INDEX, STATE, EXPORT = "index.json", "state.json", "hf"
+TRACKER = "latest_checkpointed_iteration.txt"
+"""Beside the checkpoints: the step of the newest one, written last."""
 FORMAT = 2
 """The number of the format of index.json. Format 1 had sizes and no checksums; it is still read."""
 _NAME = re.compile(r"iter_(\d{7,})")
@@ -204,16 +208,48 @@ def write_index(folder: Path, state: TrainingState) -> None:
     pieces = read_pieces(folder, [rank_file(rank) for rank in ranks])
     receipts = [folder / _receipt(rank) for rank in ranks]
     written = [_parsed(_WRITTEN, _read(receipt), receipt.name) for receipt in receipts]
-    files = {STATE: write_file(folder / STATE, _lines(state))}
+    files: dict[str, FileRecord] = {}
     export: dict[str, FileRecord] = {}
     for rank in written:
         files |= rank.files
         export |= rank.export
-    content = asdict(Index(files, pieces, export))
-    sealed = {"format": FORMAT, "checksum": checksum(_json(content)), "index": content}
-    write_file(folder / INDEX, _json(sealed))
+    _seal(folder, state, Index(files, pieces, export))
     for receipt in receipts:
         receipt.unlink()
+
+
+def copy_with_state(checkpoint: Checkpoint, folder: Path, state: TrainingState) -> None:
+    """Makes the new `folder` a checkpoint of the same tensors with another state, without an export.
+
+    The files of tensors are hard links where the file system has them, else copies: no file of a checkpoint is ever
+    written again, so that neither checkpoint can change the other.
+
+    Raises:
+        DamageError: a file of `checkpoint` is missing or has another size. OSError: writing failed.
+    """
+    folder.mkdir(parents=True)
+    tensors = {name: record for name, record in checkpoint.index.files.items() if name != STATE}
+    for name, record in tensors.items():
+        _link_or_copy(checkpoint.path / name, folder / name)
+        check_size(folder / name, record)
+    _seal(folder, state, Index(tensors, checkpoint.index.pieces))
+    flush(folder)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
+        flush(target)
+
+
+def _seal(folder: Path, state: TrainingState, index: Index) -> None:
+    """Writes state.json, adds it to the index, and writes index.json."""
+    record = write_file(folder / STATE, _lines(state))
+    content = asdict(replace(index, files=dict(index.files) | {STATE: record}))
+    sealed = {"format": FORMAT, "checksum": checksum(_json(content)), "index": content}
+    write_file(folder / INDEX, _json(sealed))
 
 
 def read_index(folder: Path) -> Index:

@@ -47,12 +47,7 @@ def optimizer_step(
     neither the layout nor the cut into micro-batches changes it. With a loss or gradient that is not finite no step is
     taken and the statistics say `skipped`.
     """
-    for chunk in policy.chunks:
-        chunk.train()
-        chunk.zero_grad_buffer()
-    policy.optimizer.zero_grad()
-    with _router_losses_averaged(policy, batches):
-        numbers = _forward_backward(policy, batches, objective, algorithm, temperature)
+    numbers = compute_gradients(policy, batches, objective, algorithm, temperature)
     sums, extremes = _reduce(policy, [part.sums for part in numbers])
     least, products = gather_rescued(policy.mesh, [part.ratios for part in numbers], scale.rescued_sequences)
     rescued = RescuedRatios(least, products, *sums[9:11].tolist())
@@ -66,6 +61,25 @@ def optimizer_step(
             policy.scheduler.step(increment=1)
             policy.version += 1
     return _stats(sums, extremes, scale, rescued, grad_norm, learning_rate, skipped=not finite)
+
+
+def compute_gradients(
+    policy: Policy,
+    batches: Sequence[MicroBatch],
+    objective: Objective,
+    algorithm: AlgorithmConfig,
+    temperature: float,
+) -> list[_Numbers]:
+    """Puts the gradient of the loss into `main_grad` of every parameter, and changes no weight. A collective.
+
+    The gradient is reduced over all ranks and not clipped. Returns what `_forward_backward` does.
+    """
+    for chunk in policy.chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    policy.optimizer.zero_grad()
+    with _router_losses_averaged(policy, batches):
+        return _forward_backward(policy, batches, objective, algorithm, temperature)
 
 
 def _forward_backward(
