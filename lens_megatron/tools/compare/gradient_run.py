@@ -46,7 +46,7 @@ def plan_gradients(
 ) -> GradientPlan:
     """Returns the configurations of the methods, and of LENS with tau = 1, which samples. Raises CompareError."""
     ours: dict[str, dict[str, Any]] = {
-        "run": {"directory": str(out / FOLDER / "run"), "seed": fork.seed, "tensorboard": False},
+        "run": {"directory": str(out / FOLDER / "run"), "seed": fork.seed, "trackers": []},
         "data": {"eval": []},
         "rollout": {"off_policy_steps": 0},
         "train": {
