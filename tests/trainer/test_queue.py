@@ -286,7 +286,7 @@ def test_a_batch_is_read_as_it_was_and_holds_its_prompt_once():
     batch = RequestBatch(requests, urgent=True, expected_length=2.5)
     assert messages._read_batch(messages._batch_bytes(batch)) == batch
     longer = RequestBatch((*requests, replace(requests[0], request_id=8)), urgent=True, expected_length=2.5)
-    assert len(messages._batch_bytes(longer)) - len(messages._batch_bytes(batch)) == 5 * 8, "one request without prompt"
+    assert len(messages._batch_bytes(longer)) - len(messages._batch_bytes(batch)) == 8 * 8 + 1, "no prompt"
     with pytest.raises(ValueError, match="share a prompt"):
         messages._batch_bytes(replace(batch, requests=(requests[0], replace(requests[1], prompt=(9,)))))
 

@@ -96,7 +96,7 @@ def test_counts_are_not_believed():
     for count in (2**63 - 1, 2**64 - 1, 2**40, 9):
         changed = bytearray(whole)
         struct.pack_into("<Q", changed, HEADER_BYTES + 8, count)
-        with pytest.raises(ValueError, match=f"{8 * count} bytes were to follow byte 32, and 65 do"):
+        with pytest.raises(ValueError, match=f"{8 * count} bytes were to follow byte 32, and 66 do"):
             codec.decode(Completion, changed)
     with pytest.raises(ValueError, match="the end is missing"):
         codec.decode(Completion, struct.pack("<8sQ", whole[:8], 2**64 - 1))

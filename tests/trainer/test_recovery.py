@@ -127,7 +127,7 @@ def test_updates_that_are_not_finite_are_skipped_by_all_dumped_and_stop_the_run(
         tmp_path / "run",
         debug={"load_rollouts": str(tmp_path / "saved")},
         algorithm={"imitation_coef": 3e38},
-        train={"steps": 3, "max_skipped_updates": 2},
+        train={"steps": 3, "max_skipped_updates": 2, "share_prompts": False},  # which would deal the samples otherwise
     )
     result = run_program(tree, tmp_path, 2, status=ExitCode.NON_FINITE)
     assert "error: loss or gradient was not finite in 2 updates in a row, the last at step 2 (train.max_skipped_up" in (

@@ -297,7 +297,9 @@ def test_the_threshold_and_a_rule_of_the_users_own_in_a_whole_run(
     flipped = {1.0: 0.25, 0.0: 0.75}
     assert [flipped[row["reward"]] for row in rows["plain"]] == [row["reward"] for row in rows["changed"]]
     assert all((row["status"] == "correct") == (row["reward"] == 0.75) for row in rows["changed"])
-    scores = [{k: v for row in metrics for k, v in row.items() if "/acc/" in k} for metrics in found.values()]
+    scores = [
+        {k: v for row in metrics for k, v in row.items() if k.startswith("val-core/")} for metrics in found.values()
+    ]
     assert scores[0] == scores[1] and any(scores[0].values())
     # No grader's score reaches this threshold.
     assert {row["status"] for row in rows["strict"]} == {"wrong"} and {*scores[2].values()} == {0.0}
