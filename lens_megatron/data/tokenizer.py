@@ -15,6 +15,8 @@ from lens_megatron.errors import UserError
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 """The files of which one must exist: without any, transformers makes an empty tokenizer without an error."""
 _OPTIONS = "tokenizer_config.json"
+_INCOMPLETE, _LONGEST = "\ufffd", 4
+"""What a tokenizer writes for bytes that are no character yet, and the most bytes of a character in UTF-8."""
 _JSON_FILES = (_OPTIONS, "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 
 
@@ -35,6 +37,21 @@ class Tokenizer:
     def decode_all(self, token_ids: Sequence[int]) -> str:
         """Returns the text with special tokens."""
         return self.hf.decode(token_ids, skip_special_tokens=False)
+
+    def decode_each(self, token_ids: Sequence[int]) -> list[str]:
+        """Returns the text of every token, special tokens too; joined they are what `decode_all` returns.
+
+        Where several tokens are one character, the last of them has it and the others have no text.
+        """
+        texts: list[str] = []
+        begin, end = 0, 0  # the tokens of the last complete text: a tokenizer may write a token otherwise after another
+        for position in range(1, len(token_ids) + 1):
+            before, text = self.decode_all(token_ids[begin:end]), self.decode_all(token_ids[begin:position])
+            complete = position == len(token_ids) or not text.endswith(_INCOMPLETE) or position - end == _LONGEST
+            texts.append(text[len(before) :] if complete else "")
+            if complete:
+                begin, end = end, position
+        return texts
 
     def retokenize(self, token_ids: Sequence[int]) -> tuple[int, ...]:
         """Returns the ids of the text that `token_ids` decode to; they differ where a merge crosses a deletion."""

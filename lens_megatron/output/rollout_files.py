@@ -1,4 +1,22 @@
-"""Writes a file per step with its rollouts: every data-parallel rank writes its part, and rank 0 joins the parts."""
+"""Writes a file per step with its rollouts: every data-parallel rank writes its part, and rank 0 joins the parts.
+
+rollouts/step_NNNNNN.jsonl has one JSON object per sample that was trained on. Samples of one group stand together and
+have the same `place`, the group's number in the step. The first of them also has the key `group`, whose value describes
+what the samples of the group share:
+
+    prompt_tokens  [L] the text of every token of the prompt; joined they are `prompt`
+    eligible       [L] true where purification may delete the token
+    scores         [L] the purifier's number of every token (`types.PurifiedPrompt.scores`); null without a purifier, or
+                   where it wanted no second wave
+    deleted        the places, 0 to L - 1, of the tokens that the purifier deleted
+    noise          the places of the tokens that the data marks as noise (`data.noise_key`)
+    sampled_again  whether the group was hard, so that a second wave was sampled from what is left
+    left_out       the rollouts of both waves that were not trained on: first-wave failures that rescued rollouts have
+                   replaced, and second-wave rollouts that the gate did not admit. Each has the keys `completion`,
+                   `status`, `reward`, `origin`, `response_tokens`, `finished` and `weight_version` of a sample.
+
+Files of version 0.2 and before have neither `place` nor `group`.
+"""
 
 import json
 import logging
@@ -11,7 +29,7 @@ from lens_megatron.errors import UserError
 from lens_megatron.policy.parallel import Mesh
 from lens_megatron.results import StepResult
 from lens_megatron.supervision.agreement import first_to_fail, raise_together
-from lens_megatron.types import Sample, TrainingGroup
+from lens_megatron.types import Rollout, Sample, TrainingGroup
 
 logger = logging.getLogger(__name__)
 
@@ -111,34 +129,59 @@ def _part(folder: Path, step: int, part: int) -> Path:
 
 
 def rollout_lines(result: StepResult, tokenizer: Tokenizer, step: int) -> list[str]:
-    """Returns one JSON object per trained sample."""
+    """Returns one JSON object per trained sample, as the module's docstring describes it."""
     lines, position = [], 0
     for group in result.groups:
         samples = result.samples[position : position + len(group.rollouts)]
         position += len(group.rollouts)
-        lines += [json.dumps(_record(group, sample, tokenizer, step), ensure_ascii=False) for sample in samples]
+        records = [_record(group, sample, tokenizer, step) for sample in samples]
+        if records:
+            records[0]["group"] = _group_record(group, tokenizer)
+        lines += [json.dumps(record, ensure_ascii=False) for record in records]
     return lines
 
 
 def _record(group: TrainingGroup, sample: Sample, tokenizer: Tokenizer, step: int) -> dict:
-    prompt, rollout = group.group.prompt, sample.rollout
+    prompt = group.group.prompt
     return {
         "step": step,
+        "place": group.group.place,
         "prompt_index": prompt.index,
         "source": prompt.source,
         "prompt": tokenizer.decode_all(prompt.token_ids),
         "purified_prompt": marked_prompt(group, tokenizer),
-        "completion": tokenizer.decode_all(rollout.token_ids),
         "answer": prompt.answer,
-        "status": rollout.status,
-        "reward": rollout.reward,
         "weight": sample.weight,
         "advantage": sample.advantage,
-        "origin": rollout.origin,
         "gate": group.gate,
+        **_rollout_record(sample.rollout, tokenizer),
+    }
+
+
+def _rollout_record(rollout: Rollout, tokenizer: Tokenizer) -> dict:
+    return {
+        "completion": tokenizer.decode_all(rollout.token_ids),
+        "status": rollout.status,
+        "reward": rollout.reward,
+        "origin": rollout.origin,
         "response_tokens": len(rollout.token_ids),
         "finished": rollout.finished,
         "weight_version": rollout.weight_version,
+    }
+
+
+def _group_record(group: TrainingGroup, tokenizer: Tokenizer) -> dict:
+    prompt, purified = group.group.prompt, group.group.purified
+    trained = {id(rollout) for rollout in group.rollouts}  # two rollouts of a group may be equal
+    left_out = [r for r in (*group.group.native, *group.group.rescue) if id(r) not in trained]
+    return {
+        "prompt_tokens": tokenizer.decode_each(prompt.token_ids),
+        "eligible": prompt.eligible,
+        "scores": None if purified is None else [float(f"{score:.4g}") for score in purified.scores],
+        "deleted": () if purified is None else purified.deleted,
+        "noise": [place for place, marked in enumerate(prompt.noise) if marked],
+        "sampled_again": bool(group.group.rescue),
+        "left_out": [_rollout_record(rollout, tokenizer) for rollout in left_out],
     }
 
 
