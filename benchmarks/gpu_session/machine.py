@@ -22,7 +22,7 @@ DISTRIBUTIONS = (
     "pytest-benchmark", "liger-kernel", "cut-cross-entropy", "fla-core", "verl", "quack-kernels", "transformer-engine",
     "vllm",
 )  # fmt: skip
-ABSENT_ON_PURPOSE = {"vllm"}
+ABSENT_ON_PURPOSE = {"vllm", "altair", "vl_convert", "scipy"}
 """Top-level modules that the pack leaves out: what needs them is not imported."""
 
 

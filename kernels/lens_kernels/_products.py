@@ -49,13 +49,21 @@ _NAMED = {
 }
 
 
+def _has_autocast(kind: str) -> bool:
+    """Returns whether devices of this kind have autocast; the meta device has none.
+
+    In a graph, where no meta device is, the answer is taken for granted: torch 2.11 cannot trace the question.
+    """
+    return torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+
+
 def resolve_precision(name: str, hidden: Tensor, weight: Tensor) -> Precision:
     """Returns what a `precision` argument stands for. Raises ValueError for an unknown one, and for mixed operands."""
     require(name in _PRECISIONS, "precision", repr(name), f"one of {', '.join(_PRECISIONS)}")
     if name != "auto":
         return _NAMED[name]
     kind = hidden.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if _has_autocast(kind) and torch.is_autocast_enabled(kind):
         return Precision(torch.get_autocast_dtype(kind), 1)
     need = (
         "one dtype for both, or torch.autocast around the call, or a precision that says what to multiply: "
