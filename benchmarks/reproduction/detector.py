@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lens_megatron.evaluation.statistics import exact_sign_flip_p_value
+
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Statistic = Callable[[Floats], float]
@@ -210,7 +212,4 @@ def sign_flip_p_value(differences: Sequence[float]) -> float:
     n = len(differences)
     if not 1 <= n <= 20:
         raise ValueError(f"got {n} paired differences; the exact test takes 1 to 20")
-    flips = (np.arange(2**n)[:, None] >> np.arange(n)) % 2 * 2 - 1
-    values = np.asarray(differences, dtype=np.float64)
-    rounding = 1e-12 * np.abs(values).sum()  # sums that are equal in exact arithmetic differ by less
-    return float(np.mean(np.abs(flips @ values) >= abs(values.sum()) - rounding))
+    return exact_sign_flip_p_value(differences)

@@ -142,16 +142,30 @@ def paired(parts: Sequence[tuple[Sequence[float], Sequence[float]]], seed: int) 
     return Difference(mean, interval.low, interval.high, _sign_flip_p(weighted, generator))
 
 
+def exact_sign_flip_p_value(terms: Sequence[float] | Floats) -> float:
+    """Returns the share of all 2^n ways to flip signs that bring the sum of n terms at least as far from 0 as it is.
+
+    It is the two-sided p-value of Fisher's randomization test of paired differences. It takes memory for 2^n n numbers.
+    """
+    values = np.asarray(terms, dtype=np.float64)
+    limit = abs(values.sum()) - _rounding(values)
+    bits = np.arange(2**values.size)[:, None] >> np.arange(values.size) & 1
+    return float(np.mean(np.abs((1.0 - 2.0 * bits) @ values) >= limit))
+
+
+def _rounding(terms: Floats) -> float:
+    """Returns the bound below which sums of the same terms in another order differ."""
+    return float(1e-12 * np.abs(terms).sum())
+
+
 def _sign_flip_p(terms: Floats, generator: np.random.Generator) -> float:
     """Returns the two-sided p-value of the sum of `terms` under random signs."""
     terms = terms[terms != 0]
     if not terms.size:
         return 1.0
-    observed = abs(terms.sum())
-    limit = observed - 1e-12 * np.abs(terms).sum()  # sums in another order differ by rounding
     if terms.size <= _EXACT_FLIPS:
-        bits = np.arange(2**terms.size)[:, None] >> np.arange(terms.size) & 1
-        return float(np.mean(np.abs((1.0 - 2.0 * bits) @ terms) >= limit))
+        return exact_sign_flip_p_value(terms)
+    limit = abs(terms.sum()) - _rounding(terms)
     reached = 0
     for start in range(0, DRAWS, _CHUNK):
         signs = generator.choice((-1.0, 1.0), size=(min(_CHUNK, DRAWS - start), terms.size))

@@ -3,7 +3,6 @@
 Pure functions of numbers. Distributions are scipy's.
 """
 
-import itertools
 import math
 import random
 import statistics
@@ -11,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scipy import stats
+
+from lens_megatron.evaluation.statistics import exact_sign_flip_p_value
 
 LEVEL, POWER = 0.05, 0.8
 """The probability of claiming a difference where there is none, and of finding one of the supposed size."""
@@ -70,12 +71,9 @@ def sign_flip_p_value(differences: Sequence[float], seed: int = 0) -> float:
     paired data (Fisher 1935). Up to MOST_EXACT differences it is exact; beyond, it is of DRAWS random flips, and one is
     added to both counts (Phipson and Smyth 2010, eq. 2), so that it is never 0.
     """
-    count, observed = len(differences), abs(math.fsum(differences))
-    bound = observed - _TOLERANCE * math.fsum(map(abs, differences))
-    if count <= MOST_EXACT:
-        flips = itertools.product((1, -1), repeat=count)
-        far = sum(abs(math.fsum(s * d for s, d in zip(signs, differences, strict=True))) >= bound for signs in flips)
-        return far / 2**count
+    if len(differences) <= MOST_EXACT:
+        return exact_sign_flip_p_value(differences)
+    bound = abs(math.fsum(differences)) - _TOLERANCE * math.fsum(map(abs, differences))
     chance = random.Random(seed)
     far = sum(abs(math.fsum(chance.choice((1, -1)) * d for d in differences)) >= bound for _ in range(DRAWS))
     return (far + 1) / (DRAWS + 1)
